@@ -1,0 +1,284 @@
+"""Lazy access to a Hugging Face checkpoint folder.
+
+Only the headers of the safetensors files are read when a folder is opened. A tensor is read when it is asked
+for, or not at all: export needs no more than where its bytes lie (``Checkpoint.locate``).
+
+File format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, a JSON header,
+then the tensors' bytes without gaps).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import Qwen2VLConfig
+from .errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Everything beside the weights that changes an answer. Files that a checkpoint lacks are left out of the hash.
+_HASHED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+_MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+_SAMPLE = 4096  # bytes hashed at each end of a tensor
+
+
+@dataclass(frozen=True)
+class TensorLocation:
+    """Where the bytes of one tensor lie: row-major, little-endian, contiguous.
+
+    ``path`` is the real file (symbolic links of the hub's cache resolved, because a hard link to a symbolic
+    link stays a symbolic link); ``offset`` and ``length`` are bytes, counted from the start of that file.
+    """
+
+    path: Path
+    offset: int
+    length: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """A checkpoint folder: configuration, tensor index, lazy tensors.
+
+    Opening one checks that the folder is complete: every file that the index names exists, has a sound header
+    and the size which that header promises.
+
+    Raises:
+        CheckpointError: no such folder, no ``config.json``, not a Qwen2.5-VL, no safetensors, a shard missing,
+            truncated or corrupt, or a tensor of a type that torch cannot hold.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.exists():
+            raise CheckpointError(f"{self.folder}: there is no such folder")
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is a file; a checkpoint is a folder with config.json")
+        self.config = Qwen2VLConfig.from_folder(self.folder)
+        self._shards, self._locations = _read_index(self.folder)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors' names as the checkpoint writes them, sorted."""
+        return tuple(sorted(self._locations))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._locations
+
+    def locate(self, name: str) -> TensorLocation:
+        """Where a tensor's bytes lie; reads nothing.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor.
+        """
+        try:
+            return self._locations[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder}: there is no tensor {name!r}") from None
+
+    def load(self, name: str) -> Tensor:
+        """Read one tensor, on the CPU, in its own type and shape.
+
+        The result may be backed by a memory map of the file: copy it to keep it beyond the file's life.
+
+        Raises:
+            CheckpointError: no such tensor, or the file changed since the folder was opened.
+        """
+        path = self.locate(name).path
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: tensor {name!r} cannot be read: {_one_line(error)}") from None
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 that identifies the model, in hex.
+
+        It covers config, tokenizer, preprocessor and template files, every shard's header, and the first and
+        last 4 KiB of every tensor. Not every byte: 15 GB would be read at each start to find what the sample
+        finds, because training moves all weights of a tensor. A checkpoint edited by hand in the middle of a
+        large tensor keeps its hash.
+        """
+        digest = hashlib.sha256()
+        for name in _HASHED_FILES:
+            path = self.folder / name
+            if path.is_file():
+                _add(digest, name.encode())
+                _add(digest, path.read_bytes())
+        for name, path in self._shards.items():
+            _add(digest, name.encode())
+            with path.open("rb") as file:
+                _add(digest, file.read(_header_length(file.read(8))))
+                for location in self._of_file(path):
+                    head = min(location.length, _SAMPLE)
+                    tail = min(location.length - head, _SAMPLE)
+                    file.seek(location.offset)
+                    _add(digest, file.read(head))
+                    file.seek(location.offset + location.length - tail)
+                    _add(digest, file.read(tail))
+        return digest.hexdigest()
+
+    def _of_file(self, path: Path) -> Iterator[TensorLocation]:
+        here = (location for location in self._locations.values() if location.path == path)
+        return iter(sorted(here, key=lambda location: location.offset))
+
+
+def _read_index(folder: Path) -> tuple[dict[str, Path], dict[str, TensorLocation]]:
+    """The shards (name to real file) and the tensors (name to location) of a folder."""
+    if (folder / SINGLE_FILE).is_file():  # before the index, as in Transformers
+        path = (folder / SINGLE_FILE).resolve()
+        return {SINGLE_FILE: path}, read_header(folder / SINGLE_FILE)
+    if not (folder / INDEX_FILE).is_file():
+        if any(folder.glob("*.bin")):
+            raise CheckpointError(
+                f"{folder} has its weights as pickled .bin files, which are not read;"
+                " safetensors are needed (in Transformers: model.save_pretrained(folder))"
+            )
+        raise CheckpointError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+    weight_map = _read_weight_map(folder / INDEX_FILE)
+    shards: dict[str, Path] = {}
+    headers: dict[str, dict[str, TensorLocation]] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{folder / INDEX_FILE} names {shard!r}, which is not a file name in that folder")
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{folder}: shard {shard} is missing; {INDEX_FILE} names it")
+        shards[shard] = (folder / shard).resolve()
+        headers[shard] = read_header(folder / shard)
+
+    locations = {}
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise CheckpointError(f"{folder / shard} does not hold tensor {name!r}, which {INDEX_FILE} places there")
+        locations[name] = headers[shard][name]
+    return shards, locations
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from None
+    sound = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
+    if not sound or not weight_map:
+        raise CheckpointError(f"{path}: weight_map does not map tensor names to file names")
+    return weight_map
+
+
+def read_header(path: Path) -> dict[str, TensorLocation]:
+    """Read and check the header of one safetensors file.
+
+    Returns:
+        Tensor name to location.
+
+    Raises:
+        CheckpointError: the file is truncated, longer than its header says, or not safetensors.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            header_length = _header_length(prefix) if len(prefix) == 8 else -1
+            if not 0 < header_length <= min(size - 8, _MAX_HEADER):
+                raise CheckpointError(f"{path} is truncated or no safetensors file ({size:,} bytes)")
+            raw = json.loads(file.read(header_length))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from None
+    except ValueError:
+        raise CheckpointError(f"{path} is corrupt: its header is not JSON") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} is corrupt: its header is not a JSON object")
+
+    start = 8 + header_length
+    real = path.resolve()
+    entries = {name: entry for name, entry in raw.items() if name != "__metadata__"}
+    locations = {name: _location(path, real, start, name, entry) for name, entry in entries.items()}
+    end = start
+    for location in sorted(locations.values(), key=lambda location: (location.offset, location.length)):
+        if location.offset != end:
+            raise CheckpointError(f"{path} is corrupt: its tensors overlap or leave gaps at byte {end:,}")
+        end += location.length
+    if end != size:
+        state = "truncated" if size < end else "corrupt"
+        raise CheckpointError(f"{path} is {state}: it has {size:,} bytes, its header promises {end:,}")
+    return locations
+
+
+def _location(path: Path, real: Path, start: int, name: str, entry: Any) -> TensorLocation:
+    try:
+        dtype_name, shape = entry["dtype"], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        whole = all(type(number) is int and number >= 0 for number in (begin, end, *shape))
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path} is corrupt: the header's entry for tensor {name!r} makes no sense")
+    dtype = _DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+    if dtype is None:
+        known = ", ".join(_DTYPES)
+        raise CheckpointError(f"{path}: tensor {name!r} has type {dtype_name!r}; supported are {known}")
+    length = math.prod(shape) * dtype.itemsize
+    if end - begin != length:
+        raise CheckpointError(
+            f"{path} is corrupt: tensor {name!r} {dtype_name} {list(shape)} needs {length:,} bytes,"
+            f" its header gives it {end - begin:,}"
+        )
+    return TensorLocation(real, start + begin, length, dtype, shape)
+
+
+def _header_length(prefix: bytes) -> int:
+    return int.from_bytes(prefix, "little")
+
+
+def _add(digest: Any, data: bytes) -> None:
+    """Hash a field with its length, so that two fields cannot trade bytes."""
+    digest.update(len(data).to_bytes(8, "little"))
+    digest.update(data)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,153 @@
+"""The decoder with a static key-value cache; prefill, chunked prefill and decode are the same forward.
+
+Letters: B batch, S new tokens, M cache capacity, H query heads, Hkv key-value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import TextConfig
+from .layers import SwiGLU
+from .mrope import rotary_angles
+from .ops import ragged_attention, rotate, update_cache
+
+
+class DecoderOutput(NamedTuple):
+    """``logits [B, V]`` FP32 of each row's last token, ``hidden_states [B, S, C]`` after the final norm, caches."""
+
+    logits: Tensor
+    hidden_states: Tensor
+    k_caches: list[Tensor]
+    v_caches: list[Tensor]
+
+
+class CacheView(NamedTuple):
+    """One layer's part of the cache and where to write: see :meth:`Decoder.forward`."""
+
+    k: Tensor
+    v: Tensor
+    start: Tensor
+    kv_lengths: Tensor
+
+
+class Decoder(nn.Module):
+    """Qwen2.5-VL's language model. Parameter names are the checkpoint's: ``model.*`` and ``lm_head.weight``."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = DecoderStack(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make ``lm_head`` share the embedding's storage where the configuration says so; again after loading."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        cache_start: Tensor,
+        kv_lengths: Tensor,
+        last_token: Tensor,
+        k_caches: Sequence[Tensor],
+        v_caches: Sequence[Tensor],
+    ) -> DecoderOutput:
+        """Append S tokens to every row and give the logits of each row's last one.
+
+        A row with fewer than S new tokens is padded on the right: what the padding writes lies beyond the row's
+        length and is overwritten by its next step.
+
+        Args:
+            inputs_embeds: ``[B, S, C]``.
+            position_ids: ``[3, B, S]`` int64, M-RoPE positions.
+            cache_start: ``[B]`` int64, tokens already in the cache, where the new ones are written.
+            kv_lengths: ``[B]`` int64, ``cache_start + S``.
+            last_token: ``[B]`` int64, index in S of each row's last real token.
+            k_caches: one ``[B, Hkv, M, D]`` a layer; updated in place when run eagerly.
+            v_caches: likewise.
+        """
+        caches = [CacheView(k, v, cache_start, kv_lengths) for k, v in zip(k_caches, v_caches)]
+        hidden_states, caches = self.model(inputs_embeds, position_ids, caches)
+        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        logits = self.lm_head(hidden_states[rows, last_token]).float()
+        return DecoderOutput(logits, hidden_states, [c.k for c in caches], [c.v for c in caches])
+
+
+class DecoderStack(nn.Module):
+    """Embedding table, layers, final norm."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, caches: Sequence[CacheView] | None = None
+    ) -> tuple[Tensor, list[CacheView]]:
+        """``[B, S, C]`` to hidden states ``[B, S, C]`` and the updated caches; without caches rows are whole."""
+        angles = rotary_angles(position_ids, self.config)
+        cos, sin = angles.cos(), angles.sin()
+        x, updated = inputs_embeds, []
+        for index, layer in enumerate(self.layers):
+            x, cache = layer(x, cos, sin, caches[index] if caches is not None else None)
+            updated.append(cache)
+        return self.norm(x), updated
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm grouped-query attention and SwiGLU."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = DecoderAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None
+    ) -> tuple[Tensor, CacheView | None]:
+        y, cache = self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class DecoderAttention(nn.Module):
+    """Grouped-query attention; q, k and v have a bias."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None
+    ) -> tuple[Tensor, CacheView | None]:
+        batch, length, _ = x.shape
+        q, k, v = (
+            proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            cache = cache._replace(
+                k=update_cache(cache.k, k, cache.start), v=update_cache(cache.v, v, cache.start)
+            )
+            y = ragged_attention(q, cache.k, cache.v, cache.kv_lengths, causal=True)
+        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1)), cache

@@ -1,0 +1,25 @@
+"""What the vision tower and the decoder share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``. Its product overflows FP16 in the vision tower; BF16 or FP32 only there."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def inverse_frequencies(dim: int, theta: float) -> list[float]:
+    """Rotary frequencies ``theta ** (-2i / dim)`` for i in 0 .. dim / 2, rounded to FP32 as Transformers does."""
+    return (1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))).tolist()

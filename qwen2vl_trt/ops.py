@@ -1,0 +1,123 @@
+"""The three operators that a decoder with a static cache needs, each with an eager and an exported form.
+
+Eagerly they are plain PyTorch and, on a cache, work in place. Under ``torch.export`` they become one node each,
+which ``export/`` translates to a standard ONNX operator (``TensorScatter``, ``Attention``, ``RotaryEmbedding``).
+
+Letters: B batch, S new tokens, M cache capacity, H query heads, Hkv key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def update_cache(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
+    """Write new keys or values into their rows of the cache, in place.
+
+    Args:
+        cache: ``[B, Hkv, M, D]``.
+        new: ``[B, Hkv, S, D]``.
+        start: ``[B]`` int64, first position written in each row.
+
+    Returns:
+        The updated cache (the same tensor when run eagerly).
+    """
+    if torch.compiler.is_exporting():
+        return torch.ops.qwen2vl_trt.update_cache(cache, new, start)
+    rows = torch.arange(new.shape[0], device=cache.device)[:, None]
+    positions = start[:, None] + torch.arange(new.shape[2], device=cache.device)
+    cache.transpose(1, 2)[rows, positions] = new.transpose(1, 2)
+    return cache
+
+
+def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+    """Attention over keys of which only a prefix is valid; causal means lower-right: the last query sees all of it.
+
+    Args:
+        q: ``[B, H, S, D]``.
+        k: ``[B, Hkv, M, D]``; H is a multiple of Hkv.
+        v: as ``k``.
+        lengths: ``[B]`` int64, valid keys of each row, at least 1 (at least S where causal).
+        causal: query i of S sees keys up to ``length - S + i``.
+
+    Returns:
+        ``[B, H, S, D]``.
+    """
+    if torch.compiler.is_exporting():
+        return torch.ops.qwen2vl_trt.ragged_attention(q, k, v, lengths, causal)
+    if q.device.type == "cpu" and not torch.is_grad_enabled():
+        return _attention_by_length(q, k, v, lengths, causal)
+    return _masked_attention(q, k, v, lengths, causal)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding over the whole head, halves paired (not interleaved), computed in FP32.
+
+    Args:
+        x: ``[B, H, S, D]``.
+        cos: ``[B, S, D / 2]`` FP32.
+        sin: as ``cos``.
+
+    Returns:
+        ``[B, H, S, D]`` in the type of ``x``.
+    """
+    if torch.compiler.is_exporting():
+        return torch.onnx.ops.rotary_embedding(x.float(), cos, sin).type_as(x)
+    cos, sin = cos[:, None], sin[:, None]
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+    queries, keys = q.shape[2], k.shape[2]
+    last = lengths[:, None] - 1
+    if causal:
+        last = last - torch.arange(queries - 1, -1, -1, device=q.device)
+    mask = torch.arange(keys, device=q.device) <= last[:, :, None]  # [B, S or 1, M]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _attention_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+    """Rows of equal length attend together over just that length; on a CPU this costs less than a mask."""
+    distinct = lengths.unique().tolist()
+    if len(distinct) == 1:
+        return _attend(q, k[:, :, : distinct[0]], v[:, :, : distinct[0]], causal)
+    out = torch.empty_like(q)
+    for length in distinct:
+        rows = (lengths == length).nonzero().squeeze(1)
+        # Queries beyond a vision window's length are padding; attending with them as well is harmless.
+        out[rows] = _attend(q[rows], k[rows, :, :length], v[rows, :, :length], causal)
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    queries, keys = q.shape[2], k.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+    if not causal or queries == 1:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+    if queries == keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
+@torch.library.custom_op("qwen2vl_trt::update_cache", mutates_args=())
+def _update_cache(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
+    return update_cache(cache.clone(), new, start)
+
+
+@_update_cache.register_fake
+def _(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
+    return torch.empty_like(cache)
+
+
+@torch.library.custom_op("qwen2vl_trt::ragged_attention", mutates_args=())
+def _ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+    return _masked_attention(q, k, v, lengths, causal)
+
+
+@_ragged_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+    return torch.empty_like(q)

@@ -1,0 +1,144 @@
+"""The vision tower over packed windows: any mix of image sizes in one call.
+
+Most blocks attend within windows and run as one dense batch ``[W, S, C]``. The blocks named by
+``fullatt_block_indexes`` attend within a whole image (or video frame): they gather queries, keys and values to
+``[B, N]``, attend with a length per sequence, and gather back. The index tensors come from
+:func:`qwen2vl_trt.windows.window_layout`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .config import VisionConfig
+from .layers import SwiGLU, inverse_frequencies
+from .ops import ragged_attention, rotate
+
+_NORM_EPS = 1e-6  # no field of vision_config: the published tower fixes it
+_ROPE_THETA = 10000.0  # likewise
+
+
+class VisionTransformer(nn.Module):
+    """Qwen2.5-VL's vision tower. Parameter names are the checkpoint's, without the prefix ``visual.``."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(
+            VisionBlock(config, index in config.fullatt_block_indexes) for index in range(config.depth)
+        )
+        self.merger = PatchMerger(config)
+        self.inverse_frequencies = inverse_frequencies(config.head_dim // 2, _ROPE_THETA)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        window_lengths: Tensor,
+        position_ids: Tensor,
+        sequence_index: Tensor,
+        sequence_lengths: Tensor,
+        sequence_position: Tensor,
+        merge_index: Tensor,
+    ) -> Tensor:
+        """Embed a batch of images and video frames.
+
+        Args:
+            pixel_values: ``[W, S, qwen2_vl_dim]`` patches in window order.
+            window_lengths: ``[W]``; this and the rest are the fields of
+                :class:`~qwen2vl_trt.windows.WindowLayout`, on the tower's device.
+            position_ids: ``[W, S, 2]``.
+            sequence_index: ``[B, N]``.
+            sequence_lengths: ``[B]``.
+            sequence_position: ``[W, S]``.
+            merge_index: ``[T]``.
+
+        Returns:
+            ``[T, out_hidden_size]`` image embeddings, items in order, each in raster order.
+        """
+        angles = position_ids[..., None].float() * torch.tensor(self.inverse_frequencies, device=position_ids.device)
+        angles = angles.flatten(2)  # [W, S, D / 2]: the row's frequencies, then the column's
+        cos, sin = angles.cos(), angles.sin()
+        x = self.patch_embed(pixel_values)  # [W, S, C]
+        for block in self.blocks:
+            x = block(x, cos, sin, window_lengths, sequence_index, sequence_lengths, sequence_position)
+        return self.merger(x)[merge_index]
+
+
+class PatchEmbed(nn.Module):
+    """A 3-D convolution whose stride is its kernel: a linear layer on flattened patches."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.qwen2_vl_dim, config.hidden_size, bias=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.proj(pixel_values)
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm attention and SwiGLU."""
+
+    def __init__(self, config: VisionConfig, full_attention: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.hidden_size, eps=_NORM_EPS)
+        self.norm2 = nn.RMSNorm(config.hidden_size, eps=_NORM_EPS)
+        self.attn = VisionAttention(config, full_attention)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
+
+    def forward(self, x: Tensor, *layout: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), *layout)
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionAttention(nn.Module):
+    """Attention within a window or within a whole sequence."""
+
+    def __init__(self, config: VisionConfig, full_attention: bool) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.full_attention = config.num_heads, config.head_dim, full_attention
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        window_lengths: Tensor,
+        sequence_index: Tensor,
+        sequence_lengths: Tensor,
+        sequence_position: Tensor,
+    ) -> Tensor:
+        windows, slots, width = x.shape
+        qkv = self.qkv(x).view(windows, slots, 3, self.heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [W, H, S, D]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if not self.full_attention:
+            y = ragged_attention(q, k, v, window_lengths, causal=False)
+            return self.proj(y.transpose(1, 2).reshape(windows, slots, width))
+        q, k, v = (
+            t.transpose(1, 2).reshape(windows * slots, self.heads, self.head_dim)[sequence_index].transpose(1, 2)
+            for t in (q, k, v)
+        )  # each [B, H, N, D]
+        y = ragged_attention(q, k, v, sequence_lengths, causal=False)
+        return self.proj(y.transpose(1, 2).reshape(-1, width)[sequence_position])
+
+
+class PatchMerger(nn.Module):
+    """Joins each merge group of patches into one token of the decoder's width."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.width = config.hidden_size * config.merge_unit
+        self.ln_q = nn.RMSNorm(config.hidden_size, eps=_NORM_EPS)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, config.out_hidden_size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[W, S, C]`` to ``[W * S / merge unit, out]``."""
+        return self.mlp(self.ln_q(x).reshape(-1, self.width))
+
+
