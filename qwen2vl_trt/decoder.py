@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import TextConfig
-from .layers import SwiGLU
+from .layers import SwiGLU, inverse_frequencies
 from .mrope import rotary_angles
 from .ops import ragged_attention, rotate, update_cache
 
@@ -91,12 +91,13 @@ class DecoderStack(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.register_buffer("inv_freq", inverse_frequencies(config.head_dim, config.rope_theta), persistent=False)
 
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, caches: Sequence[CacheView] | None = None
     ) -> tuple[Tensor, list[CacheView]]:
         """``[B, S, C]`` to hidden states ``[B, S, C]`` and the updated caches; without caches rows are whole."""
-        angles = rotary_angles(position_ids, self.config)
+        angles = rotary_angles(position_ids, self.inv_freq, self.config.mrope_section)
         cos, sin = angles.cos(), angles.sin()
         x, updated = inputs_embeds, []
         for index, layer in enumerate(self.layers):

@@ -20,6 +20,9 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def inverse_frequencies(dim: int, theta: float) -> list[float]:
-    """Rotary frequencies ``theta ** (-2i / dim)`` for i in 0 .. dim / 2, rounded to FP32 as Transformers does."""
-    return (1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))).tolist()
+def inverse_frequencies(dim: int, theta: float) -> Tensor:
+    """Rotary frequencies ``theta ** (-2i / dim)`` for i in 0 .. dim / 2: ``[dim / 2]`` FP32.
+
+    Always real and on the CPU, also while a module is built on the meta device: no checkpoint brings them.
+    """
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))

@@ -71,12 +71,17 @@ def rope_index(
     return position_ids, position - position_ids.shape[1]
 
 
-def rotary_angles(position_ids: Tensor, config: TextConfig) -> Tensor:
-    """Rotary angles in radians: ``[3, B, S]`` positions to ``[B, S, D / 2]`` FP32, each section from its axis."""
-    frequencies = torch.tensor(inverse_frequencies(config.head_dim, config.rope_theta), device=position_ids.device)
-    angles = position_ids[..., None].float() * frequencies  # [3, B, S, D / 2]
-    sections = angles.split(config.mrope_section, dim=-1)
-    return torch.cat([section[axis] for axis, section in enumerate(sections)], dim=-1)
+def rotary_angles(position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int]) -> Tensor:
+    """Rotary angles in radians: ``[3, B, S]`` positions to ``[B, S, D / 2]`` FP32.
+
+    Args:
+        position_ids: ``[3, B, S]`` time, height, width.
+        inv_freq: ``[D / 2]`` FP32.
+        sections: how many frequencies follow each axis (``mrope_section``).
+    """
+    angles = position_ids[..., None].float() * inv_freq  # [3, B, S, D / 2]
+    parts = angles.split(list(sections), dim=-1)
+    return torch.cat([section[axis] for axis, section in enumerate(parts)], dim=-1)
 
 
 def mrope_config(position_ids: Tensor, delta: int, config: TextConfig) -> dict[str, Tensor]:
@@ -92,7 +97,11 @@ def mrope_config(position_ids: Tensor, delta: int, config: TextConfig) -> dict[s
         ``mrope_position_deltas [1, 1]`` int32.
     """
     generated = torch.arange(position_ids.shape[1], config.max_position_embeddings) + delta
-    angles = rotary_angles(torch.cat([position_ids, generated.expand(3, -1)], dim=1)[:, None], config)
+    angles = rotary_angles(
+        torch.cat([position_ids, generated.expand(3, -1)], dim=1)[:, None],
+        inverse_frequencies(config.head_dim, config.rope_theta),
+        config.mrope_section,
+    )
     return {
         "mrope_rotary_cos_sin": torch.stack([angles.cos(), angles.sin()], dim=-1).reshape(1, -1),
         "mrope_position_deltas": torch.tensor([[delta]], dtype=torch.int32),

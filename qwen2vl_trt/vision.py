@@ -30,7 +30,7 @@ class VisionTransformer(nn.Module):
             VisionBlock(config, index in config.fullatt_block_indexes) for index in range(config.depth)
         )
         self.merger = PatchMerger(config)
-        self.inverse_frequencies = inverse_frequencies(config.head_dim // 2, _ROPE_THETA)
+        self.register_buffer("inv_freq", inverse_frequencies(config.head_dim // 2, _ROPE_THETA), persistent=False)
 
     def forward(
         self,
@@ -57,8 +57,7 @@ class VisionTransformer(nn.Module):
         Returns:
             ``[T, out_hidden_size]`` image embeddings, items in order, each in raster order.
         """
-        angles = position_ids[..., None].float() * torch.tensor(self.inverse_frequencies, device=position_ids.device)
-        angles = angles.flatten(2)  # [W, S, D / 2]: the row's frequencies, then the column's
+        angles = (position_ids[..., None].float() * self.inv_freq).flatten(2)  # [W, S, D / 2]: row's, column's
         cos, sin = angles.cos(), angles.sin()
         x = self.patch_embed(pixel_values)  # [W, S, C]
         for block in self.blocks:
