@@ -111,8 +111,9 @@ class VisionAttention(nn.Module):
         sequence_position: Tensor,
     ) -> Tensor:
         windows, slots, width = x.shape
-        qkv = self.qkv(x).view(windows, slots, 3, self.heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [W, H, S, D]
+        q, k, v = (
+            t.view(windows, slots, self.heads, self.head_dim).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1)
+        )  # each [W, H, S, D]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if not self.full_attention:
             y = ragged_attention(q, k, v, window_lengths, causal=False)

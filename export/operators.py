@@ -1,0 +1,33 @@
+"""From the project's torch operators to one standard ONNX node each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript.values import Opset
+
+import qwen2vl_trt.ops  # noqa: F401  (registers the operators translated here)
+
+OPSET = 24
+
+_op = Opset("", OPSET)  # onnxscript ships no opset24 module; this names the same domain
+
+
+def _update_cache(cache: Any, new: Any, start: Any) -> Any:
+    return _op.TensorScatter(cache, new, start, axis=2, mode="linear")
+
+
+def _ragged_attention(q: Any, k: Any, v: Any, lengths: Any, causal: bool) -> Any:
+    # Attention has four outputs. TensorRT's parser drops both is_causal's corner and the lengths without a word:
+    # engines/ sets them again on the parsed network.
+    return _op.Attention(q, k, v, None, None, None, lengths, is_causal=int(causal))[0]
+
+
+def translations() -> dict[Callable, Callable]:
+    """The ``custom_translation_table`` of ``torch.onnx.export``."""
+    return {
+        torch.ops.qwen2vl_trt.update_cache.default: _update_cache,
+        torch.ops.qwen2vl_trt.ragged_attention.default: _ragged_attention,
+    }

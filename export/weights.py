@@ -1,0 +1,109 @@
+"""Point a graph's weights into the checkpoint's own safetensors files: no second copy of them is written.
+
+An ONNX initialiser may lie in an external file at an offset, and a safetensors file is a header followed by raw
+tensors. ONNX Runtime and TensorRT both want that file beside the model and refuse ``..``, and ONNX Runtime refuses
+a symbolic link; a hard link serves both (``tests/export/test_weights.py``).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import shutil
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.errors import BuildError, CheckpointError
+from qwen2vl_trt.weights import checkpoint_names
+
+from .graphs import Graph
+
+logger = logging.getLogger(__name__)
+
+
+def link_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Put a checkpoint's files into a folder: weights as hard links, copied where that is impossible.
+
+    Raises:
+        BuildError: the disk is full, or the folder cannot be written.
+    """
+    weights = {checkpoint.locate(name).path for name in checkpoint.names}
+    try:
+        for source in sorted(checkpoint.folder.iterdir()):
+            if source.suffix in {".json", ".jinja", ".txt"}:
+                shutil.copyfile(source, folder / source.name)
+            elif source.resolve() in weights:
+                _link_or_copy(source.resolve(), folder / source.name)
+    except OSError as error:
+        raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)  # never write through an old hard link: that would change the checkpoint
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        logger.warning("%s is copied: a hard link to %s is not possible (%s)", target, source, error.strerror)
+        shutil.copyfile(source, target)
+
+
+def point_to_checkpoint(model: ir.Model, graph: Graph, checkpoint: Checkpoint, folder: Path) -> None:
+    """Make every open initialiser an external tensor in the checkpoint's files, which lie in ``folder`` by name.
+
+    Where the stored type differs from the graph's (BF16 weights in an FP32 graph), a Cast follows it.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another number of elements.
+    """
+    names = checkpoint_names(checkpoint)
+    shard_names = {path.resolve(): path.name for path in checkpoint.folder.iterdir() if path.suffix == ".safetensors"}
+    casts = []
+    for value in list(model.graph.initializers.values()):
+        if value.const_value is not None:
+            continue
+        assert value.name is not None and value.shape is not None
+        if graph.prefix + value.name not in names:
+            raise CheckpointError(f"{checkpoint.folder}: tensor {graph.prefix + value.name!r} is missing")
+        location = checkpoint.locate(names[graph.prefix + value.name])
+        shape = [int(dim) for dim in value.shape]  # type: ignore[arg-type]
+        stored = ir.DataType.from_short_name(_SHORT_NAMES[str(location.dtype)])
+        if stored.itemsize * math.prod(shape) != location.length:
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {names[graph.prefix + value.name]!r} is {list(location.shape)},"
+                f" the graph needs {shape}"
+            )
+        if stored != value.dtype:
+            casts.append(_cast_after(model, value, stored))
+        value.const_value = ir.ExternalTensor(
+            location=shard_names[location.path],
+            offset=location.offset,
+            length=location.length,
+            dtype=stored,
+            shape=ir.Shape(shape),
+            name=value.name,
+            base_dir=folder,
+        )
+    if casts:
+        model.graph.insert_before(model.graph[0], casts)
+
+
+def _cast_after(model: ir.Model, value: ir.Value, stored: ir.DataType) -> ir.Node:
+    """Turn an initialiser into one of its stored type, and give its users a Cast to the type they expect."""
+    wanted, users = value.dtype, list(value.uses())
+    assert wanted is not None
+    node = ir.node("Cast", [value], attributes={"to": wanted}, name=f"{value.name}.Cast")
+    output = node.outputs[0]
+    output.name, output.shape, output.dtype = f"{value.name}.{wanted.name.lower()}", value.shape, wanted
+    for use in users:
+        use.node.replace_input_with(use.idx, output)
+    value.dtype = stored
+    return node
+
+
+_SHORT_NAMES = {"torch.bfloat16": "bf16", "torch.float16": "f16", "torch.float32": "f32"}
