@@ -41,7 +41,9 @@ def trace(graph: Graph, dtype: torch.dtype) -> ir.Model:
     """
     module, constants = _meta_module(graph, dtype)
     tensors = [
-        torch.empty([_EXAMPLE.get(dim, dim) for dim in spec.shape], dtype=spec.dtype, device="meta")
+        torch.empty(
+            [_EXAMPLE[dim] if isinstance(dim, str) else dim for dim in spec.shape], dtype=spec.dtype, device="meta"
+        )
         for spec in graph.inputs.values()
     ]
     dynamic = [
@@ -72,7 +74,7 @@ def trace(graph: Graph, dtype: torch.dtype) -> ir.Model:
     for name, value in model.graph.initializers.items():
         if name in constants:
             value.const_value = ir.tensor(constants[name].numpy(), name=name)
-        elif value.const_value is not None and value.const_value.raw.is_meta:  # type: ignore[attr-defined]
+        elif value.const_value is not None and value.const_value.raw.is_meta:
             value.const_value = None
     _fold_constants(model)
     _name_dimensions(model, graph)
@@ -104,10 +106,10 @@ def _fold_constants(model: ir.Model) -> None:
 
 def _name_dimensions(model: ir.Model, graph: Graph) -> None:
     """Give the dynamic dimensions the names of the specification instead of the tracer's s12, s22."""
-    names = {}
+    names: dict[str, str] = {}
     for value, spec in zip(model.graph.inputs, graph.inputs.values()):
         assert value.shape is not None
-        names |= {str(dim.value): name for dim, name in zip(value.shape, spec.shape) if isinstance(name, str)}
+        names |= {str(dim): name for dim, name in zip(value.shape, spec.shape) if isinstance(name, str)}
     symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
     for value in _values(model):
         if value.shape is not None:

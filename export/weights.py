@@ -67,7 +67,8 @@ def point_to_checkpoint(model: ir.Model, graph: Graph, checkpoint: Checkpoint, f
     for value in list(model.graph.initializers.values()):
         if value.const_value is not None:
             continue
-        assert value.name is not None and value.shape is not None
+        assert value.name is not None
+        assert value.shape is not None
         if graph.prefix + value.name not in names:
             raise CheckpointError(f"{checkpoint.folder}: tensor {graph.prefix + value.name!r} is missing")
         location = checkpoint.locate(names[graph.prefix + value.name])

@@ -85,6 +85,8 @@ class Decoder(nn.Module):
 class DecoderStack(nn.Module):
     """Embedding table, layers, final norm."""
 
+    inv_freq: Tensor
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
@@ -116,9 +118,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None
-    ) -> tuple[Tensor, CacheView | None]:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None) -> tuple[Tensor, CacheView | None]:
         y, cache = self.self_attn(self.input_layernorm(x), cos, sin, cache)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), cache
@@ -135,9 +135,7 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None
-    ) -> tuple[Tensor, CacheView | None]:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None) -> tuple[Tensor, CacheView | None]:
         batch, length, _ = x.shape
         q, k, v = (
             proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
@@ -147,8 +145,6 @@ class DecoderAttention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            cache = cache._replace(
-                k=update_cache(cache.k, k, cache.start), v=update_cache(cache.v, v, cache.start)
-            )
+            cache = cache._replace(k=update_cache(cache.k, k, cache.start), v=update_cache(cache.v, v, cache.start))
             y = ragged_attention(q, cache.k, cache.v, cache.kv_lengths, causal=True)
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1)), cache

@@ -8,7 +8,6 @@ Most blocks attend within windows and run as one dense batch ``[W, S, C]``. The 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .config import VisionConfig
@@ -21,6 +20,8 @@ _ROPE_THETA = 10000.0  # likewise
 
 class VisionTransformer(nn.Module):
     """Qwen2.5-VL's vision tower. Parameter names are the checkpoint's, without the prefix ``visual.``."""
+
+    inv_freq: Tensor
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -140,5 +141,3 @@ class PatchMerger(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[W, S, C]`` to ``[W * S / merge unit, out]``."""
         return self.mlp(self.ln_q(x).reshape(-1, self.width))
-
-

@@ -70,7 +70,7 @@ def frame_windows(rows: int, columns: int, config: VisionConfig) -> FrameWindows
     raster = torch.arange(rows * columns).view(group_rows, merge, group_columns, merge)
     raster = raster.permute(0, 2, 1, 3).reshape(group_rows, group_columns, merge * merge)
     group_slots = torch.empty(group_rows, group_columns, dtype=torch.int64)
-    patches = []
+    patches: list[Tensor] = []
     for top in range(0, group_rows, side):
         for left in range(0, group_columns, side):
             area = (slice(top, top + side), slice(left, left + side))
@@ -92,7 +92,8 @@ def window_layout(grids: tuple[Grid, ...], config: VisionConfig, slots: int | No
     slots = slots or config.window_slots
     unit = config.merge_unit
     windows: list[tuple[int, Tensor, int]] = []  # sequence, raster indices, columns
-    sequence_lengths, merge_index = [], []
+    sequence_lengths: list[int] = []
+    merge_index: list[Tensor] = []
     for frames, rows, columns in grids:
         frame = frame_windows(rows, columns, config)
         window, place = (

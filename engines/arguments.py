@@ -1,0 +1,76 @@
+"""Command-line options that both commands share: which model, which backend, which limits, which folder."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen2vl_trt.errors import BuildError
+from qwen2vl_trt.hub import ResolvedModel, resolve_model
+
+from .backends import BACKENDS, DEFAULT_BACKEND, Backend, find_backend
+from .build import default_engine_dir
+from .profile import BuildConfig, BuildProfile, flag
+
+_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_HELP = {
+    "min_hw_dims": "fewest patches h*w of one image",
+    "max_hw_dims": "most patches h*w of one image",
+    "max_batch_size": "most images a vision call, most requests decoding together",
+    "max_input_len": "most tokens of a prompt, image tokens included",
+    "max_seq_len": "most tokens of a prompt and its answer",
+}
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What to build, and where."""
+
+    model: ResolvedModel
+    backend: Backend
+    precision: str
+    profile: BuildProfile
+    folder: Path
+
+
+def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`plan_build` reads."""
+    group = parser.add_argument_group("model and engines")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="tiny (default), Qwen2.5-VL-{3B,7B,32B,72B}, a hub id Org/Name, or a checkpoint folder",
+    )
+    group.add_argument("--revision", help="branch, tag or commit of a hub model")
+    group.add_argument("--backend", help=f"{', '.join(BACKENDS)} (default {DEFAULT_BACKEND})")
+    group.add_argument("--precision", help="by default the backend's first: " + _precisions())
+    group.add_argument("--engine-dir", type=Path, metavar="DIR", help="default artifacts/MODEL-BACKEND-PRECISION")
+    group.add_argument("--config", type=Path, metavar="YAML", help="model and limits from a file like configs/*.yaml")
+    for name in BuildProfile.names():
+        group.add_argument(flag(name), type=int, metavar="N", help=_HELP[name])
+
+
+def _precisions() -> str:
+    return "; ".join(f"{backend.name} {', '.join(backend.precisions)}" for backend in BACKENDS.values())
+
+
+def plan_build(arguments: argparse.Namespace) -> BuildPlan:
+    """Resolve the options: an option wins over ``--config``, and that over the model's own file in ``configs/``.
+
+    Raises:
+        BuildError: impossible limits, an unknown backend or precision, or an unreadable configuration.
+        CheckpointError: the model cannot be found.
+    """
+    config = BuildConfig.from_yaml(arguments.config) if arguments.config else None
+    if config and arguments.model and config.model != arguments.model:
+        raise BuildError(f"--model {arguments.model} contradicts {arguments.config}, which is for {config.model}")
+    backend, precision = find_backend(arguments.backend or DEFAULT_BACKEND, arguments.precision)
+    model = resolve_model(config.model if config else arguments.model or "tiny", arguments.revision)
+    own = _CONFIGS / f"{model.name}.yaml"
+    if config is None and own.is_file():
+        config = BuildConfig.from_yaml(own)
+    limits = config.profile.as_dict() if config else {}
+    limits |= {name: value for name in BuildProfile.names() if (value := getattr(arguments, name)) is not None}
+    folder = arguments.engine_dir or default_engine_dir(model.name, backend.name, precision)
+    return BuildPlan(model, backend, precision, BuildProfile.from_dict(limits), folder)

@@ -1,0 +1,92 @@
+"""From a model to an engine folder that loads."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from filelock import FileLock
+
+from export.onnx_model import STEPS
+from qwen2vl_trt import __version__
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.errors import BuildError, EngineError
+from qwen2vl_trt.hub import ResolvedModel
+
+from .backends import Backend
+from .manifest import FILE, Manifest, file_hash
+from .profile import BuildProfile
+from .progress import progress_bar
+
+logger = logging.getLogger(__name__)
+
+
+def build_engines(
+    model: ResolvedModel, backend: Backend, precision: str, profile: BuildProfile, folder: Path, force: bool = False
+) -> bool:
+    """Build both engines of a model, unless the folder already holds the same.
+
+    Args:
+        model: see :func:`qwen2vl_trt.hub.resolve_model`.
+        backend: with ``precision``, from :func:`engines.backends.find_backend`.
+        precision: one of the backend's.
+        profile: the limits.
+        folder: where the engines go; made if missing. Files of an older build are replaced.
+        force: build even if the folder holds the same.
+
+    Returns:
+        Whether anything was built.
+
+    Raises:
+        CheckpointError: the model cannot be read or does not fit its configuration.
+        BuildError: the folder cannot be written.
+    """
+    checkpoint = Checkpoint(model.folder)
+    if folder.resolve() == model.folder.resolve():
+        raise BuildError(f"{folder} is the checkpoint itself; give --engine-dir another folder")
+    planned = Manifest(
+        model=model.name,
+        model_hash=checkpoint.hash,
+        backend=backend.name,
+        precision=precision,
+        profile=profile,
+        files={},
+        versions={"qwen2vl-trt": __version__, **backend.versions()},
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not force and _is_built(planned, folder):
+            return False
+        with FileLock(folder / ".lock"):  # two builds at once: the second waits, then finds the first one's work
+            if not force and _is_built(planned, folder):
+                return False
+            (folder / FILE).unlink(missing_ok=True)
+            with progress_bar() as progress:
+                task = progress.add_task("building", total=len(STEPS))
+
+                def on_step(step: str) -> None:
+                    progress.update(task, description=step, advance=1)
+                    logger.info("%s: %s", model.name, step)
+
+                files = backend.build(checkpoint, folder, precision, profile, on_step)
+            replace(planned, files={path.name: file_hash(path) for path in files}).write(folder)
+    except OSError as error:
+        raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None
+    return True
+
+
+def _is_built(planned: Manifest, folder: Path) -> bool:
+    try:
+        found = Manifest.read(folder)
+        if replace(found, files={}) != planned:
+            return False
+        found.verify(folder)
+    except EngineError:
+        return False
+    return True
+
+
+def default_engine_dir(model: str, backend: str, precision: str) -> Path:
+    """Where engines land unless told otherwise, from the current folder."""
+    return Path("artifacts") / f"{model}-{backend}-{precision}"

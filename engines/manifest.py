@@ -1,0 +1,123 @@
+"""The manifest of an engine folder: what it was built from, for what, and with what.
+
+It is written last and atomically. A folder without one holds no engine, so a killed build leaves nothing that
+loads; a folder whose files differ from it is refused, naming the difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError
+
+from .profile import BuildProfile
+
+FILE = "manifest.json"
+FORMAT = 1
+"""Raised when an engine folder of an older build must not be loaded any more."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an engine folder holds.
+
+    Attributes:
+        model: its name.
+        model_hash: see :attr:`qwen2vl_trt.checkpoint.Checkpoint.hash`.
+        backend: ``torch``, ``onnxruntime``, ...
+        precision: ``fp32``, ``bf16``, ...
+        profile: the limits.
+        files: SHA-256 of each file that the build made, by name.
+        versions: of the packages that made them.
+    """
+
+    model: str
+    model_hash: str
+    backend: str
+    precision: str
+    profile: BuildProfile
+    files: dict[str, str]
+    versions: dict[str, str]
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest; the folder is an engine from here on.
+
+        Raises:
+            BuildError: the disk is full, or the folder cannot be written.
+        """
+        temporary = folder / f".{FILE}.{os.getpid()}"
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(asdict(self), file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(folder / FILE)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise BuildError(f"{folder / FILE}: {error.strerror or error}; nothing that loads was left there") from None
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read a folder's manifest.
+
+        Raises:
+            EngineError: there is none, it is corrupt, or of another format.
+        """
+        path = folder / FILE
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            what = f"{folder} holds no engine: it has no {FILE}" if folder.is_dir() else f"there is no folder {folder}"
+            raise EngineError(f"{what}. Build one with build_engines.py.") from None
+        except (OSError, ValueError) as error:
+            raise EngineError(f"{path} cannot be read ({error}). Rebuild with build_engines.py.") from None
+        found = raw.get("format") if isinstance(raw, dict) else None
+        if found != FORMAT:
+            raise EngineError(
+                f"{folder} was built in format {found}, this release loads format {FORMAT}."
+                " Rebuild with build_engines.py."
+            )
+        try:
+            return cls(**{**raw, "profile": BuildProfile.from_dict(raw["profile"])})
+        except (BuildError, KeyError, TypeError) as error:
+            raise EngineError(f"{path} is corrupt ({error}). Rebuild with build_engines.py.") from None
+
+    def verify(self, folder: Path) -> Checkpoint:
+        """Check that the folder still holds what was built.
+
+        Returns:
+            The checkpoint in the folder.
+
+        Raises:
+            EngineError: a file is missing or differs from the one that was built.
+        """
+        for name, digest in self.files.items():
+            try:
+                found = file_hash(folder / name)
+            except OSError as error:
+                raise EngineError(f"{folder / name} cannot be read: {error.strerror}. Rebuild.") from None
+            if found != digest:
+                raise EngineError(f"{folder / name} is not the file that was built (SHA-256 differs). Rebuild.")
+        try:
+            checkpoint = Checkpoint(folder)
+            changed = checkpoint.hash != self.model_hash
+        except (CheckpointError, OSError) as error:
+            raise EngineError(f"the model in {folder} is damaged: {error}. Rebuild.") from None
+        if changed:
+            raise EngineError(f"the model in {folder} is not the one that was built (its hash differs). Rebuild.")
+        return checkpoint
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

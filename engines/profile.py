@@ -1,0 +1,124 @@
+"""What an engine is built to take: the limits of both engines, and what follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwen2vl_trt.config import VisionConfig
+from qwen2vl_trt.errors import BuildError, LimitError
+from qwen2vl_trt.windows import Grid
+
+
+@dataclass(frozen=True)
+class BuildProfile:
+    """Limits of a pair of engines; names and image defaults are TensorRT-LLM's.
+
+    Attributes:
+        min_hw_dims: fewest patches h * w of one image or video frame.
+        max_hw_dims: most patches of one.
+        max_batch_size: most images or frames in one vision call, and most requests decoding together.
+        max_input_len: most tokens of a prompt, its image tokens included.
+        max_seq_len: most tokens of a prompt and its answer, the capacity of the key-value cache.
+
+    Raises:
+        BuildError: a limit below 1, or two that contradict each other.
+    """
+
+    min_hw_dims: int = 128
+    max_hw_dims: int = 5184
+    max_batch_size: int = 8
+    max_input_len: int = 4096
+    max_seq_len: int = 8192
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise BuildError(f"{flag(field.name)} is {value!r}; it must be a whole number of at least 1")
+        if self.min_hw_dims > self.max_hw_dims:
+            raise BuildError(f"--min-hw-dims {self.min_hw_dims} is larger than --max-hw-dims {self.max_hw_dims}")
+        if self.max_input_len >= self.max_seq_len:
+            raise BuildError(
+                f"--max-input-len {self.max_input_len} leaves no room for an answer within --max-seq-len"
+                f" {self.max_seq_len}; it must be smaller"
+            )
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The limits' names, in order."""
+        return [field.name for field in fields(cls)]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BuildProfile:
+        """Read limits by name; the others keep their defaults.
+
+        Raises:
+            BuildError: an unknown name or an impossible value.
+        """
+        unknown = set(values) - set(cls.names())
+        if unknown:
+            raise BuildError(f"unknown build limit {sorted(unknown)[0]!r}; known: {', '.join(cls.names())}")
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, int]:
+        """The limits by name."""
+        return asdict(self)
+
+    def check_frame(self, grid: Grid, name: str, size: str, config: VisionConfig) -> None:
+        """Refuse an image or a frame outside the limits.
+
+        Args:
+            grid: its ``(t, h, w)`` in patches.
+            name: what to call it in the message, ``image 3``.
+            size: its size in pixels, ``4032x3024``.
+
+        Raises:
+            LimitError: with the size, the limits and the way out.
+        """
+        patches = grid[1] * grid[2]
+        if self.min_hw_dims <= patches <= self.max_hw_dims:
+            return
+        small, pixels = patches < self.min_hw_dims, config.patch_size**2
+        bound = f"--min-pixels {self.min_hw_dims * pixels}" if small else f"--max-pixels {self.max_hw_dims * pixels}"
+        raise LimitError(
+            f"{name} ({size}) needs {patches:,} patches; this engine takes {self.min_hw_dims:,} to"
+            f" {self.max_hw_dims:,} ({flag('min_hw_dims' if small else 'max_hw_dims')}). Pass {bound} to"
+            f" {'enlarge' if small else 'shrink'} it, or rebuild."
+        )
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of a limit."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """One file of ``configs/``: a model and its limits."""
+
+    model: str
+    profile: BuildProfile
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> BuildConfig:
+        """Read a configuration file.
+
+        Raises:
+            BuildError: unreadable, not YAML, or with unknown or impossible entries.
+        """
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BuildError(f"{path} cannot be read: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise BuildError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(raw, dict) or not isinstance(raw.get("model"), str):
+            raise BuildError(f"{path} does not name its model (model: Qwen2.5-VL-7B)")
+        try:
+            return cls(raw.pop("model"), BuildProfile.from_dict(raw))
+        except BuildError as error:
+            raise BuildError(f"{path}: {error}") from None

@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""Ask a Qwen2.5-VL about images and videos, extract features, or evaluate the tiny model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from engines.arguments import add_build_arguments, plan_build
+from engines.build import build_engines
+from runtime.command import run_command
+from runtime.pipeline import Pipeline
+from runtime.request import Request
+from runtime.sampler import SamplingParams
+
+COMMANDS = """commands:
+  run.py [generate] --prompt TEXT [--image FILE ...] [--video FILE ...]   answer on stdout
+  run.py features --image FILE [...] --output FILE.safetensors            vision embeddings of images
+  run.py eval                                                             accuracy of the tiny model
+
+`run.py COMMAND --help` lists a command's options."""
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    commands = {"generate": generate, "features": features, "eval": evaluate}
+    if arguments and arguments[0] in commands:
+        commands[arguments[0]](arguments[1:])
+    else:
+        generate(arguments)
+
+
+def generate(argv: list[str]) -> None:
+    parser = _parser("generate", "Answer a prompt about images and videos.")
+    parser.add_argument("--prompt", required=True, help="<image> and <video> mark places; without, media come first")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="repeat for several")
+    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="repeat for several")
+    parser.add_argument("--json", action="store_true", help="print answer, token_ids, finish_reason and timings")
+    parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    defaults = SamplingParams()
+    parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens, help="default %(default)s")
+    parser.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy, the default")
+    parser.add_argument("--top-p", type=float, default=defaults.top_p, help="default %(default)s, off")
+    parser.add_argument("--top-k", type=int, default=defaults.top_k, help="default %(default)s, off")
+    parser.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty, help="default 1, off")
+    parser.add_argument("--seed", type=int, help="of the draws; by default another each time")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
+    arguments = parser.parse_args(argv)
+    params = SamplingParams(
+        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(SamplingParams)}
+    )
+    request = Request(arguments.prompt, arguments.image, arguments.video)
+    pipeline = _pipeline(arguments)
+    if arguments.stream and not arguments.json:
+        for event in pipeline.stream(request, params):
+            print(event.text, end="", flush=True)
+        print()
+        return
+    output = pipeline.generate([request], params)[0]
+    if arguments.json:
+        answer = {
+            "answer": output.text,
+            "token_ids": output.token_ids,
+            "finish_reason": output.finish_reason,
+            "timings": dataclasses.asdict(output.timings),
+        }
+        print(json.dumps(answer))
+    else:
+        print(output.text)
+
+
+def features(argv: list[str]) -> None:
+    parser = _parser("features", "Write the vision embeddings [tokens, hidden] of images.")
+    parser.add_argument("--image", action="append", required=True, metavar="FILE", help="repeat for several")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    arguments = parser.parse_args(argv)
+    from runtime.features import save_features
+
+    save_features(_pipeline(arguments), arguments.image, arguments.output)
+
+
+def evaluate(argv: list[str]) -> None:
+    parser = _parser("eval", "Measure the tiny model on held-out digits.")
+    parser.add_argument("--cases", type=int, default=1000, help="a task; default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args(argv)
+    from tiny.report import print_accuracy
+
+    print_accuracy(_pipeline(arguments), arguments.cases, arguments.seed, arguments.json)
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"run.py {command}",
+        description=description,
+        epilog=COMMANDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_build_arguments(parser)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where the backend can use one")
+    parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge smaller images; default the checkpoint's")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink larger images; default the checkpoint's")
+    return parser
+
+
+def _pipeline(arguments: argparse.Namespace) -> Pipeline:
+    """The engines in --engine-dir as they are, unless a model is named too; else the model's, built where missing."""
+    if arguments.engine_dir and not arguments.model and not arguments.config:
+        folder = arguments.engine_dir
+    else:
+        plan = plan_build(arguments)
+        build_engines(plan.model, plan.backend, plan.precision, plan.profile, plan.folder)
+        folder = plan.folder
+    return Pipeline.from_engine_dir(folder, arguments.device, arguments.min_pixels, arguments.max_pixels)
+
+
+if __name__ == "__main__":
+    run_command(main)

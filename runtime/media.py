@@ -1,0 +1,125 @@
+"""From images and videos to embeddings: preprocessor and vision engine, within the engine's limits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engines.profile import BuildProfile
+from qwen2vl_trt.config import VisionConfig
+from qwen2vl_trt.windows import Grid, window_layout
+
+from .images import ImageSource, load_image
+from .preprocessor import PackedPixels, Preprocessor
+from .runners import VisionRunner
+from .video import Video, VideoSource, load_video
+
+
+@dataclass(frozen=True)
+class LoadedImage:
+    """Decoded pixels ``[3, H, W]`` and the grid that they will have."""
+
+    pixels: Tensor
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class LoadedVideo:
+    """Sampled frames, the grid that they will have, and seconds between temporal patches."""
+
+    video: Video
+    grid: Grid
+    second_per_grid: float
+
+
+@dataclass
+class StageTimes:
+    """Seconds spent in the preprocessor and in the vision engine."""
+
+    preprocess: float = 0.0
+    vision: float = 0.0
+
+
+class MediaEmbedder:
+    """Loads, checks and embeds.
+
+    Args:
+        preprocessor: makes the pixels.
+        runner: the vision engine.
+        profile: its limits.
+        config: the vision tower.
+    """
+
+    def __init__(
+        self, preprocessor: Preprocessor, runner: VisionRunner, profile: BuildProfile, config: VisionConfig
+    ) -> None:
+        self._preprocessor, self._runner, self._profile, self._config = preprocessor, runner, profile, config
+
+    def load_image(self, source: ImageSource, name: str) -> LoadedImage:
+        """Decode an image and check its size.
+
+        Raises:
+            MediaError: it cannot be read.
+            LimitError: it is outside the engine's profile.
+        """
+        pixels = load_image(source, name=name)
+        height, width = pixels.shape[1:]
+        grid = self._preprocessor.image_grid(height, width, name=name)
+        self._profile.check_frame(grid, name, f"{width}x{height}", self._config)
+        return LoadedImage(pixels, grid)
+
+    def load_video(self, source: VideoSource, name: str, fps: float | None = None) -> LoadedVideo:
+        """Decode and sample a video and check its frames' size; raises as :meth:`load_image`."""
+        video = load_video(source, fps=fps, sampling=self._preprocessor.settings.sampling, name=name)
+        height, width = load_image(video.frames[0], name=name).shape[1:]
+        grid = self._preprocessor.video_grid(len(video.frames), height, width, name=name)
+        self._profile.check_frame(grid, name, f"{width}x{height}", self._config)
+        return LoadedVideo(video, grid, self._config.temporal_patch_size / video.fps)
+
+    def embed(
+        self, images: Sequence[LoadedImage], videos: Sequence[LoadedVideo] = ()
+    ) -> tuple[list[Tensor], list[Tensor], StageTimes]:
+        """Embed any mix of sizes, as few engine calls as the profile's ``max_batch_size`` allows.
+
+        Returns:
+            ``[tokens, C]`` of each image and of each video, and the time spent.
+        """
+        times = StageTimes()
+        limit = self._profile.max_batch_size
+        image_embeds: list[Tensor] = []
+        for first in range(0, len(images), limit):
+            pixels = [image.pixels for image in images[first : first + limit]]
+            packed = self._timed_preprocess(times, images=pixels)
+            image_embeds += self._run(packed, times).split(packed.layout.tokens_per_item)
+        video_embeds = [self._run(self._timed_preprocess(times, videos=[video.video]), times) for video in videos]
+        return image_embeds, video_embeds, times
+
+    def _timed_preprocess(
+        self, times: StageTimes, images: Sequence[Tensor] = (), videos: Sequence[Video] = ()
+    ) -> PackedPixels:
+        began = time.perf_counter()
+        packed = self._preprocessor.preprocess(images, videos)
+        times.preprocess += time.perf_counter() - began
+        return packed
+
+    def _run(self, packed: PackedPixels, times: StageTimes) -> Tensor:
+        """One call, or several where the frames of a video are more than a call takes: they do not see each other."""
+        began = time.perf_counter()
+        frames = [(1, h, w) for t, h, w in packed.grids for _ in range(t)]
+        limit = self._profile.max_batch_size
+        if len(frames) <= limit:
+            embeds = self._runner(packed.pixel_values, packed.layout)
+        else:
+            parts, window = [], 0
+            for first in range(0, len(frames), limit):
+                layout = window_layout(tuple(frames[first : first + limit]), self._config)
+                windows = len(layout.window_lengths)
+                parts.append(self._runner(packed.pixel_values[window : window + windows], layout))
+                window += windows
+            embeds = torch.cat(parts)
+        times.vision += time.perf_counter() - began
+        return embeds

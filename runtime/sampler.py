@@ -1,0 +1,224 @@
+"""From logits to tokens.
+
+The order and the meaning of the settings are those of Transformers' logits processors: repetition penalty
+(over prompt and answer), temperature, top-k, top-p. A sequence draws from its own random generator, so its
+answer depends on its seed and its logits, never on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen2vl_trt.errors import SamplingError
+
+# Lower temperatures count as this one: the likeliest token is all but certain, and nothing overflows to inf - inf.
+_COLDEST = 1e-6
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one answer is generated.
+
+    Attributes:
+        max_tokens: most tokens of the answer, at least 1.
+        temperature: 0 takes the likeliest token (greedy); above, logits are divided by it.
+        top_p: keep the likeliest tokens that together reach this probability; in (0, 1], 1 keeps all.
+        top_k: keep that many of the likeliest tokens; 0 keeps all.
+        repetition_penalty: above 1 makes tokens of the prompt and of the answer so far less likely; 1 is off.
+        seed: of the random draws, 0 to 2**63 - 1; None takes a fresh one.
+        stop: strings that end the answer and are not part of it. One string is a sequence of one.
+        ignore_eos: go on after an end-of-sequence token (for timing).
+
+    Raises:
+        SamplingError: a value has no meaning; the message names the setting, the value and the range.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _require("max_tokens", self.max_tokens, _is_int(self.max_tokens, 1), "a whole number of at least 1")
+        _require("temperature", self.temperature, _is_number(self.temperature, 0), "a finite number of at least 0")
+        in_range = _is_number(self.top_p, 0) and 0 < self.top_p <= 1
+        _require("top_p", self.top_p, in_range, "a number above 0 and up to 1 (1 keeps all tokens)")
+        _require("top_k", self.top_k, _is_int(self.top_k, 0), "a whole number of at least 0 (0 keeps all tokens)")
+        positive = _is_number(self.repetition_penalty, 0) and self.repetition_penalty > 0
+        _require("repetition_penalty", self.repetition_penalty, positive, "a finite number above 0 (1 is off)")
+        seeded = self.seed is None or (_is_int(self.seed, 0) and self.seed < 2**63)
+        _require("seed", self.seed, seeded, "None or a whole number from 0 to 2**63 - 1")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        strings = isinstance(stop, Sequence) and all(isinstance(string, str) and string for string in stop)
+        _require("stop", self.stop, strings, "strings that are not empty")
+        _require("ignore_eos", self.ignore_eos, isinstance(self.ignore_eos, bool), "True or False")
+        object.__setattr__(self, "stop", tuple(stop))  # lists and single strings are welcome, a frozen fact is kept
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def penalised(self) -> bool:
+        return self.repetition_penalty != 1
+
+
+def _is_number(value: Any, low: float) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and float(value) >= low
+
+
+def _is_int(value: Any, low: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= low
+
+
+def _require(name: str, value: Any, valid: bool, allowed: str) -> None:
+    if not valid:
+        raise SamplingError(f"{name} is {value!r}; it must be {allowed}")
+
+
+class SequenceSampling:
+    """What sampling remembers of one sequence: its generator and the tokens that it has seen.
+
+    Args:
+        params: the sequence's settings.
+        prompt_ids: the whole prompt, image tokens included, as Transformers penalises them.
+        vocab_size: V, the width of the logits.
+        device: of the logits.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Iterable[int],
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.params = params
+        # On the CPU whatever the device: a seed means the same draws everywhere.
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+        self.seen: Tensor | None = None  # bool [V]
+        if params.penalised:
+            self.seen = torch.zeros(vocab_size, dtype=torch.bool)
+            self.seen[torch.tensor(sorted(set(prompt_ids)), dtype=torch.long)] = True
+            self.seen = self.seen.to(device)
+
+    def draw(self) -> float:
+        """The next random number of this sequence, in [0, 1)."""
+        return torch.rand((), generator=self._generator, dtype=torch.float64).item()
+
+    def observe(self, token: int) -> None:
+        """Note a token of the answer."""
+        if self.seen is not None:
+            self.seen[token] = True
+
+
+def sample(logits: Tensor, sequences: Sequence[SequenceSampling]) -> list[int]:
+    """Choose the next token of every row, and note it in the row's sequence.
+
+    Args:
+        logits: ``[B, V]`` FP32, any device; not changed.
+        sequences: B of them, each with settings of its own.
+
+    Returns:
+        B token ids.
+
+    Raises:
+        ValueError: the numbers of rows and of sequences differ.
+    """
+    if len(sequences) != logits.shape[0]:
+        raise ValueError(f"{logits.shape[0]} rows of logits for {len(sequences)} sequences")
+    scores = penalise(logits, sequences)
+    tokens = scores.argmax(dim=-1).tolist()
+    drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
+    if drawn:
+        rows = [sequences[row] for row in drawn]
+        picked = scores if len(drawn) == len(sequences) else scores[drawn]
+        probabilities = distribution(picked, [row.params for row in rows])
+        for row, token in zip(drawn, _draw(probabilities, rows), strict=True):
+            tokens[row] = token
+    for sequence, token in zip(sequences, tokens, strict=True):
+        sequence.observe(token)
+    return tokens
+
+
+def penalise(logits: Tensor, sequences: Sequence[SequenceSampling]) -> Tensor:
+    """Apply each row's repetition penalty. ``[B, V]`` to ``[B, V]``; the same tensor where no row has one."""
+    rows = [row for row, sequence in enumerate(sequences) if sequence.seen is not None]
+    if not rows:
+        return logits
+    seen = torch.stack([mask for sequence in sequences if (mask := sequence.seen) is not None])  # [R, V]
+    penalty = _column(logits, [sequences[row].params.repetition_penalty for row in rows])
+    scores = logits[rows]
+    penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
+    result = logits.clone()
+    result[rows] = torch.where(seen, penalised, scores)
+    return result
+
+
+def distribution(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The probabilities from which rows that are not greedy draw, after temperature, top-k and top-p.
+
+    Args:
+        scores: ``[B, V]`` FP32, penalised.
+        params: B settings with a temperature above 0.
+
+    Returns:
+        ``[B, V]`` FP32; every row adds up to 1.
+    """
+    scores = scores / _column(scores, [max(row.temperature, _COLDEST) for row in params])
+    scores = _keep_top_k(scores, params)
+    scores = _keep_top_p(scores, params)
+    return scores.softmax(dim=-1)
+
+
+def _keep_top_k(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    sizes = [min(row.top_k or scores.shape[-1], scores.shape[-1]) for row in params]
+    limited = [size for size in sizes if size < scores.shape[-1]]
+    if not limited:
+        return scores
+    best = scores.topk(max(limited), dim=-1).values  # [B, K]
+    positions = torch.tensor([min(size, max(limited)) - 1 for size in sizes], device=scores.device)
+    threshold = best.gather(-1, positions[:, None])  # [B, 1]
+    unlimited = torch.tensor([size == scores.shape[-1] for size in sizes], device=scores.device)
+    return scores.masked_fill((scores < threshold) & ~unlimited[:, None], -torch.inf)
+
+
+def _keep_top_p(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    if all(row.top_p == 1 for row in params):
+        return scores
+    ascending, order = scores.sort(dim=-1)
+    below = ascending.softmax(dim=-1).cumsum(dim=-1)
+    # 1 - top_p in double precision before rounding, as in Transformers: the last token kept depends on it.
+    removed = below <= _column(scores, [1 - row.top_p for row in params])
+    removed[..., -1] = False
+    removed &= _column(scores, [row.top_p for row in params]) < 1
+    return scores.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+
+
+def _draw(probabilities: Tensor, sequences: Sequence[SequenceSampling]) -> list[int]:
+    """One token a row by the inverse of its cumulative distribution: one random number a token, on any device."""
+    cumulative = probabilities.double().cumsum(dim=-1)  # [B, V]
+    total = cumulative[:, -1:]
+    points = torch.tensor([[sequence.draw()] for sequence in sequences], dtype=torch.float64, device=total.device)
+    # Strictly below the total, so that the first sum beyond it belongs to a token whose probability is not 0.
+    points = torch.minimum(points * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, points, right=True)[:, 0].tolist()
+
+
+def _column(like: Tensor, values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

@@ -1,0 +1,103 @@
+"""The torch backend: the project's own modules, eager. The reference and the fallback, on CPU and CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engines.profile import BuildProfile
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.decoder import Decoder
+from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.vision import VisionTransformer
+from qwen2vl_trt.weights import load_weights
+from qwen2vl_trt.windows import WindowLayout
+
+from .kv_cache import KVCache
+from .runners import Step
+
+
+def default_device() -> str:
+    """A GPU where torch sees one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load(
+    folder: Path, checkpoint: Checkpoint, profile: BuildProfile, dtype: torch.dtype, device: torch.device
+) -> tuple[TorchVision, TorchDecoder]:
+    """Load both halves of a model.
+
+    Raises:
+        EngineError: the device does not exist here.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EngineError(f"device {device} was asked for, but torch {torch.__version__} sees no GPU here")
+    return TorchVision(checkpoint, dtype, device), TorchDecoder(checkpoint, profile, dtype, device)
+
+
+class TorchVision:
+    """See :class:`runtime.runners.VisionRunner`."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        with torch.device("meta"):
+            self.module = VisionTransformer(checkpoint.config.vision).eval()
+        load_weights(self.module, checkpoint, "visual.", dtype, device)
+        self.module.inv_freq = self.module.inv_freq.to(device)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
+        return self.module(
+            pixel_values,
+            *(
+                index.to(self.device)
+                for index in (
+                    layout.window_lengths,
+                    layout.position_ids,
+                    layout.sequence_index,
+                    layout.sequence_lengths,
+                    layout.sequence_position,
+                    layout.merge_index,
+                )
+            ),
+        )
+
+
+class TorchDecoder:
+    """See :class:`runtime.runners.DecoderRunner`."""
+
+    def __init__(self, checkpoint: Checkpoint, profile: BuildProfile, dtype: torch.dtype, device: torch.device) -> None:
+        with torch.device("meta"):
+            self.module = Decoder(checkpoint.config.text).eval()
+        load_weights(self.module, checkpoint, "", dtype, device)
+        self.module.tie_weights()
+        self.module.model.inv_freq = self.module.model.inv_freq.to(device)
+        self.slots = profile.max_batch_size
+        self.device = device
+        self.cache = KVCache(checkpoint.config.text, self.slots, profile.max_seq_len, dtype, device)
+
+    @torch.no_grad()
+    def embed(self, token_ids: list[int]) -> Tensor:
+        return self.module.model.embed_tokens(torch.tensor(token_ids, device=self.device))
+
+    @torch.no_grad()
+    def step(
+        self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], hidden: bool = False
+    ) -> Step:
+        batch, length, _ = inputs_embeds.shape
+        self.cache.reserve(max(starts) + length)
+        start = torch.tensor(starts, device=self.device)
+        output = self.module(
+            inputs_embeds,
+            position_ids.to(self.device),
+            start,
+            start + length,
+            torch.full((batch,), length - 1, device=self.device),
+            *self.cache.rows(first_slot, batch),
+        )
+        return Step(output.logits, output.hidden_states if hidden else None)
+
+    def reset(self) -> None:
+        self.cache.reset()
