@@ -6,13 +6,24 @@ from __future__ import annotations
 import argparse
 import sys
 
-from engines.arguments import add_build_arguments, plan_build
-from engines.build import build_engines
-from runtime.command import run_command
+from engines.command import Parser, run_command
+
+EXAMPLES = """examples:
+  build_engines.py --model tiny
+  build_engines.py --model Qwen2.5-VL-7B --backend torch --precision bf16
+  build_engines.py --model path/to/checkpoint --max-batch-size 4 --max-hw-dims 2048"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="build_engines.py", description=__doc__)
+    from engines.arguments import add_build_arguments, plan_build
+    from engines.build import build_engines
+
+    parser = Parser(
+        prog="build_engines.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_build_arguments(parser)
     parser.add_argument("--force", action="store_true", help="build even if the folder already holds the same engines")
     arguments = parser.parse_args()

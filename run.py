@@ -8,13 +8,12 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from engines.arguments import add_build_arguments, plan_build
-from engines.build import build_engines
-from runtime.command import run_command
-from runtime.pipeline import Pipeline
-from runtime.request import Request
-from runtime.sampler import SamplingParams
+from engines.command import Parser, run_command
+
+if TYPE_CHECKING:
+    from runtime.pipeline import Pipeline
 
 COMMANDS = """commands:
   run.py [generate] --prompt TEXT [--image FILE ...] [--video FILE ...]   answer on stdout
@@ -27,19 +26,25 @@ COMMANDS = """commands:
 def main() -> None:
     arguments = sys.argv[1:]
     commands = {"generate": generate, "features": features, "eval": evaluate}
-    if arguments and arguments[0] in commands:
+    if not arguments or arguments[0].startswith("-"):
+        generate(arguments)
+    elif arguments[0] in commands:
         commands[arguments[0]](arguments[1:])
     else:
-        generate(arguments)
+        Parser(prog="run.py").error(f"unknown command {arguments[0]!r}; there are {', '.join(commands)}")
 
 
 def generate(argv: list[str]) -> None:
+    from runtime.request import Request
+    from runtime.sampler import SamplingParams
+
     parser = _parser("generate", "Answer a prompt about images and videos.")
     parser.add_argument("--prompt", required=True, help="<image> and <video> mark places; without, media come first")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="repeat for several")
     parser.add_argument("--video", action="append", default=[], metavar="FILE", help="repeat for several")
-    parser.add_argument("--json", action="store_true", help="print answer, token_ids, finish_reason and timings")
-    parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print answer, token_ids, finish_reason and timings")
+    form.add_argument("--stream", action="store_true", help="print the answer as it comes")
     defaults = SamplingParams()
     parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens, help="default %(default)s")
     parser.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy, the default")
@@ -55,7 +60,7 @@ def generate(argv: list[str]) -> None:
     )
     request = Request(arguments.prompt, arguments.image, arguments.video)
     pipeline = _pipeline(arguments)
-    if arguments.stream and not arguments.json:
+    if arguments.stream:
         for event in pipeline.stream(request, params):
             print(event.text, end="", flush=True)
         print()
@@ -78,15 +83,16 @@ def features(argv: list[str]) -> None:
     parser.add_argument("--image", action="append", required=True, metavar="FILE", help="repeat for several")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .safetensors file")
     arguments = parser.parse_args(argv)
-    from runtime.features import save_features
+    from runtime.features import check_output, save_features
 
+    check_output(arguments.output)  # before the minutes that a build may take
     save_features(_pipeline(arguments), arguments.image, arguments.output)
 
 
 def evaluate(argv: list[str]) -> None:
     parser = _parser("eval", "Measure the tiny model on held-out digits.")
-    parser.add_argument("--cases", type=int, default=1000, help="a task; default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--cases", type=_count, default=1000, metavar="N", help="a task; default %(default)s")
+    parser.add_argument("--seed", type=_count, default=0, help="default %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args(argv)
     from tiny.report import print_accuracy
@@ -94,8 +100,16 @@ def evaluate(argv: list[str]) -> None:
     print_accuracy(_pipeline(arguments), arguments.cases, arguments.seed, arguments.json)
 
 
-def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def _parser(command: str, description: str) -> Parser:
+    from engines.arguments import add_build_arguments
+
+    parser = Parser(
         prog=f"run.py {command}",
         description=description,
         epilog=COMMANDS,
@@ -110,9 +124,12 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 
 def _pipeline(arguments: argparse.Namespace) -> Pipeline:
     """The engines in --engine-dir as they are, unless a model is named too; else the model's, built where missing."""
-    if arguments.engine_dir and not arguments.model and not arguments.config:
-        folder = arguments.engine_dir
-    else:
+    from engines.arguments import built_folder, plan_build
+    from engines.build import build_engines
+    from runtime.pipeline import Pipeline
+
+    folder = built_folder(arguments)
+    if folder is None:
         plan = plan_build(arguments)
         build_engines(plan.model, plan.backend, plan.precision, plan.profile, plan.folder)
         folder = plan.folder

@@ -51,6 +51,23 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag(name), type=int, metavar="N", help=_HELP[name])
 
 
+def built_folder(arguments: argparse.Namespace) -> Path | None:
+    """The folder to run as it is: ``--engine-dir`` without a model. None where a model is to be built first.
+
+    Raises:
+        BuildError: an option that only a build can follow.
+    """
+    if arguments.engine_dir is None or arguments.model or arguments.config:
+        return None
+    for name in ("revision", "backend", "precision", *BuildProfile.names()):
+        if getattr(arguments, name) is not None:
+            raise BuildError(
+                f"{flag(name)} says how to build, but {arguments.engine_dir} runs as it was built; name the --model to"
+                " build again"
+            )
+    return arguments.engine_dir
+
+
 def _precisions() -> str:
     return "; ".join(f"{backend.name} {', '.join(backend.precisions)}" for backend in BACKENDS.values())
 

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import torch
 
-from export.graphs import decoder_graph, vision_graph
-from export.onnx_model import check_fit, export_onnx
-from export.weights import link_checkpoint
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError
 
@@ -47,6 +44,10 @@ def _build_torch(
     checkpoint: Checkpoint, folder: Path, precision: str, profile: BuildProfile, on_step: OnStep
 ) -> list[Path]:
     """The torch engine is the checkpoint itself; the limits are kept so that every backend refuses the same."""
+    from export.graphs import decoder_graph, vision_graph  # export takes seconds to import and is needed here alone
+    from export.onnx_model import check_fit
+    from export.weights import link_checkpoint
+
     check_fit(checkpoint, [graph(checkpoint.config, DTYPES[precision]) for graph in (vision_graph, decoder_graph)])
     on_step("linking weights")
     link_checkpoint(checkpoint, folder)
@@ -57,6 +58,8 @@ def _build_onnxruntime(
     checkpoint: Checkpoint, folder: Path, precision: str, profile: BuildProfile, on_step: OnStep
 ) -> list[Path]:
     """The two graphs as they are; the cache's capacity stays dynamic, see :func:`export.graphs.decoder_graph`."""
+    from export.onnx_model import export_onnx
+
     return export_onnx(checkpoint, folder, DTYPES[precision], on_step=on_step)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from export.onnx_model import STEPS
 from qwen2vl_trt import __version__
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, EngineError
@@ -20,6 +19,9 @@ from .profile import BuildProfile
 from .progress import progress_bar
 
 logger = logging.getLogger(__name__)
+
+_LOCK = ".lock"
+"""Stays in the folder, and so marks it as one that builds may clear."""
 
 
 def build_engines(
@@ -40,7 +42,7 @@ def build_engines(
 
     Raises:
         CheckpointError: the model cannot be read or does not fit its configuration.
-        BuildError: the folder cannot be written.
+        BuildError: the folder cannot be written, or holds a model that no build put there.
     """
     checkpoint = Checkpoint(model.folder)
     if folder.resolve() == model.folder.resolve():
@@ -58,9 +60,12 @@ def build_engines(
         folder.mkdir(parents=True, exist_ok=True)
         if not force and _is_built(planned, folder):
             return False
-        with FileLock(folder / ".lock"):  # two builds at once: the second waits, then finds the first one's work
+        _check_ours(folder)
+        with FileLock(folder / _LOCK):  # two builds at once: the second waits, then finds the first one's work
             if not force and _is_built(planned, folder):
                 return False
+            from export.onnx_model import STEPS  # takes seconds, and mostly there is nothing to build
+
             (folder / FILE).unlink(missing_ok=True)
             with progress_bar() as progress:
                 task = progress.add_task("building", total=len(STEPS))
@@ -74,6 +79,17 @@ def build_engines(
     except OSError as error:
         raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None
     return True
+
+
+def _check_ours(folder: Path) -> None:
+    """A build clears its folder of older models: never one that is somebody's checkpoint."""
+    from export.weights import MODEL_FILES
+
+    if (folder / FILE).exists() or (folder / _LOCK).exists():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.suffix in MODEL_FILES:
+            raise BuildError(f"{folder} holds {path.name}, which no build put there; give --engine-dir a new folder")
 
 
 def _is_built(planned: Manifest, folder: Path) -> bool:

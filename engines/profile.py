@@ -61,7 +61,7 @@ class BuildProfile:
         """
         unknown = set(values) - set(cls.names())
         if unknown:
-            raise BuildError(f"unknown build limit {sorted(unknown)[0]!r}; known: {', '.join(cls.names())}")
+            raise BuildError(f"unknown build limit {min(unknown, key=str)!r}; known: {', '.join(cls.names())}")
         return cls(**values)
 
     def as_dict(self) -> dict[str, int]:

@@ -80,6 +80,8 @@ def trace(graph: Graph, dtype: torch.dtype) -> ir.Model:
     _name_dimensions(model, graph)
     _name_nodes(model)
     passes.ClearMetadataAndDocStringPass()(model)
+    for value in (*_values(model), *model.graph.initializers.values()):  # the pass leaves theirs
+        value.metadata_props.clear()
     return model
 
 

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import onnx_ir as ir
+import torch
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, CheckpointError
@@ -24,17 +25,27 @@ from .graphs import Graph
 
 logger = logging.getLogger(__name__)
 
+_TEXTS = {".json", ".jinja", ".txt"}
+MODEL_FILES = {*_TEXTS, ".safetensors"}
+"""Suffixes of the files that belong to a model in a built folder, and that the next build there replaces."""
+
 
 def link_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Put a checkpoint's files into a folder: weights as hard links, copied where that is impossible.
+
+    Files of the same kinds that the folder holds of an older model are removed: a single weight file would be read
+    instead of the new shards, a chat template would be part of the model's hash.
 
     Raises:
         BuildError: the disk is full, or the folder cannot be written.
     """
     weights = {checkpoint.locate(name).path for name in checkpoint.names}
     try:
+        for old in folder.iterdir():
+            if old.suffix in MODEL_FILES:
+                old.unlink()
         for source in sorted(checkpoint.folder.iterdir()):
-            if source.suffix in {".json", ".jinja", ".txt"}:
+            if source.suffix in _TEXTS:
                 shutil.copyfile(source, folder / source.name)
             elif source.resolve() in weights:
                 _link_or_copy(source.resolve(), folder / source.name)
@@ -43,7 +54,7 @@ def link_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)  # never write through an old hard link: that would change the checkpoint
+    """The target must not exist: writing through an old hard link would change the checkpoint that it came from."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -59,7 +70,7 @@ def point_to_checkpoint(model: ir.Model, graph: Graph, checkpoint: Checkpoint, f
     Where the stored type differs from the graph's (BF16 weights in an FP32 graph), a Cast follows it.
 
     Raises:
-        CheckpointError: a tensor is missing or has another number of elements.
+        CheckpointError: a tensor is missing, has another number of elements, or a type that no graph takes.
     """
     names = checkpoint_names(checkpoint)
     shard_names = {path.resolve(): path.name for path in checkpoint.folder.iterdir() if path.suffix == ".safetensors"}
@@ -72,8 +83,13 @@ def point_to_checkpoint(model: ir.Model, graph: Graph, checkpoint: Checkpoint, f
         if graph.prefix + value.name not in names:
             raise CheckpointError(f"{checkpoint.folder}: tensor {graph.prefix + value.name!r} is missing")
         location = checkpoint.locate(names[graph.prefix + value.name])
+        if location.dtype not in _SHORT_NAMES:
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {names[graph.prefix + value.name]!r} is {location.dtype}; a graph takes"
+                f" {', '.join(map(str, _SHORT_NAMES))}"
+            )
         shape = [int(dim) for dim in value.shape]  # type: ignore[arg-type]
-        stored = ir.DataType.from_short_name(_SHORT_NAMES[str(location.dtype)])
+        stored = ir.DataType.from_short_name(_SHORT_NAMES[location.dtype])
         if stored.itemsize * math.prod(shape) != location.length:
             raise CheckpointError(
                 f"{checkpoint.folder}: tensor {names[graph.prefix + value.name]!r} is {list(location.shape)},"
@@ -107,4 +123,4 @@ def _cast_after(model: ir.Model, value: ir.Value, stored: ir.DataType) -> ir.Nod
     return node
 
 
-_SHORT_NAMES = {"torch.bfloat16": "bf16", "torch.float16": "f16", "torch.float32": "f32"}
+_SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}

@@ -33,5 +33,9 @@ class EngineError(Qwen2VLError):
     """An engine cannot be loaded: corrupt, incomplete, or of another version."""
 
 
+class FeaturesError(Qwen2VLError):
+    """Features cannot be written to their file."""
+
+
 class MissingDependencyError(Qwen2VLError):
     """An optional package is not installed; the message names the extra that brings it."""

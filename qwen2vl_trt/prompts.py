@@ -159,13 +159,20 @@ def load_tokenizer(folder: str | Path) -> Any:
     Raises:
         CheckpointError: no tokenizer, or no chat template.
     """
-    from transformers import AutoTokenizer  # seconds to import
-
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise CheckpointError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json")
+    load: Any
+    if (folder / "tokenizer.json").is_file():  # complete in itself; AutoTokenizer takes two seconds more to import
+        from transformers import PreTrainedTokenizerFast
+
+        load = PreTrainedTokenizerFast.from_pretrained
+    else:
+        from transformers import AutoTokenizer
+
+        load = AutoTokenizer.from_pretrained
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = load(folder, local_files_only=True)
     except Exception as error:  # corrupt files raise anything, even bare Exception from the Rust side
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())}") from None
     legacy = folder / "chat_template.json"

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engines.profile import BuildProfile
 from qwen2vl_trt.config import VisionConfig
+from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.windows import Grid, window_layout
 
 from .images import ImageSource, load_image
 from .preprocessor import PackedPixels, Preprocessor
 from .runners import VisionRunner
-from .video import Video, VideoSource, load_video
+from .video import FrameSampling, Video, VideoSource, load_video
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,22 @@ class MediaEmbedder:
         return LoadedImage(pixels, grid)
 
     def load_video(self, source: VideoSource, name: str, fps: float | None = None) -> LoadedVideo:
-        """Decode and sample a video and check its frames' size; raises as :meth:`load_image`."""
-        video = load_video(source, fps=fps, sampling=self._preprocessor.settings.sampling, name=name)
+        """Decode and sample a video and check its frames' size; raises as :meth:`load_image`.
+
+        Args:
+            source: see :data:`runtime.video.VideoSource`.
+            name: what error messages call it.
+            fps: what a message's part says, as in qwen-vl-utils: of a file, the frames to keep of each second; of
+                frames in memory, the rate that they have.
+        """
+        sampling = self._preprocessor.settings.sampling
+        if isinstance(source, (str, Path, bytes)) and fps is not None:
+            sampling, fps = _sampling(sampling, fps, name), None
+        elif not isinstance(source, (Video, str, Path, bytes, np.ndarray, Tensor, Sequence)):
+            raise MediaError(
+                f"{name}: a {type(source).__name__} is no video; give a path, bytes, an array or a list of frames"
+            )
+        video = load_video(source, fps=fps, sampling=sampling, name=name)
         height, width = load_image(video.frames[0], name=name).shape[1:]
         grid = self._preprocessor.video_grid(len(video.frames), height, width, name=name)
         self._profile.check_frame(grid, name, f"{width}x{height}", self._config)
@@ -123,3 +141,9 @@ class MediaEmbedder:
             embeds = torch.cat(parts)
         times.vision += time.perf_counter() - began
         return embeds
+
+
+def _sampling(sampling: FrameSampling, fps: float, name: str) -> FrameSampling:
+    if not (isinstance(fps, (int, float)) and math.isfinite(fps) and fps > 0):
+        raise MediaError(f"{name}: fps {fps} is not a number above 0")
+    return replace(sampling, fps=fps)

@@ -11,18 +11,17 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engines.profile import BuildProfile
 from export.graphs import cache_names
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import EngineError
-from qwen2vl_trt.weights import EMBEDDING, checkpoint_names
 from qwen2vl_trt.windows import WindowLayout
 
 from .kv_cache import KVCache
-from .runners import Step
+from .runners import Engines, Step
+from .token_embedding import TokenEmbedding
 
 _NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
 
@@ -32,16 +31,19 @@ def default_device() -> str:
     return "cuda" if "CUDAExecutionProvider" in ort.get_available_providers() and torch.cuda.is_available() else "cpu"
 
 
-def load(
-    folder: Path, checkpoint: Checkpoint, profile: BuildProfile, dtype: torch.dtype, device: torch.device
-) -> tuple[OrtVision, OrtDecoder]:
-    """Open both sessions.
+def load_vision(engines: Engines) -> OrtVision:
+    """Open the vision graph.
 
     Raises:
-        EngineError: a graph does not load, or the device is not available.
+        EngineError: it does not load, or the device is not available.
     """
-    vision, decoder = (_session(folder / f"{name}.onnx", device) for name in ("vision", "decoder"))
-    return OrtVision(vision, device), OrtDecoder(decoder, checkpoint, profile, dtype, device)
+    return OrtVision(_session(engines.folder / "vision.onnx", engines.device), engines.device)
+
+
+def load_decoder(engines: Engines) -> OrtDecoder:
+    """Open the decoder graph; raises as :func:`load_vision`."""
+    session = _session(engines.folder / "decoder.onnx", engines.device)
+    return OrtDecoder(session, engines.checkpoint, engines.manifest.profile, engines.dtype, engines.device)
 
 
 def _session(path: Path, device: torch.device) -> ort.InferenceSession:
@@ -101,13 +103,10 @@ class OrtDecoder:
         text = checkpoint.config.text
         self._session, self._device, self._dtype = session, device, dtype
         self._vocab_size = text.vocab_size
-        self._table = checkpoint.load(checkpoint_names(checkpoint)[EMBEDDING])  # stays mapped to its file
+        self.embed = TokenEmbedding(checkpoint, dtype, device)
         self._cache_names = cache_names(text.num_hidden_layers)
         self.slots = profile.max_batch_size
         self.cache = KVCache(text, self.slots, profile.max_seq_len, dtype, device)
-
-    def embed(self, token_ids: list[int]) -> Tensor:
-        return F.embedding(torch.tensor(token_ids), self._table).to(self._device, self._dtype)
 
     def step(
         self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], hidden: bool = False

@@ -6,13 +6,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qwen2vl_trt.errors import LimitError, Qwen2VLError
+from qwen2vl_trt.errors import CheckpointError, LimitError, MediaError, Qwen2VLError, SamplingError
 from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import PromptBuilder, extract_media
 
@@ -75,8 +78,13 @@ class Pipeline:
         preprocessor = Preprocessor(self._config.vision, settings, engines.device, engines.dtype)
         self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision)
         self._prompts = PromptBuilder(folder, self._config)
+        if len(self._prompts.tokenizer) > self._config.text.vocab_size:
+            raise CheckpointError(
+                f"{folder}: the tokenizer has {len(self._prompts.tokenizer):,} tokens, the model"
+                f" {self._config.text.vocab_size:,}; it belongs to another model"
+            )
         self._eos = GenerationConfig.from_folder(folder, self._prompts.tokenizer).eos_token_ids
-        self._scheduler = Scheduler(engines.decoder, max_num_tokens)
+        self._max_num_tokens = max_num_tokens
         self._waiting: deque[_Pending] = deque()
 
     @classmethod
@@ -97,7 +105,7 @@ class Pipeline:
 
     def generate(
         self,
-        requests: Sequence[Request],
+        requests: Request | Sequence[Request],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_token: Callable[[Event], None] | None = None,
     ) -> list[Output]:
@@ -110,6 +118,9 @@ class Pipeline:
 
         Returns:
             One output a request, in order. A request that failed has ``error`` set and raises it where it is read.
+
+        Raises:
+            SamplingError: neither one setting for all nor one each.
         """
         outputs: list[Output] = []
         for event in self._events(requests, params, outputs):
@@ -126,16 +137,21 @@ class Pipeline:
             Qwen2VLError: the first failure, after all other requests have ended.
         """
         outputs: list[Output] = []
-        yield from self._events([requests] if isinstance(requests, Request) else requests, params, outputs)
+        yield from self._events(requests, params, outputs)
         for output in outputs:
             if output.error is not None:
                 raise output.error
 
     def submit(self, request: Request, params: SamplingParams | None = None) -> Output:
         """Queue a request; :meth:`step` works on it, beside those that already run."""
+        _ = self._scheduler  # loads the decoder: not a part of the request's time
         output = Output()
         self._waiting.append(_Pending(request, params or SamplingParams(), output))
         return output
+
+    @cached_property
+    def _scheduler(self) -> Scheduler:
+        return Scheduler(self.engines.decoder, self._max_num_tokens)
 
     @property
     def busy(self) -> bool:
@@ -152,15 +168,25 @@ class Pipeline:
         self._waiting = deque(pending for pending in self._waiting if pending.output is not output)
         self._scheduler.cancel(output)
 
-    def embed_images(self, images: Sequence[ImageSource]) -> list[Tensor]:
+    def embed_images(self, images: Sequence[ImageSource], on_done: Callable[[int], None] | None = None) -> list[Tensor]:
         """Vision embeddings ``[tokens, hidden]`` of each image, raster order, any mix of sizes.
+
+        Args:
+            images: as many as ``max_batch_size`` are decoded and embedded at a time.
+            on_done: told how many are done, after each engine call.
 
         Raises:
             MediaError: an image cannot be read; named by its number, from 1.
             LimitError: an image is outside the engine's profile.
         """
-        loaded = [self._media.load_image(source, f"image {number}") for number, source in enumerate(images, start=1)]
-        return self._media.embed(loaded)[0]
+        embeddings: list[Tensor] = []
+        for first in range(0, len(images), self.profile.max_batch_size):
+            group = images[first : first + self.profile.max_batch_size]
+            loaded = [self._media.load_image(source, f"image {n}") for n, source in enumerate(group, start=first + 1)]
+            embeddings += self._media.embed(loaded)[0]
+            if on_done is not None:
+                on_done(len(embeddings))
+        return embeddings
 
     def hidden_states(self, requests: Sequence[Request]) -> list[Tensor]:
         """Decoder hidden states ``[S, hidden]`` of each prompt, after the final norm, image tokens included.
@@ -190,11 +216,16 @@ class Pipeline:
 
     def _events(
         self,
-        requests: Sequence[Request],
+        requests: Request | Sequence[Request],
         params: SamplingParams | Sequence[SamplingParams] | None,
         outputs: list[Output],
     ) -> Iterator[Event]:
-        settings = [params or SamplingParams()] * len(requests) if not isinstance(params, Sequence) else params
+        requests = [requests] if isinstance(requests, Request) else requests
+        settings = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(requests)
+        if len(settings) != len(requests):
+            raise SamplingError(
+                f"{len(requests)} requests came with {len(settings)} SamplingParams; give one or as many"
+            )
         outputs += [self.submit(request, setting) for request, setting in zip(requests, settings, strict=True)]
         numbers = {id(output): number for number, output in enumerate(outputs)}
         try:
@@ -250,7 +281,7 @@ class Pipeline:
             raise type(error)(f"{name}{error}") from None
 
     def _prepare(self, request: Request) -> _Prepared:
-        images, videos = list(request.images), list(request.videos)
+        images, videos = _listed(request.images, "images", 4), _listed(request.videos, "videos", 5)
         fps: list[float | None] = [None] * len(videos)
         if not isinstance(request.prompt, str):
             media = extract_media(request.prompt, images, videos)
@@ -295,3 +326,11 @@ class Pipeline:
                     embeds[tokens == token_id] = torch.cat(parts).to(embeds.dtype)
             inputs.append(embeds)
         return inputs, times
+
+
+def _listed(media: Any, name: str, dimensions: int) -> list[Any]:
+    """Several images or videos; a lone one would be taken for a list of its rows, a lone path for one of letters."""
+    stacked = isinstance(media, (np.ndarray, Tensor)) and media.ndim == dimensions
+    if not stacked and (not isinstance(media, Sequence) or isinstance(media, (str, bytes))):
+        raise MediaError(f"{name} is a {type(media).__name__}, not a list; give {name}=[...] even for one")
+    return list(media)

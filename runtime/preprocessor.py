@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -32,11 +32,11 @@ from .video import FrameSampling, VideoSource, load_video
 
 MAX_ASPECT_RATIO = 200
 
-_CPU_CHUNK = 1 << 20
-"""Values normalised at a time on the CPU: they stay in its caches on the way to the output."""
+_HOST_CHUNK = 1 << 18
+"""Values normalised at a time by one thread of the CPU: they stay in its cache on the way to the output."""
 
 _DEVICE_CHUNK = 1 << 28
-"""The same elsewhere: few kernels, and temporary memory that does not grow with the batch."""
+"""The same on an accelerator: few kernels, and temporary memory that does not grow with the batch."""
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -187,12 +187,26 @@ class PackedPixels:
 
 
 @dataclass(frozen=True)
-class _Item:
-    """An image, or a video of several frames ``[3, H, W]``."""
+class _Job:
+    """One frame to resize and to write."""
 
-    frames: list[Tensor]
-    grid: Grid
+    frame: Tensor  # [3, H, W]
+    size: tuple[int, int]  # its sides after resizing, in pixels
+    first: int  # its first window
+    times: slice  # which of a patch's T times it fills: all for an image
     settings: PixelSettings
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Windows of one shape in a frame: the full ones, the right border, the lower border, or the corner."""
+
+    top: int
+    down: int
+    group_rows: int
+    left: int
+    across: int
+    group_columns: int
 
 
 class Preprocessor:
@@ -212,6 +226,8 @@ class Preprocessor:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype {dtype} is neither torch.float32 nor torch.bfloat16")
         self.config = config
         self.settings = settings or PreprocessorSettings()
         self.device = torch.device(device)
@@ -242,26 +258,28 @@ class Preprocessor:
         """
         if not images and not videos:
             raise ValueError("preprocess() needs at least one image or video")
-        items, seconds = [], []
+        items: list[tuple[list[Tensor], Grid, PixelSettings]] = []
+        seconds = []
         for number, source in enumerate(images, start=1):
             image = load_image(source, name=f"image {number}")
             grid = self.image_grid(image.shape[1], image.shape[2], name=f"image {number}")
-            items.append(_Item([image.to(self.device)], grid, self.settings.image))
+            items.append(([image], grid, self.settings.image))
         for number, clip in enumerate(videos, start=1):
             video = load_video(clip, sampling=self.settings.sampling, name=f"video {number}")
-            frames = [load_image(frame).to(self.device) for frame in video.frames]
+            frames = [load_image(frame) for frame in video.frames]
             grid = self.video_grid(len(frames), frames[0].shape[1], frames[0].shape[2], name=f"video {number}")
             frames += frames[-1:] * (-len(frames) % self.config.temporal_patch_size)
-            items.append(_Item(frames, grid, self.settings.video))
+            items.append((frames, grid, self.settings.video))
             seconds.append(self.config.temporal_patch_size / video.fps)
-        grids = tuple(item.grid for item in items)
+        grids = tuple(grid for _, grid, _ in items)
         layout = window_layout(grids, self.config)
         pixel_values = torch.empty(
             (len(layout.window_lengths), self.config.window_slots, self.config.qwen2_vl_dim),
             dtype=self.dtype,
             device=self.device,
         )
-        self._patchify(self._resized(items), pixel_values)
+        write = self._write_on_host if self.device.type == "cpu" else self._write_on_device
+        write(list(self._jobs(items)), pixel_values)
         return PackedPixels(pixel_values, grids, layout, tuple(seconds))
 
     def _grid(self, frames: int, height: int, width: int, settings: PixelSettings, name: str) -> Grid:
@@ -271,88 +289,95 @@ class Preprocessor:
             raise MediaError(f"{name}: {error}") from None
         return frames, size[0] // self.config.patch_size, size[1] // self.config.patch_size
 
-    def _resized(self, items: list[_Item]) -> list[_Item]:
-        side = self.config.patch_size
-        jobs = [(frame, (item.grid[1] * side, item.grid[2] * side)) for item in items for frame in item.frames]
-        frames = iter(_resize_all(jobs))
-        return [replace(item, frames=[next(frames) for _ in item.frames]) for item in items]
+    def _jobs(self, items: list[tuple[list[Tensor], Grid, PixelSettings]]) -> Iterator[_Job]:
+        config, first = self.config, 0
+        side = config.window_groups * config.spatial_merge_size
+        for frames, (patches, rows, columns), settings in items:
+            length = len(frames) // patches  # frames of a temporal patch: T, or the one of an image
+            for number, frame in enumerate(frames):
+                times = slice(None) if length == 1 else slice(number % length, number % length + 1)
+                size = (rows * config.patch_size, columns * config.patch_size)
+                yield _Job(frame.to(self.device), size, first, times, settings)
+                if (number + 1) % length == 0:
+                    first += -(-rows // side) * -(-columns // side)
 
-    def _patchify(self, items: list[_Item], pixel_values: Tensor) -> None:
-        """Write all windows, in order: frames of one size and kind that follow each other go together."""
-        chunk = _CPU_CHUNK if self.device.type == "cpu" else _DEVICE_CHUNK
-        window_side = self.config.window_groups * self.config.image_factor
-        first = 0
-        for (height, width, dtype, length, settings), run in groupby(self._temporal_patches(items), key=_kind):
-            mean, std = _mean_and_std(settings, dtype, self.device)
-            windows = -(-height // window_side) * -(-width // window_side)
-            for patches in _batched([frames for frames, _ in run], max(1, chunk // (3 * height * width))):
-                target = pixel_values[first : first + len(patches) * windows]
-                first += len(target)
-                for time in range(length):
-                    same_time = [frames[time] for frames in patches]
-                    batch = torch.stack(same_time) if len(same_time) > 1 else same_time[0][None]
-                    # An image has one frame for all of the patch's times.
-                    self._write_windows(batch, target, slice(None) if length == 1 else slice(time, time + 1), mean, std)
+    def _write_on_host(self, jobs: list[_Job], pixel_values: Tensor) -> None:
+        """A thread a frame, and nothing within it that would start threads of its own.
 
-    def _temporal_patches(self, items: list[_Item]) -> Iterator[tuple[list[Tensor], PixelSettings]]:
-        """Frames that share a temporal patch: the T of a video, the one of an image."""
-        for item in items:
-            length = len(item.frames) // item.grid[0]
-            for first in range(0, len(item.frames), length):
-                yield item.frames[first : first + length], item.settings
-
-    def _write_windows(self, frames: Tensor, target: Tensor, time: slice, mean: Tensor, std: Tensor) -> None:
-        """Write frames ``[n, 3, H, W]`` to ``[n * windows, S, D]`` at one time of the patch (all times for an image).
-
-        Full windows, the right border, the lower border and the corner are one strided copy each (in parts if
-        large): each has windows of one shape. Patches are gathered as uint8, a quarter of the bytes of floats.
+        PyTorch's arithmetic splits each operation over all cores and waits for the slowest: beside another busy
+        process an image took 30 ms instead of 1. Its uint8 resize and NumPy's loops stay on the thread that calls
+        them and let go of the interpreter.
         """
+        # NumPy has no bfloat16: its bits are written.
+        store = pixel_values.view(torch.int16) if self.dtype == torch.bfloat16 else pixel_values
+
+        def write(job: _Job) -> None:
+            frame = _resize_on_host(job.frame, job.size)
+            mean, std = (factor.numpy() for factor in _mean_and_std(job.settings, frame.dtype, self.device))
+            for region in self._regions(job.size):
+                windows, empty = self._target(store, job, region)
+                _normalise_on_host(self._source(frame[None], region)[0].numpy(), windows.numpy(), mean, std)
+                empty.numpy()[...] = 0
+
+        workers = min(torch.get_num_threads(), len(jobs))
+        if workers == 1:
+            for job in jobs:
+                write(job)
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(write, jobs))
+
+    def _write_on_device(self, jobs: list[_Job], pixel_values: Tensor) -> None:
+        """Frames of one size and kind together: few kernels, whatever their number."""
+        groups: dict[Any, list[_Job]] = {}
+        for job in jobs:
+            groups.setdefault((job.frame.shape, job.frame.dtype, job.size, job.settings), []).append(job)
+        for (shape, dtype, size, settings), same in groups.items():
+            mean, std = _mean_and_std(settings, dtype, self.device)
+            together = max(1, _DEVICE_CHUNK // max(shape.numel(), shape[0] * size[0] * size[1]))
+            for start in range(0, len(same), together):
+                part = same[start : start + together]
+                frames = _resize_on_device(torch.stack([job.frame for job in part]), size)
+                for region in self._regions(size):
+                    values = self._source(frames, region).to(torch.float32, memory_format=torch.contiguous_format)
+                    values = values.flatten(3, 6).flatten(5, 6)  # [n, down, across, slots, channels, pixels]
+                    values = (values - mean).div_(std).unsqueeze(-2)
+                    for job, patches in zip(part, values.unbind(0), strict=True):
+                        windows, empty = self._target(pixel_values, job, region)
+                        windows.copy_(patches)
+                        empty.zero_()
+
+    def _regions(self, size: tuple[int, int]) -> list[_Region]:
+        """Up to four: a strided copy of each fills all windows."""
+        rows, columns = (_spans(side // self.config.image_factor, self.config.window_groups) for side in size)
+        return [_Region(*vertical, *horizontal) for vertical in rows for horizontal in columns]
+
+    def _source(self, frames: Tensor, region: _Region) -> Tensor:
+        """``[n, down, across, group rows, group columns, merge, merge, 3, patch, patch]``, a view of the frames."""
         config = self.config
-        merge, patch, side, factor = (
-            config.spatial_merge_size,
-            config.patch_size,
-            config.window_groups,
-            config.image_factor,
-        )
-        count, channels, height, width = frames.shape
-        rows, columns = _spans(height // factor, side), _spans(width // factor, side)
-        grid = (count, sum(span[1] for span in rows), sum(span[1] for span in columns))
-        target = target.view(*grid, config.window_slots, channels, config.temporal_patch_size, patch * patch)
-        step = _CPU_CHUNK if frames.device.type == "cpu" else _DEVICE_CHUNK
-        for top, down, group_rows in rows:
-            for left, across, group_columns in columns:
-                y, x = top * side * factor, left * side * factor
-                region = frames[:, :, y : y + down * group_rows * factor, x : x + across * group_columns * factor]
-                region = region.view(
-                    count, channels, down, group_rows, merge, patch, across, group_columns, merge, patch
-                )
-                region = region.permute(0, 2, 6, 3, 7, 4, 8, 1, 5, 9)  # window, group, patch, channel, row, column
-                slots = group_rows * group_columns * merge * merge
-                part = max(1, step // (count * across * slots * channels * patch * patch))
-                windows = target[:, top : top + down, left : left + across]
-                for start in range(0, down, part):
-                    piece = region[:, start : start + part]
-                    values = piece.reshape(count, -1, across, slots, channels, patch * patch)
-                    values = values.to(torch.float32, copy=True).sub_(mean).div_(std)
-                    windows[:, start : start + part, :, :slots, :, time] = values.unsqueeze(-2)
-                if time.start in (None, 0):
-                    windows[:, :, :, slots:] = 0
+        merge, patch, factor = config.spatial_merge_size, config.patch_size, config.image_factor
+        y, x = (start * config.window_groups * factor for start in (region.top, region.left))
+        height, width = region.down * region.group_rows * factor, region.across * region.group_columns * factor
+        cut = frames[:, :, y : y + height, x : x + width]
+        cut = cut.unflatten(3, (region.across, region.group_columns, merge, patch))
+        cut = cut.unflatten(2, (region.down, region.group_rows, merge, patch))
+        return cut.permute(0, 2, 6, 3, 7, 4, 8, 1, 5, 9)
+
+    def _target(self, pixel_values: Tensor, job: _Job, region: _Region) -> tuple[Tensor, Tensor]:
+        """``[down, across, filled slots, 3, times, patch pixels]`` and what is empty behind, views of the output."""
+        config = self.config
+        rows, columns = (-(-side // (config.image_factor * config.window_groups)) for side in job.size)
+        windows = pixel_values[job.first : job.first + rows * columns].unflatten(0, (rows, columns))
+        windows = windows[region.top : region.top + region.down, region.left : region.left + region.across]
+        slots = region.group_rows * region.group_columns * config.merge_unit
+        patches = windows.unflatten(-1, (config.in_chans, config.temporal_patch_size, config.patch_size**2))
+        return patches[:, :, :slots, :, job.times], windows[:, :, slots:]
 
 
 def _spans(groups: int, side: int) -> list[tuple[int, int, int]]:
     """Cut a row of merge groups into windows: ``(first window, windows, groups in each)``, full ones and the rest."""
     full, rest = divmod(groups, side)
     return [(0, full, side)] * (full > 0) + [(full, 1, rest)] * (rest > 0)
-
-
-def _kind(patch: tuple[list[Tensor], PixelSettings]) -> tuple[int, int, torch.dtype, int, PixelSettings]:
-    frames, settings = patch
-    return frames[0].shape[1], frames[0].shape[2], frames[0].dtype, len(frames), settings
-
-
-def _batched(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for first in range(0, len(items), size):
-        yield items[first : first + size]
 
 
 @lru_cache(maxsize=16)
@@ -364,50 +389,51 @@ def _mean_and_std(settings: PixelSettings, dtype: torch.dtype, device: torch.dev
     return mean.view(-1, 1), std.view(-1, 1)
 
 
-def _resize_all(jobs: list[tuple[Tensor, tuple[int, int]]]) -> list[Tensor]:
-    """Resize each frame ``[3, H, W]`` to its size; a frame that has it already is passed on untouched."""
-    results = [frame for frame, _ in jobs]
-    pending = [index for index, (frame, size) in enumerate(jobs) if tuple(frame.shape[1:]) != size]
-    native = [index for index in pending if results[index].dtype == torch.uint8 and results[index].device.type == "cpu"]
-    others = sorted(set(pending) - set(native))
-    # PyTorch's uint8 kernel runs on one thread and lets go of the interpreter: threads share the images.
-    workers = min(torch.get_num_threads(), len(native))
-    if workers > 1:
-        with ThreadPoolExecutor(workers) as pool:
-            resized = list(pool.map(lambda index: _resize_native(*jobs[index]), native))
-    else:
-        resized = [_resize_native(*jobs[index]) for index in native]
-    for index, frame in zip(native, resized, strict=True):
-        results[index] = frame
-    for _, run in groupby(others, key=lambda index: (results[index].dtype, results[index].shape, jobs[index][1])):
-        same = list(run)
-        size = jobs[same[0]][1]
-        largest = max(results[same[0]].numel(), 3 * size[0] * size[1])
-        for part in _batched(same, max(1, _DEVICE_CHUNK // largest)):
-            batch = _resize_float(torch.stack([results[index] for index in part]), size)
-            for index, frame in zip(part, batch.unbind(0), strict=True):
-                results[index] = frame
-    return results
+def _normalise_on_host(source: np.ndarray, target: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
+    """Copy patches ``[down, across, ..., 3, patch, patch]`` into windows ``[down, across, slots, 3, times, pixels]``.
+
+    Bit for bit what PyTorch computes; patches are gathered before they become floats of four times the size.
+    """
+    rows = max(1, _HOST_CHUNK // source[0].size)
+    gathered = np.empty((min(rows, len(source)), *source.shape[1:]), source.dtype)
+    floats = np.empty(gathered.shape, np.float32)
+    for start in range(0, len(source), rows):
+        piece = source[start : start + rows]
+        count = len(piece)
+        np.copyto(gathered[:count], piece)
+        np.copyto(floats[:count], gathered[:count])
+        values = floats[:count].reshape(count, *target.shape[1:4], target.shape[5])
+        values -= mean
+        values /= std
+        if target.dtype == np.int16:
+            _round_to_bfloat16(values)
+        target[start : start + count] = (values.view(np.int32) if target.dtype == np.int16 else values)[..., None, :]
 
 
-def _resize_native(frame: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize uint8 ``[3, H, W]`` on the CPU, with the kernel that Transformers reaches through torchvision."""
+def _round_to_bfloat16(values: np.ndarray) -> None:
+    """Replace each float32 by the 16 bits of the nearest bfloat16, ties to even."""
+    bits = values.view(np.uint32)
+    bits += ((bits >> 16) & 1) + np.uint32(0x7FFF)
+    bits >>= 16
+
+
+def _resize_on_host(frame: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize ``[3, H, W]``, uint8 with the kernel that Transformers reaches through torchvision; none if it fits."""
+    if tuple(frame.shape[1:]) == size:
+        return frame
     # Pixels with their channels side by side (every decoded file) resize twice as fast if the kernel can see that
     # they are, which it does by the stride of the batch dimension that indexing with None gets wrong.
     batch = frame.as_strided((1, *frame.shape), (frame.numel(), *frame.stride()))
     return functional.interpolate(batch, size, mode="bicubic", antialias=True)[0]
 
 
-def _resize_float(frames: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize_on_device(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize ``[n, 3, H, W]``: floats as they are, uint8 (which CUDA has no kernel for) by way of floats.
 
-    The CPU's kernel resizes rows, rounds to uint8, then resizes columns. Doing the same here keeps nearly every pixel
-    equal; resizing both ways before rounding would change one in five by a level.
+    So does Transformers on CUDA. The CPU's kernel rounds between rows and columns, which moves one value in five by a
+    level; rounding here as well would bring the mean down, but a few values would then differ by two.
     """
-    if frames.dtype != torch.uint8:
-        return functional.interpolate(frames, size, mode="bicubic", antialias=True)
-    values = frames.to(torch.float32)
-    for step in ((frames.shape[2], size[1]), size):
-        if tuple(values.shape[2:]) != step:
-            values = functional.interpolate(values, step, mode="bicubic", antialias=True).clamp_(0, 255).round_()
-    return values.to(torch.uint8)
+    if tuple(frames.shape[2:]) == size:
+        return frames
+    resized = functional.interpolate(frames.to(torch.float32), size, mode="bicubic", antialias=True)
+    return resized.clamp_(0, 255).round_().to(torch.uint8) if frames.dtype == torch.uint8 else resized

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ from engines.manifest import Manifest
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.windows import WindowLayout
+
+_BACKENDS = {"torch": "runtime.torch_runner", "onnxruntime": "runtime.onnxruntime_runner"}
+"""Imported when an engine asks for it: a backend's package may not be installed."""
 
 
 class VisionRunner(Protocol):
@@ -62,17 +67,48 @@ class DecoderRunner(Protocol):
         ...
 
 
+class Backend(Protocol):
+    """A module that runs engines, ``runtime.torch_runner`` for one."""
+
+    def default_device(self) -> str: ...
+
+    def load_vision(self, engines: Engines) -> VisionRunner: ...
+
+    def load_decoder(self, engines: Engines) -> DecoderRunner: ...
+
+
 @dataclass(frozen=True)
 class Engines:
-    """An opened engine folder."""
+    """An opened engine folder. Each engine is loaded when it is first used: features of images need no decoder."""
 
     folder: Path
     manifest: Manifest
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
-    vision: VisionRunner
-    decoder: DecoderRunner
+    backend: Backend
+
+    @cached_property
+    def vision(self) -> VisionRunner:
+        """Raises EngineError where the engine does not load."""
+        return self.backend.load_vision(self)
+
+    @cached_property
+    def decoder(self) -> DecoderRunner:
+        """Raises EngineError where the engine does not load."""
+        return self.backend.load_decoder(self)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise EngineError(f"unknown device {name!r}; known: cpu, cuda, cuda:0 and so on")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EngineError(f"device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
+    return device
 
 
 def open_engines(folder: str | Path, device: str | None = None) -> Engines:
@@ -89,12 +125,8 @@ def open_engines(folder: str | Path, device: str | None = None) -> Engines:
     manifest = Manifest.read(folder)
     checkpoint = manifest.verify(folder)
     dtype = DTYPES[manifest.precision]
-    if manifest.backend == "torch":
-        from . import torch_runner as runner
-    elif manifest.backend == "onnxruntime":
-        from . import onnxruntime_runner as runner  # type: ignore[no-redef]
-    else:
+    if manifest.backend not in _BACKENDS:
         raise EngineError(f"{folder} is for backend {manifest.backend!r}, which this release cannot run")
-    chosen = torch.device(device or runner.default_device())
-    vision, decoder = runner.load(folder, checkpoint, manifest.profile, dtype, chosen)
-    return Engines(folder, manifest, checkpoint, chosen, dtype, vision, decoder)
+    backend = cast(Backend, import_module(_BACKENDS[manifest.backend]))
+    chosen = _device(device or backend.default_device())
+    return Engines(folder, manifest, checkpoint, chosen, dtype, backend)

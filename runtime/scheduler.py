@@ -7,6 +7,7 @@ under way. So a long prompt never holds up the others for longer than a chunk, a
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from .runners import DecoderRunner
 from .sampler import SequenceSampling, sample
 
 
-@dataclass
+@dataclass(eq=False)
 class RunningSequence:
     """A request that is ready for the decoder.
 
@@ -68,6 +69,7 @@ class Scheduler:
         self._decoder = decoder
         self._max_num_tokens = max_num_tokens
         self._slots: list[RunningSequence | None] = [None] * decoder.slots
+        self._prompts: deque[RunningSequence] = deque()  # still to be read, first come first served
 
     @property
     def free_slots(self) -> int:
@@ -80,10 +82,12 @@ class Scheduler:
     def add(self, sequence: RunningSequence) -> None:
         """Give a sequence the first free slot; there must be one."""
         self._slots[self._slots.index(None)] = sequence
+        self._prompts.append(sequence)
 
     def cancel(self, output: Output) -> None:
         """Free the slot of an answer that nobody waits for."""
         self._slots = [None if sequence and sequence.output is output else sequence for sequence in self._slots]
+        self._prompts = deque(sequence for sequence in self._prompts if sequence.output is not output)
         self._release()
 
     def step(self) -> list[NewToken]:
@@ -98,20 +102,25 @@ class Scheduler:
             self._decoder.reset()
 
     def _prefill(self) -> list[NewToken]:
-        slot = next((i for i, s in enumerate(self._slots) if s and s.token is None), None)
-        if slot is None:
+        if not self._prompts:
             return []
-        sequence = self._slots[slot]
-        assert sequence is not None
-        began = time.perf_counter()
+        sequence, began = self._prompts[0], time.perf_counter()
         chunk = slice(sequence.cached, min(sequence.cached + self._max_num_tokens, sequence.prompt_length))
         step = self._decoder.step(
-            slot, sequence.inputs_embeds[None, chunk], sequence.position_ids[:, None, chunk], [sequence.cached]
+            self._slots.index(sequence),
+            sequence.inputs_embeds[None, chunk],
+            sequence.position_ids[:, None, chunk],
+            [sequence.cached],
         )
         sequence.cached = chunk.stop
-        tokens = self._sample([sequence], step.logits) if chunk.stop == sequence.prompt_length else []
+        whole = sequence.cached == sequence.prompt_length
+        tokens = sample(step.logits, [sequence.sampling]) if whole else []
         sequence.output.timings.prefill += time.perf_counter() - began
-        return tokens
+        if not whole:
+            return []
+        self._prompts.popleft()
+        sequence.inputs_embeds = sequence.inputs_embeds.new_empty(0)  # hundreds of megabytes in a full batch
+        return _push([sequence], tokens)
 
     def _decode(self) -> list[NewToken]:
         running = [i for i, s in enumerate(self._slots) if s and s.token is not None and not s.stream.finish_reason]
@@ -131,13 +140,14 @@ class Scheduler:
         for sequence in sequences:
             sequence.cached += 1
         logits = step.logits if len(running) == count else step.logits[[i - first for i in running]]
-        return self._sample(sequences, logits)
+        return _push(sequences, sample(logits, [s.sampling for s in sequences]))
 
-    def _sample(self, sequences: list[RunningSequence], logits: Tensor) -> list[NewToken]:
-        new = []
-        for sequence, token in zip(sequences, sample(logits, [s.sampling for s in sequences])):
-            text = sequence.stream.push(token)
-            sequence.token = token
-            sequence.output.append(token, text, sequence.stream.finish_reason)
-            new.append(NewToken(sequence, token, text))
-        return new
+
+def _push(sequences: list[RunningSequence], tokens: list[int]) -> list[NewToken]:
+    new = []
+    for sequence, token in zip(sequences, tokens):
+        text = sequence.stream.push(token)
+        sequence.token = token
+        sequence.output.append(token, text, sequence.stream.finish_reason)
+        new.append(NewToken(sequence, token, text))
+    return new

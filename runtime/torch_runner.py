@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engines.profile import BuildProfile
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.decoder import Decoder
-from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import WindowLayout
 
+from . import onednn
 from .kv_cache import KVCache
-from .runners import Step
+from .runners import Engines, Step
+from .token_embedding import TokenEmbedding
 
 
 def default_device() -> str:
@@ -24,17 +23,14 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load(
-    folder: Path, checkpoint: Checkpoint, profile: BuildProfile, dtype: torch.dtype, device: torch.device
-) -> tuple[TorchVision, TorchDecoder]:
-    """Load both halves of a model.
+def load_vision(engines: Engines) -> TorchVision:
+    """Load the vision tower."""
+    return TorchVision(engines.checkpoint, engines.dtype, engines.device)
 
-    Raises:
-        EngineError: the device does not exist here.
-    """
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EngineError(f"device {device} was asked for, but torch {torch.__version__} sees no GPU here")
-    return TorchVision(checkpoint, dtype, device), TorchDecoder(checkpoint, profile, dtype, device)
+
+def load_decoder(engines: Engines) -> TorchDecoder:
+    """Load the decoder."""
+    return TorchDecoder(engines.checkpoint, engines.manifest.profile, engines.dtype, engines.device)
 
 
 class TorchVision:
@@ -44,6 +40,7 @@ class TorchVision:
         with torch.device("meta"):
             self.module = VisionTransformer(checkpoint.config.vision).eval()
         load_weights(self.module, checkpoint, "visual.", dtype, device)
+        _speed_up(self.module, device)
         self.module.inv_freq = self.module.inv_freq.to(device)
         self.device = device
 
@@ -72,15 +69,13 @@ class TorchDecoder:
         with torch.device("meta"):
             self.module = Decoder(checkpoint.config.text).eval()
         load_weights(self.module, checkpoint, "", dtype, device)
-        self.module.tie_weights()
+        del self.module.model.embed_tokens  # looked up by TokenEmbedding
+        _speed_up(self.module, device)
+        self.embed = TokenEmbedding(checkpoint, dtype, device)
         self.module.model.inv_freq = self.module.model.inv_freq.to(device)
         self.slots = profile.max_batch_size
         self.device = device
         self.cache = KVCache(checkpoint.config.text, self.slots, profile.max_seq_len, dtype, device)
-
-    @torch.no_grad()
-    def embed(self, token_ids: list[int]) -> Tensor:
-        return self.module.model.embed_tokens(torch.tensor(token_ids, device=self.device))
 
     @torch.no_grad()
     def step(
@@ -101,3 +96,8 @@ class TorchDecoder:
 
     def reset(self) -> None:
         self.cache.reset()
+
+
+def _speed_up(module: nn.Module, device: torch.device) -> None:
+    if device.type == "cpu" and onednn.available():
+        onednn.pack(module)

@@ -53,7 +53,8 @@ class FrameSampling:
         count = math.floor(min(max(total / fps * self.fps, self.min_frames), most, total) / unit) * unit
         if count <= 0:  # shorter than a temporal patch, where Transformers divides by zero
             return list(range(min(total, unit)))
-        return torch.arange(0, total, total / count).int().tolist()
+        # The step is rounded, so now and then one index too many comes out, the end itself.
+        return [index for index in torch.arange(0, total, total / count).int().tolist() if index < total]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,101 @@
+"""Our vision tower against Transformers': real width, 8 blocks, random weights; 448x448 and mixed sizes.
+
+    python -m benchmarks.vision [--work-dir DIR] [--repetitions 5] [--json FILE]
+
+The work directory (2 GB) keeps the random checkpoint between runs. Pixels are prepared beforehand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import Call, Contender, allow_torchvision, compete, heading, machine, report, save
+from benchmarks.random_model import CONFIG, prepare
+from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.windows import Grid, window_layout
+from runtime.runners import open_engines
+
+CASES: dict[str, list[Grid]] = {
+    "8 images of 448x448": [(1, 32, 32)] * 8,
+    "8 images of mixed sizes": [
+        (1, h, w) for h, w in ((16, 22), (60, 44), (32, 32), (10, 74), (24, 50), (8, 8), (46, 36), (20, 20))
+    ],
+}
+
+
+def transformers_tower(checkpoint: Path, dtype: str, grids: list[Grid], batched: bool) -> Call:
+    """The tower alone, in patches as its own processor orders them; random pixels serve, the work is the same."""
+    allow_torchvision()
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
+    tower = model.model.visual.eval()
+    del model.model.language_model, model.lm_head
+    batches = [grids] if batched else [[grid] for grid in grids]
+    inputs = [
+        (torch.randn(sum(t * h * w for t, h, w in batch), 1176).to(tower.dtype), torch.tensor(batch))
+        for batch in batches
+    ]
+
+    @torch.no_grad()
+    def call() -> None:
+        for pixels, image_grid_thw in inputs:
+            tower(pixels, grid_thw=image_grid_thw)
+
+    return call
+
+
+def our_tower(folder: Path, grids: list[Grid], batched: bool) -> Call:
+    """The vision engine alone."""
+    engines = open_engines(folder, "cpu")
+    vision = Qwen2VLConfig.from_dict(CONFIG).vision
+    layouts = [window_layout(tuple(batch), vision) for batch in ([grids] if batched else [[grid] for grid in grids])]
+    inputs = [
+        (torch.randn(*layout.sequence_position.shape, vision.qwen2_vl_dim).to(engines.dtype), layout)
+        for layout in layouts
+    ]
+
+    def call() -> None:
+        for pixels, layout in inputs:
+            engines.vision(pixels, layout)
+
+    return call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work-dir", type=Path, help="keeps the random checkpoint; by default a temporary folder")
+    parser.add_argument("--repetitions", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    options = parser.parse_args()
+    facts = machine("transformers", "onnxruntime")
+    heading(facts)
+    tables = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        paths = prepare(options.work_dir or Path(temporary))
+        for title, grids in CASES.items():
+            contenders = [
+                Contender(
+                    f"Transformers {name}, {how}",
+                    partial(transformers_tower, paths["checkpoint"], dtype, grids, batched),
+                )
+                for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))
+                for how, batched in (("one at a time", False), ("batched", True))
+            ]
+            contenders += [
+                Contender(f"{name}, {how}", partial(our_tower, paths[name], grids, batched))
+                for name in ("torch bf16", "torch fp32", "onnxruntime fp32")
+                for how, batched in (("one at a time", False), ("batched", True))
+            ]
+            tables[title] = compete(contenders, options.repetitions)
+            report(title, tables[title], "ms/image", lambda seconds: seconds * 1e3 / 8)
+    save(options.json, facts, tables)
+
+
+if __name__ == "__main__":
+    main()

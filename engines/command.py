@@ -1,0 +1,65 @@
+"""How both commands take their options and how they end: what goes wrong is one line on stderr and an exit code.
+
+Nothing slow is imported here, and the commands import the rest inside ``main``, so that Ctrl-C during the seconds
+that PyTorch takes to import ends as it does later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from qwen2vl_trt.errors import Qwen2VLError
+
+FAILED = 1
+USAGE = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the options in one line, without a page of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"error: {message} (options: {self.prog} --help)\n")
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run a command's main function and exit.
+
+    Exit codes: 0 done; 1 the output cannot be written; 2 a :class:`~qwen2vl_trt.errors.Qwen2VLError` or a package
+    that is not installed, named in one line; 130 interrupted.
+    """
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
+    if sys.stdout is not None:  # a terminal without UTF-8 shows a question mark, it does not end the command
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        main()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a failure is still caught
+    except Qwen2VLError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        _fail(f"the package {error.name} is not installed; `pip install -e .` in this folder brings what is needed")
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of stdout has gone (`| head`), which is no news to the user
+        _discard_output()
+        sys.exit(FAILED)
+    except OSError as error:
+        _discard_output()
+        _fail(f"{error.filename or 'stdout'}: {error.strerror or error}", FAILED)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int = USAGE) -> NoReturn:
+    print(f"error: {' '.join(message.split())}" if code != INTERRUPTED else message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _discard_output() -> None:
+    """Point stdout nowhere: the interpreter flushes it at exit, and would complain again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,64 @@
+"""Linear layers with their weights in oneDNN's own blocked layout, for the torch backend on a CPU.
+
+A plain ``torch.nn.functional.linear`` rearranges its weight inside every call: harmless in a large matrix product,
+but decoding reads each weight once a token and then costs two to three times the memory traffic. The operators are
+those that torch's own compiler emits for frozen CPU graphs (``torch/_inductor/fx_passes/mkldnn_fusion.py``); torch
+offers them under no public name, so their use stays in this file and :func:`available` decides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qwen2vl_trt.layers import SwiGLU
+
+
+def available() -> bool:
+    """Whether this torch has the operators."""
+    operators = torch.ops.mkldnn
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(operators, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
+    )
+
+
+class PackedLinear(nn.Module):
+    """A linear layer; ``activation`` is applied to its result in the same pass."""
+
+    def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
+        super().__init__()
+        # Opaque to torch: neither a parameter nor a buffer can hold this layout.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], "")
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        """The layer's result multiplied by ``factor`` in the same pass."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul")
+
+
+class PackedSwiGLU(nn.Module):
+    """:class:`~qwen2vl_trt.layers.SwiGLU` in three passes over its activations instead of five."""
+
+    def __init__(self, mlp: SwiGLU) -> None:
+        super().__init__()
+        self.gate_proj = PackedLinear(mlp.gate_proj, "swish")
+        self.up_proj = PackedLinear(mlp.up_proj)
+        self.down_proj = PackedLinear(mlp.down_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.up_proj.times(x, self.gate_proj(x)))
+
+
+def pack(module: nn.Module) -> None:
+    """Replace every linear layer inside a module, one at a time: peak memory is the module plus one layer."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, SwiGLU):
+            setattr(module, name, PackedSwiGLU(child))
+        elif isinstance(child, nn.Linear):
+            setattr(module, name, PackedLinear(child))
+        else:
+            pack(child)

@@ -1,0 +1,94 @@
+"""What every test needs before Transformers is imported."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _declare_torchvision_operators() -> torch.library.Library | None:
+    """Make a torchvision built for CUDA importable beside a PyTorch for the CPU.
+
+    Transformers' processors, the reference for pixels, need torchvision. Its own operators cannot load there, and its
+    import fails on two of their schemas; declared first, they are enough for its transforms, which are plain PyTorch.
+    """
+    with contextlib.suppress(ImportError, RuntimeError, AttributeError):
+        import torchvision  # noqa: F401
+
+        return None
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+_torchvision_operators = _declare_torchvision_operators()  # the declarations live as long as this object
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for PyTorch (and ONNX Runtime, which follows it): on tiny tensors and a busy machine two are slower.
+
+    Twenty times slower where both cores have other work: each of thousands of operators waits for both threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A random-weight model of Transformers in FP32, its checkpoint on disk, and its ONNX Runtime engines."""
+
+    reference: Any
+    checkpoint: Path
+    engines: Path
+
+
+def _build(folder: Path, reference: Any, dtype: torch.dtype, **save: Any) -> BuiltModel:
+    from engines.backends import find_backend
+    from engines.build import build_engines
+    from engines.profile import BuildProfile
+    from qwen2vl_trt.hub import ResolvedModel
+    from tests.models import save_model
+
+    built = BuiltModel(reference, save_model(reference, folder / "checkpoint", dtype, **save), folder / "engines")
+    profile = BuildProfile(min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_input_len=128, max_seq_len=256)
+    build_engines(
+        ResolvedModel("random", built.checkpoint), *find_backend("onnxruntime", "fp32"), profile, built.engines
+    )
+    return built
+
+
+@pytest.fixture(scope="session")
+def untied_model(tmp_path_factory: pytest.TempPathFactory) -> BuiltModel:
+    """Weights in FP32, untied, in one file, by the published names; 7 heads share one. Do not write into it."""
+    from tests.models import model_config, random_model
+
+    text = {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1, "intermediate_size": 201}
+    reference = random_model(model_config(tied=False, text=text, vision={"depth": 2}), seed=7)
+    return _build(tmp_path_factory.mktemp("untied"), reference, torch.float32, dialect="published")
+
+
+@pytest.fixture(scope="session")
+def tied_model(tmp_path_factory: pytest.TempPathFactory) -> BuiltModel:
+    """Weights in BF16, tied, in three shards, by the names of Transformers 5. Do not write into it."""
+    from tests.models import in_dtype, model_config, random_model
+
+    reference = random_model(model_config(tied=True, vision={"hidden_size": 80, "num_heads": 1}), seed=8)
+    reference = in_dtype(in_dtype(reference, torch.bfloat16), torch.float32)  # what the checkpoint holds
+    return _build(tmp_path_factory.mktemp("tied"), reference, torch.bfloat16, shards=3)
+
+
+@pytest.fixture(scope="session", params=["untied", "tied"])
+def built_model(request: pytest.FixtureRequest) -> BuiltModel:
+    """Both of them, one after the other."""
+    return request.getfixturevalue(f"{request.param}_model")

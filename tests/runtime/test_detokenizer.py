@@ -1,0 +1,196 @@
+"""Text that grows token by token: no half characters, no stop string, nothing lost."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from runtime.detokenizer import AnswerStream, Detokenizer, StopStrings
+from runtime.sampler import SamplingParams
+
+EOS = "<|im_end|>"
+CORPUS = [
+    "the cat sat on the mat",
+    "der Bär läßt die Tür zu",
+    "日本語の文字です",
+    "🙂🙃👩‍👩‍👧 emoji",
+    "Привет, мир",
+] * 20
+
+
+def make_tokenizer(vocab_size):
+    """A byte-level tokenizer as Qwen's; trained ones have tokens that end inside a character."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_special_tokens([AddedToken(EOS, special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+
+
+BYTES = make_tokenizer(256)
+TRAINED = make_tokenizer(420)
+
+
+def test_trained_tokenizer_has_tokens_that_end_inside_a_character():
+    assert any(TRAINED.decode([token]).endswith("\ufffd") for token in range(256, len(TRAINED) - 1))
+
+
+def pieces_of(tokenizer, tokens):
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push(token) for token in tokens]
+    return pieces, detokenizer.flush()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=40), st.sampled_from([BYTES, TRAINED]))
+def test_pieces_add_up_to_the_text(text, tokenizer):
+    pieces, rest = pieces_of(tokenizer, tokenizer.encode(text))
+    assert "".join(pieces) + rest == text
+    if "\ufffd" not in text:
+        assert rest == ""
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, len(TRAINED) - 1), max_size=30))
+def test_any_tokens_decode_as_at_once(tokens):
+    pieces, rest = pieces_of(TRAINED, tokens)
+    assert "".join(pieces) + rest == TRAINED.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_character_comes_out_whole_and_at_once():
+    tokens = BYTES.encode("a🙂b")
+    assert len(tokens) == 6
+    assert pieces_of(BYTES, tokens) == (["a", "", "", "", "🙂", "b"], "")
+
+
+def test_an_unfinished_character_comes_out_at_the_end():
+    assert pieces_of(BYTES, BYTES.encode("a🙂")[:-1]) == (["a", "", "", ""], "\ufffd")
+
+
+def test_work_per_token_does_not_grow():
+    lengths = []
+
+    class Counting:
+        def decode(self, token_ids, *, skip_special_tokens):
+            lengths.append(len(token_ids))
+            return TRAINED.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    pieces_of(Counting(), [*TRAINED.encode("the cat sat 日本語 " * 30), *[TRAINED.eos_token_id] * 100])
+    assert max(lengths) <= 16
+
+
+def first_stop(text, stops):
+    """By brute force: the text up to the stop string that is complete first (the longest, where several are)."""
+    for end in range(len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            return text[: end - max(map(len, found))], True
+    return text, False
+
+
+@st.composite
+def text_in_chunks(draw):
+    text = draw(st.text("abé", max_size=30))
+    cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    return [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+
+@settings(max_examples=400, deadline=None)
+@given(text_in_chunks(), st.lists(st.text("abé", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_never_leak_however_the_text_is_cut(chunks, stops):
+    expected, stopped = first_stop("".join(chunks), stops)
+    filter_ = StopStrings(stops)
+    emitted = ""
+    for chunk in chunks:
+        emitted += filter_.push(chunk)
+        assert expected.startswith(emitted)
+    assert filter_.stopped == stopped
+    assert emitted + filter_.flush() == expected
+
+
+def test_text_is_held_back_only_while_it_may_be_a_stop_string():
+    filter_ = StopStrings(["END"])
+    assert [filter_.push(piece) for piece in ("aE", "N", "X", "EN", "D", "more")] == ["a", "", "ENX", "", "", ""]
+    assert filter_.stopped
+    assert filter_.flush() == ""
+
+
+def stream_of(tokens, **settings_):
+    eos = TRAINED.eos_token_id
+    stream = AnswerStream(TRAINED, SamplingParams(**settings_), (eos,))
+    pieces = []
+    for token in tokens:
+        pieces.append(stream.push(token))
+        if stream.finish_reason:
+            break
+    assert "".join(pieces) == stream.text
+    return stream
+
+
+def test_end_of_sequence_ends_the_answer():
+    tokens = [*TRAINED.encode("the cat"), TRAINED.eos_token_id, *TRAINED.encode("more")]
+    stream = stream_of(tokens)
+    assert (stream.text, stream.finish_reason) == ("the cat", "stop")
+    assert stream.token_ids == tokens[: tokens.index(TRAINED.eos_token_id) + 1]
+    with pytest.raises(ValueError, match="has ended"):
+        stream.push(1)
+
+
+def test_end_of_sequence_can_be_ignored():
+    tokens = [*TRAINED.encode("the"), TRAINED.eos_token_id, *TRAINED.encode(" cat")]
+    stream = stream_of(tokens, ignore_eos=True, max_tokens=len(tokens))
+    assert (stream.text, stream.finish_reason, stream.token_ids) == ("the cat", "length", tokens)
+
+
+def test_length_ends_the_answer_and_loses_nothing():
+    tokens = BYTES.encode("abc E🙂")
+    stream = AnswerStream(BYTES, SamplingParams(max_tokens=8, stop="END"), ())
+    for token in tokens[:8]:
+        stream.push(token)
+    assert stream.finish_reason == "length"
+    assert stream.text == "abc E\ufffd"
+    stream = stream_of(TRAINED.encode("the cat EN"), max_tokens=len(TRAINED.encode("the cat EN")), stop="END")
+    assert (stream.text, stream.finish_reason) == ("the cat EN", "length")
+
+
+def test_end_of_sequence_releases_text_held_back():
+    stream = stream_of([*TRAINED.encode("the cat EN"), TRAINED.eos_token_id], stop="END")
+    assert (stream.text, stream.finish_reason) == ("the cat EN", "stop")
+
+
+def test_stop_string_ends_the_answer():
+    tokens = TRAINED.encode("the cat END sat")
+    stream = stream_of(tokens, stop=["END", "sat"])
+    assert (stream.text, stream.finish_reason) == ("the cat ", "stop")
+    assert len(stream.token_ids) < len(tokens)
+
+
+def test_stop_string_on_the_last_token_wins_over_length():
+    tokens = TRAINED.encode("the END")
+    stream = stream_of(tokens, stop="END", max_tokens=len(tokens))
+    assert (stream.text, stream.finish_reason) == ("the ", "stop")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.text(max_size=30),
+    st.lists(st.text(min_size=1, max_size=3), max_size=2),
+    st.integers(1, 60),
+)
+def test_answer_is_the_decoded_text_up_to_the_stop(text, stops, max_tokens):
+    tokens = TRAINED.encode(text)
+    stream = stream_of(tokens, stop=stops, max_tokens=max_tokens)
+    whole = TRAINED.decode(tokens[:max_tokens], skip_special_tokens=True)
+    expected, stopped = first_stop(whole, stops)
+    if stream.finish_reason is None:  # the tokens ran out: what may be a stop string's beginning is still held back
+        assert expected.startswith(stream.text)
+        assert not stopped or "\ufffd" in whole
+    else:
+        assert stream.text == expected
+        assert stream.finish_reason == ("stop" if stopped else "length")

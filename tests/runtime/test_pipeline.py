@@ -1,0 +1,571 @@
+"""Requests through whole pipelines, both backends, against Transformers and against themselves."""
+
+import gc
+import math
+import weakref
+from dataclasses import asdict, replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from engines.backends import BACKENDS
+from qwen2vl_trt.errors import CheckpointError, EngineError, LimitError, MediaError, PromptError, SamplingError
+from qwen2vl_trt.hub import resolve_model
+from runtime import Pipeline, Request, SamplingParams, Video
+from tests.engine_folders import PROFILE, build
+from tests.models import relative_error
+from tiny.evaluation import held_out_scenes
+from tiny.report import answer_scenes
+
+BOTH = ("torch", "onnxruntime")
+WORDS = ["What", "digits", "are", "in", "the", "images?", "Read", "both:", "first", "second", "How", "many", "see", "7"]
+
+
+def picture(seed, height=None, width=None):
+    """A random RGB array with sides from 28 to 150 pixels."""
+    rng = np.random.default_rng(seed)
+    height, width = height or int(rng.integers(28, 150)), width or int(rng.integers(28, 150))
+    coarse = rng.integers(0, 256, (-(-height // 9), -(-width // 9), 3), dtype=np.uint8)
+    return coarse.repeat(9, 0).repeat(9, 1)[:height, :width]
+
+
+def clip(seed, frames=4, height=60, width=60):
+    return Video([picture(1000 * seed + number, height, width) for number in range(frames)], fps=2.0)
+
+
+def random_request(seed, images=None, videos=None, words=None):
+    """A prompt of up to 60 words with up to 3 images and 1 video, at places of their own or first."""
+    rng = np.random.default_rng(seed)
+    images = int(rng.choice([0, 1, 1, 2, 3])) if images is None else images
+    videos = int(rng.random() < 0.2) if videos is None else videos
+    text = [WORDS[rng.integers(len(WORDS))] for _ in range(words or rng.integers(1, 60))]
+    if rng.random() < 0.5:
+        for place in ["<image>"] * images + ["<video>"] * videos:
+            text.insert(int(rng.integers(len(text) + 1)), place)
+    return Request(
+        " ".join(text),
+        [picture(10 * seed + number) for number in range(images)],
+        [clip(seed, int(rng.integers(1, 7))) for _ in range(videos)],
+    )
+
+
+def random_params(seed, max_tokens=None):
+    rng = np.random.default_rng([seed, 1])
+    max_tokens = max_tokens or int(rng.integers(1, 25))
+    if rng.random() < 0.5:
+        return SamplingParams(max_tokens, repetition_penalty=float(rng.choice([1.0, 1.3])))
+    return SamplingParams(
+        max_tokens,
+        temperature=float(rng.uniform(0.3, 1.5)),
+        top_p=float(rng.choice([1.0, 0.9])),
+        top_k=int(rng.choice([0, 20])),
+        seed=seed,
+    )
+
+
+def answers(outputs):
+    return [(output.token_ids, output.text, output.finish_reason) for output in outputs]
+
+
+def reference_inputs(reference, request):
+    _, processor = reference
+    content = [{"type": "image"}] * len(request.images) + [{"type": "text", "text": request.prompt}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    images = [Image.fromarray(image) for image in request.images]
+    return processor(text=[text], images=images or None, return_tensors="pt")
+
+
+def image_first(seed, **kwargs):
+    request = random_request(seed, videos=0, **kwargs)
+    return replace(request, prompt=request.prompt.replace("<image>", "").strip() or "What?")
+
+
+# Against Transformers
+
+
+def test_greedy_tokens_equal_transformers_generate(pipeline, reference):
+    requests = [image_first(seed) for seed in range(8)]
+    outputs = pipeline.generate(requests, SamplingParams(max_tokens=24))
+    model, _ = reference
+    for request, output in zip(requests, outputs):
+        inputs = reference_inputs(reference, request)
+        length = inputs["input_ids"].shape[1]
+        assert output.prompt_tokens == length
+        expected = model.generate(**inputs, do_sample=False, max_new_tokens=24)[0, length:].tolist()
+        assert output.token_ids == expected
+
+
+def test_a_long_answer_outgrows_the_cache_without_a_trace(pipeline, reference):
+    request = image_first(3, images=2, words=40)
+    cache = pipeline.engines.decoder.cache
+    capacities = set()
+    output = pipeline.generate(
+        [request],
+        SamplingParams(max_tokens=300, ignore_eos=True),
+        on_token=lambda event: capacities.add(cache.capacity),
+    )[0]
+    inputs = reference_inputs(reference, request)
+    length = inputs["input_ids"].shape[1]
+    expected = reference[0].generate(
+        **inputs, do_sample=False, max_new_tokens=300, min_new_tokens=300, eos_token_id=None
+    )
+    assert output.token_ids == expected[0, length:].tolist()
+    assert output.finish_reason == "length"
+    assert len(capacities - {512, 700}) >= 1
+    assert max(capacities) >= 512
+    assert cache.capacity == 128  # given back
+
+
+def test_hidden_states_equal_transformers(pipeline, reference):
+    requests = [image_first(seed) for seed in (20, 21, 22, 23, 24, 25)]  # more than slots
+    found = pipeline.hidden_states(requests)
+    for request, states in zip(requests, found):
+        with torch.no_grad():
+            expected = reference[0](**reference_inputs(reference, request), output_hidden_states=True)
+        assert states.shape == expected.hidden_states[-1][0].shape
+        assert relative_error(states, expected.hidden_states[-1][0]) < 1e-5
+
+
+def test_image_embeddings_equal_transformers(pipeline, reference):
+    images = [picture(seed) for seed in range(9)]
+    model, processor = reference
+    for image, embedding in zip(images, pipeline.embed_images(images)):
+        inputs = processor.image_processor(images=[Image.fromarray(image)], return_tensors="pt")
+        with torch.no_grad():
+            expected = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        expected = torch.cat(list(getattr(expected, "pooler_output", expected)))
+        # Half of it is the resize, which Transformers' processor and ours round differently at single pixels.
+        assert relative_error(embedding, expected) < (1e-5 if _same_pixels(pipeline, image, inputs) else 0.05)
+
+
+def _same_pixels(pipeline, image, inputs):
+    return image.shape[0] % 28 == 0 and image.shape[1] % 28 == 0
+
+
+# Backends against each other
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seeds=st.lists(st.integers(0, 10_000), min_size=1, max_size=6, unique=True))
+def test_both_backends_give_the_same_answers(pipelines, seeds):
+    requests, params = [random_request(seed) for seed in seeds], [random_params(seed) for seed in seeds]
+    assert answers(pipelines["torch"].generate(requests, params)) == answers(
+        pipelines["onnxruntime"].generate(requests, params)
+    )
+
+
+def test_both_backends_embed_and_feel_the_same(pipelines):
+    images, requests = [picture(seed) for seed in range(6)], [random_request(seed) for seed in range(6)]
+    for found in (
+        [pipelines[backend].embed_images(images) for backend in BOTH],
+        [pipelines[backend].hidden_states(requests) for backend in BOTH],
+    ):
+        for one, other in zip(*found):
+            assert relative_error(one, other) < 1e-5
+
+
+def test_bf16_is_close_to_fp32(checkpoint, pipelines, tmp_path):
+    half = Pipeline.from_engine_dir(build(checkpoint, tmp_path / "bf16", "torch", "bf16"), "cpu")
+    requests = [random_request(seed) for seed in range(4)]
+    for found, exact in zip(half.hidden_states(requests), pipelines["torch"].hidden_states(requests)):
+        assert torch.nn.functional.cosine_similarity(found.float().flatten(), exact.flatten(), dim=0) > 0.999
+    assert all(output.finish_reason for output in half.generate(requests, SamplingParams(max_tokens=4)))
+
+
+# In-flight batching
+
+
+def test_an_answer_does_not_depend_on_its_neighbours(pipeline):
+    requests, params = [random_request(seed) for seed in range(24)], [random_params(seed) for seed in range(24)]
+    together = pipeline.generate(requests, params)
+    alone = [pipeline.generate([request], param)[0] for request, param in zip(requests, params)]
+    assert answers(together) == answers(alone)
+
+
+def test_chunked_prefill_equals_whole_prefill(pipelines, engine_dirs):
+    requests, params = [random_request(seed) for seed in range(6)], [random_params(seed) for seed in range(6)]
+    whole = answers(pipelines["onnxruntime"].generate(requests, params))
+    for backend, chunk in (("onnxruntime", 7), ("torch", 16), ("onnxruntime", 1)):
+        chunked = Pipeline.from_engine_dir(engine_dirs[backend], "cpu", max_num_tokens=chunk)
+        assert answers(chunked.generate(requests, params)) == whole, (backend, chunk)
+
+
+def test_requests_join_and_leave_a_running_batch(pipeline):
+    requests, params = (
+        [random_request(seed) for seed in range(40, 47)],
+        [random_params(seed, 12) for seed in range(40, 47)],
+    )
+    expected = answers(pipeline.generate([request], param)[0] for request, param in zip(requests, params))
+    outputs = []
+    for request, param in zip(requests, params):
+        outputs.append(pipeline.submit(request, param))
+        for _ in range(3):
+            pipeline.step()
+    assert pipeline.busy
+    while pipeline.busy:
+        pipeline.step()
+    assert answers(outputs) == expected
+    assert pipeline.step() == []
+
+
+def test_generate_beside_submitted_requests(pipeline):
+    request, params = random_request(50), random_params(50, 20)
+    expected = answers(pipeline.generate([request], params))
+    submitted = [pipeline.submit(random_request(seed), SamplingParams(max_tokens=30)) for seed in range(51, 57)]
+    events = []
+    assert answers(pipeline.generate([request], params, on_token=events.append)) == expected
+    assert {event.index for event in events} == {0}
+    assert [event.token_id for event in events] == expected[0][0]
+    while pipeline.busy:
+        pipeline.step()
+    assert all(output.finished for output in submitted)
+
+
+def test_cancel(pipeline):
+    requests, params = [random_request(seed) for seed in range(60, 68)], SamplingParams(max_tokens=16, ignore_eos=True)
+    expected = answers(pipeline.generate(requests, params))
+    outputs = [pipeline.submit(request, params) for request in requests]
+    for _ in range(6):
+        pipeline.step()
+    pipeline.cancel(outputs[0])  # runs
+    pipeline.cancel(outputs[3])  # perhaps still in its prompt
+    pipeline.cancel(outputs[7])  # waits
+    before = list(outputs[0].token_ids)
+    while pipeline.busy:
+        pipeline.step()
+    assert outputs[0].token_ids == before
+    assert len(before) < 16
+    assert outputs[7].token_ids == []
+    assert not any(outputs[number].finished for number in (0, 3, 7))
+    kept = [1, 2, 4, 5, 6]
+    assert answers(outputs[number] for number in kept) == [expected[number] for number in kept]
+    pipeline.cancel(outputs[1])  # has ended: nothing happens
+
+
+def test_a_stream_that_is_left_early_frees_its_slots(pipeline):
+    stream = pipeline.stream([random_request(seed) for seed in range(6)], SamplingParams(max_tokens=50))
+    next(stream)
+    assert pipeline.busy
+    stream.close()
+    assert not pipeline.busy
+
+
+def test_an_interrupted_generate_frees_its_slots(pipeline):
+    def interrupt(event):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.generate([random_request(seed) for seed in range(6)], on_token=interrupt)
+    assert not pipeline.busy
+
+
+# Streaming, ends, timings
+
+
+def test_callback_iterator_and_result_agree(pipeline):
+    requests, params = [random_request(seed) for seed in range(6)], [random_params(seed) for seed in range(6)]
+    outputs = pipeline.generate(requests, params)
+    called, streamed = [], list(pipeline.stream(requests, params))
+    pipeline.generate(requests, params, on_token=called.append)
+    for events in (called, streamed):
+        for number, output in enumerate(outputs):
+            own = [event for event in events if event.index == number]
+            assert [event.token_id for event in own] == output.token_ids
+            assert "".join(event.text for event in own) == output.text
+    single = list(pipeline.stream(requests[0], params[0]))
+    assert "".join(event.text for event in single) == outputs[0].text
+    assert single[-1].output.finish_reason == outputs[0].finish_reason
+
+
+def test_stop_strings_and_reasons(pipeline):
+    request = random_request(4, images=1)
+    whole = pipeline.generate([request], SamplingParams(max_tokens=40, ignore_eos=True))[0]
+    assert whole.finish_reason == "length"
+    assert len(whole.token_ids) == 40
+    piece = whole.text[10:14]
+    stopped = pipeline.generate([request], SamplingParams(max_tokens=40, ignore_eos=True, stop=(piece,)))[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == whole.text[: whole.text.index(piece)]
+    assert len(stopped.token_ids) < 40
+    assert pipeline.generate([request], SamplingParams(max_tokens=1))[0].finish_reason == "length"
+
+
+def test_an_end_of_sequence_token_ends_the_answer(engine_dirs, pipelines):
+    request = random_request(4, images=1)
+    whole = pipelines["torch"].generate([request], SamplingParams(max_tokens=20, ignore_eos=True))[0]
+    pipeline = Pipeline.from_engine_dir(engine_dirs["torch"], "cpu")
+    pipeline._eos = (whole.token_ids[5],)
+    ended = pipeline.generate([request], SamplingParams(max_tokens=20))[0]
+    assert ended.finish_reason == "stop"
+    assert ended.token_ids == whole.token_ids[: whole.token_ids.index(whole.token_ids[5]) + 1]
+
+
+def test_timings_make_sense(pipeline):
+    outputs = pipeline.generate([random_request(seed, images=seed % 3) for seed in range(9)], random_params(0, 6))
+    outputs += pipeline.generate([random_request(1, images=1)], SamplingParams(max_tokens=1))
+    for output in outputs:
+        timings = asdict(output.timings)
+        assert all(math.isfinite(value) and value >= 0 for value in timings.values()), timings
+        stages = ("preprocess", "vision", "prefill", "decode")
+        assert sum(timings[stage] for stage in stages) <= timings["total"] + 1e-9, timings
+        assert 0 < timings["time_to_first_token"] <= timings["total"]
+        assert timings["prefill"] > 0
+    assert outputs[1].timings.vision > 0
+
+
+# Forms of input
+
+
+def test_from_batch(pipeline):
+    batch = torch.stack([torch.from_numpy(picture(seed, 56, 84)).permute(2, 0, 1) for seed in range(6)])
+    batch = batch.view(3, 2, 3, 56, 84)
+    prompts = ["What digits?", "Read <image> then <image>.", "How many?"]
+    found = pipeline.generate(Request.from_batch(batch, prompts), SamplingParams(max_tokens=8))
+    single = [
+        Request(prompt, [image.permute(1, 2, 0).numpy() for image in sample]) for prompt, sample in zip(prompts, batch)
+    ]
+    assert answers(found) == answers(pipeline.generate(single, SamplingParams(max_tokens=8)))
+    floats = pipeline.generate(Request.from_batch(batch.float() / 255, prompts), SamplingParams(max_tokens=8))
+    assert answers(floats) == answers(found)  # 56x84 needs no resize
+    with pytest.raises(PromptError, match="3 samples"):
+        Request.from_batch(batch, prompts[:2])
+    with pytest.raises(MediaError, match="n_cameras"):
+        Request.from_batch(batch[0], prompts)
+
+
+def test_messages_carry_their_media(pipeline, tmp_path):
+    first, second = picture(1), picture(2)
+    Image.fromarray(first).save(tmp_path / "first.png")
+    encoded = BytesIO()
+    Image.fromarray(second).save(encoded, "PNG")
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": str(tmp_path / "first.png")},
+                {"type": "text", "text": "and"},
+                {"type": "image", "image": encoded.getvalue()},
+                {"type": "video", "video": [*clip(1).frames], "fps": 2.0},
+                {"type": "text", "text": "What do you see?"},
+            ],
+        },
+    ]
+    plain = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "<image>and<image><video>What do you see?"},
+    ]
+    params = SamplingParams(max_tokens=8)
+    inside = pipeline.generate(Request(messages), params)
+    beside = pipeline.generate(Request(plain, [Path(tmp_path / "first.png"), second], [clip(1)]), params)
+    assert answers(inside) == answers(beside)
+    assert inside[0].prompt_tokens == beside[0].prompt_tokens
+
+
+def test_stacked_media_and_tuples_are_lists_of_media(pipeline):
+    images = np.stack([picture(seed, 60, 90) for seed in range(3)])
+    params = SamplingParams(max_tokens=6)
+    listed = pipeline.generate(Request("What?", [*images], [np.stack(clip(1).frames)]), params)
+    stacked = pipeline.generate(Request("What?", images, (np.stack(clip(1).frames),)), params)
+    assert answers(listed) == answers(stacked)
+
+
+def test_embed_images_of_mixed_sizes_equals_one_at_a_time(pipeline):
+    images = [picture(seed) for seed in range(11)]  # three calls of at most four
+    done = []
+    together = pipeline.embed_images(images, done.append)
+    assert done == [4, 8, 11]
+    for image, embedding in zip(images, together):
+        assert relative_error(embedding, pipeline.embed_images([image])[0]) < 1e-5
+    assert pipeline.embed_images([]) == []
+    assert pipeline.hidden_states([]) == []
+    assert pipeline.generate([]) == []
+
+
+def test_a_video_of_more_frames_than_a_call_takes_equals_one_call(checkpoint, pipelines, tmp_path):
+    request = Request("What?", videos=[clip(5, frames=22)])  # 11 temporal patches, 4 a call
+    profile = replace(PROFILE, max_batch_size=16)
+    large = Pipeline.from_engine_dir(build(checkpoint, tmp_path / "large", "torch", profile=profile), "cpu")
+    expected = large.hidden_states([request])[0]
+    for pipeline in pipelines.values():
+        assert relative_error(pipeline.hidden_states([request])[0], expected) < 1e-5
+
+
+# Errors
+
+
+def bad_requests(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("no image")
+    whole = BytesIO()
+    Image.fromarray(picture(0, 100, 100)).save(whole, "PNG")
+    image = picture(0, 60, 60)
+    return {
+        "no such file": (Request("x", [tmp_path / "none.png"]), MediaError, "image 1 .*no such file"),
+        "empty": (Request("x", [image, tmp_path / "empty.png"]), MediaError, "image 2 .*empty"),
+        "no image": (Request("x", [tmp_path / "text.png"]), MediaError, "not an image"),
+        "truncated": (Request("x", [whole.getvalue()[:200]]), MediaError, "truncated or corrupt"),
+        "no pixels": (Request("x", [np.zeros((0, 5, 3), np.uint8)]), MediaError, "no pixels"),
+        "ratio": (Request("x", [np.zeros((10, 2500, 3), np.uint8)]), MediaError, "aspect ratio of 250"),
+        "too large": (
+            Request("x", [picture(0, 600, 600)]),
+            LimitError,
+            r"\(600x600\) needs .* patches; this engine takes 4 to 200 .*--max-pixels 39200",
+        ),
+        "few images": (Request("<image> <image>", [image]), PromptError, "2 places .* 1 are given"),
+        "many images": (Request("<image>", [image, image]), PromptError, "1 places .* 2 are given"),
+        "no place in messages": (Request([{"role": "user", "content": [{"type": "text", "text": "x"}]}], [image]),
+                                 PromptError, "0 places"),
+        "empty prompt": (Request(""), PromptError, "empty"),
+        "None": (Request(None), PromptError, "string or a list of messages"),
+        "vision token": (Request("<|image_pad|>"), PromptError, "chat template"),
+        "too long": (Request("word " * 600), LimitError, r"these engines take 400 \(--max-input-len\)"),
+        "lone image": (Request("x", image), MediaError, r"images is a ndarray.*images=\[...\]"),
+        "lone path": (Request("x", "a.png"), MediaError, "images is a str"),
+        "frames as videos": (Request("x", videos=[Image.fromarray(image)] * 2), MediaError, "video 1: .* no video"),
+        "no frames": (Request("x", videos=[[]]), MediaError, "video 1: no frames"),
+        "nothing": (Request("x", [None]), MediaError, "NoneType is no image"),
+    }  # fmt: skip
+
+
+def test_a_bad_request_leaves_the_others_alone(pipeline, tmp_path):
+    params = SamplingParams(max_tokens=8)
+    good = [random_request(seed) for seed in range(5)]
+    expected = answers(pipeline.generate(good, params))
+    cases = bad_requests(tmp_path)
+    requests, expectations = [], []
+    for number, (name, (request, kind, message)) in enumerate(cases.items()):
+        requests.append(request)
+        expectations.append((name, kind, message))
+        if number < len(good):
+            requests.append(good[number])
+            expectations.append(None)
+    outputs = pipeline.generate(requests, params)
+    assert answers(output for output, wrong in zip(outputs, expectations) if wrong is None) == expected
+    for output, wrong in zip(outputs, expectations):
+        if wrong is None:
+            assert output.error is None
+            continue
+        name, kind, message = wrong
+        assert type(output.error) is kind, (name, output.error)
+        with pytest.raises(kind, match=message):
+            output.text  # noqa: B018
+        with pytest.raises(kind):
+            output.token_ids  # noqa: B018
+        assert "\n" not in str(output.error)
+        assert output.finished
+        assert output.timings.total >= 0
+    with pytest.raises(MediaError, match="no such file"):
+        list(pipeline.stream([requests[0], good[0]], params))
+
+
+def test_a_prompt_and_its_answer_must_fit(pipeline):
+    request = random_request(1, images=1, words=10)
+    length = pipeline.generate([request], SamplingParams(max_tokens=1))[0].prompt_tokens
+    room = PROFILE.max_seq_len - length
+    output = pipeline.generate([request], SamplingParams(max_tokens=room + 1))[0]
+    with pytest.raises(LimitError, match=f"Lower max_tokens to {room} or less"):
+        output.text  # noqa: B018
+    filled = pipeline.generate([request], SamplingParams(max_tokens=room, ignore_eos=True))[0]
+    assert len(filled.token_ids) == room
+
+
+def test_a_prompt_of_exactly_the_limit(pipelines):
+    pipeline = pipelines["onnxruntime"]
+    tokens = pipeline.generate([Request("a a a")], SamplingParams(max_tokens=1))[0].prompt_tokens
+    fitting = Request("a a a" + " a" * (PROFILE.max_input_len - tokens))
+    output = pipeline.generate([fitting], SamplingParams(max_tokens=300, ignore_eos=True))[0]
+    assert (output.prompt_tokens, len(output.token_ids)) == (400, 300)
+    with pytest.raises(LimitError, match="401 tokens"):
+        pipeline.hidden_states([Request(fitting.prompt + " a")])
+
+
+def test_settings_are_one_for_all_or_one_each(pipeline):
+    requests = [random_request(seed) for seed in range(3)]
+    with pytest.raises(SamplingError, match="3 requests came with 2"):
+        pipeline.generate(requests, [SamplingParams()] * 2)
+    assert not pipeline.busy
+
+
+def test_a_named_request_or_image_is_wrong(pipeline):
+    with pytest.raises(PromptError, match="request 2: the prompt is empty"):
+        pipeline.hidden_states([random_request(0), Request("")])
+    with pytest.raises(MediaError, match=r"image 6: .* no pixels"):
+        pipeline.embed_images([picture(0)] * 5 + [np.zeros((0, 3, 3), np.uint8)])
+    with pytest.raises(LimitError, match=r"image 1 .*this engine takes 4 to 200"):
+        pipeline.embed_images([picture(0, 700, 500)])
+
+
+def test_pixel_limits(engine_dirs, pipelines):
+    image = picture(0, 600, 600)
+    small = Pipeline.from_engine_dir(engine_dirs["torch"], "cpu", max_pixels=39200)
+    assert len(small.embed_images([image])[0]) == 49  # 14x14 patches
+    large = Pipeline.from_engine_dir(engine_dirs["torch"], "cpu", min_pixels=30_000)
+    assert len(large.embed_images([picture(0, 28, 28)])[0]) == 49  # 14x14 patches are the next
+    with pytest.raises(LimitError, match="min_pixels"):
+        Pipeline.from_engine_dir(engine_dirs["torch"], "cpu", min_pixels=9000, max_pixels=8000)
+
+
+def test_devices(engine_dirs):
+    for device in ("tpu", "meta", "cuda:99"):
+        with pytest.raises(EngineError, match=device):
+            Pipeline.from_engine_dir(engine_dirs["onnxruntime"], device)
+
+
+def test_a_tokenizer_of_another_model_is_refused(engine_dirs, monkeypatch):
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__len__", lambda self: 10**6)
+    with pytest.raises(CheckpointError, match="another model"):
+        Pipeline.from_engine_dir(engine_dirs["torch"], "cpu")
+
+
+# Memory
+
+
+def test_many_requests_leave_nothing_behind(pipeline):
+    import psutil
+
+    process, params = psutil.Process(), SamplingParams(max_tokens=12)
+    cache = pipeline.engines.decoder.cache
+
+    def run(seeds):
+        outputs = pipeline.generate([random_request(seed) for seed in seeds], params)
+        return [weakref.ref(output) for output in outputs]
+
+    run(range(12))
+    gc.collect()
+    before = process.memory_info().rss
+    for start in range(0, 60, 12):
+        references = run(range(start, start + 12))
+        gc.collect()
+        assert not any(reference() for reference in references)
+        assert cache.capacity == 128
+    assert process.memory_info().rss - before < 64 << 20
+
+
+# Real answers
+
+
+def tiny_pipelines(folder):
+    checkpoint = resolve_model("tiny").folder
+    yield from (Pipeline.from_engine_dir(build(checkpoint, folder / name, name), "cpu") for name in BACKENDS)
+
+
+def test_the_tiny_model_reads_digits(tmp_path):
+    try:
+        resolve_model("tiny")
+    except CheckpointError:
+        pytest.skip("the tiny model is not there yet")
+    scenes = held_out_scenes("read", 20, seed=5)
+    for pipeline in tiny_pipelines(tmp_path):
+        right = sum(answer == scene.answer for answer, scene in zip(answer_scenes(pipeline, scenes), scenes))
+        assert right >= 15

@@ -1,0 +1,499 @@
+"""Pixels, grids and window order against Transformers' own processors."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
+from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl, image_processing_qwen2_vl
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+from qwen2vl_trt.config import VisionConfig
+from qwen2vl_trt.errors import CheckpointError, LimitError, MediaError
+from qwen2vl_trt.windows import window_layout
+from runtime import preprocessor as module
+from runtime.preprocessor import PixelSettings, Preprocessor, PreprocessorSettings, smart_resize
+from runtime.video import FrameSampling, Video
+
+CONFIG = VisionConfig(
+    depth=1, hidden_size=16, num_heads=1, intermediate_size=16, out_hidden_size=16, fullatt_block_indexes=(0,)
+)
+TINY = VisionConfig(
+    depth=1,
+    hidden_size=16,
+    num_heads=1,
+    intermediate_size=16,
+    out_hidden_size=16,
+    fullatt_block_indexes=(0,),
+    patch_size=2,
+    window_size=16,
+)
+DEFAULT = image_processing_qwen2_vl.Qwen2VLImageProcessor
+PILLOW = image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil
+MEAN = torch.tensor(PixelSettings().image_mean).view(3, 1)
+STD = torch.tensor(PixelSettings().image_std).view(3, 1)
+
+# No resize: sides are multiples of 28 and the area is within the limits.
+EXACT_SIZES = [(56, 56), (28, 112), (112, 112), (112, 140), (140, 112), (140, 140), (28, 5572), (5572, 28), (448, 224)]
+RESIZED_SIZES = [(20, 20), (1, 1), (1, 200), (199, 1), (13, 700), (333, 71), (613, 847), (101, 1009), (1500, 1200)]
+
+
+def noise(height, width, seed=0):
+    return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def natural(height, width, seed=0):
+    """Noise of several scales, so that resizing overshoots at some edges and is smooth elsewhere."""
+    layers = [noise(max(1, height // scale), max(1, width // scale), seed + scale) for scale in (1, 9, 40)]
+    up = [torch.nn.functional.interpolate(layer[None].float(), (height, width))[0] for layer in layers]
+    return (0.1 * up[0] + 0.3 * up[1] + 0.6 * up[2]).round().to(torch.uint8)
+
+
+def merge_order(packed, config=CONFIG):
+    """``[patches, D]`` in Transformers' order, the windows undone by the layout's ``merge_index``."""
+    groups = packed.pixel_values.reshape(-1, config.merge_unit, config.qwen2_vl_dim)
+    return groups[packed.layout.merge_index].reshape(-1, config.qwen2_vl_dim)
+
+
+def from_sequences(packed, config=CONFIG):
+    """The same by way of ``sequence_index``, which full attention gathers with: raster order of patches."""
+    flat = packed.pixel_values.reshape(-1, config.qwen2_vl_dim)
+    merge, patches, sequence = config.spatial_merge_size, [], 0
+    for frames, height, width in packed.grids:
+        for _ in range(frames):
+            raster = flat[packed.layout.sequence_index[sequence, : height * width]]
+            raster = raster.view(height // merge, merge, width // merge, merge, -1).transpose(1, 2)
+            patches.append(raster.reshape(height * width, -1))
+            sequence += 1
+    return torch.cat(patches)
+
+
+def levels(patches, config=CONFIG):
+    """Normalised values back on the scale of 8 bits."""
+    values = patches.view(len(patches), 3, -1)
+    return (values * STD + MEAN) * 255
+
+
+def assert_pixels(packed, expected, *, resized, level=1, config=CONFIG):
+    ours = merge_order(packed, config)
+    assert ours.shape == expected.shape
+    assert torch.equal(from_sequences(packed, config), ours)
+    if resized:
+        difference = (levels(ours) - levels(expected)).abs()
+        assert difference.max() < level + 0.01
+        assert difference.mean() < 0.1
+    else:
+        assert (ours - expected).abs().max() <= 1e-6
+
+
+def test_the_reference_is_transformers_default():
+    """AutoImageProcessor prefers torchvision; Pillow is its fallback."""
+    mapping = IMAGE_PROCESSOR_MAPPING[Qwen2_5_VLConfig]
+    assert mapping["torchvision"] is DEFAULT
+    assert mapping["pil"] is PILLOW
+
+
+def test_auto_image_processor_resolves_to_it(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Qwen2VLImageProcessor"}))
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is DEFAULT
+
+
+@pytest.mark.parametrize("backend", [DEFAULT, PILLOW])
+class TestAgainstTransformers:
+    """Identical without a resize, within one 8-bit level after it."""
+
+    @pytest.mark.parametrize("size", EXACT_SIZES)
+    def test_without_resize(self, size, backend):
+        image = noise(*size)
+        packed = Preprocessor(CONFIG).preprocess([image])
+        expected = backend()(images=image, return_tensors="pt")
+        assert list(map(list, packed.grids)) == expected["image_grid_thw"].tolist()
+        assert_pixels(packed, expected["pixel_values"], resized=False)
+
+    @pytest.mark.parametrize("size", RESIZED_SIZES)
+    @pytest.mark.parametrize("order", ["chw", "hwc"])
+    def test_with_resize(self, size, order, backend):
+        image = natural(*size)
+        source = image if order == "chw" else image.permute(1, 2, 0).contiguous().numpy()
+        packed = Preprocessor(CONFIG).preprocess([source])
+        expected = backend()(images=image, input_data_format="channels_first", return_tensors="pt")
+        assert list(map(list, packed.grids)) == expected["image_grid_thw"].tolist()
+        assert_pixels(packed, expected["pixel_values"], resized=True)
+
+    def test_mixed_batch(self, backend):
+        sizes = [(28, 112), (333, 71), (112, 112), (112, 112), (20, 20), (140, 252), (1, 150), (500, 640)]
+        images = [natural(*size, seed=seed) for seed, size in enumerate(sizes)]
+        packed = Preprocessor(CONFIG).preprocess(images)
+        expected = backend()(images=images, return_tensors="pt")
+        assert list(map(list, packed.grids)) == expected["image_grid_thw"].tolist()
+        # Pillow's own kernel differs from PyTorch's by two levels in a few pixels of the last image.
+        assert_pixels(packed, expected["pixel_values"], resized=True, level=1 if backend is DEFAULT else 2)
+
+    def test_limits(self, backend):
+        image = natural(300, 200)
+        settings = PreprocessorSettings().with_limits(min_pixels=10_000, max_pixels=30_000)
+        packed = Preprocessor(CONFIG, settings).preprocess([image])
+        size = {"shortest_edge": 10_000, "longest_edge": 30_000}
+        expected = backend(size=size)(images=image, return_tensors="pt")
+        assert list(map(list, packed.grids)) == expected["image_grid_thw"].tolist()
+        assert_pixels(packed, expected["pixel_values"], resized=True)
+
+    def test_decoded_file(self, backend, tmp_path):
+        path = tmp_path / "a.jpg"
+        Image.fromarray(natural(90, 230).permute(1, 2, 0).numpy()).save(path)
+        packed = Preprocessor(CONFIG).preprocess([path])
+        with Image.open(path) as image:
+            expected = backend()(images=image, return_tensors="pt")
+        assert_pixels(packed, expected["pixel_values"], resized=True)
+
+
+class TestPreprocess:
+    """What holds whatever Transformers does."""
+
+    def test_resized_pixels_equal_torchvision_bit_for_bit(self):
+        image = natural(613, 847)
+        expected = DEFAULT()(images=image, return_tensors="pt")["pixel_values"]
+        assert torch.equal(merge_order(Preprocessor(CONFIG).preprocess([image])), expected)
+
+    @pytest.mark.parametrize("size", [(112, 168), (90, 130)])
+    def test_float_images_as_with_do_rescale_false(self, size):
+        image = natural(*size).float() / 255
+        packed = Preprocessor(CONFIG).preprocess([image])
+        expected = DEFAULT(do_rescale=False)(images=image, return_tensors="pt")["pixel_values"]
+        assert_pixels(packed, expected, resized=False)
+
+    def test_other_normalisation(self):
+        image = noise(56, 84)
+        pixels = PixelSettings(image_mean=(0.5, 0.4, 0.3), image_std=(0.1, 0.2, 0.5), rescale_factor=1 / 127)
+        packed = Preprocessor(CONFIG, PreprocessorSettings(image=pixels)).preprocess([image])
+        reference = DEFAULT(image_mean=[0.5, 0.4, 0.3], image_std=[0.1, 0.2, 0.5], rescale_factor=1 / 127)
+        assert_pixels(packed, reference(images=image, return_tensors="pt")["pixel_values"], resized=False)
+
+    def test_layout_and_empty_slots(self):
+        packed = Preprocessor(CONFIG).preprocess([noise(140, 252), noise(28, 112)])
+        layout = window_layout(packed.grids, CONFIG)
+        assert torch.equal(packed.layout.merge_index, layout.merge_index)
+        slots = torch.arange(CONFIG.window_slots)
+        empty = slots >= layout.window_lengths[:, None]
+        assert packed.pixel_values.shape == (*empty.shape, 1176)
+        assert empty.any()
+        assert not packed.pixel_values[empty].any()
+        assert packed.pixel_values[~empty].any(-1).all()
+
+    def test_bfloat16_is_the_rounded_float32(self):
+        images = [natural(140, 252), natural(90, 70)]
+        exact = Preprocessor(CONFIG).preprocess(images).pixel_values
+        rounded = Preprocessor(CONFIG, dtype=torch.bfloat16).preprocess(images).pixel_values
+        assert rounded.dtype == torch.bfloat16
+        assert torch.equal(rounded, exact.bfloat16())
+
+    def test_neighbours_do_not_matter(self):
+        images = [natural(height, width) for height, width in [(56, 56), (56, 56), (300, 30), (140, 112), (60, 60)]]
+        processor = Preprocessor(CONFIG)
+        together = processor.preprocess(images).pixel_values
+        alone = torch.cat([processor.preprocess([image]).pixel_values for image in images])
+        assert torch.equal(together, alone)
+
+    def test_sources_stay_as_they_were(self):
+        images = [noise(112, 112), noise(100, 40), torch.rand(3, 56, 56), torch.rand(3, 50, 50)]
+        copies = [image.clone() for image in images]
+        Preprocessor(CONFIG).preprocess(images)
+        assert all(torch.equal(image, copy) for image, copy in zip(images, copies, strict=True))
+
+    def test_small_chunks_change_nothing(self, monkeypatch):
+        images = [natural(280, 308), natural(112, 112), natural(112, 112), natural(224, 140)]
+        clip = [natural(280, 364, seed) for seed in range(3)]
+        expected = Preprocessor(CONFIG).preprocess(images, [clip]).pixel_values
+        monkeypatch.setattr(module, "_HOST_CHUNK", 1)
+        assert torch.equal(Preprocessor(CONFIG).preprocess(images, [clip]).pixel_values, expected)
+        monkeypatch.setattr(module, "_HOST_CHUNK", 1 << 28)
+        assert torch.equal(Preprocessor(CONFIG).preprocess(images, [clip]).pixel_values, expected)
+
+    @pytest.mark.parametrize("size", [(333, 271), (1, 150), (613, 400)])
+    def test_resize_by_way_of_floats(self, size):
+        """The path of CUDA, which has no uint8 kernel, here on the CPU: within a level, seldom that."""
+        frames = torch.stack([natural(*size, seed) for seed in range(2)])
+        _, rows, columns = Preprocessor(CONFIG).image_grid(*size)
+        target = (rows * 14, columns * 14)
+        floats = module._resize_on_device(frames, target)
+        native = torch.stack([module._resize_on_host(frame, target) for frame in frames])
+        assert floats.dtype == torch.uint8
+        difference = (floats.int() - native.int()).abs()
+        assert difference.max() <= 1
+        assert difference.float().mean() < 0.3
+
+    def test_one_thread(self):
+        images = [natural(100, 130, seed) for seed in range(3)]
+        expected = Preprocessor(CONFIG).preprocess(images).pixel_values
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            assert torch.equal(Preprocessor(CONFIG).preprocess(images).pixel_values, expected)
+        finally:
+            torch.set_num_threads(threads)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("chunk", [1, 1 << 28])
+    def test_batches_of_a_device(self, dtype, chunk, monkeypatch):
+        """The path of CUDA, here on the CPU: frames of one size go together, wherever they stand in the batch."""
+        sizes = [(140, 252), (56, 56), (140, 252), (28, 112), (224, 224)]
+        images = [natural(*size, seed) for seed, size in enumerate(sizes)] + [torch.rand(3, 56, 56)]
+        clips = [[natural(280, 364, seed) for seed in range(count)] for count in (4, 1, 3)]
+        expected = Preprocessor(CONFIG, dtype=dtype).preprocess(images, clips).pixel_values
+        monkeypatch.setattr(module, "_DEVICE_CHUNK", chunk)
+        monkeypatch.setattr(Preprocessor, "_write_on_host", Preprocessor._write_on_device)
+        assert torch.equal(Preprocessor(CONFIG, dtype=dtype).preprocess(images, clips).pixel_values, expected)
+
+    def test_bfloat16_ties_go_to_even(self):
+        values = torch.cat([torch.randn(5000), torch.tensor([1 + 1 / 256, 1 + 3 / 256, -1 - 1 / 256, 0.0])])
+        bits = values.numpy().copy()
+        module._round_to_bfloat16(bits)
+        assert torch.equal(torch.from_numpy(bits.view(np.int32)).short().view(torch.bfloat16), values.bfloat16())
+
+    def test_other_dtypes_are_refused(self):
+        with pytest.raises(ValueError, match="float16"):
+            Preprocessor(CONFIG, dtype=torch.float16)
+
+    def test_nothing(self):
+        with pytest.raises(ValueError, match="at least one"):
+            Preprocessor(CONFIG).preprocess([])
+
+    def test_errors_name_the_image_and_its_size(self):
+        with pytest.raises(MediaError, match=r"^image 2: 10x2010 has an aspect ratio of 201; .* at most 200"):
+            Preprocessor(CONFIG).preprocess([noise(28, 28), noise(2010, 10)])
+        with pytest.raises(MediaError, match=r"^image 1: empty"):
+            Preprocessor(CONFIG).preprocess([b""])
+        with pytest.raises(MediaError, match=r"^video 1: 201x1 has an aspect ratio"):
+            Preprocessor(CONFIG).preprocess([], [[noise(1, 201)]])
+        with pytest.raises(MediaError, match=r"^video 2, frame 1: empty"):
+            Preprocessor(CONFIG).preprocess([], [[noise(28, 28)], [b""]])
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(st.tuples(st.integers(1, 11), st.integers(1, 11)), min_size=1, max_size=4), st.data())
+    def test_every_pixel_appears_exactly_where_the_layout_says(self, sizes, data):
+        """Each pixel carries its number in three channels; nothing is lost, doubled or misplaced."""
+        identity = PixelSettings(min_pixels=1, image_mean=(0, 0, 0), image_std=(1, 1, 1), rescale_factor=1.0)
+        images, first = [], 0
+        for rows, columns in sizes:
+            numbers = torch.arange(first, first + rows * columns * 16).view(rows * 4, columns * 4)
+            images.append(torch.stack([numbers // 65536, numbers // 256 % 256, numbers % 256]).to(torch.uint8))
+            first += numbers.numel()
+        packed = Preprocessor(TINY, PreprocessorSettings(image=identity)).preprocess(images)
+        flat = packed.pixel_values.view(-1, 3, 2, 4).long()
+        numbers = flat[:, 0] * 65536 + flat[:, 1] * 256 + flat[:, 2]  # [slots, T, pixels of a patch]
+        filled = (torch.arange(TINY.window_slots) < packed.layout.window_lengths[:, None]).view(-1)
+        assert torch.equal(numbers[:, 0], numbers[:, 1])
+        assert torch.equal(numbers[filled, 0].flatten().sort().values, torch.arange(first))
+        first = 0
+        for number, (_, height, width) in enumerate(packed.grids):
+            raster = numbers[packed.layout.sequence_index[number, : height * width], 0].view(height, width, 2, 2)
+            image = raster.transpose(1, 2).reshape(height * 2, width * 2)
+            assert torch.equal(image, torch.arange(first, first + image.numel()).view_as(image))
+            first += image.numel()
+
+
+class TestVideos:
+    """Against ``Qwen2VLVideoProcessor``."""
+
+    SMALL = PreprocessorSettings(video=PixelSettings(20_000, 60_000))
+
+    def reference(self, frames, fps=None):
+        metadata = None if fps is None else [{"total_num_frames": len(frames), "fps": fps}]
+        size = {"shortest_edge": 20_000, "longest_edge": 60_000}
+        result = Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False)(
+            videos=[frames], video_metadata=metadata, return_metadata=True, return_tensors="pt"
+        )
+        rate = result["video_metadata"][0].sampled_fps  # Qwen2_5_VLProcessor divides temporal_patch_size by it
+        return result["pixel_values_videos"], result["video_grid_thw"].tolist(), 2 / rate
+
+    @pytest.mark.parametrize(
+        ("count", "size", "resized"), [(4, (140, 168), False), (3, (333, 271), True), (1, (9, 40), True)]
+    )
+    @pytest.mark.parametrize("fps", [None, 2.0, 29.97])
+    def test_as_transformers(self, count, size, resized, fps):
+        frames = torch.stack([natural(*size, seed) for seed in range(count)])
+        expected, grid, seconds = self.reference(frames, fps)
+        for source in (frames, list(frames), frames.permute(0, 2, 3, 1).contiguous().numpy()):
+            packed = Preprocessor(CONFIG, self.SMALL).preprocess(videos=[source if fps is None else Video(source, fps)])
+            assert [list(packed.grids[0])] == grid
+            assert packed.second_per_grid_ts == pytest.approx([seconds])
+            assert_pixels(packed, expected, resized=resized)
+
+    def test_images_come_before_videos(self):
+        image, clip = noise(140, 112), [natural(150, 164, seed) for seed in range(4)]
+        packed = Preprocessor(CONFIG, self.SMALL).preprocess([image], [clip, Video(clip[:2], fps=4)])
+        expected = [DEFAULT()(images=image, return_tensors="pt")["pixel_values"]]
+        expected += [self.reference(torch.stack(frames))[0] for frames in (clip, clip[:2])]
+        assert packed.grids[0] == (1, 10, 8)
+        assert packed.second_per_grid_ts == (2 / 24, 0.5)
+        assert_pixels(packed, torch.cat(expected), resized=True)
+
+    def test_default_limits(self):
+        frames = torch.stack([natural(90, 100, seed) for seed in range(2)])
+        expected = Qwen2VLVideoProcessor(cap_pixels_per_frame=False)(videos=[frames], return_tensors="pt")
+        packed = Preprocessor(CONFIG).preprocess(videos=[frames])
+        assert [list(grid) for grid in packed.grids] == expected["video_grid_thw"].tolist()
+        assert_pixels(packed, expected["pixel_values_videos"], resized=True)
+
+    def test_float_frames(self):
+        frames = torch.stack([natural(280, 364, seed) for seed in range(2)]).float() / 255
+        packed = Preprocessor(CONFIG).preprocess(videos=[frames])
+        reference = Qwen2VLVideoProcessor(cap_pixels_per_frame=False, do_rescale=False)
+        expected = reference(videos=[frames], return_tensors="pt")["pixel_values_videos"]
+        assert_pixels(packed, expected, resized=False)
+
+    def test_grid_without_pixels(self):
+        processor = Preprocessor(CONFIG)
+        for count, height, width in [(1, 300, 364), (5, 720, 200), (4, 30, 30)]:
+            packed = processor.preprocess(videos=[torch.zeros(count, 3, height, width, dtype=torch.uint8)])
+            assert processor.video_grid(count, height, width) == packed.grids[0]
+
+
+class TestSmartResize:
+    """The same answer as Transformers, which has no limit below the aspect ratio."""
+
+    sides = st.integers(1, 6000)
+
+    @settings(max_examples=500, deadline=None)
+    @given(sides, sides, st.sampled_from([4, 28, 32]), st.integers(1, 10**6), st.integers(0, 10**7))
+    def test_equals_transformers(self, height, width, factor, low, extra):
+        try:
+            expected = image_processing_qwen2_vl.smart_resize(height, width, factor, low, low + extra)
+        except ValueError:
+            with pytest.raises(MediaError, match=f"{width}x{height}"):
+                smart_resize(height, width, factor, low, low + extra)
+            return
+        assert smart_resize(height, width, factor, low, low + extra) == expected
+
+    @settings(max_examples=300, deadline=None)
+    @given(sides, sides)
+    def test_invariants(self, height, width):
+        if max(height, width) > 200 * min(height, width):
+            return
+        rows, columns = smart_resize(height, width, 28, 3136, 1003520)
+        assert rows % 28 == columns % 28 == 0
+        assert min(rows, columns) >= 28
+        assert 3136 <= rows * columns <= 1003520
+        assert smart_resize(rows, columns, 28, 3136, 1003520) == (rows, columns) or max(rows, columns) > 5600
+
+    def test_aspect_ratio_of_200_is_the_last(self):
+        assert smart_resize(10, 2000, 28, 3136, 1003520)[0] == 28
+        with pytest.raises(MediaError, match=r"2001x10 has an aspect ratio of 200\.1"):
+            smart_resize(10, 2001, 28, 3136, 1003520)
+
+    @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+    def test_no_pixels(self, size):
+        with pytest.raises(MediaError, match="no pixels"):
+            smart_resize(*size, 28, 3136, 1003520)
+
+    def test_grid_without_pixels(self):
+        processor = Preprocessor(CONFIG)
+        reference = DEFAULT()
+        for height, width in EXACT_SIZES + RESIZED_SIZES:
+            frames, rows, columns = processor.image_grid(height, width)
+            assert frames == 1
+            assert rows * columns == reference.get_number_of_image_patches(height, width)
+        with pytest.raises(MediaError, match=r"^image 3: 1x300 has"):
+            processor.image_grid(300, 1, name="image 3")
+
+
+class TestSettings:
+    """``from_folder`` reads what Transformers reads."""
+
+    def write(self, folder, name, **content):
+        (folder / name).write_text(json.dumps(content))
+
+    def test_defaults_are_transformers(self, tmp_path):
+        settings = PreprocessorSettings.from_folder(tmp_path)
+        assert settings == PreprocessorSettings()
+        # The class attributes are shared and mutable, so the sizes are written out.
+        assert (settings.image.min_pixels, settings.image.max_pixels) == (56 * 56, 28 * 28 * 1280)
+        assert (settings.video.min_pixels, settings.video.max_pixels) == (128 * 28 * 28, 28 * 28 * 768)
+        for pixels, reference in ((settings.image, DEFAULT()), (settings.video, Qwen2VLVideoProcessor())):
+            assert list(pixels.image_mean) == list(reference.image_mean)
+            assert list(pixels.image_std) == list(reference.image_std)
+            assert pixels.rescale_factor == reference.rescale_factor
+        reference = Qwen2VLVideoProcessor()
+        assert settings.sampling == FrameSampling(
+            2.0, reference.min_frames, reference.max_frames, reference.temporal_patch_size
+        )
+
+    def test_published_checkpoint(self, tmp_path):
+        """One file with the old keys serves images and videos."""
+        mean = [0.1, 0.2, 0.3]
+        self.write(tmp_path, "preprocessor_config.json", min_pixels=3136, max_pixels=12845056, image_mean=mean)
+        settings = PreprocessorSettings.from_folder(tmp_path)
+        for pixels in (settings.image, settings.video):
+            assert (pixels.min_pixels, pixels.max_pixels, pixels.image_mean) == (3136, 12845056, (0.1, 0.2, 0.3))
+
+    @pytest.mark.parametrize(
+        "size",
+        [{"shortest_edge": 4000, "longest_edge": 90000}, {"min_pixels": 4000, "max_pixels": 90000}],
+    )
+    def test_size_forms_and_own_video_file(self, size, tmp_path):
+        self.write(tmp_path, "preprocessor_config.json", size=size)
+        self.write(tmp_path, "video_preprocessor_config.json", max_pixels=200000, fps=4, max_frames=16)
+        settings = PreprocessorSettings.from_folder(tmp_path)
+        assert (settings.image.min_pixels, settings.image.max_pixels) == (4000, 90000)
+        assert (settings.video.min_pixels, settings.video.max_pixels) == (128 * 28 * 28, 200000)
+        assert settings.sampling == FrameSampling(fps=4, max_frames=16)
+
+    def test_saved_by_transformers(self, tmp_path):
+        size = {"shortest_edge": 4000, "longest_edge": 90000}
+        DEFAULT(size=size, image_std=[0.5, 0.5, 0.5]).save_pretrained(tmp_path)
+        settings = PreprocessorSettings.from_folder(tmp_path)
+        assert settings.image == PixelSettings(4000, 90000, image_std=(0.5, 0.5, 0.5))
+
+    def test_nested_file_wins(self, tmp_path):
+        self.write(tmp_path, "preprocessor_config.json", min_pixels=1, max_pixels=2)
+        self.write(
+            tmp_path,
+            "processor_config.json",
+            image_processor={"size": {"shortest_edge": 5000, "longest_edge": 6000}},
+            video_processor={"size": {"shortest_edge": 7000, "longest_edge": 8000}},
+        )
+        settings = PreprocessorSettings.from_folder(tmp_path)
+        assert (settings.image.min_pixels, settings.image.max_pixels) == (5000, 6000)
+        assert (settings.video.min_pixels, settings.video.max_pixels) == (7000, 8000)
+
+    def test_overrides(self):
+        settings = PreprocessorSettings().with_limits(max_pixels=50_000)
+        assert (settings.image.min_pixels, settings.image.max_pixels) == (3136, 50_000)
+        assert (settings.video.min_pixels, settings.video.max_pixels) == (50_000, 50_000)
+        settings = PreprocessorSettings().with_limits(min_pixels=50_000, max_pixels=10**7)
+        assert settings.video == PreprocessorSettings().video
+        assert PreprocessorSettings().with_limits() == PreprocessorSettings()
+
+    @pytest.mark.parametrize("limits", [{"min_pixels": 0}, {"max_pixels": 0}, {"min_pixels": 10, "max_pixels": 9}])
+    def test_impossible_limits(self, limits):
+        with pytest.raises(LimitError, match="min_pixels"):
+            PreprocessorSettings().with_limits(**limits)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", "cannot be read"),
+            ("[]", "no JSON object"),
+            ('{"do_resize": false}', "do_resize"),
+            ('{"resample": 2}', "bicubic"),
+            ('{"min_pixels": 0}', "min_pixels"),
+        ],
+    )
+    def test_bad_files(self, content, message, tmp_path):
+        (tmp_path / "preprocessor_config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            PreprocessorSettings.from_folder(tmp_path)
+
+
+def test_transparent_png_is_seen_on_white():
+    buffer = io.BytesIO()
+    Image.new("RGBA", (56, 56), (0, 0, 0, 0)).save(buffer, "PNG")
+    packed = Preprocessor(CONFIG).preprocess([buffer.getvalue()])
+    assert np.allclose(levels(merge_order(packed)), 255, atol=1e-3)

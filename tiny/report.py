@@ -1,0 +1,64 @@
+"""The accuracy of a pipeline on held-out digits, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from engines.progress import progress_bar
+from runtime.pipeline import Pipeline
+from runtime.request import Request
+from runtime.sampler import SamplingParams
+from runtime.video import Video
+
+from .evaluation import Score, evaluate
+from .scenes import TASKS, Scene
+
+BATCH_SIZE = 100
+MAX_TOKENS = 64  # the longest reference has 40
+
+_TITLES = {"read": "read an image", "count": "count the digits", "two_images": "two images", "video": "read a video"}
+
+
+def print_accuracy(pipeline: Pipeline, cases: int, seed: int, as_json: bool) -> None:
+    """Ask held-out scenes of every task and print the scores on stdout; a progress bar goes to a terminal's stderr.
+
+    Args:
+        pipeline: what answers.
+        cases: scenes a task.
+        seed: chooses the scenes.
+        as_json: one JSON object by task instead of a table.
+    """
+    with progress_bar() as progress:
+        asked = progress.add_task("held-out scenes", total=cases * len(TASKS))
+
+        def answer(scenes: list[Scene]) -> list[str]:
+            answers = answer_scenes(pipeline, scenes)
+            progress.advance(asked, len(scenes))
+            return answers
+
+        scores = evaluate(answer, TASKS, cases, seed, BATCH_SIZE)
+    if as_json:
+        print(json.dumps({task: asdict(score) for task, score in scores.items()}))
+    else:
+        Console().print(_table(scores))
+
+
+def answer_scenes(pipeline: Pipeline, scenes: list[Scene]) -> list[str]:
+    """The pipeline's greedy answer to each scene."""
+    requests = [
+        Request(scene.messages, scene.images, [Video(frames, fps) for frames, fps in scene.videos]) for scene in scenes
+    ]
+    return [output.text for output in pipeline.generate(requests, SamplingParams(max_tokens=MAX_TOKENS))]
+
+
+def _table(scores: dict[str, Score]) -> Table:
+    table = Table("task", title="held-out digits")
+    for column in ("exact", "by digit", "cases"):
+        table.add_column(column, justify="right")
+    for task, score in scores.items():
+        table.add_row(_TITLES[task], f"{score.exact:.1f}%", f"{score.per_digit:.1f}%", f"{score.cases:,}")
+    return table
