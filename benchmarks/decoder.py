@@ -13,15 +13,17 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import truediv
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import Call, Contender, allow_torchvision, compete, heading, machine, report, save
+from benchmarks.measure import Call, Contender, Result, allow_torchvision, compete, heading, machine, report, save
 from benchmarks.random_model import CONFIG, prepare
+from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.decoder import Decoder
 from runtime import onednn
 from runtime.detokenizer import AnswerStream
 from runtime.request import Output
@@ -30,6 +32,7 @@ from runtime.sampler import SamplingParams, SequenceSampling
 from runtime.scheduler import RunningSequence, Scheduler
 
 PROMPT, TOKENS = 64, 32
+TEXT = Qwen2VLConfig.from_dict(CONFIG).text
 
 
 def transformers_generate(checkpoint: Path, dtype: str, batch: int) -> Call:
@@ -99,11 +102,11 @@ def our_scheduler(folder: Path, batch: int) -> Call:
 
 def gemv_rate(dtype: torch.dtype) -> float:
     """Bytes a second of the faster matrix-vector product, plain or packed, over a weight larger than any cache."""
-    linear = torch.nn.Linear(CONFIG["hidden_size"], CONFIG["vocab_size"], bias=False, dtype=dtype)
+    linear = torch.nn.Linear(TEXT.hidden_size, TEXT.vocab_size, bias=False, dtype=dtype)
     forms: list[Callable[[torch.Tensor], torch.Tensor]] = [linear]
     if onednn.available():
         forms.append(onednn.PackedLinear(linear))
-    x = torch.randn(1, CONFIG["hidden_size"], dtype=dtype)
+    x = torch.randn(1, TEXT.hidden_size, dtype=dtype)
     rates = []
     with torch.no_grad():
         for form in forms:
@@ -116,11 +119,10 @@ def gemv_rate(dtype: torch.dtype) -> float:
     return max(rates)
 
 
-def bytes_a_token(dtype: torch.dtype) -> int:
-    """Every weight of the decoder, and the row of logits' weights: the embedding is tied and read as the latter."""
-    hidden, inner, kv = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["num_key_value_heads"] * 128
-    layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
-    return (CONFIG["num_hidden_layers"] * layer + CONFIG["vocab_size"] * hidden) * dtype.itemsize
+def weight_count() -> int:
+    """Weights read a token: all of the decoder's; the embedding is tied to the output and read as that."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Decoder(TEXT).parameters())
 
 
 def main() -> None:
@@ -134,7 +136,7 @@ def main() -> None:
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     rates = {name: gemv_rate(dtype) for name, dtype in dtypes.items()}
     print(" · ".join(f"best GEMV {name} {rate / 1e9:.1f} GB/s" for name, rate in rates.items()))
-    tables = {}
+    tables: dict[str, Sequence[Result]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         paths = prepare(options.work_dir or Path(temporary))
         for batch in (1, 8):
@@ -151,7 +153,7 @@ def main() -> None:
             report(title, tables[title], "tokens/s", partial(truediv, batch))
             for result in tables[title]:
                 precision = "bf16" if "bf16" in result.name else "fp32"
-                floor = bytes_a_token(dtypes[precision]) / rates[precision]
+                floor = weight_count() * dtypes[precision].itemsize / rates[precision]
                 share = f"{floor / result.seconds:.2f} of the {precision} floor ({floor * 1e3:.1f} ms a token)"
                 print(f"  {result.name:<42}{share}")
     save(options.json, facts, tables)

@@ -121,7 +121,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(export_here(*options.child, options.precision)))
+        checkpoint, folder = options.child
+        print(json.dumps(export_here(checkpoint, folder, options.precision)))
         return
     figures = measure(options.layers, options.blocks, options.precision)
     print(f"weights (BF16, sparse)       {figures['weights_mb']:>10,.0f} MB")

@@ -11,7 +11,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -130,7 +130,7 @@ def report(title: str, results: Sequence[Result], unit: str, figure: Callable[[f
         print(f"  {result.name:<42}{figure(result.seconds):>12.2f}{ratio:>24}{result.peak_mb:>11,.0f} MB")
 
 
-def save(path: Path | None, facts: dict[str, Any], tables: dict[str, Sequence[Result]]) -> None:
+def save(path: Path | None, facts: dict[str, Any], tables: Mapping[str, Sequence[Result]]) -> None:
     """Write the figures as JSON where asked for."""
     if path is not None:
         rows = {title: [asdict(result) for result in results] for title, results in tables.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,7 +17,7 @@ from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.hub import ResolvedModel
 from qwen2vl_trt.weights import LM_HEAD, PATCH_EMBEDDING
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
     "model_type": "qwen2_5_vl",
     "hidden_size": 2048,

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import Call, Contender, allow_torchvision, compete, heading, machine, report, save
+from benchmarks.measure import Call, Contender, Result, allow_torchvision, compete, heading, machine, report, save
 from benchmarks.random_model import CONFIG, prepare
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.windows import Grid, window_layout
@@ -75,7 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     facts = machine("transformers", "onnxruntime")
     heading(facts)
-    tables = {}
+    tables: dict[str, Sequence[Result]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         paths = prepare(options.work_dir or Path(temporary))
         for title, grids in CASES.items():

@@ -84,9 +84,20 @@ class Manifest:
                 " Rebuild with build_engines.py."
             )
         try:
-            return cls(**{**raw, "profile": BuildProfile.from_dict(raw["profile"])})
+            manifest = cls(**{**raw, "profile": BuildProfile.from_dict(raw["profile"])})
+            manifest._check_types()
         except (BuildError, KeyError, TypeError) as error:
             raise EngineError(f"{path} is corrupt ({error}). Rebuild with build_engines.py.") from None
+        return manifest
+
+    def _check_types(self) -> None:
+        for name in ("model", "model_hash", "backend", "precision"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} is no text")
+        for name in ("files", "versions"):
+            table = getattr(self, name)
+            if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+                raise TypeError(f"{name} is no table of texts")
 
     def verify(self, folder: Path) -> Checkpoint:
         """Check that the folder still holds what was built.

@@ -175,6 +175,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         tokenizer = load(folder, local_files_only=True)
     except Exception as error:  # corrupt files raise anything, even bare Exception from the Rust side
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())}") from None
+    tokenizer.model_max_length = int(1e30)  # the engines have the limit; this one would only warn
     legacy = folder / "chat_template.json"
     if legacy.is_file() and not (folder / "chat_template.jinja").is_file():
         try:

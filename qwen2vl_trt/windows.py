@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .config import VisionConfig
@@ -49,36 +51,33 @@ class WindowLayout:
 
 @dataclass(frozen=True)
 class FrameWindows:
-    """One frame cut into windows.
+    """One frame cut into windows; a slot is ``window * S + place``.
 
     Attributes:
-        patches: per window, ``[n]`` raster index (row * w + column) of its patches: merge groups in raster order,
-            the patches of a group in raster order.
-        group_slots: ``[h * w / merge unit]`` for each merge group in raster order, ``(window, place in window)``
-            as window * groups_per_window + place.
+        lengths: ``[W]`` patches in each window, windows in raster order.
+        patch_slots: ``[h * w]`` slot of each patch, patches in raster order. Inside a window merge groups stand in
+            raster order, and so do the patches of a group.
+        group_slots: ``[h * w / merge unit]`` likewise of each merge group, counted in groups.
     """
 
-    patches: tuple[Tensor, ...]
-    group_slots: Tensor
+    lengths: NDArray[np.int64]
+    patch_slots: NDArray[np.int64]
+    group_slots: NDArray[np.int64]
 
 
 @lru_cache(maxsize=1024)
-def frame_windows(rows: int, columns: int, config: VisionConfig) -> FrameWindows:
-    """Cut a frame of ``rows`` x ``columns`` patches into windows, in raster order."""
-    merge, side = config.spatial_merge_size, config.window_groups
+def frame_windows(rows: int, columns: int, config: VisionConfig, slots: int) -> FrameWindows:
+    """Cut a frame of ``rows`` x ``columns`` patches into windows of ``slots``."""
+    merge, side, unit = config.spatial_merge_size, config.window_groups, config.merge_unit
     group_rows, group_columns = rows // merge, columns // merge
-    raster = torch.arange(rows * columns).view(group_rows, merge, group_columns, merge)
-    raster = raster.permute(0, 2, 1, 3).reshape(group_rows, group_columns, merge * merge)
-    group_slots = torch.empty(group_rows, group_columns, dtype=torch.int64)
-    patches: list[Tensor] = []
-    for top in range(0, group_rows, side):
-        for left in range(0, group_columns, side):
-            area = (slice(top, top + side), slice(left, left + side))
-            slots = group_slots[area]
-            first = len(patches) * side * side
-            slots.copy_(torch.arange(first, first + slots.numel()).view_as(slots))
-            patches.append(raster[area].reshape(-1))
-    return FrameWindows(tuple(patches), group_slots.view(-1))
+    row, column = np.arange(group_rows)[:, None], np.arange(group_columns)
+    window = row // side * -(-group_columns // side) + column // side
+    width = np.minimum(group_columns - column // side * side, side)  # of the window, in groups; less on the border
+    place = row % side * width + column % side
+    group_slots = window * (slots // unit) + place  # [group rows, group columns]
+    inside = np.arange(unit).reshape(merge, 1, merge)
+    patch_slots = group_slots[:, None, :, None] * unit + inside  # [group rows, merge, group columns, merge]
+    return FrameWindows(np.bincount(window.ravel()) * unit, patch_slots.ravel(), group_slots.ravel())
 
 
 @lru_cache(maxsize=256)
@@ -89,40 +88,32 @@ def window_layout(grids: tuple[Grid, ...], config: VisionConfig, slots: int | No
         grids: ``(t, h, w)`` of each item; h and w are multiples of ``spatial_merge_size``.
         slots: S; by default a full window's, ``config.window_slots``.
     """
-    slots = slots or config.window_slots
-    unit = config.merge_unit
-    windows: list[tuple[int, Tensor, int]] = []  # sequence, raster indices, columns
-    sequence_lengths: list[int] = []
-    merge_index: list[Tensor] = []
-    for frames, rows, columns in grids:
-        frame = frame_windows(rows, columns, config)
-        window, place = (
-            frame.group_slots // (config.window_groups**2),
-            frame.group_slots % (config.window_groups**2),
-        )
-        for _ in range(frames):
-            merge_index.append((len(windows) + window) * (slots // unit) + place)
-            windows += [(len(sequence_lengths), patches, columns) for patches in frame.patches]
-            sequence_lengths.append(rows * columns)
-
-    longest = max(sequence_lengths)
-    lengths = torch.tensor([len(patches) for _, patches, _ in windows])
-    position_ids = torch.zeros(len(windows), slots, 2, dtype=torch.int64)
-    sequence_index = torch.zeros(len(sequence_lengths), longest, dtype=torch.int64)
-    sequence_position = torch.zeros(len(windows), slots, dtype=torch.int64)
-    for number, (sequence, patches, columns) in enumerate(windows):
-        count = len(patches)
-        position_ids[number, :count, 0] = patches // columns
-        position_ids[number, :count, 1] = patches % columns
-        sequence_index[sequence, patches] = torch.arange(number * slots, number * slots + count)
-        sequence_position[number, :count] = sequence * longest + patches
+    slots, unit = slots or config.window_slots, config.merge_unit
+    sizes = [(rows, columns) for frames, rows, columns in grids for _ in range(frames)]
+    frames = [frame_windows(*size, config, slots) for size in sizes]
+    windows = sum(len(frame.lengths) for frame in frames)
+    longest = max(rows * columns for rows, columns in sizes)
+    position_ids = np.zeros((windows * slots, 2), dtype=np.int64)
+    sequence_index = np.zeros((len(frames), longest), dtype=np.int64)
+    sequence_position = np.zeros(windows * slots, dtype=np.int64)
+    merge_index = []
+    first = 0  # window of the frame
+    for sequence, (frame, (rows, columns)) in enumerate(zip(frames, sizes)):
+        patch_slots = frame.patch_slots + first * slots
+        raster = np.arange(rows * columns)
+        position_ids[patch_slots, 0] = raster // columns
+        position_ids[patch_slots, 1] = raster % columns
+        sequence_index[sequence, : rows * columns] = patch_slots
+        sequence_position[patch_slots] = sequence * longest + raster
+        merge_index.append(frame.group_slots + first * (slots // unit))
+        first += len(frame.lengths)
     return WindowLayout(
-        window_lengths=lengths,
-        position_ids=position_ids,
-        sequence_index=sequence_index,
-        sequence_lengths=torch.tensor(sequence_lengths),
-        sequence_position=sequence_position,
-        merge_index=torch.cat(merge_index),
+        window_lengths=torch.from_numpy(np.concatenate([frame.lengths for frame in frames])),
+        position_ids=torch.from_numpy(position_ids.reshape(windows, slots, 2)),
+        sequence_index=torch.from_numpy(sequence_index),
+        sequence_lengths=torch.tensor([rows * columns for rows, columns in sizes]),
+        sequence_position=torch.from_numpy(sequence_position.reshape(windows, slots)),
+        merge_index=torch.from_numpy(np.concatenate(merge_index)),
         tokens_per_item=tuple(frames * rows * columns // unit for frames, rows, columns in grids),
     )
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ class MediaEmbedder:
             MediaError: it cannot be read.
             LimitError: it is outside the engine's profile.
         """
-        pixels = load_image(source, name=name)
+        pixels, name = load_image(source, name=name), _with_path(name, source)
         height, width = pixels.shape[1:]
         grid = self._preprocessor.image_grid(height, width, name=name)
         self._profile.check_frame(grid, name, f"{width}x{height}", self._config)
@@ -94,6 +95,7 @@ class MediaEmbedder:
             )
         video = load_video(source, fps=fps, sampling=sampling, name=name)
         height, width = load_image(video.frames[0], name=name).shape[1:]
+        name = _with_path(name, source)
         grid = self._preprocessor.video_grid(len(video.frames), height, width, name=name)
         self._profile.check_frame(grid, name, f"{width}x{height}", self._config)
         return LoadedVideo(video, grid, self._config.temporal_patch_size / video.fps)
@@ -141,6 +143,10 @@ class MediaEmbedder:
             embeds = torch.cat(parts)
         times.vision += time.perf_counter() - began
         return embeds
+
+
+def _with_path(name: str, source: Any) -> str:
+    return f"{name}, {source}" if isinstance(source, (str, Path)) else name
 
 
 def _sampling(sampling: FrameSampling, fps: float, name: str) -> FrameSampling:

@@ -14,7 +14,7 @@ from tests.models import random_model, save_model
 from tiny.model import config_dict
 from tiny.tokenizer import write_processor_files
 
-PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=200, max_batch_size=4, max_input_len=400, max_seq_len=700)
+PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=180, max_batch_size=4, max_input_len=400, max_seq_len=700)
 BUILDS = (("torch", "fp32"), ("onnxruntime", "fp32"))
 
 

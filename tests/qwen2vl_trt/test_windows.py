@@ -154,10 +154,11 @@ def test_a_batch_is_its_items_one_after_another(batch):
 
 
 def test_a_frame_one_group_past_a_window():
-    frame = frame_windows(8, 10, PUBLISHED)  # 4 x 5 merge groups: one full window and one column of four groups
-    assert [len(patches) for patches in frame.patches] == [64, 16]
-    assert frame.patches[0][:6].tolist() == [0, 1, 10, 11, 2, 3]
-    assert frame.patches[1].tolist() == [8, 9, 18, 19, 28, 29, 38, 39, 48, 49, 58, 59, 68, 69, 78, 79]
+    frame = frame_windows(8, 10, PUBLISHED, slots=64)  # 4 x 5 merge groups: one full window, one column of four groups
+    assert frame.lengths.tolist() == [64, 16]
+    in_order = frame.patch_slots.argsort().tolist()  # raster index of each patch, by slot
+    assert in_order[:6] == [0, 1, 10, 11, 2, 3]
+    assert in_order[64:] == [8, 9, 18, 19, 28, 29, 38, 39, 48, 49, 58, 59, 68, 69, 78, 79]
     assert frame.group_slots.tolist() == [0, 1, 2, 3, 16, 4, 5, 6, 7, 17, 8, 9, 10, 11, 18, 12, 13, 14, 15, 19]
 
 

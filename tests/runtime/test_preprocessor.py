@@ -383,6 +383,10 @@ class TestSmartResize:
         assert 3136 <= rows * columns <= 1003520
         assert smart_resize(rows, columns, 28, 3136, 1003520) == (rows, columns) or max(rows, columns) > 5600
 
+    def test_an_area_at_its_limit_stays(self):
+        assert smart_resize(50, 60, 28, 3136, 1003520) == (56, 56)
+        assert smart_resize(50, 60, 28, 100, 3136) == (56, 56)
+
     def test_aspect_ratio_of_200_is_the_last(self):
         assert smart_resize(10, 2000, 28, 3136, 1003520)[0] == 28
         with pytest.raises(MediaError, match=r"2001x10 has an aspect ratio of 200\.1"):

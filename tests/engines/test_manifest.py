@@ -1,0 +1,180 @@
+"""An engine folder loads only as it was built; everything else is refused by name."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from engines.manifest import FILE, FORMAT, Manifest, file_hash
+from engines.profile import BuildProfile
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.errors import BuildError, EngineError
+
+MANIFEST = Manifest(
+    model="random",
+    model_hash="0" * 64,
+    backend="onnxruntime",
+    precision="fp32",
+    profile=BuildProfile(max_batch_size=3),
+    files={"vision.onnx": "1" * 64},
+    versions={"torch": "2.13.0"},
+)
+
+
+@pytest.fixture
+def folder(untied_model, tmp_path):
+    """A copy of a built folder, to be damaged."""
+    return shutil.copytree(untied_model.engines, tmp_path / "engines")
+
+
+def refused(folder):
+    with pytest.raises(EngineError) as error:
+        Manifest.read(folder).verify(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def edit(folder, **changes):
+    raw = json.loads((folder / FILE).read_text())
+    (folder / FILE).write_text(json.dumps(raw | changes))
+
+
+def test_round_trip(tmp_path):
+    MANIFEST.write(tmp_path)
+    assert Manifest.read(tmp_path) == MANIFEST
+    assert [path.name for path in tmp_path.iterdir()] == [FILE], "no temporary file is left"
+
+
+def test_a_built_folder_verifies(folder):
+    manifest = Manifest.read(folder)
+    assert (manifest.model, manifest.backend, manifest.precision) == ("random", "onnxruntime", "fp32")
+    assert set(manifest.files) == {"vision.onnx", "decoder.onnx"}
+    assert {"qwen2vl-trt", "torch", "onnxruntime"} <= set(manifest.versions)
+    assert manifest.format == FORMAT
+    assert manifest.verify(folder).hash == manifest.model_hash
+
+
+def test_a_manifest_that_cannot_be_written(tmp_path):
+    with pytest.raises(BuildError, match="No such file or directory; nothing that loads was left there"):
+        MANIFEST.write(tmp_path / "missing")
+
+
+def test_writing_replaces_at_once(tmp_path, monkeypatch):
+    """A writer that dies before the end leaves the old manifest whole."""
+    MANIFEST.write(tmp_path)
+
+    def die(file_descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engines.manifest.os.fsync", die)
+    with pytest.raises(KeyboardInterrupt):
+        replace(MANIFEST, model="another").write(tmp_path)
+    assert Manifest.read(tmp_path) == MANIFEST
+
+
+def test_no_manifest(folder, tmp_path):
+    (folder / FILE).unlink()
+    assert refused(folder) == f"{folder} holds no engine: it has no {FILE}. Build one with build_engines.py."
+    assert refused(tmp_path / "none") == f"there is no folder {tmp_path / 'none'}. Build one with build_engines.py."
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "cannot be read"),
+        (b'{"format": 1, "model": "ran', "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"[1]", "built in format None"),
+        (b"{}", "built in format None"),
+        (b'{"format": 1}', "is corrupt"),
+    ],
+)
+def test_a_corrupt_manifest(folder, content, said):
+    (folder / FILE).write_bytes(content)
+    message = refused(folder)
+    assert said in message
+    assert str(folder) in message
+    assert "Rebuild" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"profile": {"max_batch_size": 0}},
+        {"profile": {"max_images": 1}},
+        {"profile": 3},
+        {"files": ["vision.onnx"]},
+        {"files": {"vision.onnx": None}},
+        {"versions": 3},
+        {"precision": 32},
+        {"backend": ["torch"]},
+        {"surprise": 1},
+    ],
+    ids=str,
+)
+def test_a_manifest_with_senseless_entries(folder, changes):
+    edit(folder, **changes)
+    message = refused(folder)
+    assert f"{folder / FILE} is corrupt" in message
+    assert "Rebuild" in message
+
+
+@pytest.mark.parametrize("number", [0, FORMAT + 1, "1", None])
+def test_another_format(folder, number):
+    edit(folder, format=number)
+    assert f"built in format {number}, this release loads format {FORMAT}" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["vision.onnx", "decoder.onnx"])
+def test_a_changed_graph(folder, name):
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    assert refused(folder) == f"{folder / name} is not the file that was built (SHA-256 differs). Rebuild."
+
+
+@pytest.mark.parametrize("name", ["vision.onnx", "decoder.onnx"])
+def test_a_missing_graph(folder, name):
+    (folder / name).unlink()
+    assert refused(folder) == f"{folder / name} cannot be read: No such file or directory. Rebuild."
+
+
+def test_a_truncated_model(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "is damaged" in (message := refused(folder))
+    assert "truncated" in message
+
+
+def test_a_missing_model(folder):
+    (folder / "model.safetensors").unlink()
+    assert "is damaged" in (message := refused(folder))
+    assert "no weights" in message
+
+
+def test_a_changed_model(folder):
+    """One byte in the first KiB of a tensor: what the hash samples."""
+    location = Checkpoint(folder).locate("visual.blocks.1.mlp.down_proj.weight")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[location.offset + 300] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    assert "is not the one that was built" in refused(folder)
+
+
+def test_a_changed_configuration(folder):
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"image_token_id": 3}))
+    assert "is not the one that was built" in refused(folder)
+
+
+def test_a_missing_configuration(folder):
+    (folder / "config.json").unlink()
+    assert "config.json" in refused(folder)
+
+
+def test_the_hash_of_a_file(tmp_path):
+    (tmp_path / "empty").touch()
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert file_hash(tmp_path / "empty").startswith("e3b0c44298fc1c14")
+    assert file_hash(tmp_path / "abc").startswith("ba7816bf8f01cfea")

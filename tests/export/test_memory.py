@@ -1,0 +1,23 @@
+"""Export touches no weight, however large."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "export.py"
+
+
+def test_export_of_7b_widths_stays_far_below_the_weights(tmp_path):
+    """Two layers and two blocks of 7B's width, in a sparse file; the whole depth takes no more a layer."""
+    figures = tmp_path / "figures.json"
+    subprocess.run(
+        [sys.executable, BENCHMARK, "--layers", "2", "--blocks", "2", "--json", figures],
+        check=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    found = json.loads(figures.read_text())
+    assert found["weights_mb"] > 3000
+    assert found["peak_mb"] < 1000
+    assert found["written_kb"] < 100

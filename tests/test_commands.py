@@ -1,0 +1,383 @@
+"""Both commands as a user meets them: exit codes, what goes to stdout, one line on stderr when something is wrong.
+
+A process of its own takes seconds to start, so most cases run ``main`` here, through the same ``run_command``.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import build_engines
+import run
+from engines.command import run_command
+from tests.engine_folders import BUILDS, write_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMITS = "--min-hw-dims 4 --max-hw-dims 180 --max-batch-size 2 --max-input-len 200 --max-seq-len 400".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    """A user's folder: a checkpoint, images, a video, and what a user gets wrong; engines are built at first use."""
+    import av
+
+    folder = tmp_path_factory.mktemp("user")
+    write_checkpoint(folder / "model")
+    rng = np.random.default_rng(0)
+    for name, height, width in (("a.png", 112, 140), ("b.jpg", 130, 90), ("wide.png", 10, 2500), ("big.png", 700, 500)):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / name)
+    with av.open(str(folder / "v.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for number in range(25):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 96, 3), 10 * number, np.uint8))))
+        container.mux(stream.encode())
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("no image")
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:1000])
+    (folder / "bomb.png").write_bytes(_png_header(60_000, 60_000))
+    (folder / "nothing").mkdir()
+    (folder / "limits.yaml").write_text("model: model\nmax_batch_size: 0\n")
+    (folder / "list.yaml").write_text("- model\n")
+    return folder
+
+
+def _png_header(width, height):
+    import struct
+    import zlib
+
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT"
+    )
+
+
+@pytest.fixture
+def call(user, monkeypatch, capfd):
+    """Run a command in the user's folder; gives exit code, stdout and stderr."""
+    monkeypatch.chdir(user)
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            run_command(script.main)
+        found = capfd.readouterr()
+        return ended.value.code or 0, found.out, found.err
+
+    return call
+
+
+@pytest.fixture(params=[backend for backend, _ in BUILDS])
+def engines(request, call):
+    """Options that run engines built for each backend."""
+    folder = Path(f"artifacts/model-{request.param}-fp32")
+    if not folder.exists():
+        built = call(
+            build_engines, "--model", "model", "--backend", request.param, "--precision", "fp32", *LIMITS
+        )  # fmt: skip
+        assert built == (0, "", f"{folder}: built\n")
+    return ("--engine-dir", folder)
+
+
+@pytest.fixture
+def quick(call):
+    """Options that run engines of the backend that is quickest to build."""
+    folder = Path("artifacts/model-torch-fp32")
+    if not folder.exists():
+        call(build_engines, "--model", "model", "--backend", "torch", "--precision", "fp32", *LIMITS)
+    return ("--engine-dir", folder)
+
+
+def test_answers(call, engines, user):
+    question = ("--prompt", "What digits are in the images?", "--image", "a.png", "--image", "b.jpg")
+    code, answer, errors = call(run, *engines, *question, "--max-tokens", 12)
+    assert (code, errors) == (0, "")
+    assert answer.endswith("\n")
+    assert call(run, *engines, *question, "--max-tokens", 12, "--stream") == (0, answer, "")
+    assert call(run, "generate", *engines, *question, "--max-tokens", 12) == (0, answer, "")
+    code, out, errors = call(run, *engines, *question, "--max-tokens", 12, "--json")
+    assert (code, errors) == (0, "")
+    found = json.loads(out)
+    assert set(found) == {"answer", "token_ids", "finish_reason", "timings"}
+    assert found["answer"] + "\n" == answer
+    assert found["finish_reason"] == "length"
+    assert len(found["token_ids"]) == 12
+    assert found["timings"]["total"] > 0
+
+    sampling = "--max-tokens 12 --temperature 0.9 --top-p 0.95 --top-k 50 --repetition-penalty 1.2 --seed 7".split()  # noqa: SIM905
+    assert call(run, *engines, *question, *sampling) == call(run, *engines, *question, *sampling)
+    code, stopped, _ = call(run, *engines, *question, "--max-tokens", 12, "--stop", answer[3:5], "--stop", "never")
+    assert stopped == answer[: answer.index(answer[3:5])] + "\n"
+    code, _, errors = call(run, *engines, "--prompt", "<video> or <image>", "--image", "a.png", "--video", "v.mp4",
+                           "--max-tokens", 3)  # fmt: skip
+    assert (code, errors) == (0, "")
+    code, _, errors = call(run, *engines, "--prompt", "big", "--image", "big.png", "--max-pixels", 35280)
+    assert (code, errors) == (0, "")
+
+
+def test_features(call, engines):
+    images = ("--image", "a.png", "--image", "b.jpg")
+    assert call(run, "features", *engines, *images, "--output", "f.safetensors") == (0, "", "")
+    assert {name: list(tensor.shape) for name, tensor in load_file("f.safetensors").items()} == {
+        "a.png": [20, 128],
+        "b.jpg": [15, 128],
+    }
+
+
+def test_eval(call, quick):
+    code, table, errors = call(run, "eval", *quick, "--cases", 2)
+    assert (code, errors) == (0, "")
+    assert "two images" in table
+    code, out, errors = call(run, "eval", *quick, "--cases", 2, "--json")
+    assert (code, errors) == (0, "")
+    assert {task: score["cases"] for task, score in json.loads(out).items()} == {
+        "read": 2,
+        "count": 2,
+        "two_images": 2,
+        "video": 2,
+    }
+
+
+def test_a_model_is_built_where_engines_are_missing(call, user):
+    options = ("--model", "model", "--backend", "torch", "--precision", "bf16", *LIMITS)
+    built = user / "artifacts" / "model-torch-bf16" / "manifest.json"
+    code, answer, errors = call(run, *options, "--prompt", "Hello", "--max-tokens", 3)
+    assert (code, errors) == (0, "")
+    first = built.stat().st_mtime_ns
+    assert call(run, *options, "--prompt", "Hello", "--max-tokens", 3) == (0, answer, "")
+    assert call(build_engines, *options) == (0, "", "artifacts/model-torch-bf16: up to date\n")
+    assert built.stat().st_mtime_ns == first
+    call(build_engines, *options, "--force")
+    assert built.stat().st_mtime_ns > first
+    assert call(run, *options, "--engine-dir", "elsewhere", "--prompt", "Hello", "--max-tokens", 3)[0] == 0
+    assert (user / "elsewhere" / "manifest.json").is_file()
+    (user / "ours.yaml").write_text("model: model\nmax_batch_size: 3\nmin_hw_dims: 4\n")
+    assert call(build_engines, "--config", "ours.yaml", "--backend", "torch", "--engine-dir", "ours")[0] == 0
+    assert json.loads((user / "ours" / "manifest.json").read_text())["profile"]["max_batch_size"] == 3
+
+
+def test_help(call):
+    for script, arguments in ((run, ()), (run, ("features",)), (run, ("eval",)), (build_engines, ())):
+        code, out, errors = call(script, *arguments, "--help")
+        assert (code, errors) == (0, "")
+        assert "--max-hw-dims" in out
+        assert "Qwen2.5-VL-{3B,7B,32B,72B}" in out
+    assert "run.py features" in call(run, "--help")[1]
+
+
+ASK = ("--prompt", "x")
+WRONG_INPUT = {
+    ("--prompt", ""): "the prompt is empty",
+    ("--prompt", " \n"): "the prompt is empty",
+    ("--prompt", "<image> <image>", "--image", "a.png"): "2 places",
+    ("--prompt", "<image>", "--image", "a.png", "--image", "b.jpg"): "but 2 are given",
+    ("--prompt", "a " * 300): "prompt has",
+    (*ASK, "--max-tokens", "500"): "Lower max_tokens to",
+    (*ASK, "--image", "none.png"): "image 1 (none.png): no such file",
+    (*ASK, "--image", ""): "directory",
+    (*ASK, "--image", "a.png", "--image", "empty.png"): "image 2 (empty.png): empty (0 bytes)",
+    (*ASK, "--image", "text.png"): "image 1 (text.png): not an image",
+    (*ASK, "--image", "cut.png"): "image 1 (cut.png): truncated or corrupt",
+    (*ASK, "--image", "wide.png"): "image 1, wide.png: 2500x10 has an aspect ratio of 250",
+    (*ASK, "--image", "bomb.png"): "decompression bomb",
+    (*ASK, "--image", "big.png"): "image 1, big.png (500x700) needs 216 patches; this engine takes",
+    (*ASK, "--image", "v.mp4"): "not an image",
+    (*ASK, "--video", "a.txt"): "video 1 (a.txt): no such file",
+    (*ASK, "--video", "text.png"): "video 1 (text.png)",
+    (*ASK, "--min-pixels", "9000", "--max-pixels", "8000"): "min_pixels 9000 and max_pixels 8000",
+    (*ASK, "--min-pixels", "-5"): "min_pixels",
+}
+WRONG_OPTIONS = {
+    (): "required: --prompt",
+    ("bogus",): "unknown command 'bogus'",
+    (*ASK, "--bogus"): "--bogus",
+    (*ASK, "--max-tokens", "many"): "--max-tokens",
+    (*ASK, "--max-tokens", "0"): "max_tokens is 0",
+    (*ASK, "--max-tokens", "-3"): "max_tokens is -3",
+    (*ASK, "--temperature", "nan"): "temperature is nan",
+    (*ASK, "--temperature", "-1"): "temperature is -1",
+    (*ASK, "--temperature", "inf"): "temperature is inf",
+    (*ASK, "--top-p", "0"): "top_p is 0",
+    (*ASK, "--top-k", "-1"): "top_k is -1",
+    (*ASK, "--repetition-penalty", "nan"): "repetition_penalty is nan",
+    (*ASK, "--seed", "-1"): "seed is -1",
+    (*ASK, "--stop", ""): "stop is",
+    (*ASK, "--json", "--stream"): "not allowed with",
+    (*ASK, "--model", "nothing"): "config.json",
+    (*ASK, "--model", "unknown"): "unknown model 'unknown'",
+    (*ASK, "--model", "./none"): "no such folder",
+    (*ASK, "--model", "a.png"): "unknown model 'a.png'",
+    (*ASK, "--model", "Qwen2.5-VL-7B"): "huggingface.co",
+    (*ASK, "--model", "model", "--backend", "abacus"): "unknown backend 'abacus'",
+    (*ASK, "--model", "model", "--precision", "fp64"): "fp64",
+    (*ASK, "--model", "model", "--max-batch-size", "0"): "--max-batch-size is 0",
+    (*ASK, "--model", "model", "--min-hw-dims", "99", "--max-hw-dims", "9"): "--min-hw-dims 99 is larger",
+    (*ASK, "--model", "model", "--max-input-len", "99", "--max-seq-len", "99"): "--max-input-len 99",
+    (*ASK, "--model", "model", "--revision", "main"): "revision",
+    (*ASK, "--model", "model", "--engine-dir", "model"): "the checkpoint itself",
+    (*ASK, "--config", "none.yaml"): "none.yaml cannot be read",
+    (*ASK, "--config", "list.yaml"): "does not name its model",
+    (*ASK, "--config", "limits.yaml"): "limits.yaml: --max-batch-size is 0",
+    (*ASK, "--config", "limits.yaml", "--model", "tiny"): "limits.yaml",
+    (*ASK, "--engine-dir", "none"): "there is no folder none",
+    (*ASK, "--engine-dir", "nothing"): "nothing holds no engine",
+    ("features", "--output", "f.safetensors"): "required: --image",
+    ("features", "--image", "a.png", "--output", "none/f.safetensors"): "there is no folder none",
+    ("features", "--image", "a.png", "--output", "nothing"): "nothing is a folder",
+    ("eval", "--cases", "-1"): "--cases: '-1' is not a whole number",
+}
+WITH_ENGINES = {
+    (*ASK, "--max-batch-size", "4"): "runs as it was built",
+    (*ASK, "--precision", "bf16"): "runs as it was built",
+    (*ASK, "--device", "abacus"): "unknown device 'abacus'",
+    (*ASK, "--device", "cuda:99"): "cuda:99",
+    ("features", "--image", "a.png", "--image", "a.png", "--output", "g.safetensors"): "a.png is given twice",
+    ("features", "--image", "cut.png", "--output", "g.safetensors"): "image 1 (cut.png)",
+    ("features", "--image", "big.png", "--output", "g.safetensors"): "image 1, big.png (500x700)",
+}
+
+
+def assert_one_line(found, message, arguments):
+    code, out, errors = found
+    assert code == 2, (arguments, found)
+    assert out == "", arguments
+    assert errors.startswith("error: "), (arguments, errors)
+    assert errors.count("\n") == 1, (arguments, errors)
+    assert errors.endswith("\n")
+    for part in message.split(": "):
+        assert part in errors, (arguments, errors)
+
+
+def test_wrong_input_is_one_line(call, quick):
+    for arguments, message in WRONG_INPUT.items():
+        assert_one_line(call(run, *quick, *arguments), message, arguments)
+    for arguments, message in WITH_ENGINES.items():
+        assert_one_line(call(run, *arguments, *quick), message, arguments)
+    assert not Path("g.safetensors").exists()
+
+
+def test_wrong_options_are_one_line(call, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for arguments, message in WRONG_OPTIONS.items():
+        assert_one_line(call(run, *arguments), message, arguments)
+        if arguments[:2] == ASK and "--model" in arguments:
+            assert_one_line(call(build_engines, *arguments[2:]), message, arguments)
+
+
+def test_a_damaged_engine_is_one_line(call, quick, user):
+    assert call(build_engines, "--model", "model", "--backend", "torch", "--engine-dir", "damaged", *LIMITS)[0] == 0
+    engine = ("--engine-dir", "damaged", *ASK)
+    manifest, weights = user / "damaged" / "manifest.json", user / "damaged" / "model.safetensors"
+    whole = manifest.read_text()
+    for text, message in (
+        (whole.replace('"format": 1', '"format": 0'), "format 0"),
+        (whole[: len(whole) // 2], "cannot be read"),
+        (whole.replace("max_seq_len", "max_length"), "corrupt"),
+        ("[]", "format None"),
+    ):
+        manifest.write_text(text)
+        assert_one_line(call(run, *engine), message, text)
+    manifest.write_text(whole)
+    content = weights.read_bytes()
+    weights.unlink()  # a hard link to the checkpoint: never write through it
+    assert_one_line(call(run, *engine), "damaged", "no weights")
+    weights.write_bytes(content[:-100])
+    assert_one_line(call(run, *engine), "truncated", "short weights")
+    assert call(build_engines, "--model", "model", "--backend", "torch", "--engine-dir", "damaged", *LIMITS)[0] == 0
+    assert call(run, *engine, "--max-tokens", 1)[0] == 0
+
+
+def test_the_way_out_is_logged_once(call, quick, caplog):
+    with caplog.at_level(logging.WARNING):
+        call(run, *quick, *ASK, "--max-tokens", 2)
+    assert not caplog.records
+
+
+# In processes of their own
+
+
+def start(user, *arguments, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=user,
+        stdout=kwargs.pop("stdout", subprocess.PIPE),
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # Shells start background jobs with SIGINT ignored, and children inherit it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **kwargs,
+    )
+
+
+def finish(process, timeout=120):
+    out, errors = process.communicate(timeout=timeout)
+    return process.returncode, (out or b"").decode(), errors.decode()
+
+
+def test_interrupted(user, call, quick):
+    long = (ROOT / "run.py", *quick, *ASK, "--max-tokens", 350, "--ignore-eos", "--stream")
+    answering = start(user, *long)
+    assert answering.stdout.read(1)
+    answering.send_signal(signal.SIGINT)
+    importing = start(user, *long)
+    time.sleep(0.7)
+    importing.send_signal(signal.SIGINT)
+    building = start(
+        user, ROOT / "build_engines.py", "--model", "model", "--backend", "onnxruntime", "--engine-dir", "stopped"
+    )
+    while not (user / "stopped" / "model.safetensors").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    building.send_signal(signal.SIGINT)
+    for process in (answering, importing, building):
+        code, _, errors = finish(process)
+        assert (code, errors) == (130, "interrupted\n")
+    assert not (user / "stopped" / "manifest.json").exists()
+    assert_one_line(call(run, "--engine-dir", "stopped", *ASK), "holds no engine", "stopped")
+
+
+def test_stdout_that_is_full_closed_or_gone(user, quick):
+    ask = (ROOT / "run.py", *quick, *ASK, "--max-tokens", 350, "--ignore-eos")
+    gone = [start(user, *ask, form) for form in ("--stream", "--json")]
+    with Path("/dev/full").open("wb") as full:
+        disk = start(user, *ask, stdout=full)
+    for process in gone:
+        process.stdout.close()
+    for process in gone:
+        assert process.wait(timeout=120) == 1
+        assert process.stderr.read() == b""
+    code, _, errors = finish(disk)
+    assert (code, errors) == (1, "error: stdout: No space left on device\n")
+
+
+def test_two_builds_at_once(user):
+    build = (ROOT / "build_engines.py", "--model", "model", "--engine-dir", "shared", *LIMITS)
+    found = sorted(finish(process)[::2] for process in [start(user, *build) for _ in range(2)])
+    assert found == [(0, "shared: built\n"), (0, "shared: up to date\n")]
+
+
+def test_a_missing_package_is_one_line(user):
+    found = finish(start(user, "-S", "-E", ROOT / "run.py", *ASK))  # -S: without site-packages
+    assert_one_line(found, "is not installed", "without packages")
