@@ -25,8 +25,7 @@ from .graphs import Graph
 
 logger = logging.getLogger(__name__)
 
-_TEXTS = {".json", ".jinja", ".txt"}
-MODEL_FILES = {*_TEXTS, ".safetensors"}
+MODEL_FILES = {".json", ".jinja", ".txt", ".safetensors"}
 """Suffixes of the files that belong to a model in a built folder, and that the next build there replaces."""
 
 
@@ -44,10 +43,10 @@ def link_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
         for old in folder.iterdir():
             if old.suffix in MODEL_FILES:
                 old.unlink()
-        for source in sorted(checkpoint.folder.iterdir()):
-            if source.suffix in _TEXTS:
-                shutil.copyfile(source, folder / source.name)
-            elif source.resolve() in weights:
+        for source in checkpoint.companions:
+            shutil.copyfile(source, folder / source.name)
+        for source in sorted(checkpoint.folder.glob("*.safetensors")):
+            if source.resolve() in weights:
                 _link_or_copy(source.resolve(), folder / source.name)
     except OSError as error:
         raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None

@@ -104,6 +104,11 @@ class Checkpoint:
         """The tensors' names as the checkpoint writes them, sorted."""
         return tuple(sorted(self._locations))
 
+    @property
+    def companions(self) -> tuple[Path, ...]:
+        """The files beside the weights that belong to the model: configuration, tokenizer, templates, index."""
+        return tuple(path for name in (*_HASHED_FILES, INDEX_FILE) if (path := self.folder / name).is_file())
+
     def __contains__(self, name: str) -> bool:
         return name in self._locations
 

@@ -40,7 +40,7 @@ def rope_index(
         ``position_ids [3, S]`` int64, and the delta to add to a token's index to get its position from S on.
 
     Raises:
-        PromptError: the placeholders do not add up to the grids.
+        PromptError: the placeholders do not add up to the grids, or there is no token.
     """
     merge = config.vision.spatial_merge_size
     images, videos = iter(image_grids), iter(zip(video_grids, second_per_grid_ts or [1.0] * len(video_grids)))
@@ -67,6 +67,8 @@ def rope_index(
             raise PromptError("the prompt has fewer vision placeholders than its images and videos need")
     if next(images, None) is not None or next(videos, None) is not None:
         raise PromptError("the prompt has fewer vision placeholders than images and videos")
+    if not parts:
+        raise PromptError("the prompt has no tokens")
     position_ids = torch.cat(parts, dim=1)
     return position_ids, position - position_ids.shape[1]
 

@@ -124,9 +124,9 @@ def open_engines(folder: str | Path, device: str | None = None) -> Engines:
     folder = Path(folder)
     manifest = Manifest.read(folder)
     checkpoint = manifest.verify(folder)
-    dtype = DTYPES[manifest.precision]
-    if manifest.backend not in _BACKENDS:
-        raise EngineError(f"{folder} is for backend {manifest.backend!r}, which this release cannot run")
+    if manifest.backend not in _BACKENDS or manifest.precision not in DTYPES:
+        kind = f"backend {manifest.backend!r} in {manifest.precision!r}"
+        raise EngineError(f"{folder} is for {kind}, which this release cannot run")
     backend = cast(Backend, import_module(_BACKENDS[manifest.backend]))
     chosen = _device(device or backend.default_device())
-    return Engines(folder, manifest, checkpoint, chosen, dtype, backend)
+    return Engines(folder, manifest, checkpoint, chosen, DTYPES[manifest.precision], backend)
