@@ -1,6 +1,6 @@
 """Seconds and memory of exporting both graphs of a model of 7B's size, whose weights are holes in a sparse file.
 
-    python benchmarks/export.py [--layers 28] [--blocks 32] [--precision fp32] [--json FILE]
+    python -m benchmarks.export [--layers 28] [--blocks 32] [--precision fp32] [--json FILE]
 
 Export reads the headers of a checkpoint and a few KiB of each tensor, never a whole one, so a file without content
 measures the same as the real 16 GB. The memory is the peak of a fresh process, libraries included.
@@ -20,8 +20,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from benchmarks.measure import heading, machine
 from engines.backends import DTYPES
 from qwen2vl_trt.checkpoint import SINGLE_FILE, Checkpoint
 from qwen2vl_trt.config import Qwen2VLConfig
@@ -105,7 +104,16 @@ def measure(layers: int, blocks: int, precision: str) -> dict[str, float]:
         checkpoint.mkdir()
         engines.mkdir()
         weights = write_sparse_checkpoint(checkpoint, config_of_7b(layers, blocks))
-        command = [sys.executable, __file__, "--precision", precision, "--child", str(checkpoint), str(engines)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.export",
+            "--precision",
+            precision,
+            "--child",
+            str(checkpoint),
+            str(engines),
+        ]
         began = time.perf_counter()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         figures = json.loads(done.stdout.splitlines()[-1])
@@ -124,6 +132,7 @@ def main() -> None:
         checkpoint, folder = options.child
         print(json.dumps(export_here(checkpoint, folder, options.precision)))
         return
+    heading(machine("onnx", "onnxscript"))
     figures = measure(options.layers, options.blocks, options.precision)
     print(f"weights (BF16, sparse)       {figures['weights_mb']:>10,.0f} MB")
     print(f"export of both graphs        {figures['seconds']:>10.1f} s")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.errors import BuildError
+from qwen2vl_trt.errors import BuildError, MissingDependencyError
 
 from .profile import BuildProfile
 
@@ -36,8 +37,8 @@ class Backend:
     build: Callable[[Checkpoint, Path, str, BuildProfile, OnStep], list[Path]]
 
     def versions(self) -> dict[str, str]:
-        """Installed versions of the packages."""
-        return {package: version(package) for package in self.packages}
+        """Installed versions of the packages, asked of themselves: onnxruntime-gpu is onnxruntime too."""
+        return {package: import_module(package).__version__ for package in self.packages}
 
 
 def _build_torch(
@@ -71,7 +72,7 @@ BACKENDS = {
         Backend("torch", ("bf16", "fp32"), ("torch",), _build_torch),
     )
 }
-DEFAULT_BACKEND = "onnxruntime"
+DEFAULT_BACKEND = "onnxruntime" if find_spec("onnxruntime") else "torch"
 
 
 def find_backend(name: str, precision: str | None) -> tuple[Backend, str]:
@@ -79,10 +80,17 @@ def find_backend(name: str, precision: str | None) -> tuple[Backend, str]:
 
     Raises:
         BuildError: unknown, or not a combination that works; the message names those that do.
+        MissingDependencyError: its package is not installed.
     """
     if name not in BACKENDS:
         raise BuildError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
     backend = BACKENDS[name]
+    missing = [package for package in backend.packages if find_spec(package) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"backend {name} needs {missing[0]}, which is not installed (pip install {missing[0]}; ONNX Runtime has the"
+            " operators for Python 3.11 and newer). --backend torch needs nothing more."
+        )
     precision = precision or backend.precisions[0]
     if precision not in backend.precisions:
         raise BuildError(f"backend {name} cannot be built in {precision!r}, only in {' or '.join(backend.precisions)}")

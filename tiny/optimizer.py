@@ -48,7 +48,9 @@ class MasterWeights:
             self._slices.append(part)
             offset = part.stop
         self.moving = self.master.clone()
-        self._matrices = [nn.Parameter(self.master[s].view_as(p)) for s, p in zip(self._slices, groups[0], strict=False)]
+        self._matrices = [
+            nn.Parameter(self.master[s].view_as(p)) for s, p in zip(self._slices, groups[0], strict=False)
+        ]
         first, second = (sum(p.numel() for p in group) for group in groups[:2])
         self._bounds = (slice(first, first + second), slice(first + second, None))
         self._rest = [nn.Parameter(self.master[bounds]) for bounds in self._bounds]

@@ -21,7 +21,7 @@ from engines.build import build_engines, default_engine_dir
 from engines.manifest import FILE, Manifest
 from engines.profile import BuildProfile
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError
+from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError, MissingDependencyError
 from qwen2vl_trt.hub import ResolvedModel
 from runtime.runners import open_engines
 from tests.models import model_config, random_model, save_model
@@ -321,3 +321,9 @@ def test_bf16_weights_in_a_torch_engine(tied_model, tmp_path):
     engines = open_engines(tmp_path, "cpu")
     assert engines.dtype == torch.bfloat16
     assert engines.decoder.embed([1, 2]).dtype == torch.bfloat16
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr("engines.backends.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"needs torch.*pip install torch"):
+        find_backend("onnxruntime", None)
