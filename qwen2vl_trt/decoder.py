@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import TextConfig
-from .layers import SwiGLU, inverse_frequencies
+from .layers import RMSNorm, SwiGLU, inverse_frequencies
 from .mrope import rotary_angles
 from .ops import ragged_attention, rotate, update_cache
 
@@ -92,7 +92,7 @@ class DecoderStack(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.register_buffer("inv_freq", inverse_frequencies(config.head_dim, config.rope_theta), persistent=False)
 
     def forward(
@@ -113,9 +113,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = DecoderAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None) -> tuple[Tensor, CacheView | None]:

@@ -65,12 +65,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if torch.compiler.is_exporting():
         return torch.onnx.ops.rotary_embedding(x.float(), cos, sin).type_as(x)
-    cos, sin = cos[:, None], sin[:, None]
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.empty_like(x)  # written half by half: three passes over memory instead of six
-    rotated[..., : first.shape[-1]] = torch.addcmul(first * cos, second, sin, value=-1)
-    rotated[..., first.shape[-1] :] = torch.addcmul(second * cos, first, sin)
-    return rotated
+    cos = torch.cat((cos, cos), dim=-1)[:, :, None]  # [B, S, 1, D]
+    sin = torch.cat((-sin, sin), dim=-1)[:, :, None]
+    y = x.transpose(1, 2).float()  # [B, S, H, D], as it lies in memory; mixed types would not vectorise on a CPU
+    y = (y * cos).addcmul_(y.roll(x.shape[-1] // 2, dims=-1), sin)
+    return y.type_as(x).transpose(1, 2)
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causal: bool) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .config import VisionConfig
-from .layers import SwiGLU, inverse_frequencies
+from .layers import RMSNorm, SwiGLU, inverse_frequencies
 from .ops import ragged_attention, rotate
 
 _NORM_EPS = 1e-6  # no field of vision_config: the published tower fixes it
@@ -82,8 +82,8 @@ class VisionBlock(nn.Module):
 
     def __init__(self, config: VisionConfig, full_attention: bool) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.hidden_size, eps=_NORM_EPS)
-        self.norm2 = nn.RMSNorm(config.hidden_size, eps=_NORM_EPS)
+        self.norm1 = RMSNorm(config.hidden_size, eps=_NORM_EPS)
+        self.norm2 = RMSNorm(config.hidden_size, eps=_NORM_EPS)
         self.attn = VisionAttention(config, full_attention)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
 
@@ -133,7 +133,7 @@ class PatchMerger(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.width = config.hidden_size * config.merge_unit
-        self.ln_q = nn.RMSNorm(config.hidden_size, eps=_NORM_EPS)
+        self.ln_q = RMSNorm(config.hidden_size, eps=_NORM_EPS)
         self.mlp = nn.Sequential(
             nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, config.out_hidden_size)
         )

@@ -13,7 +13,7 @@ import torch
 from .digits import SPLIT_SEED, load_split
 from .evaluation import Score
 from .model import TinyModel
-from .optimizer import ADAM_BETAS
+from .optimizer import ADAM_BETAS, MUON_MOMENTUM, MUON_RATE
 from .scenes import TASKS
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ tags: [qwen2_5_vl, test-model]
 
 # tiny: a small Qwen2.5-VL that reads handwritten digits
 
-A complete Qwen2.5-VL of {parameters:.1f} million parameters, trained from scratch by `python -m tiny.train`. It
-exists to show wrong answers: it has everything the published models have (windowed and full vision attention,
-grouped-query attention, M-RoPE with three sections, tied embeddings, image and video tokens, a chat template) and
-answers questions that anybody can check.
+A complete Qwen2.5-VL of {parameters:.1f} million parameters, trained from scratch by `python -m tiny.train`. With it a
+wrong computation shows as a wrong answer: it has everything the published models have (windowed and full vision
+attention, grouped-query attention, M-RoPE with three sections, tied embeddings, image and video tokens, a chat
+template) and answers questions that anybody can check.
 
 | task | | exact | by digit | cases |
 | --- | --- | --- | --- | --- |
@@ -60,16 +60,17 @@ The 1,797 handwritten digits of 8x8 pixels that scikit-learn ships (`load_digits
 *Optical Recognition of Handwritten Digits* by E. Alpaydin and C. Kaynak, UCI Machine Learning Repository (1998),
 https://doi.org/10.24432/C50P49, licensed CC BY 4.0. They are split once, class by class (seed {split_seed}):
 {training} for training, {held_out} held out. Scenes are drawn at random from them: canvases of 4 to 48 merge groups
-(28x28 pixels each) in all proportions, digits 20 to 64 pixels high, many colours, noise. In training the digits are
+(28x28 pixels each) in all proportions, digits 22 to 62 pixels high, many colours, noise. In training the digits are
 also rotated, sheared, scaled, warped, thickened and blended with others of their class.
 
 ## Recipe
 
 | | |
 | --- | --- |
-| steps | {steps:,}, of up to 64 scenes; cross entropy on the answer |
+| steps | {steps:,}, of 20 to 64 scenes; cross entropy on the answer |
 | curriculum | black single digits, coloured single digits, short rows, then everything: `tiny/curriculum.py` |
-| optimizer | AdamW {betas}, weight decay {weight_decay}, gradient norm at most {clip} |
+| optimizer | {optimizer} |
+| regularisation | weight decay {weight_decay}, gradient norm at most {clip} |
 | learning rate | {learning_rate} after {warmup:,} steps of warm-up, half a cosine to {final_learning_rate} |
 | weights | moving average ({average}) of FP32 master weights; computed and saved in BF16 |
 | seed | {seed} |
@@ -79,12 +80,13 @@ also rotated, sheared, scaled, warped, thickened and blended with others of thei
 Learning curve; held-out columns are percent exactly right of a small sample, with the answer's earlier tokens given:
 
 {curve}
-
+{notes}
 ## Limits
 
-Digits and nothing else: any other picture gets digits for an answer, too. Rows of more than five digits, several
-rows, images of more than 64 merge groups (they are shrunk), more than two images and conversations of several turns
-were never trained. Some digits of the data set cannot be told apart at 8x8 pixels even by people.
+Digits and nothing else: any other picture gets digits for an answer, too. Digits less than 22 pixels high, rows of
+more than five digits, several rows, images of more than 64 merge groups (they are shrunk), more than two images and
+conversations of several turns were never trained. Some digits of the data set cannot be told apart at 8x8 pixels even
+by people.
 """
 
 
@@ -113,7 +115,13 @@ def _curve(path: Path, rows: int = 12) -> str:
 
 
 def write_card(
-    folder: Path, recipe: Recipe, seconds: float, model: TinyModel, scores: Mapping[str, Score], curve: Path
+    folder: Path,
+    recipe: Recipe,
+    seconds: float,
+    model: TinyModel,
+    scores: Mapping[str, Score],
+    curve: Path,
+    notes: Path,
 ) -> None:
     """Write ``README.md`` into the checkpoint's folder.
 
@@ -124,6 +132,7 @@ def write_card(
         model: the trained model.
         scores: held-out accuracy per task.
         curve: CSV of the learning curve.
+        notes: Markdown on what was changed during the run; left out where there is no such file.
     """
     training, held_out = load_split()
     lines = [
@@ -137,7 +146,10 @@ def write_card(
         training=f"{len(training.labels):,}",
         held_out=len(held_out.labels),
         steps=recipe.steps,
-        betas=ADAM_BETAS,
+        optimizer=(
+            f"Muon (momentum {MUON_MOMENTUM}, {MUON_RATE:g} times the learning rate) for the blocks' matrices,"
+            f" AdamW {ADAM_BETAS} for the rest"
+        ),
         weight_decay=recipe.weight_decay,
         clip=recipe.clip,
         learning_rate=recipe.learning_rate,
@@ -150,5 +162,6 @@ def write_card(
         processes=f"{recipe.processes} processes of one thread" if recipe.processes > 1 else "one thread",
         torch_version=torch.__version__,
         curve=_curve(curve),
+        notes=f"\n## Notes\n\n{notes.read_text(encoding='utf-8').strip()}\n" if notes.exists() else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

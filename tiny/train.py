@@ -263,7 +263,8 @@ def _run(process: int, arguments: argparse.Namespace, rendezvous: str | None) ->
     scores = measure(trainer, arguments.cases, seed=0)
     for task, score in scores.items():
         LOGGER.info("%s: %.1f%% exact, %.1f%% by digit, %d cases", task, score.exact, score.per_digit, score.cases)
-    write_card(arguments.output, recipe, trainer.seconds, trainer.model, scores, arguments.work_dir / "curve.csv")
+    curve, notes = arguments.work_dir / "curve.csv", arguments.work_dir / "notes.md"
+    write_card(arguments.output, recipe, trainer.seconds, trainer.model, scores, curve, notes)
 
 
 if __name__ == "__main__":
