@@ -97,7 +97,11 @@ def _attention_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causa
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    if not causal or queries == 1:
+    if queries == 1:
+        # The query heads that share a key-value head become its queries: each key is read once, not once a head.
+        shared = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        return F.scaled_dot_product_attention(shared, k, v).reshape(q.shape)
+    if not causal:
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
     if queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
