@@ -7,8 +7,11 @@ that PyTorch takes to import ends as it does later.
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -36,27 +39,58 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
     if sys.stdout is not None:  # a terminal without UTF-8 shows a question mark, it does not end the command
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    try:
-        main()
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a failure is still caught
-    except Qwen2VLError as error:
-        _fail(str(error))
-    except ModuleNotFoundError as error:
-        _fail(f"the package {error.name} is not installed; `pip install -e .` in this folder brings what is needed")
-    except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader of stdout has gone (`| head`), which is no news to the user
-        _discard_output()
-        sys.exit(FAILED)
-    except OSError as error:
-        _discard_output()
-        _fail(f"{error.filename or 'stdout'}: {error.strerror or error}", FAILED)
+    atexit.register(gc.freeze)  # the interpreter's last collection takes half a second over PyTorch's modules
+    with _Interrupt() as interrupt:
+        try:
+            main()
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a failure is still caught
+        except KeyboardInterrupt:
+            _fail("interrupted", INTERRUPTED)
+        except Exception as error:
+            if interrupt.seen:
+                _fail("interrupted", INTERRUPTED)
+            _report(error)
     sys.exit(0)
 
 
+class _Interrupt:
+    """Notes Ctrl-C besides raising it: in the midst of an import it may come out as any other exception."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._installed = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background job ignores it
+
+    def __enter__(self) -> _Interrupt:
+        if self._installed:
+            signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _on_signal(self, number: int, frame: object) -> NoReturn:
+        self.seen = True
+        raise KeyboardInterrupt
+
+
+def _report(error: Exception) -> NoReturn:
+    if isinstance(error, Qwen2VLError):
+        _fail(str(error))
+    if isinstance(error, ModuleNotFoundError):
+        _fail(f"the package {error.name} is not installed; `pip install -e .` in this folder brings what is needed")
+    if isinstance(error, BrokenPipeError):  # the reader of stdout has gone (`| head`), which is no news to the user
+        _discard_output()
+        sys.exit(FAILED)
+    if isinstance(error, OSError):
+        _discard_output()
+        _fail(f"{error.filename or 'stdout'}: {error.strerror or error}", FAILED)
+    raise error
+
+
 def _fail(message: str, code: int = USAGE) -> NoReturn:
-    print(f"error: {' '.join(message.split())}" if code != INTERRUPTED else message, file=sys.stderr)
+    print(message if code == INTERRUPTED else f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 
