@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from qwen2vl_trt import __version__
 from qwen2vl_trt.checkpoint import Checkpoint
@@ -61,7 +63,7 @@ def build_engines(
         if not force and _is_built(planned, folder):
             return False
         _check_ours(folder)
-        with FileLock(folder / _LOCK):  # two builds at once: the second waits, then finds the first one's work
+        with _alone(folder):  # two builds at once: the second waits, then finds the first one's work
             if not force and _is_built(planned, folder):
                 return False
             from export.onnx_model import STEPS  # takes seconds, and mostly there is nothing to build
@@ -79,6 +81,20 @@ def build_engines(
     except OSError as error:
         raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None
     return True
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("%s: another build is at work there; waiting for it", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_ours(folder: Path) -> None:
