@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
@@ -26,6 +28,9 @@ _EXAMPLE = {
     "sequence": 7,
     "max_seq_len": 32,
 }
+
+
+_NOISY = ("torch.onnx._internal.exporter._registration", "onnx_ir.passes.common.initializer_deduplication")
 
 
 def trace(graph: Graph, dtype: torch.dtype) -> ir.Model:
@@ -50,8 +55,7 @@ def trace(graph: Graph, dtype: torch.dtype) -> ir.Model:
         {axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
         for spec in graph.inputs.values()
     ]
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # raised inside torch.export about its own internals
+    with torch.no_grad(), _quiet():
         program = torch.export.export(
             module,
             (),
@@ -76,7 +80,8 @@ def trace(graph: Graph, dtype: torch.dtype) -> ir.Model:
             value.const_value = ir.tensor(constants[name].numpy(), name=name)
         elif value.const_value is not None and value.const_value.raw.is_meta:
             value.const_value = None
-    _fold_constants(model)
+    with _quiet():
+        onnxscript.optimizer.optimize_ir(model)
     _name_dimensions(model, graph)
     _name_nodes(model)
     passes.ClearMetadataAndDocStringPass()(model)
@@ -96,14 +101,24 @@ def _meta_module(graph: Graph, dtype: torch.dtype) -> tuple[nn.Module, dict[str,
     return module, constants
 
 
-def _fold_constants(model: ir.Model) -> None:
-    optimizer_log = logging.getLogger("onnx_ir.passes.common.initializer_deduplication")
-    level = optimizer_log.level
-    optimizer_log.setLevel(logging.ERROR)  # it warns of every initialiser without a value; here they have none yet
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what torch and onnxscript warn of and no user can change.
+
+    torch.onnx misses torchvision's operators, which no graph here has; torch.export deprecates a call of its own;
+    constant folding misses the values of the weights, which come later.
+    """
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        onnxscript.optimizer.optimize_ir(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
-        optimizer_log.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def _name_dimensions(model: ir.Model, graph: Graph) -> None:
