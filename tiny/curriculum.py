@@ -36,7 +36,7 @@ class SizeClass:
 
 SIZE_CLASSES = (SizeClass(0.65, 12, 40), SizeClass(0.23, 24, 28), SizeClass(0.12, 48, 20))
 
-TASK_MIX = {"read": 0.45, "count": 0.1, "two_images": 0.24, "video": 0.18, "chat": 0.03}
+TASK_MIX = {"read": 0.62, "count": 0.04, "two_images": 0.2, "video": 0.12, "chat": 0.02}
 
 
 def training_scenes(seed: int, step: int, process: int = 0, processes: int = 1) -> list[Scene]:

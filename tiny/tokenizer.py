@@ -133,7 +133,6 @@ def write_processor_files(folder: Path) -> Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for readers of the older layout
     _write_json(
         folder / "tokenizer_config.json",
         {

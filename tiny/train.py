@@ -43,7 +43,7 @@ MONITOR_SEED = 1234
 class Recipe:
     """Everything that decides the outcome of a training run, but for the code."""
 
-    steps: int = 9600
+    steps: int = 11000
     seed: int = 1
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
@@ -125,9 +125,14 @@ class Trainer:
             save_checkpoint(self.model, self.config, folder)
 
 
-@torch.no_grad()
 def greedy(model: TinyModel, collator: Collator, scenes: Sequence[Scene], max_tokens: int = 40) -> list[str]:
-    """Answer scenes greedily, recomputing everything for each token: slow, simple, and independent of the runtime."""
+    """Answer scenes greedily."""
+    return [collator.tokenizer.decode(ids) for ids in greedy_ids(model, collator, scenes, max_tokens)]
+
+
+@torch.no_grad()
+def greedy_ids(model: TinyModel, collator: Collator, scenes: Sequence[Scene], max_tokens: int) -> list[list[int]]:
+    """Token ids of the answers, recomputing everything for each: slow, simple, and independent of the runtime."""
     answers: list[list[int]] = [[] for _ in scenes]
     open_rows = list(range(len(scenes)))
     while open_rows and len(answers[open_rows[0]]) < max_tokens:
@@ -141,7 +146,7 @@ def greedy(model: TinyModel, collator: Collator, scenes: Sequence[Scene], max_to
                 answers[row].append(token)
                 still_open.append(row)
         open_rows = still_open
-    return [collator.tokenizer.decode(ids) for ids in answers]
+    return answers
 
 
 def measure(trainer: Trainer, cases: int, seed: int) -> dict[str, Score]:

@@ -113,7 +113,7 @@ def test_processor_files_load(folder: Path) -> None:
     from transformers import AutoProcessor, GenerationConfig, Qwen2_5_VLConfig
 
     (folder / "config.json").write_text(json.dumps(config_dict(train_tokenizer())))
-    config = Qwen2_5_VLConfig.from_pretrained(folder)
+    config: Any = Qwen2_5_VLConfig.from_pretrained(folder)
     assert config.vision_config.depth == 4
     assert config.text_config.num_key_value_heads == 2
     processor = AutoProcessor.from_pretrained(folder)
