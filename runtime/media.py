@@ -63,6 +63,7 @@ class MediaEmbedder:
         self, preprocessor: Preprocessor, runner: VisionRunner, profile: BuildProfile, config: VisionConfig
     ) -> None:
         self._preprocessor, self._runner, self._profile, self._config = preprocessor, runner, profile, config
+        self._pixels: Tensor | None = None  # of the largest batch so far: free again once its engine call has returned
 
     def load_image(self, source: ImageSource, name: str) -> LoadedImage:
         """Decode an image and check its size.
@@ -122,7 +123,9 @@ class MediaEmbedder:
         self, times: StageTimes, images: Sequence[Tensor] = (), videos: Sequence[Video] = ()
     ) -> PackedPixels:
         began = time.perf_counter()
-        packed = self._preprocessor.preprocess(images, videos)
+        packed = self._preprocessor.preprocess(images, videos, out=self._pixels)
+        if self._pixels is None or packed.pixel_values.numel() > self._pixels.numel():
+            self._pixels = packed.pixel_values.view(-1)
         times.preprocess += time.perf_counter() - began
         return packed
 

@@ -501,3 +501,13 @@ def test_transparent_png_is_seen_on_white():
     Image.new("RGBA", (56, 56), (0, 0, 0, 0)).save(buffer, "PNG")
     packed = Preprocessor(CONFIG).preprocess([buffer.getvalue()])
     assert np.allclose(levels(merge_order(packed)), 255, atol=1e-3)
+
+
+def test_the_last_batch_may_be_written_over():
+    preprocessor = Preprocessor(CONFIG)
+    images = [torch.randint(0, 256, (3, size, 84), dtype=torch.uint8) for size in (112, 56)]
+    memory = torch.full((10**7,), torch.nan)
+    expected, found = preprocessor.preprocess(images), preprocessor.preprocess(images, out=memory)
+    assert torch.equal(found.pixel_values, expected.pixel_values)
+    assert found.pixel_values.data_ptr() == memory.data_ptr()
+    assert preprocessor.preprocess(images, out=memory[:7]).pixel_values.data_ptr() != memory.data_ptr()
