@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .config import VisionConfig
 from .layers import RMSNorm, SwiGLU, inverse_frequencies
 from .ops import ragged_attention, rotate
+from .windows import Gathering
 
 _NORM_EPS = 1e-6  # no field of vision_config: the published tower fixes it
 _ROPE_THETA = 10000.0  # likewise
@@ -27,9 +28,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(
-            VisionBlock(config, index in config.fullatt_block_indexes) for index in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
         self.register_buffer("inv_freq", inverse_frequencies(config.head_dim // 2, _ROPE_THETA), persistent=False)
 
@@ -58,11 +57,19 @@ class VisionTransformer(nn.Module):
         Returns:
             ``[T, out_hidden_size]`` image embeddings, items in order, each in raster order.
         """
+        windows = Gathering(window_lengths)
+        frames = Gathering(sequence_lengths, sequence_index, sequence_position)
+        return self.encode(pixel_values, position_ids, windows, frames, merge_index)
+
+    def encode(
+        self, pixel_values: Tensor, position_ids: Tensor, windows: Gathering, frames: Gathering, merge_index: Tensor
+    ) -> Tensor:
+        """The tower over patches ``[W, S, qwen2_vl_dim]`` that lie in any way that the gatherings know of."""
         angles = (position_ids[..., None].float() * self.inv_freq).flatten(2)  # [W, S, D / 2]: row's, column's
         cos, sin = angles.cos(), angles.sin()
         x = self.patch_embed(pixel_values)  # [W, S, C]
-        for block in self.blocks:
-            x = block(x, cos, sin, window_lengths, sequence_index, sequence_lengths, sequence_position)
+        for index, block in enumerate(self.blocks):
+            x = block(x, cos, sin, frames if index in self.config.fullatt_block_indexes else windows)
         return self.merger(x)[merge_index]
 
 
@@ -80,51 +87,43 @@ class PatchEmbed(nn.Module):
 class VisionBlock(nn.Module):
     """Pre-norm attention and SwiGLU."""
 
-    def __init__(self, config: VisionConfig, full_attention: bool) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.hidden_size, eps=_NORM_EPS)
         self.norm2 = RMSNorm(config.hidden_size, eps=_NORM_EPS)
-        self.attn = VisionAttention(config, full_attention)
+        self.attn = VisionAttention(config)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, *layout: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), *layout)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gathering: Gathering) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, gathering)
         return x + self.mlp(self.norm2(x))
 
 
 class VisionAttention(nn.Module):
-    """Attention within a window or within a whole sequence."""
+    """Attention within the sequences of a gathering: windows, or whole images and frames."""
 
-    def __init__(self, config: VisionConfig, full_attention: bool) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.heads, self.head_dim, self.full_attention = config.num_heads, config.head_dim, full_attention
+        self.heads, self.head_dim = config.num_heads, config.head_dim
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        window_lengths: Tensor,
-        sequence_index: Tensor,
-        sequence_lengths: Tensor,
-        sequence_position: Tensor,
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gathering: Gathering) -> Tensor:
         windows, slots, width = x.shape
         q, k, v = (
             t.view(windows, slots, self.heads, self.head_dim).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1)
         )  # each [W, H, S, D]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if not self.full_attention:
-            y = ragged_attention(q, k, v, window_lengths, causal=False)
+        index, position = gathering.index, gathering.position
+        if index is None or position is None:
+            y = ragged_attention(q, k, v, gathering.lengths, causal=False)
             return self.proj(y.transpose(1, 2).reshape(windows, slots, width))
         q, k, v = (
-            t.transpose(1, 2).reshape(windows * slots, self.heads, self.head_dim)[sequence_index].transpose(1, 2)
+            t.transpose(1, 2).reshape(windows * slots, self.heads, self.head_dim)[index].transpose(1, 2)
             for t in (q, k, v)
         )  # each [B, H, N, D]
-        y = ragged_attention(q, k, v, sequence_lengths, causal=False)
-        return self.proj(y.transpose(1, 2).reshape(-1, width)[sequence_position])
+        y = ragged_attention(q, k, v, gathering.lengths, causal=False)
+        return self.proj(y.transpose(1, 2).reshape(-1, width)[position])
 
 
 class PatchMerger(nn.Module):

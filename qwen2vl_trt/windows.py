@@ -50,6 +50,56 @@ class WindowLayout:
 
 
 @dataclass(frozen=True)
+class Gathering:
+    """How patches gather into attention sequences.
+
+    Attributes:
+        lengths: ``[sequences]`` patches in each.
+        index: ``[sequences, longest]`` the slot of each of its patches; None where the patches already lie so.
+        position: shape of the slots, where in ``sequences * longest`` each slot's patch stands; None likewise.
+    """
+
+    lengths: Tensor
+    index: Tensor | None = None
+    position: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class UnpaddedLayout:
+    """A layout without empty slots: the P patches of a batch in window order, as one row.
+
+    Attributes:
+        filled: ``[P]`` slot of each patch in the padded layout.
+        position_ids: ``[1, P, 2]``.
+        windows: gathering into windows.
+        frames: gathering into whole images and frames.
+        merge_index: ``[T]`` merge group, of P / merge unit, of each output token in raster order.
+    """
+
+    filled: Tensor
+    position_ids: Tensor
+    windows: Gathering
+    frames: Gathering
+    merge_index: Tensor
+
+
+def unpad(layout: WindowLayout, config: VisionConfig) -> UnpaddedLayout:
+    """Leave the empty slots of a layout out: linear layers then see patches alone, attention gathers them."""
+    filled = torch.arange(layout.sequence_position.shape[1]) < layout.window_lengths[:, None]  # [W, S]
+    packed = (filled.flatten().cumsum(0) - 1).clamp(min=0)  # [W * S] patch in each filled slot
+    slots = filled.flatten().nonzero().squeeze(1)
+    return UnpaddedLayout(
+        filled=slots,
+        position_ids=layout.position_ids[filled][None],
+        windows=Gathering(layout.window_lengths, packed.view_as(filled), slots[None]),
+        frames=Gathering(
+            layout.sequence_lengths, packed[layout.sequence_index], layout.sequence_position[filled][None]
+        ),
+        merge_index=packed[layout.merge_index * config.merge_unit] // config.merge_unit,
+    )
+
+
+@dataclass(frozen=True)
 class FrameWindows:
     """One frame cut into windows; a slot is ``window * S + place``.
 

@@ -49,6 +49,9 @@ def load_decoder(engines: Engines) -> OrtDecoder:
 def _session(path: Path, device: torch.device) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # From BF16 weights to FP32 ones once, at load, however large: by default one of over 1 GB (3B's embedding) would be
+    # converted again at every step.
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(2**63 - 1))
     providers: list = ["CPUExecutionProvider"]
     if device.type == "cuda":
         if default_device() != "cuda":

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,46 +20,24 @@ from torch import Tensor
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.mrope import rope_index
-from qwen2vl_trt.windows import Grid, window_layout
+from qwen2vl_trt.windows import Grid, UnpaddedLayout, unpad, window_layout
 
 from .scenes import Pixels, Scene
 from .tokenizer import CHAT_TEMPLATE, END_OF_TEXT, IM_END, MAX_PIXELS, MIN_PIXELS, special_id
 
 
-@dataclass(frozen=True)
-class Gathering:
-    """How patches gather into attention sequences.
-
-    Attributes:
-        index: ``[sequences, longest]`` the patch at each place.
-        lengths: ``[sequences]``.
-        position: ``[1, P]`` where in ``sequences * longest`` each patch stands.
-    """
-
-    index: Tensor
-    lengths: Tensor
-    position: Tensor
-
-
-@dataclass(frozen=True)
-class Patches:
-    """All patches of a batch without padding, in window order, and how they gather into attention sequences.
+class Patches(NamedTuple):
+    """All patches of a batch without padding.
 
     Training runs the linear layers on patches alone: half of the slots of small pictures' windows would be empty.
 
     Attributes:
-        pixels: ``[P, qwen2_vl_dim]`` uint8.
-        position_ids: ``[1, P, 2]`` row and column of each patch in its frame.
-        windows: gathering into windows.
-        frames: gathering into whole images and frames.
-        merge_index: ``[T]`` merge group of each vision token, in raster order.
+        pixels: ``[P, qwen2_vl_dim]`` uint8, in window order.
+        layout: where they lie and how they gather.
     """
 
     pixels: Tensor
-    position_ids: Tensor
-    windows: Gathering
-    frames: Gathering
-    merge_index: Tensor
+    layout: UnpaddedLayout
 
 
 @dataclass(frozen=True)
@@ -200,19 +178,8 @@ class Collator:
         vision = self.config.vision
         side = vision.window_groups * vision.spatial_merge_size
         layout = window_layout(grids, vision, max(min(h, side) * min(w, side) for _, h, w in grids))
-        windows, slots = layout.sequence_position.shape
-        filled = torch.arange(slots) < layout.window_lengths[:, None]  # [W, slots]
-        packed = (filled.flatten().cumsum(0) - 1).clamp(min=0)  # [W * slots] patch in each filled slot
-        position = layout.sequence_position[filled]  # [P]
+        unpadded = unpad(layout, vision)
         raster = torch.zeros(*layout.sequence_index.shape, vision.qwen2_vl_dim, dtype=torch.uint8)
         for number, patches in enumerate(frames):
             raster[number, : len(patches)] = patches
-        return Patches(
-            pixels=raster.flatten(0, 1)[position],
-            position_ids=layout.position_ids[filled][None],
-            windows=Gathering(
-                packed.view(windows, slots), layout.window_lengths, filled.flatten().nonzero().squeeze(1)[None]
-            ),
-            frames=Gathering(packed[layout.sequence_index], layout.sequence_lengths, position[None]),
-            merge_index=packed[layout.merge_index * vision.merge_unit] // vision.merge_unit,
-        )
+        return Patches(raster.flatten(0, 1)[layout.sequence_position.flatten()[unpadded.filled]], unpadded)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.decoder import Decoder
-from qwen2vl_trt.vision import VisionAttention, VisionTransformer
+from qwen2vl_trt.vision import VisionTransformer
 
 from .batching import Batch, Patches
 from .tokenizer import END_OF_TEXT, IM_END, IMAGE_MEAN, IMAGE_STD, padded_vocab_size, special_id
@@ -78,10 +78,6 @@ class TinyModel(nn.Module):
         self.visual = VisionTransformer(config.vision)
         self.decoder = Decoder(config.text)
         self._initialise()
-        self.full_attention = [index in config.vision.fullatt_block_indexes for index in range(config.vision.depth)]
-        for module in self.visual.modules():
-            if isinstance(module, VisionAttention):
-                module.full_attention = True  # see embed
         self.pixels_per_channel = config.vision.qwen2_vl_dim // config.vision.in_chans
         self.mean = torch.tensor(IMAGE_MEAN)[:, None] * 255
         self.scale = 1 / (torch.tensor(IMAGE_STD)[:, None] * 255)
@@ -108,21 +104,12 @@ class TinyModel(nn.Module):
         return logits.float()
 
     def embed(self, patches: Patches) -> Tensor:
-        """Vision tokens ``[T, C]``.
-
-        The tower's own layers on patches without padding: a block gathers any sequences that it is told to, so the
-        windowed blocks are told to gather windows. tests/tiny/test_model.py compares with the tower's forward.
-        """
+        """Vision tokens ``[T, C]``."""
         dtype = self.visual.patch_embed.proj.weight.dtype
         pixels = (patches.pixels.view(-1, 3, self.pixels_per_channel) - self.mean) * self.scale
-        x = self.visual.patch_embed(pixels.view(1, -1, self.config.vision.qwen2_vl_dim).to(dtype))  # [1, P, C]
-        angles = (patches.position_ids[..., None].float() * self.visual.inv_freq).flatten(2)
-        cos, sin = angles.cos(), angles.sin()
-        for block, full in zip(self.visual.blocks, self.full_attention, strict=True):
-            gathering = patches.frames if full else patches.windows
-            x = block(x, cos, sin, None, gathering.index, gathering.lengths, gathering.position)
-        embeddings: Tensor = self.visual.merger(x)[patches.merge_index]
-        return embeddings
+        pixels = pixels.view(1, -1, self.config.vision.qwen2_vl_dim).to(dtype)
+        layout = patches.layout
+        return self.visual.encode(pixels, layout.position_ids, layout.windows, layout.frames, layout.merge_index)
 
 
 def checkpoint_tensors(model: TinyModel, dtype: torch.dtype) -> dict[str, Tensor]:

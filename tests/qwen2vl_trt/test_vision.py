@@ -1,6 +1,6 @@
 """The vision tower over packed windows against Transformers' tower, on random weights of several shapes."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -160,7 +160,8 @@ def test_the_tolerance_notices(model, tower, fault, monkeypatch):
     layout = window_layout(tuple(grids), our_config(model.config).vision)
     indices = [getattr(layout, field.name).clone() for field in fields(layout) if field.name != "tokens_per_item"]
     if fault == "no windows":
-        monkeypatch.setattr(tower.blocks[0].attn, "full_attention", True)
+        everywhere = replace(tower.config, fullatt_block_indexes=tuple(range(len(tower.blocks))))
+        monkeypatch.setattr(tower, "config", everywhere)
     elif fault == "a position":
         indices[1][0, 5] += 1
     else:
