@@ -1,0 +1,227 @@
+"""Repair a network as TensorRT's ONNX parser leaves it, so that it means what the graph says.
+
+The parser (seen in TensorRT-RTX 1.7.1) imports the operator ``Attention``
+
+- without its lengths (``nonpad_kv_seqlen``), and causal in the upper-left corner: with a cache, wrong answers;
+- with queries and keys each multiplied by the root of the softmax scale *in the network's type*: in BF16 that scale
+  is 0.3 % off for heads of 128, and both are rounded once more;
+- without leave to decompose, and FP32 has no fused kernel.
+
+It says nothing of any of these. :func:`lower` sets all of them right from the ONNX file, and ends by asking
+:func:`find_faults`, which tests ask too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from qwen2vl_trt.errors import BuildError
+
+
+@dataclass(frozen=True)
+class AttentionNode:
+    """What the ONNX file says of one ``Attention``: its name, the input with its lengths, whether it is causal."""
+
+    name: str
+    lengths: str
+    causal: bool
+
+
+def attention_nodes(path: Path) -> dict[str, AttentionNode]:
+    """The attention nodes of an ONNX file, by name.
+
+    Raises:
+        BuildError: one that this pass would not do justice to.
+    """
+    graph = onnx.load(path, load_external_data=False).graph
+    inputs = {value.name for value in graph.input}
+    nodes = {}
+    for node in graph.node:
+        if node.op_type != "Attention":
+            continue
+        causal = {attribute.name: attribute.i for attribute in node.attribute}.get("is_causal", 0) == 1
+        others = {
+            attribute.name for attribute in node.attribute if attribute.name != "is_causal" and _is_set(attribute)
+        }
+        given = dict(enumerate(node.input))
+        if others or any(given.get(i) for i in (3, 4, 5)) or given.get(6) not in inputs:
+            raise BuildError(f"{path.name}: {node.name} is not plain attention with lengths from a graph input")
+        nodes[node.name] = AttentionNode(node.name, given[6], causal)
+    return nodes
+
+
+def _is_set(attribute: onnx.AttributeProto) -> bool:
+    return bool(onnx.helper.get_attribute_value(attribute))
+
+
+def lower(trt: Any, network: Any, path: Path) -> list[Any]:
+    """Repair every attention of a parsed network.
+
+    Args:
+        trt: the TensorRT module.
+        network: as parsed from ``path``, the whole of it.
+        path: the ONNX file.
+
+    Returns:
+        Arrays that the network points to; keep them until it is built.
+
+    Raises:
+        BuildError: the parser left something else than this pass knows how to repair.
+    """
+    nodes = attention_nodes(path)
+    inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
+    producers = _producers(network)
+    lengths = {}
+    for name in sorted({node.lengths for node in nodes.values()}):  # one cast each, shared by all layers
+        lengths[name] = network.add_cast(inputs[name], trt.int32).get_output(0)
+        lengths[name].name = f"{name}_int32"
+    rotary = _ScaledRotary(trt, network)
+    for attention in list(_attentions(trt, network)):
+        if attention.name not in nodes:
+            raise BuildError(f"{path.name}: TensorRT made an attention {attention.name!r} that the graph does not have")
+        node = nodes[attention.name]
+        attention.causal_kind = _causal_kind(trt, node)
+        attention.key_value_lengths = lengths[node.lengths]
+        attention.decomposable = attention.get_input(0).dtype == trt.float32
+        for index in (0, 1):
+            attention.set_input(index, _unscaled(trt, producers, attention, index))
+        rotary.scale(_rotary_of(trt, producers, attention, 0), int(attention.get_input(0).shape[-1]) ** -0.5)
+    faults = find_faults(trt, network, path)
+    if faults:
+        raise BuildError(f"{path.name}: {faults[0]} ({trt.__name__} {trt.__version__}); no engine was built from it")
+    return rotary.arrays
+
+
+def find_faults(trt: Any, network: Any, path: Path) -> list[str]:
+    """What in a network would make an engine that answers wrongly or that needs more than TensorRT itself.
+
+    Args:
+        trt: the TensorRT module.
+        network: parsed from ``path`` and lowered.
+        path: the ONNX file.
+    """
+    nodes, producers = attention_nodes(path), _producers(network)
+    attentions = {attention.name: attention for attention in _attentions(trt, network)}
+    faults = [f"attention {name} is missing" for name in nodes.keys() - attentions.keys()]
+    faults += [f"attention {name} is not in the graph" for name in attentions.keys() - nodes.keys()]
+    for name in sorted(nodes.keys() & attentions.keys()):
+        faults += [
+            f"attention {name} {fault}" for fault in _attention_faults(trt, producers, attentions[name], nodes[name])
+        ]
+    faults += _cache_faults(trt, network, path)
+    outputs = {network.get_output(i).name: network.get_output(i) for i in range(network.num_outputs)}
+    if "logits" in outputs and outputs["logits"].dtype != trt.float32:
+        faults.append(f"output logits is {outputs['logits'].dtype.name}, not FP32")
+    faults += [f"layer {layer.name} is a plugin" for layer in _layers(network) if "PLUGIN" in layer.type.name]
+    return faults
+
+
+def _attention_faults(trt: Any, producers: dict[str, Any], attention: Any, node: AttentionNode) -> Iterator[str]:
+    if attention.causal_kind != _causal_kind(trt, node):
+        yield f"is {attention.causal_kind.name}, not {_causal_kind(trt, node).name}"
+    lengths = attention.key_value_lengths
+    source = producers.get(lengths.name) if lengths is not None else None
+    if source is None or source.get_input(0).name != node.lengths or lengths.dtype != trt.int32:
+        yield f"does not take its lengths from {node.lengths}"
+    if attention.mask is not None:
+        yield "has a mask beside its lengths"
+    if attention.get_input(0).dtype == trt.float32 and not attention.decomposable:
+        yield "is FP32, which has no fused kernel, and may not be decomposed"
+    for index, what in enumerate(("queries", "keys")):
+        if _made_by(trt, producers, attention.get_input(index), trt.LayerType.ELEMENTWISE):
+            yield f"scales its {what} in the network's type"
+    rotary = _rotary_of(trt, producers, attention, 0)
+    if not _made_by(trt, producers, rotary.get_input(1), trt.LayerType.ELEMENTWISE):
+        yield "has no softmax scale"
+
+
+def _cache_faults(trt: Any, network: Any, path: Path) -> Iterator[str]:
+    """Every cache goes in as an input and comes out, updated, as the output of its name: so TensorRT aliases them."""
+    inputs = {network.get_input(i).name for i in range(network.num_inputs)}
+    outputs = {network.get_output(i).name for i in range(network.num_outputs)}
+    graph = onnx.load(path, load_external_data=False).graph
+    expected = {node.input[0] for node in graph.node if node.op_type == "TensorScatter"}
+    found = set()
+    for layer in _layers(network):
+        if layer.type == trt.LayerType.KV_CACHE_UPDATE:
+            cache = layer.get_input(0).name
+            found.add(cache)
+            if cache not in inputs or layer.get_output(0).name != f"new_{cache}" or f"new_{cache}" not in outputs:
+                yield f"cache update {layer.name} is not aliased from an input to its output"
+    if found != expected:
+        yield f"cache {min(found ^ expected)} has no update of its own"
+
+
+class _ScaledRotary:
+    """Puts the softmax scale into the queries' rotary angles: in FP32, once for all layers, for nothing."""
+
+    def __init__(self, trt: Any, network: Any) -> None:
+        self._trt, self._network, self._scaled = trt, network, {}  # type: ignore[var-annotated]
+        self.arrays: list[Any] = []
+
+    def scale(self, rotary: Any, scale: float) -> None:
+        for index in (1, 2):  # cos, sin
+            angle = rotary.get_input(index)
+            if (angle.name, scale) not in self._scaled:
+                self._scaled[angle.name, scale] = self._multiply(angle, scale)
+            rotary.set_input(index, self._scaled[angle.name, scale])
+
+    def _multiply(self, angle: Any, scale: float) -> Any:
+        if angle.dtype != self._trt.float32:
+            raise BuildError(f"rotary angles {angle.name} are {angle.dtype.name}; this pass expects FP32")
+        self.arrays.append(np.full((1,) * len(angle.shape), scale, dtype=np.float32))
+        factor = self._network.add_constant(self.arrays[-1].shape, self._trt.Weights(self.arrays[-1])).get_output(0)
+        scaled = self._network.add_elementwise(angle, factor, self._trt.ElementWiseOperation.PROD).get_output(0)
+        scaled.name = f"{angle.name}_scaled"
+        return scaled
+
+
+def _causal_kind(trt: Any, node: AttentionNode) -> Any:
+    return trt.CausalMaskKind.LOWER_RIGHT if node.causal else trt.CausalMaskKind.NONE
+
+
+def _layers(network: Any) -> Iterator[Any]:
+    return (network.get_layer(i) for i in range(network.num_layers))
+
+
+def _attentions(trt: Any, network: Any) -> Iterator[Any]:
+    for layer in _layers(network):
+        if layer.type == trt.LayerType.ATTENTION_OUTPUT:
+            layer.__class__ = trt.IAttentionOutputLayer  # the bindings hand out every layer as its base class
+            yield layer.attention
+
+
+def _producers(network: Any) -> dict[str, Any]:
+    """The layer that makes each tensor, by the tensor's name."""
+    return {layer.get_output(i).name: layer for layer in _layers(network) for i in range(layer.num_outputs)}
+
+
+def _made_by(trt: Any, producers: dict[str, Any], tensor: Any, kind: Any) -> bool:
+    return tensor.name in producers and producers[tensor.name].type == kind
+
+
+def _unscaled(trt: Any, producers: dict[str, Any], attention: Any, index: int) -> Any:
+    """The queries or keys before the parser multiplied them by the root of the scale."""
+    tensor = attention.get_input(index)
+    if _made_by(trt, producers, tensor, trt.LayerType.ELEMENTWISE):
+        layer = producers[tensor.name]
+        layer.__class__ = trt.IElementWiseLayer
+        if layer.op == trt.ElementWiseOperation.PROD and tuple(layer.get_input(1).shape) == (1, 1, 1, 1):
+            return layer.get_input(0)
+    raise BuildError(f"attention {attention.name}: {trt.__name__} {trt.__version__} scales it in a way not known here")
+
+
+def _rotary_of(trt: Any, producers: dict[str, Any], attention: Any, index: int) -> Any:
+    """The rotary embedding that the queries come from; what lies between only moves them."""
+    tensor = attention.get_input(index)
+    while tensor.name in producers:
+        if producers[tensor.name].type == trt.LayerType.ROTARY_EMBEDDING:
+            return producers[tensor.name]
+        tensor = producers[tensor.name].get_input(0)
+    raise BuildError(f"attention {attention.name} has no rotary embedding in front of its queries")
