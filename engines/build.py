@@ -15,10 +15,10 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.hub import ResolvedModel
 
-from .backends import Backend
+from .backends import Backend, BuildJob
 from .manifest import FILE, Manifest, file_hash
 from .profile import BuildProfile
-from .progress import progress_bar
+from .progress import BuildSteps, progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def build_engines(
         profile=profile,
         files={},
         versions={"qwen2vl-trt": __version__, **backend.versions()},
+        options=backend.options.as_dict() if backend.options else {},
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,17 +67,10 @@ def build_engines(
         with _alone(folder):  # two builds at once: the second waits, then finds the first one's work
             if not force and _is_built(planned, folder):
                 return False
-            from export.onnx_model import STEPS  # takes seconds, and mostly there is nothing to build
-
             (folder / FILE).unlink(missing_ok=True)
             with progress_bar() as progress:
-                task = progress.add_task("building", total=len(STEPS))
-
-                def on_step(step: str) -> None:
-                    progress.update(task, description=step, advance=1)
-                    logger.info("%s: %s", model.name, step)
-
-                files = backend.build(checkpoint, folder, precision, profile, on_step)
+                steps = BuildSteps(progress, model.name, backend.steps)
+                files = backend.build(BuildJob(checkpoint, folder, precision, profile, backend.options, steps))
             replace(planned, files={path.name: file_hash(path) for path in files}).write(folder)
     except OSError as error:
         raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None

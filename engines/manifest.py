@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError
@@ -34,6 +35,7 @@ class Manifest:
         profile: the limits.
         files: SHA-256 of each file that the build made, by name.
         versions: of the packages that made them.
+        options: of the backend, those that are not its defaults.
     """
 
     model: str
@@ -43,6 +45,7 @@ class Manifest:
     profile: BuildProfile
     files: dict[str, str]
     versions: dict[str, str]
+    options: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -98,6 +101,8 @@ class Manifest:
             table = getattr(self, name)
             if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
                 raise TypeError(f"{name} is no table of texts")
+        if not isinstance(self.options, dict):
+            raise TypeError("options is no table")
 
     def verify(self, folder: Path) -> Checkpoint:
         """Check that the folder still holds what was built.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+logger = logging.getLogger(__name__)
 
 
 def progress_bar(*columns: TextColumn) -> Progress:
@@ -20,3 +23,31 @@ def progress_bar(*columns: TextColumn) -> Progress:
         disable=not sys.stderr.isatty(),
         transient=True,
     )
+
+
+class BuildSteps:
+    """Where a build is: called with the name of each step as it begins, and with phases inside a step."""
+
+    def __init__(self, progress: Progress, model: str, total: int) -> None:
+        self._progress, self._model = progress, model
+        self._task = progress.add_task("building", total=total)
+        self._phases: dict[str, TaskID] = {}
+
+    def __call__(self, step: str) -> None:
+        self._progress.update(self._task, description=step, advance=1)
+        logger.info("%s: %s", self._model, step)
+
+    def start_phase(self, name: str, total: int) -> None:
+        """Show a bar of its own for part of a step."""
+        self.end_phase(name)
+        self._phases[name] = self._progress.add_task(f"  {name}", total=total)
+
+    def advance_phase(self, name: str) -> None:
+        """One of the phase's steps is done."""
+        if name in self._phases:
+            self._progress.advance(self._phases[name])
+
+    def end_phase(self, name: str) -> None:
+        """Take the bar away."""
+        if name in self._phases:
+            self._progress.remove_task(self._phases.pop(name))

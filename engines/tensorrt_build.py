@@ -1,0 +1,195 @@
+"""From the two ONNX graphs to two TensorRT plans."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.errors import BuildError
+
+from .lowering import lower
+from .profile import BuildProfile
+from .progress import BuildSteps
+from .tensorrt_log import tensorrt_log
+from .tensorrt_module import Variant, load_tensorrt
+from .tensorrt_monitor import watched_build
+from .tensorrt_options import TensorRTOptions
+from .tensorrt_profiles import Ranges, decoder_ranges, vision_ranges
+from .timing_cache import load_timing_cache, save_timing_cache, timing_cache_path
+
+
+def build_plans(
+    variant: Variant,
+    checkpoint: Checkpoint,
+    folder: Path,
+    dtype: torch.dtype,
+    profile: BuildProfile,
+    steps: BuildSteps,
+    options: TensorRTOptions,
+) -> list[Path]:
+    """Export both graphs into a folder and build a plan from each; the graphs stay beside them.
+
+    Returns:
+        The files: two graphs, two plans, and for each plan the layers that TensorRT made of it.
+
+    Raises:
+        BuildError: no GPU where one is needed, a limit or an option that cannot be met, TensorRT's own reason with
+            the node's name, or a full disk.
+        CheckpointError: the weights do not fit the configuration.
+    """
+    from export.onnx_model import export_onnx  # seconds to import, and needed here alone
+
+    trt = load_tensorrt(variant)
+    _check_machine(variant, options)
+    ranges = {
+        "vision": (vision_ranges(profile, checkpoint.config.vision),),
+        "decoder": decoder_ranges(profile),
+    }
+    # A cache of dynamic length is refused by TensorRT, so the capacity is part of this graph.
+    graphs = export_onnx(checkpoint, folder, dtype, profile.max_seq_len, steps)
+    files = list(graphs)
+    for graph in graphs:
+        steps(f"building the {graph.stem} engine")
+        files += _build_plan(trt, variant, graph, ranges[graph.stem], options, steps)
+    return files
+
+
+def _check_machine(variant: Variant, options: TensorRTOptions) -> None:
+    if not variant.builds_anywhere and not torch.cuda.is_available():
+        raise BuildError(
+            f"backend {variant.backend} builds on the GPU that its engines will run on, and there is none here."
+            " Build on that machine, or for RTX GPUs with --backend tensorrt-rtx, which needs none."
+        )
+    if variant.builds_anywhere and options.hardware_compatibility != "none":
+        raise BuildError(
+            f"--hardware-compatibility is not for {variant.backend}: name the GPUs with --compute-capabilities"
+        )
+    if not variant.builds_anywhere and options.compute_capabilities:
+        raise BuildError(
+            f"--compute-capabilities is not for {variant.backend}, which builds for the GPU that is here; see"
+            " --hardware-compatibility"
+        )
+
+
+@dataclass(frozen=True)
+class ParsedNetwork:
+    """A parsed and lowered network, with all that must stay alive while it is built."""
+
+    builder: Any
+    network: Any
+    parser: Any
+    arrays: list[Any]
+
+
+def parse(trt: Any, path: Path) -> ParsedNetwork:
+    """Parse an ONNX file, whose weights lie beside it, and repair what the parser gets wrong.
+
+    Raises:
+        BuildError: with TensorRT's own reason and the node's name.
+    """
+    log = tensorrt_log(trt)
+    log.clear()
+    builder = trt.Builder(log)
+    network = builder.create_network(0)  # strongly typed, the only kind since TensorRT 11
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(path)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        reasons = [f"node {e.node_name() or '?'} ({e.node_operator() or '?'}): {e.desc()}" for e in errors]
+        reason = "; ".join(reasons or log.errors) or "no reason given"
+        raise BuildError(
+            f"{path}: {trt.__name__} {trt.__version__} cannot parse it: {reason}. Another release may; the onnxruntime"
+            " and torch backends run the same model."
+        )
+    return ParsedNetwork(builder, network, parser, lower(trt, network, path))
+
+
+def _build_plan(
+    trt: Any,
+    variant: Variant,
+    path: Path,
+    profiles: tuple[Ranges, ...],
+    options: TensorRTOptions,
+    steps: BuildSteps,
+) -> list[Path]:
+    parsed, log = parse(trt, path), tensorrt_log(trt)
+    config = _configure(trt, parsed.builder, path, profiles, options)
+    cache = None
+    if not variant.builds_anywhere:  # TensorRT for RTX times nothing: its timing cache does nothing
+        cache = timing_cache_path(path.parent, trt.__version__, torch.cuda.get_device_name())
+        load_timing_cache(config, cache)
+    log.clear()
+    with watched_build(trt, config, steps):
+        plan = parsed.builder.build_serialized_network(parsed.network, config)
+    if plan is None:
+        raise BuildError(
+            f"{path.stem} engine: {trt.__name__} {trt.__version__} cannot build it:"
+            f" {'; '.join(log.errors) or 'no reason given'}. If it is memory, lower --max-batch-size, --max-input-len"
+            " or --max-hw-dims; no engine that loads was left."
+        )
+    if cache is not None:
+        save_timing_cache(config, cache)
+    files = [path.with_suffix(".engine"), path.with_suffix(".layers")]
+    for file, content in zip(files, (memoryview(plan), memoryview(log.layers.encode()))):
+        write_atomically(file, content)
+    return files
+
+
+def _configure(trt: Any, builder: Any, path: Path, profiles: tuple[Ranges, ...], options: TensorRTOptions) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if options.builder_optimization_level is not None:
+        config.builder_optimization_level = options.builder_optimization_level
+    if options.weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if options.hardware_compatibility != "none":
+        level = options.hardware_compatibility.upper()
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+    if options.compute_capabilities:
+        _set_compute_capabilities(trt, config, options.compute_capabilities)
+    inputs = onnx.load(path, load_external_data=False).graph.input
+    for ranges in profiles:
+        optimisation = builder.create_optimization_profile()
+        for value in inputs:
+            dims = [ranges.get(dim.dim_param, (dim.dim_value,) * 3) for dim in value.type.tensor_type.shape.dim]
+            optimisation.set_shape(value.name, *zip(*dims))
+        config.add_optimization_profile(optimisation)
+    return config
+
+
+def _set_compute_capabilities(trt: Any, config: Any, wanted: tuple[str, ...]) -> None:
+    known = {name: getattr(trt.ComputeCapability, name) for name in dir(trt.ComputeCapability) if name[:2] == "SM"}
+    config.num_compute_capabilities = len(wanted)
+    for index, capability in enumerate(wanted):
+        name = "SM" + capability.replace(".", "")
+        if name not in known or not config.set_compute_capability(known[name], index):
+            choices = sorted((key[2:-1] + "." + key[-1] for key in known), key=float)
+            raise BuildError(f"{trt.__name__} {trt.__version__} builds for {', '.join(choices)}, not for {capability}")
+
+
+def write_atomically(path: Path, content: memoryview) -> None:
+    """Write a file that is whole or not there.
+
+    Raises:
+        BuildError: the disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BuildError(
+            f"{path} ({content.nbytes / 1e6:,.0f} MB): {error.strerror or error}; nothing that loads was left there"
+        ) from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
