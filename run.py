@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Ask a Qwen2.5-VL about images and videos, extract features, or evaluate the tiny model."""
+"""Ask a Qwen2.5-VL about images and videos, extract features, evaluate the tiny model, or inspect engines."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ COMMANDS = """commands:
   run.py [generate] --prompt TEXT [--image FILE ...] [--video FILE ...]   answer on stdout
   run.py features --image FILE [...] --output FILE.safetensors            vision embeddings of images
   run.py eval                                                             accuracy of the tiny model
+  run.py inspect DIR                                                      what an engine folder holds
 
 `run.py COMMAND --help` lists a command's options."""
 
 
 def main() -> None:
     arguments = sys.argv[1:]
-    commands = {"generate": generate, "features": features, "eval": evaluate}
+    commands = {"generate": generate, "features": features, "eval": evaluate, "inspect": inspect}
     if not arguments or arguments[0].startswith("-"):
         generate(arguments)
     elif arguments[0] in commands:
@@ -98,6 +99,24 @@ def evaluate(argv: list[str]) -> None:
     from tiny.report import print_accuracy
 
     print_accuracy(_pipeline(arguments), arguments.cases, arguments.seed, arguments.json)
+
+
+def inspect(argv: list[str]) -> None:
+    parser = Parser(
+        prog="run.py inspect",
+        description="Print what an engine folder holds: limits, inputs, outputs, precision, profiles, sizes, versions.",
+        epilog=COMMANDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--layers", action="store_true", help="list every layer that computes, with its type")
+    arguments = parser.parse_args(argv)
+    from rich.console import Console
+
+    from engines.inspect import inspect_folder
+    from engines.inspect_table import print_report
+
+    print_report(inspect_folder(arguments.folder), Console(soft_wrap=True), arguments.layers)
 
 
 def _count(text: str) -> int:

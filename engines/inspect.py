@@ -1,0 +1,140 @@
+"""What an engine folder holds, for people: limits, inputs, outputs, precision by layer, sizes, versions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+
+import onnx
+
+from qwen2vl_trt.config import Qwen2VLConfig
+
+from .manifest import Manifest
+from .profile import BuildProfile
+from .tensorrt_profiles import Ranges, decoder_ranges, vision_ranges
+
+_COMPUTES = ("MatMul", "Gemm", "Attention", "RMSNormalization", "RotaryEmbedding")
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """An input or an output: a dimension is a number or a name."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One of the two graphs.
+
+    Attributes:
+        name: ``vision`` or ``decoder``.
+        inputs: in order.
+        outputs: in order.
+        layers: those that compute, in order: name, operator, type.
+        profiles: by name, the ranges of the dynamic dimensions; empty where the backend takes any.
+    """
+
+    name: str
+    inputs: tuple[TensorReport, ...]
+    outputs: tuple[TensorReport, ...]
+    layers: tuple[tuple[str, str, str], ...]
+    profiles: dict[str, Ranges]
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """A file of the folder, and whether its bytes are shared with another folder by a hard link."""
+
+    name: str
+    bytes: int
+    linked: bool
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """Everything that ``run.py inspect`` prints."""
+
+    manifest: Manifest
+    limits: tuple[tuple[str, str], ...]
+    graphs: tuple[GraphReport, ...]
+    files: tuple[FileReport, ...]
+
+
+def inspect_folder(folder: Path) -> FolderReport:
+    """Read an engine folder; loads no engine and needs neither its backend nor a GPU.
+
+    Types are read from the graphs: a strongly typed TensorRT engine and ONNX Runtime compute in them.
+
+    Raises:
+        EngineError: no engine, or damaged.
+    """
+    manifest = Manifest.read(folder)
+    config = manifest.verify(folder).config
+    tensorrt = manifest.backend.startswith("tensorrt")
+    graphs = []
+    for name in ("vision", "decoder"):
+        if f"{name}.onnx" in manifest.files:
+            profiles = _profiles(name, manifest.profile, config) if tensorrt else {}
+            graphs.append(_graph(folder / f"{name}.onnx", name, profiles))
+    weights = {path.name for path in folder.glob("*.safetensors")}
+    files = []
+    for file in sorted({*manifest.files, *weights}):
+        stat = (folder / file).stat()
+        files.append(FileReport(file, stat.st_size, stat.st_nlink > 1))
+    return FolderReport(manifest, limits_in_words(manifest.profile, config), tuple(graphs), tuple(files))
+
+
+def limits_in_words(profile: BuildProfile, config: Qwen2VLConfig) -> tuple[tuple[str, str], ...]:
+    """The limits as a user meets them: pixels, images, tokens."""
+    patch, unit = config.vision.patch_size, config.vision.merge_unit
+    small, large = (isqrt(dims) * patch for dims in (profile.min_hw_dims, profile.max_hw_dims))
+    return (
+        ("smallest image", f"{profile.min_hw_dims:,} patches, about {small} x {small} pixels"),
+        ("largest image", f"{profile.max_hw_dims:,} patches, about {large} x {large} pixels"),
+        ("tokens of the largest image", f"{profile.max_hw_dims // unit:,}"),
+        ("images or frames a vision call", f"{profile.max_batch_size:,}"),
+        ("requests decoding together", f"{profile.max_batch_size:,}"),
+        ("prompt", f"{profile.max_input_len:,} tokens, images included"),
+        ("prompt and answer", f"{profile.max_seq_len:,} tokens"),
+    )
+
+
+def _profiles(name: str, profile: BuildProfile, config: Qwen2VLConfig) -> dict[str, Ranges]:
+    if name == "vision":
+        return {"vision": vision_ranges(profile, config.vision)}
+    return dict(zip(("context", "generation"), decoder_ranges(profile)))
+
+
+def _graph(path: Path, name: str, profiles: dict[str, Ranges]) -> GraphReport:
+    graph = onnx.load(path, load_external_data=False).graph
+    types = {
+        value.name: _type(value.type.tensor_type.elem_type)
+        for value in (*graph.value_info, *graph.input, *graph.output)
+    }
+    return GraphReport(
+        name,
+        tuple(map(_tensor, graph.input)),
+        tuple(map(_tensor, graph.output)),
+        tuple(
+            (node.name, node.op_type, types.get(node.output[0], "?"))
+            for node in graph.node
+            if node.op_type in _COMPUTES
+        ),
+        profiles,
+    )
+
+
+def _tensor(value: onnx.ValueInfoProto) -> TensorReport:
+    tensor = value.type.tensor_type
+    shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    return TensorReport(value.name, shape, _type(tensor.elem_type))
+
+
+def _type(number: int) -> str:
+    return {"FLOAT": "FP32", "BFLOAT16": "BF16", "FLOAT16": "FP16"}.get(
+        name := onnx.TensorProto.DataType.Name(number), name
+    )
