@@ -18,7 +18,7 @@ from .profile import BuildProfile
 from .progress import BuildSteps
 from .tensorrt_log import tensorrt_log
 from .tensorrt_module import Variant, load_tensorrt
-from .tensorrt_monitor import watched_build
+from .tensorrt_monitor import deferred_interrupt, progress_monitor
 from .tensorrt_options import TensorRTOptions
 from .tensorrt_profiles import Ranges, decoder_ranges, vision_ranges
 from .timing_cache import load_timing_cache, save_timing_cache, timing_cache_path
@@ -100,13 +100,17 @@ def parse(trt: Any, path: Path) -> ParsedNetwork:
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        reasons = [f"node {e.node_name() or '?'} ({e.node_operator() or '?'}): {e.desc()}" for e in errors]
-        reason = "; ".join(reasons or log.errors) or "no reason given"
+        reason = "; ".join(map(_parser_reason, errors)) or "; ".join(log.errors) or "no reason given"
         raise BuildError(
             f"{path}: {trt.__name__} {trt.__version__} cannot parse it: {reason}. Another release may; the onnxruntime"
             " and torch backends run the same model."
         )
     return ParsedNetwork(builder, network, parser, lower(trt, network, path))
+
+
+def _parser_reason(error: Any) -> str:
+    reason = " ".join(error.desc().split())
+    return f"node {error.node_name()} ({error.node_operator()}): {reason}" if error.node_name() else reason
 
 
 def _build_plan(
@@ -117,23 +121,26 @@ def _build_plan(
     options: TensorRTOptions,
     steps: BuildSteps,
 ) -> list[Path]:
-    parsed, log = parse(trt, path), tensorrt_log(trt)
-    config = _configure(trt, parsed.builder, path, profiles, options)
-    cache = None
-    if not variant.builds_anywhere:  # TensorRT for RTX times nothing: its timing cache does nothing
-        cache = timing_cache_path(path.parent, trt.__version__, torch.cuda.get_device_name())
-        load_timing_cache(config, cache)
-    log.clear()
-    with watched_build(trt, config, steps):
+    log = tensorrt_log(trt)
+    with deferred_interrupt() as interrupted:
+        parsed = parse(trt, path)
+        config = _configure(trt, parsed.builder, path, profiles, options)
+        config.progress_monitor = monitor = progress_monitor(trt, steps, interrupted)
+        cache = None
+        if not variant.builds_anywhere:  # TensorRT for RTX times nothing: its timing cache does nothing
+            cache = timing_cache_path(path.parent, trt.__version__, torch.cuda.get_device_name())
+            load_timing_cache(config, cache)
+        log.clear()
         plan = parsed.builder.build_serialized_network(parsed.network, config)
-    if plan is None:
-        raise BuildError(
-            f"{path.stem} engine: {trt.__name__} {trt.__version__} cannot build it:"
-            f" {'; '.join(log.errors) or 'no reason given'}. If it is memory, lower --max-batch-size, --max-input-len"
-            " or --max-hw-dims; no engine that loads was left."
-        )
-    if cache is not None:
-        save_timing_cache(config, cache)
+        del monitor  # alive until here
+        if plan is None:
+            reason = "; ".join(log.errors) or "no reason given"
+            raise BuildError(
+                f"{path.stem} engine: {trt.__name__} {trt.__version__} cannot build it: {reason}. If it is memory or an"
+                " attention without a kernel, lower --max-seq-len, --max-batch-size or --max-hw-dims."
+            )
+        if cache is not None:
+            save_timing_cache(config, cache)
     files = [path.with_suffix(".engine"), path.with_suffix(".layers")]
     for file, content in zip(files, (memoryview(plan), memoryview(log.layers.encode()))):
         write_atomically(file, content)

@@ -12,16 +12,30 @@ from .progress import BuildSteps
 
 
 @contextmanager
-def watched_build(trt: Any, config: Any, steps: BuildSteps) -> Iterator[None]:
-    """Watch the build inside the ``with``.
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Keep Ctrl-C until the end of the ``with``; TensorRT's callbacks into Python swallow an exception.
 
-    TensorRT runs no Python between its steps, and an exception must not pass through it: Ctrl-C is kept until the
-    next step, which then asks TensorRT to end the build, and is raised when it has.
+    Yields:
+        Set once Ctrl-C was pressed.
 
     Raises:
-        KeyboardInterrupt: as usual, once TensorRT has stopped.
+        KeyboardInterrupt: at the end, in place of any other exception.
     """
     interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # no signals there, they go to the main thread
+        yield interrupted
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+
+
+def progress_monitor(trt: Any, steps: BuildSteps, interrupted: threading.Event) -> Any:
+    """A monitor for the builder's configuration, which does not keep it alive."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -40,15 +54,4 @@ def watched_build(trt: Any, config: Any, steps: BuildSteps) -> Iterator[None]:
             steps.advance_phase(phase_name)
             return not interrupted.is_set()
 
-    monitor = Monitor()  # the configuration does not keep it alive
-    config.progress_monitor = monitor
-    handled = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set()) if handled else None
-    try:
-        yield
-    finally:
-        if handled:
-            signal.signal(signal.SIGINT, before)
-        config.progress_monitor = None
-    if interrupted.is_set():
-        raise KeyboardInterrupt
+    return Monitor()
