@@ -1,12 +1,13 @@
 """Checkpoints in the tiny model's layout with random weights, and engines built from them."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import Qwen2_5_VLConfig
 
-from engines.backends import find_backend
+from engines.backends import BACKENDS, Backend, find_backend
 from engines.build import build_engines
 from engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
@@ -16,6 +17,11 @@ from tiny.tokenizer import write_processor_files
 
 PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=180, max_batch_size=4, max_input_len=400, max_seq_len=700)
 BUILDS = (("torch", "fp32"), ("onnxruntime", "fp32"))
+
+
+def installed_backends() -> list[Backend]:
+    """Those whose packages are here."""
+    return [backend for backend in BACKENDS.values() if all(find_spec(package) for package in backend.packages)]
 
 
 def write_checkpoint(folder: Path) -> Path:

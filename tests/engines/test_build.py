@@ -16,7 +16,7 @@ import torch
 
 import export.onnx_model
 import export.weights
-from engines.backends import BACKENDS, DEFAULT_BACKEND, find_backend
+from engines.backends import DEFAULT_BACKEND, find_backend
 from engines.build import build_engines, default_engine_dir
 from engines.manifest import FILE, Manifest
 from engines.profile import BuildProfile
@@ -24,6 +24,7 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError, MissingDependencyError
 from qwen2vl_trt.hub import ResolvedModel
 from runtime.runners import open_engines
+from tests.engine_folders import installed_backends
 from tests.models import model_config, random_model, save_model
 
 REPOSITORY = Path(__file__).parents[2]
@@ -203,7 +204,7 @@ class TestRefused:
         backend, precision = find_backend(DEFAULT_BACKEND, None)
         assert (backend.name, precision) == ("onnxruntime", "fp32")
         assert find_backend("torch", None)[1] == "bf16"
-        for backend in BACKENDS.values():
+        for backend in installed_backends():
             assert set(backend.versions()) == set(backend.packages)
         assert default_engine_dir("tiny", "torch", "bf16") == Path("artifacts/tiny-torch-bf16")
 

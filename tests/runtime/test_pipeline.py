@@ -14,11 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engines.backends import BACKENDS
 from qwen2vl_trt.errors import CheckpointError, EngineError, LimitError, MediaError, PromptError, SamplingError
 from qwen2vl_trt.hub import resolve_model
 from runtime import Pipeline, Request, SamplingParams, Video
-from tests.engine_folders import PROFILE, build
+from tests.engine_folders import BUILDS, PROFILE, build
 from tests.models import relative_error
 from tiny.evaluation import held_out_scenes
 from tiny.report import answer_scenes
@@ -574,7 +573,7 @@ def test_many_requests_leave_nothing_behind(pipeline):
 
 def tiny_pipelines(folder):
     checkpoint = resolve_model("tiny").folder
-    yield from (Pipeline.from_engine_dir(build(checkpoint, folder / name, name), "cpu") for name in BACKENDS)
+    yield from (Pipeline.from_engine_dir(build(checkpoint, folder / name, name), "cpu") for name, _ in BUILDS)
 
 
 def test_the_tiny_model_reads_digits(tmp_path):

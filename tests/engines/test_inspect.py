@@ -1,0 +1,108 @@
+"""``run.py inspect``: what it says is what was built, for every backend."""
+
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from engines.inspect import inspect_folder
+from engines.inspect_table import print_report
+from engines.manifest import Manifest
+from engines.tensorrt_profiles import vision_ranges
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.errors import EngineError
+from tests.engine_folders import PROFILE, build
+
+ROOT = Path(__file__).parents[2]
+
+
+def printed(folder, layers=False):
+    """The lines, with single spaces."""
+    out = StringIO()
+    print_report(inspect_folder(folder), Console(file=out, soft_wrap=True), layers)
+    return [" ".join(line.split()) for line in out.getvalue().splitlines()]
+
+
+@pytest.fixture(scope="module", params=["torch fp32", "torch bf16", "onnxruntime fp32", "tensorrt-rtx bf16"])
+def folder(request, rtx_checkpoint, tmp_path_factory):
+    backend, precision = request.param.split()
+    if backend == "tensorrt-rtx":
+        request.getfixturevalue("trt")
+        return request.getfixturevalue("rtx_engines").folder(precision)
+    return build(rtx_checkpoint, tmp_path_factory.mktemp("inspect") / "engines", backend, precision)
+
+
+def test_every_backend(folder):
+    manifest, lines = Manifest.read(folder), printed(folder)
+    assert f"backend {manifest.backend}, {manifest.precision}" in lines
+    assert "largest image 180 patches, about 182 x 182 pixels" in lines
+    assert "smallest image 4 patches, about 28 x 28 pixels" in lines
+    assert "tokens of the largest image 45" in lines
+    assert "images or frames a vision call 4" in lines
+    assert "prompt 400 tokens, images included" in lines
+    assert "prompt and answer 700 tokens" in lines
+    megabytes = (folder / "model.safetensors").stat().st_size / 1e6
+    assert f"model.safetensors {megabytes:,.2f} weights, hard-linked" in lines
+    assert all(version in " ".join(lines) for version in manifest.versions.values())
+
+
+def test_a_graph(folder, rtx_checkpoint):
+    manifest, lines, text = Manifest.read(folder), printed(folder), Checkpoint(rtx_checkpoint).config.text
+    if manifest.backend == "torch":
+        assert inspect_folder(folder).graphs == ()
+        return
+    dtype = manifest.precision.upper()
+    capacity = PROFILE.max_seq_len if manifest.backend == "tensorrt-rtx" else "max_seq_len"
+    cache = f"{dtype} batch x {text.num_key_value_heads} x {capacity} x {text.head_dim}"
+    assert f"in k_cache_0..3 {cache}" in lines
+    assert f"out new_v_cache_0..3 {cache}" in lines
+    assert f"in pixel_values {dtype} windows x slots x 1176" in lines
+    assert f"out logits FP32 batch x {text.vocab_size}" in lines
+    assert f"Attention {dtype} 4" in lines
+    assert "RotaryEmbedding FP32 8" in lines
+    assert f"model.layers.3.mlp.down_proj.MatMul MatMul {dtype}" in printed(folder, layers=True)
+
+
+def test_profiles_are_those_of_the_build(folder, rtx_checkpoint):
+    manifest, lines = Manifest.read(folder), printed(folder)
+    if manifest.backend != "tensorrt-rtx":
+        assert not any("profile" in line for line in lines)
+        return
+    windows = vision_ranges(PROFILE, Checkpoint(rtx_checkpoint).config.vision)["windows"]
+    assert f"windows {windows.least} {windows.usual} {windows.most}" in lines
+    after = lines[lines.index("decoder, profile generation least usual most") :]
+    assert after[1:3] == ["batch 1 4 4", "sequence 1 1 1"]
+
+
+def test_weights_that_were_copied(rtx_checkpoint, tmp_path):
+    folder = build(rtx_checkpoint, tmp_path / "engines", "torch")
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(content)
+    assert any(line.endswith("weights, a copy of their own") for line in printed(folder))
+
+
+def test_no_engine(tmp_path):
+    with pytest.raises(EngineError, match="holds no engine"):
+        inspect_folder(tmp_path)
+
+
+def test_a_damaged_graph(rtx_checkpoint, tmp_path):
+    folder = build(rtx_checkpoint, tmp_path / "engines", "onnxruntime")
+    (folder / "vision.onnx").write_bytes(b"damaged")
+    with pytest.raises(EngineError, match=r"vision\.onnx is not the file that was built"):
+        inspect_folder(folder)
+
+
+def test_the_command(folder):
+    command = [sys.executable, "run.py", "inspect"]
+    done = subprocess.run([*command, folder], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "largest image" in done.stdout
+    done = subprocess.run([*command, "nowhere"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: there is no folder nowhere. Build one with build_engines.py.\n"
