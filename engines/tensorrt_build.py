@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError
 
 from .lowering import lower
+from .plan_file import stream_writer, whole_file
 from .profile import BuildProfile
 from .progress import BuildSteps
 from .tensorrt_log import tensorrt_log
@@ -131,20 +131,23 @@ def _build_plan(
             cache = timing_cache_path(path.parent, trt.__version__, torch.cuda.get_device_name())
             load_timing_cache(config, cache)
         log.clear()
-        plan = parsed.builder.build_serialized_network(parsed.network, config)
+        with whole_file(path.with_suffix(".engine")) as file:
+            writer = stream_writer(trt, file)
+            built = parsed.builder.build_serialized_network_to_stream(parsed.network, config, writer)
+            if writer.error is not None:
+                raise writer.error
+            if not built:
+                reason = "; ".join(log.errors) or "no reason given"
+                raise BuildError(
+                    f"{path.stem} engine: {trt.__name__} {trt.__version__} cannot build it: {reason}. If it is memory"
+                    " or an attention without a kernel, lower --max-seq-len, --max-batch-size or --max-hw-dims."
+                )
         del monitor  # alive until here
-        if plan is None:
-            reason = "; ".join(log.errors) or "no reason given"
-            raise BuildError(
-                f"{path.stem} engine: {trt.__name__} {trt.__version__} cannot build it: {reason}. If it is memory or an"
-                " attention without a kernel, lower --max-seq-len, --max-batch-size or --max-hw-dims."
-            )
         if cache is not None:
             save_timing_cache(config, cache)
-    files = [path.with_suffix(".engine"), path.with_suffix(".layers")]
-    for file, content in zip(files, (memoryview(plan), memoryview(log.layers.encode()))):
-        write_atomically(file, content)
-    return files
+        with whole_file(path.with_suffix(".layers")) as file:
+            file.write(log.layers.encode())
+    return [path.with_suffix(".engine"), path.with_suffix(".layers")]
 
 
 def _configure(trt: Any, builder: Any, path: Path, profiles: tuple[Ranges, ...], options: TensorRTOptions) -> Any:
@@ -177,26 +180,3 @@ def _set_compute_capabilities(trt: Any, config: Any, wanted: tuple[str, ...]) ->
         if name not in known or not config.set_compute_capability(known[name], index):
             choices = sorted((key[2:-1] + "." + key[-1] for key in known), key=float)
             raise BuildError(f"{trt.__name__} {trt.__version__} builds for {', '.join(choices)}, not for {capability}")
-
-
-def write_atomically(path: Path, content: memoryview) -> None:
-    """Write a file that is whole or not there.
-
-    Raises:
-        BuildError: the disk is full, or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise BuildError(
-            f"{path} ({content.nbytes / 1e6:,.0f} MB): {error.strerror or error}; nothing that loads was left there"
-        ) from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

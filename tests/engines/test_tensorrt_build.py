@@ -24,9 +24,10 @@ from benchmarks.export import config_of_7b, write_sparse_checkpoint
 from engines.backends import find_backend
 from engines.build import build_engines
 from engines.manifest import Manifest
+from engines.plan_file import whole_file
 from engines.profile import BuildProfile
 from engines.progress import BuildSteps, progress_bar
-from engines.tensorrt_build import build_plans, parse, write_atomically
+from engines.tensorrt_build import build_plans, parse
 from engines.tensorrt_log import tensorrt_log
 from engines.tensorrt_module import TENSORRT, TENSORRT_RTX, load_tensorrt
 from engines.tensorrt_options import TensorRTOptions
@@ -264,23 +265,34 @@ class TestWhatTensorRTRefuses:
 
 
 class TestWritingAPlan:
-    def test_a_full_disk(self, tmp_path, monkeypatch):
+    def test_a_full_disk(self, rtx_checkpoint, tmp_path):
+        """No file may grow beyond 2 MB here; the graphs do not and the plan does, while TensorRT writes it."""
+        resource = pytest.importorskip("resource")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, before[1]))
+        try:
+            with pytest.raises(BuildError, match=r"vision\.engine: File too large; nothing that loads was left there"):
+                build_rtx(Checkpoint(rtx_checkpoint), tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert not [path.name for path in tmp_path.iterdir() if "engine" in path.name]
+
+    def test_what_was_there_stays_until_the_new_is_whole(self, tmp_path, monkeypatch):
         path = tmp_path / "vision.engine"
         path.write_bytes(b"older")
 
         def full(number):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr("engines.tensorrt_build.os.fsync", full)
-        with pytest.raises(BuildError, match=r"vision\.engine \(2 MB\): No space left on device; nothing that loads"):
-            write_atomically(path, memoryview(bytes(2_000_000)))
+        monkeypatch.setattr("engines.plan_file.os.fsync", full)
+        with pytest.raises(BuildError, match=r"vision\.engine: No space left on device"), whole_file(path) as file:
+            file.write(b"newer")
         assert [file.name for file in tmp_path.iterdir()] == ["vision.engine"]
         assert path.read_bytes() == b"older"
 
-    def test_an_interrupt(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("engines.tensorrt_build.os.fsync", lambda number: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
-            write_atomically(tmp_path / "vision.engine", memoryview(b"plan"))
+    def test_an_interrupt(self, tmp_path):
+        with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "vision.engine"):
+            raise KeyboardInterrupt
         assert not list(tmp_path.iterdir())
 
 
