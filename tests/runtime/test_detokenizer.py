@@ -10,6 +10,13 @@ from runtime.detokenizer import AnswerStream, Detokenizer, StopStrings
 from runtime.sampler import SamplingParams
 
 EOS = "<|im_end|>"
+
+
+def texts(longest):
+    """Any text but that of the special token, which hypothesis knows from this file and which is rightly left out."""
+    return st.text(max_size=longest).filter(lambda text: EOS not in text)
+
+
 CORPUS = [
     "the cat sat on the mat",
     "der Bär läßt die Tür zu",
@@ -47,7 +54,7 @@ def pieces_of(tokenizer, tokens):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.text(max_size=40), st.sampled_from([BYTES, TRAINED]))
+@given(texts(40), st.sampled_from([BYTES, TRAINED]))
 def test_pieces_add_up_to_the_text(text, tokenizer):
     pieces, rest = pieces_of(tokenizer, tokenizer.encode(text))
     assert "".join(pieces) + rest == text
@@ -179,7 +186,7 @@ def test_stop_string_on_the_last_token_wins_over_length():
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.text(max_size=30),
+    texts(30),
     st.lists(st.text(min_size=1, max_size=3), max_size=2),
     st.integers(1, 60),
 )
