@@ -120,12 +120,26 @@ class Qwen2VLConfig:
             CheckpointError: no readable ``config.json``, or not one of a Qwen2.5-VL.
         """
         path = Path(folder) / "config.json"
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder} is no checkpoint: it has no config.json") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        if not path.exists():
+            raise CheckpointError(f"{folder} is no checkpoint: it has no config.json")
+        return cls.from_dict(read_json(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of one of a checkpoint's JSON files; empty where there is no such file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something other than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return content
 
 
 def _vision_config(raw: dict[str, Any]) -> VisionConfig:

@@ -7,11 +7,11 @@ Only the end-of-sequence and padding tokens are taken from ``generation_config.j
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen2vl_trt.config import read_json
 from qwen2vl_trt.errors import CheckpointError
 
 
@@ -33,8 +33,8 @@ class GenerationConfig:
         Raises:
             CheckpointError: a file is not readable, or none names an end-of-sequence token.
         """
-        generation = _read(Path(folder) / "generation_config.json")
-        config = _read(Path(folder) / "config.json")
+        generation = read_json(Path(folder) / "generation_config.json")
+        config = read_json(Path(folder) / "config.json")
         text = config.get("text_config") or {}
         eos = _first(
             generation.get("eos_token_id"),
@@ -54,15 +54,3 @@ class GenerationConfig:
 
 def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return content

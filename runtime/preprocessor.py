@@ -9,7 +9,6 @@ a 3 are the sides in pixels.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qwen2vl_trt.config import VisionConfig
+from qwen2vl_trt.config import VisionConfig, read_json
 from qwen2vl_trt.errors import CheckpointError, LimitError, MediaError
 from qwen2vl_trt.windows import Grid, WindowLayout, window_layout
 
@@ -101,9 +100,9 @@ class PreprocessorSettings:
             CheckpointError: a file cannot be read, or asks for what the vision graph's input cannot be.
         """
         folder = Path(folder)
-        nested = _read(folder / "processor_config.json")
-        image = nested.get("image_processor") or _read(folder / "preprocessor_config.json")
-        video = nested.get("video_processor") or _read(folder / "video_preprocessor_config.json") or image
+        nested = read_json(folder / "processor_config.json")
+        image = nested.get("image_processor") or read_json(folder / "preprocessor_config.json")
+        video = nested.get("video_processor") or read_json(folder / "video_preprocessor_config.json") or image
         default = cls()
         frames = {name: video[name] for name in _SAMPLING if video.get(name) is not None}
         return cls(
@@ -129,18 +128,6 @@ class PreprocessorSettings:
 
 
 _SAMPLING = ("fps", "min_frames", "max_frames", "temporal_patch_size")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return content
 
 
 def _pixel_settings(raw: dict[str, Any], default: PixelSettings, folder: Path) -> PixelSettings:

@@ -130,3 +130,9 @@ def test_unreadable_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_5')
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         Qwen2VLConfig.from_folder(tmp_path)
+
+
+def test_json_that_is_no_object_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="holds no JSON object"):
+        Qwen2VLConfig.from_folder(tmp_path)
