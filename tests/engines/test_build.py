@@ -226,9 +226,9 @@ class TestInterrupted:
         monkeypatch.setattr(export.onnx_model.ir, "save", lambda model, path: path.touch())
         with monkeypatch.context() as patch:
             if step == "link":
-                patch.setattr(export.weights.os, "link", lambda *paths: os.kill(os.getpid(), signal.SIGINT))
+                patch.setattr(export.weights.os, "link", lambda *paths: signal.raise_signal(signal.SIGINT))
             if step == "manifest":
-                patch.setattr("engines.manifest.os.fsync", lambda number: os.kill(os.getpid(), signal.SIGINT))
+                patch.setattr("engines.manifest.os.fsync", lambda number: signal.raise_signal(signal.SIGINT))
             with pytest.raises(KeyboardInterrupt):
                 build(checkpoint, tmp_path, "onnxruntime", profile=PROFILE)
         assert not (tmp_path / FILE).exists()

@@ -366,7 +366,7 @@ class TestProgressAndInterrupt:
     def test_ctrl_c(self, trt, rtx_engines, tmp_path, monkeypatch):
         """Nothing of the plan is left, and the next Ctrl-C does what it did before."""
         before = signal.getsignal(signal.SIGINT)
-        monkeypatch.setattr(BuildSteps, "advance_phase", lambda self, name: os.kill(os.getpid(), signal.SIGINT))
+        monkeypatch.setattr(BuildSteps, "advance_phase", lambda self, name: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             self.build(trt, rtx_engines, tmp_path)
         assert signal.getsignal(signal.SIGINT) is before
