@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 COMMANDS = """commands:
   run.py [generate] --prompt TEXT [--image FILE ...] [--video FILE ...]   answer on stdout
-  run.py features --image FILE [...] --output FILE.safetensors            vision embeddings of images
+  run.py features --input DIR|GLOB --output DIR                           features of any number of images
   run.py eval                                                             accuracy of the tiny model
   run.py inspect DIR                                                      what an engine folder holds
 
@@ -80,14 +80,11 @@ def generate(argv: list[str]) -> None:
 
 
 def features(argv: list[str]) -> None:
-    parser = _parser("features", "Write the vision embeddings [tokens, hidden] of images.")
-    parser.add_argument("--image", action="append", required=True, metavar="FILE", help="repeat for several")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .safetensors file")
-    arguments = parser.parse_args(argv)
-    from runtime.features import check_output, save_features
+    from runtime.features_command import add_features_arguments, run_features
 
-    check_output(arguments.output)  # before the minutes that a build may take
-    save_features(_pipeline(arguments), arguments.image, arguments.output)
+    parser = _parser("features", "Write features of any number of images: vision tokens, or the decoder's states.")
+    add_features_arguments(parser)
+    run_features(parser.parse_args(argv), _pipeline)
 
 
 def evaluate(argv: list[str]) -> None:

@@ -1,57 +1,138 @@
-"""Vision embeddings of images, written to a safetensors file."""
+"""Features of any number of images: decoded on CPU threads ahead of the engine, saved in shards that survive a kill."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
-from safetensors.torch import save
+from torch import Tensor
 
-from engines.progress import progress_bar
-from qwen2vl_trt.errors import FeaturesError, MediaError
+from .decode_ahead import Batching, decode_ahead
+from .feature_sources import IMAGE_FAULTS, FeatureSource
+from .feature_store import FeatureStore
+from .image_listing import ImageFile
+from .media import LoadedImage
 
-from .pipeline import Pipeline
+Pool = Literal["mean", "none"]
 
 
-def save_features(pipeline: Pipeline, images: Sequence[str | Path], output: Path) -> None:
-    """Embed images and write one tensor ``[tokens, hidden]`` an image, named by its path as given.
+@dataclass
+class Extraction:
+    """How a run went.
 
-    The file appears whole or not at all.
+    Attributes:
+        extracted: images whose features this run made.
+        skipped: images whose features were there.
+        failed: images that could not be used.
+        first_failure: why, of the first.
+        seconds: the whole run.
+        waited: of these, for images to be decoded.
+        engine: of these, in the preprocessor and the engines.
+        stopped: whether it ended early because it was told to.
+    """
+
+    extracted: int = 0
+    skipped: int = 0
+    failed: int = 0
+    first_failure: str | None = None
+    seconds: float = 0.0
+    waited: float = 0.0
+    engine: float = 0.0
+    stopped: bool = False
+
+    @property
+    def images_per_second(self) -> float:
+        return self.extracted / self.seconds if self.seconds else 0.0
+
+
+def extract_features(
+    source: FeatureSource,
+    images: Iterable[ImageFile],
+    store: FeatureStore,
+    batching: Batching,
+    pool: Pool = "none",
+    stop: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[Extraction], None] = lambda state: None,
+) -> Extraction:
+    """Add the features of every image that the store does not hold yet.
+
+    Memory does not grow with the number of images. An image that cannot be used is noted in the store and skipped.
+    Batches and shards follow from the order of the images alone, so a run that was killed and resumed computes the
+    same batches as one that was not.
+
+    Args:
+        pool: ``mean`` over an image's tokens (in FP32), or all of them.
+        stop: asked between batches; once true, what is done is saved and the run ends.
+        on_progress: told after each batch.
 
     Raises:
-        MediaError: an image cannot be read, or is given twice.
-        LimitError: an image is outside the engine's profile.
-        FeaturesError: the file cannot be written.
+        FeaturesError: the store cannot be written.
+        MediaError: the images cannot be listed.
+        PromptError: the prompt is wrong, whatever the image.
     """
-    check_output(output)
-    names = [str(image) for image in images]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise MediaError(f"{twice} is given twice; each image's features are stored under its path")
-    with progress_bar() as progress:
-        task = progress.add_task("images", total=len(images))
-        embeddings = pipeline.embed_images(images, lambda done: progress.update(task, completed=done))
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    run, began = Extraction(), time.perf_counter()
+    batch: list[tuple[str, LoadedImage]] = []
+    tokens = 0
+
+    def finish_batch() -> None:
+        nonlocal tokens
+        started = time.perf_counter()
+        results = _extract_each(source, [image for _, image in batch]) if batch else []
+        run.engine += time.perf_counter() - started
+        for (key, image), features in zip(batch, results):
+            if isinstance(features, Tensor):
+                features = features.float().mean(0).to(features.dtype) if pool == "mean" else features
+                store.add(key, image.grid, features.contiguous().cpu())
+                run.extracted += 1
+            else:
+                store.fail(key, str(features))
+        batch.clear()
+        tokens = 0
+        run.failed, run.first_failure = store.failed, store.first_failure
+        run.seconds = time.perf_counter() - began
+        on_progress(run)
+
+    with decode_ahead(source, _missing(images, store, run), batching) as decoded:
+        while True:
+            started = time.perf_counter()
+            item = next(decoded, None)
+            run.waited += time.perf_counter() - started
+            if item is None or stop():
+                break
+            key, image = item
+            if isinstance(image, Exception):
+                store.fail(key, str(image))
+                continue
+            if tokens + batching.tokens(image) > batching.max_tokens:
+                finish_batch()
+            batch.append((key, image))
+            tokens += batching.tokens(image)
+            if len(batch) == min(batching.max_batch_size, store.room):
+                finish_batch()
+    run.stopped = stop()
+    if not run.stopped:
+        finish_batch()
+    store.flush()
+    run.failed, run.first_failure = store.failed, store.first_failure
+    run.seconds = time.perf_counter() - began
+    return run
+
+
+def _missing(images: Iterable[ImageFile], store: FeatureStore, run: Extraction) -> Iterator[ImageFile]:
+    for image in images:
+        if image.key in store:
+            run.skipped += 1
+        else:
+            yield image
+
+
+def _extract_each(source: FeatureSource, images: list[LoadedImage]) -> list[Tensor | Exception]:
+    """Features of each image or what is wrong with it; the neighbours of a faulty one are not lost."""
     try:
-        # Not save_file: it makes a file that only its owner may read.
-        temporary.write_bytes(save({name: tensor.contiguous().cpu() for name, tensor in zip(names, embeddings)}))
-        temporary.replace(output)
-    except OSError as error:
-        raise FeaturesError(f"{output} cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_output(output: Path) -> None:
-    """See before the work whether the file can be written after it.
-
-    Raises:
-        FeaturesError: the folder is missing or cannot be written, or the file is a folder.
-    """
-    if output.is_dir():
-        raise FeaturesError(f"{output} is a folder; --output names a file")
-    if not output.parent.is_dir():
-        raise FeaturesError(f"{output} cannot be written: there is no folder {output.parent}")
-    if not os.access(output.parent, os.W_OK):
-        raise FeaturesError(f"{output} cannot be written: the folder {output.parent} is read-only")
+        return list(source.extract(images))
+    except IMAGE_FAULTS as error:
+        if len(images) == 1:
+            return [error]
+        return [result for image in images for result in _extract_each(source, [image])]

@@ -1,0 +1,100 @@
+"""Image files of a folder or a glob, one at a time and always in the same order."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from qwen2vl_trt.errors import MediaError
+
+IMAGE_SUFFIXES = frozenset(
+    ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()  # noqa: SIM905
+)
+"""Of a folder these are taken, in any case; whatever a glob matches is taken."""
+
+
+class ImageFile(NamedTuple):
+    """A file and the name that its features get."""
+
+    key: str
+    path: str
+
+
+def input_root(source: str) -> Path:
+    """What the keys are relative to: the folder, or the part of a glob before its first wildcard."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return path.parent
+    plain: list[str] = []
+    for part in path.parts[:-1]:
+        if glob.has_magic(part):
+            break
+        plain.append(part)
+    return Path(*plain)
+
+
+def list_images(source: str) -> Iterator[ImageFile]:
+    """The images of a folder and the folders below it, or those that a glob (``**`` included) matches.
+
+    Keys are paths relative to :func:`input_root`, with ``/``. Order: a folder's files by name, then its folders by
+    name. Memory: the names in one folder; of a glob, all that it matches. Names that begin with a dot are left out, as
+    shells do; links to files are followed, links to folders are not, since they may lead in a circle.
+
+    Raises:
+        MediaError: there is no such folder or match, or a folder cannot be listed.
+    """
+    root = input_root(source)
+    if Path(source).is_dir():
+        yield from _walk(str(root), "")
+        return
+    if Path(source).is_file():
+        yield ImageFile(root.joinpath(source).name, source)
+        return
+    found = glob.iglob(source, recursive=True)  # noqa: PTH207  Path.glob takes no pattern from the root
+    matches = sorted({match for match in found if Path(match).is_file()})
+    if not matches:
+        raise MediaError(f"{source}: there is no such folder, and as a glob it matches no file")
+    for match in matches:
+        yield ImageFile(os.path.relpath(match, root).replace(os.sep, "/"), match)
+
+
+def given_images(paths: Sequence[str]) -> list[ImageFile]:
+    """Images named one by one; the key is the path as given.
+
+    Raises:
+        MediaError: one is given twice.
+    """
+    seen: set[str] = set()
+    for path in paths:
+        if path in seen:
+            raise MediaError(f"{path} is given twice; each image's features are stored under its path")
+        seen.add(path)
+    return [ImageFile(path, path) for path in paths]
+
+
+def _walk(folder: str, prefix: str) -> Iterator[ImageFile]:
+    files: list[str] = []
+    folders: list[str] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:  # only names are kept: an entry is several times larger
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.name)
+                elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+                    files.append(entry.name)
+    except OSError as error:
+        raise MediaError(f"{folder} cannot be listed: {error.strerror or error}") from None
+    files.sort()
+    folders.sort()
+    for name in files:
+        yield ImageFile(prefix + name, f"{folder}/{name}")
+    del files
+    for name in folders:
+        yield from _walk(f"{folder}/{name}", f"{prefix}{name}/")
