@@ -49,9 +49,16 @@ _Decoded = tuple[str, LoadedImage | Exception]
 
 @contextmanager
 def decode_ahead(
-    source: FeatureSource, images: Iterator[ImageFile], batching: Batching
+    source: FeatureSource, images: Iterator[tuple[int, ImageFile]], batching: Batching
 ) -> Iterator[Iterator[_Decoded]]:
-    """Key and pixels of each image in order, or what is wrong with it; threads work ahead within the bounds."""
+    """Decode images in order on threads that work ahead within the bounds.
+
+    Args:
+        images: each with the number that error messages give it.
+
+    Yields:
+        An iterator over each image's key and its pixels, or what is wrong with it.
+    """
 
     def load(number: int, image: ImageFile) -> LoadedImage | Exception:
         try:
@@ -64,22 +71,25 @@ def decode_ahead(
 
     def items() -> Iterator[_Decoded]:
         ahead: deque[tuple[str, Future[LoadedImage | Exception]]] = deque()
-        size = 0  # bytes of the largest image of late
-        numbered = enumerate(images, start=1)
+        last = size = 0  # bytes of the last image, and of the largest of late; 0 before the first is known
         while True:
-            ready = [image.pixels.nbytes for image in _results(ahead) if isinstance(image, LoadedImage)]
-            size = max(ready, default=size)
+            ready = [image.pixels.nbytes for image in _done(ahead) if isinstance(image, LoadedImage)]
+            size = max([*ready, last])
+            most = batching.ahead if size else batching.workers
             while not ahead or (
-                len(ahead) < batching.ahead and sum(ready) + (len(ahead) - len(ready) + 1) * size <= _AHEAD_BYTES
+                len(ahead) < most and sum(ready) + (len(ahead) - len(ready) + 1) * size <= _AHEAD_BYTES
             ):
-                number, image = next(numbered, (0, None))
-                if image is None:
+                following = next(images, None)
+                if following is None:
                     break
-                ahead.append((image.key, executor.submit(load, number, image)))
+                number, file = following
+                ahead.append((file.key, executor.submit(load, number, file)))
             if not ahead:
                 return
             key, future = ahead.popleft()
-            yield key, future.result()
+            image = future.result()
+            last = image.pixels.nbytes if isinstance(image, LoadedImage) else last
+            yield key, image
 
     executor = ThreadPoolExecutor(batching.workers, thread_name_prefix="decode")
     try:
@@ -88,5 +98,5 @@ def decode_ahead(
         executor.shutdown(cancel_futures=True)
 
 
-def _results(ahead: Iterable[tuple[str, Future[Any]]]) -> Iterator[Any]:
+def _done(ahead: Iterable[tuple[str, Future[Any]]]) -> Iterator[Any]:
     return (future.result() for _, future in ahead if future.done())

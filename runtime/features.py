@@ -120,12 +120,12 @@ def extract_features(
     return run
 
 
-def _missing(images: Iterable[ImageFile], store: FeatureStore, run: Extraction) -> Iterator[ImageFile]:
-    for image in images:
+def _missing(images: Iterable[ImageFile], store: FeatureStore, run: Extraction) -> Iterator[tuple[int, ImageFile]]:
+    for number, image in enumerate(images, start=1):
         if image.key in store:
             run.skipped += 1
         else:
-            yield image
+            yield number, image
 
 
 def _extract_each(source: FeatureSource, images: list[LoadedImage]) -> list[Tensor | Exception]:

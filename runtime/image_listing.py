@@ -43,11 +43,13 @@ def list_images(source: str) -> Iterator[ImageFile]:
 
     Keys are paths relative to :func:`input_root`, with ``/``. Order: a folder's files by name, then its folders by
     name. Memory: the names in one folder; of a glob, all that it matches. Names that begin with a dot are left out, as
-    shells do; links to files are followed, links to folders are not, since they may lead in a circle.
+    shells do. Links to files are followed; links to folders, which may lead in a circle, by a glob only.
 
     Raises:
-        MediaError: there is no such folder or match, or a folder cannot be listed.
+        MediaError: there is no such folder or match, the source is empty, or a folder cannot be listed.
     """
+    if not source:
+        raise MediaError("the input is empty: it names no folder, file or glob")
     root = input_root(source)
     if Path(source).is_dir():
         yield from _walk(str(root), "")

@@ -136,7 +136,10 @@ def test_answers(call, engines, user):
 
 def test_features(call, engines):
     images = ("--image", "a.png", "--image", "b.jpg")
-    assert call(run, "features", *engines, *images, "--output", "f.safetensors") == (0, "", "")
+    Path("f.safetensors").unlink(missing_ok=True)
+    code, out, errors = call(run, "features", *engines, *images, "--output", "f.safetensors")
+    assert (code, out) == (0, "")
+    assert errors.startswith("f.safetensors: 2 images, ")
     assert {name: list(tensor.shape) for name, tensor in load_file("f.safetensors").items()} == {
         "a.png": [20, 128],
         "b.jpg": [15, 128],
@@ -240,9 +243,11 @@ WRONG_OPTIONS = {
     (*ASK, "--config", "limits.yaml", "--model", "tiny"): "limits.yaml",
     (*ASK, "--engine-dir", "none"): "there is no folder none",
     (*ASK, "--engine-dir", "nothing"): "nothing holds no engine",
-    ("features", "--output", "f.safetensors"): "required: --image",
+    ("features", "--output", "f.safetensors"): "one of the arguments --input --image is required",
+    ("features", "--input", "nothing", "--output", "new"): "nothing: no image there",
+    ("features", "--input", "a.png", "--output", "new", "--workers", "0"): "'0' is not a whole number of at least 1",
     ("features", "--image", "a.png", "--output", "none/f.safetensors"): "there is no folder none",
-    ("features", "--image", "a.png", "--output", "nothing"): "nothing is a folder",
+    ("features", "--image", "a.png", "--output", "a.png"): "a.png is a file; name a folder",
     ("eval", "--cases", "-1"): "--cases: '-1' is not a whole number",
 }
 WITH_ENGINES = {
