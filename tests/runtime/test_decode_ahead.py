@@ -64,7 +64,10 @@ def test_waiting_pixels_are_bounded(monkeypatch, pixels):
     monkeypatch.setattr(module, "_AHEAD_BYTES", 1000)
     source = Source(pixels)
     with decode_ahead(source, images(60), Batching(16, 100, 4, 1)) as decoded:
-        for _ in range(30):
+        next(decoded)
+        time.sleep(0.02)
+        assert len(source.loaded) <= 2  # while no image's size is known, one a thread
+        for _ in range(29):
             next(decoded)
         time.sleep(0.05)
         settled = len(source.loaded)
@@ -79,5 +82,6 @@ def test_waiting_pixels_are_bounded(monkeypatch, pixels):
 def test_what_was_not_asked_for_is_not_decoded():
     source = Source(pause=0.01)
     with decode_ahead(source, images(1000), Batching(100, 100, 4, 1)) as decoded:
-        next(decoded)
+        for _ in range(3):
+            next(decoded)
     assert len(source.loaded) < 20
