@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Ask a Qwen2.5-VL about images and videos, extract features, evaluate the tiny model, or inspect engines."""
+"""Ask a Qwen2.5-VL about images and videos, extract features, evaluate the tiny model, inspect engines, or plan."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ COMMANDS = """commands:
   run.py features --input DIR|GLOB --output DIR                           features of any number of images
   run.py eval                                                             accuracy of the tiny model
   run.py inspect DIR                                                      what an engine folder holds
+  run.py plan --model NAME --gpu NAME --images-per-second N ...           how many GPUs a load needs
 
 `run.py COMMAND --help` lists a command's options."""
 
 
 def main() -> None:
     arguments = sys.argv[1:]
-    commands = {"generate": generate, "features": features, "eval": evaluate, "inspect": inspect}
+    commands = {"generate": generate, "features": features, "eval": evaluate, "inspect": inspect, "plan": plan}
     if not arguments or arguments[0].startswith("-"):
         generate(arguments)
     elif arguments[0] in commands:
@@ -114,6 +115,12 @@ def inspect(argv: list[str]) -> None:
     from engines.inspect_table import print_report
 
     print_report(inspect_folder(arguments.folder), Console(soft_wrap=True), arguments.layers)
+
+
+def plan(argv: list[str]) -> None:
+    from planning.command import run_plan
+
+    run_plan(argv, COMMANDS)
 
 
 def _count(text: str) -> int:

@@ -39,3 +39,7 @@ class FeaturesError(Qwen2VLError):
 
 class MissingDependencyError(Qwen2VLError):
     """An optional package is not installed; the message names the extra that brings it."""
+
+
+class PlanError(Qwen2VLError):
+    """A deployment cannot be planned as asked."""
