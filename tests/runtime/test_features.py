@@ -335,7 +335,7 @@ def many(tmp_path_factory):
 
 
 def wait_for(condition, process):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not condition() and process.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -345,13 +345,13 @@ def wait_for(condition, process):
 def test_killed_again_and_again(engine_dirs, many, tmp_path):
     options = ("--engine-dir", engine_dirs["torch"], "--device", "cpu", "--input", many, "--shard-size", 9)
     whole = features_process.start((*options, "--output", tmp_path / "whole"), tmp_path / "whole.log")
-    whole.join(120)
+    whole.join(600)
     assert whole.exitcode == 0, (tmp_path / "whole.log").read_text()
     output, rng, kills = tmp_path / "out", random.Random(0), 0
     for attempt in range(40):
         before = len(shard_paths(output))
         process = features_process.start((*options, "--output", output, "--resume"), tmp_path / f"{attempt}.log")
-        goal = before + (rng.randrange(6) if kills < 5 else 1000)  # now to the end
+        goal = before + (rng.randrange(6) if kills < 4 else 1000)  # now to the end
         wait_for(lambda: len(shard_paths(output)) > goal, process)  # noqa: B023
         time.sleep(rng.uniform(0, 0.05))
         process.kill()
@@ -380,18 +380,18 @@ def test_interrupted(engine_dirs, many, tmp_path):
     second = features_process.start((*options, "--resume"), tmp_path / "second.log")
     process_was_alive = process.is_alive()
     os.kill(process.pid, signal.SIGINT)
-    process.join(120)
+    process.join(600)
     saved = len(stored(tmp_path / "f.safetensors.parts"))
     assert process.exitcode == 130
     assert (
         tmp_path / "log"
     ).read_text() == f"interrupted: {saved:,} images are saved; run again with --resume to go on\n"
-    second.join(120)
+    second.join(600)
     assert process_was_alive
     if second.exitcode:
         assert "another run is writing there" in (tmp_path / "second.log").read_text()
         second = features_process.start((*options, "--resume"), tmp_path / "third.log")
-        second.join(120)
+        second.join(600)
     assert second.exitcode == 0
     assert len(load_file(output)) == 238
 
@@ -409,7 +409,7 @@ def test_memory_does_not_grow_with_the_number_of_images(engine_dirs, tmp_path):
         options = ("--engine-dir", engine_dirs["torch"], "--device", "cpu", "--max-pixels", 35280, "--shard-size", 64)
         log = tmp_path / f"{count}.log"
         process = features_process.start((*options, "--input", folder, "--output", tmp_path / f"{count}-out"), log)
-        process.join(240)
+        process.join(600)
         assert process.exitcode == 0, log.read_text()
         assert len((tmp_path / f"{count}-out" / "index.jsonl").read_text().splitlines()) == count
         peaks.append(int(Path(f"{log}.peak").read_text()))
