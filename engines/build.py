@@ -16,7 +16,7 @@ from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.hub import ResolvedModel
 
 from .backends import Backend, BuildJob
-from .manifest import FILE, Manifest, file_hash
+from .manifest import FILE, BuiltFile, Manifest
 from .profile import BuildProfile
 from .progress import BuildSteps, progress_bar
 
@@ -70,8 +70,10 @@ def build_engines(
             (folder / FILE).unlink(missing_ok=True)
             with progress_bar() as progress:
                 steps = BuildSteps(progress, model.name, backend.steps)
-                files = backend.build(BuildJob(checkpoint, folder, precision, profile, backend.options, steps))
-            replace(planned, files={path.name: file_hash(path) for path in files}).write(folder)
+                job = BuildJob(checkpoint, folder, precision, profile, backend.options, steps)
+                files = backend.build(job)
+            built = {path.name: BuiltFile.of(path, job.hashes.get(path)) for path in files}
+            replace(planned, files=built).write(folder)
     except OSError as error:
         raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None
     return True

@@ -64,16 +64,20 @@ class FolderReport:
     files: tuple[FileReport, ...]
 
 
-def inspect_folder(folder: Path) -> FolderReport:
+def inspect_folder(folder: Path, verify: bool = False) -> FolderReport:
     """Read an engine folder; loads no engine and needs neither its backend nor a GPU.
 
     Types are read from the graphs: a strongly typed TensorRT engine and ONNX Runtime compute in them.
+
+    Args:
+        folder: as ``build_engines.py`` wrote it.
+        verify: read every byte that the build made and compare it with the manifest.
 
     Raises:
         EngineError: no engine, or damaged.
     """
     manifest = Manifest.read(folder)
-    config = manifest.verify(folder).config
+    config = manifest.verify(folder, verify).config
     tensorrt = manifest.backend.startswith("tensorrt")
     graphs = []
     for name in ("vision", "decoder"):

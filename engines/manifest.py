@@ -2,6 +2,10 @@
 
 It is written last and atomically. A folder without one holds no engine, so a killed build leaves nothing that
 loads; a folder whose files differ from it is refused, naming the difference.
+
+A plan has gigabytes, and hashing them at every start would cost more than loading them. A file that still has its size
+and its time of modification is taken for the one that was built; one with another time (edited, replaced, copied
+without ``cp -p``) is hashed. What neither shows, a bit that the disk lost, ``run.py inspect --verify`` finds.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,49 @@ from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError
 from .profile import BuildProfile
 
 FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 """Raised when an engine folder of an older build must not be loaded any more."""
+
+_SECOND = 10**9  # in the nanoseconds of mtime_ns
+
+
+@dataclass(frozen=True)
+class BuiltFile:
+    """A file as the build left it.
+
+    Attributes:
+        sha256: of its content, in hex.
+        bytes: its size.
+        mtime_ns: when it was last modified, in nanoseconds since 1970.
+    """
+
+    sha256: str
+    bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path, sha256: str | None = None) -> BuiltFile:
+        """Describe a file; reads it where its hash is not known from writing it.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        stat = path.stat()
+        return cls(sha256 or file_hash(path), stat.st_size, stat.st_mtime_ns)
+
+    def difference(self, path: Path, thorough: bool) -> str | None:
+        """How a file differs from this one, in words, or None. ``thorough`` hashes it whatever its time says.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        stat = path.stat()
+        if stat.st_size != self.bytes:
+            return f"it has {stat.st_size:,} bytes instead of {self.bytes:,}"
+        whole_seconds = self.mtime_ns // _SECOND * _SECOND  # what archives and some file systems keep
+        if not thorough and stat.st_mtime_ns in (self.mtime_ns, whole_seconds):
+            return None
+        return None if file_hash(path) == self.sha256 else "SHA-256 differs"
 
 
 @dataclass(frozen=True)
@@ -33,7 +78,7 @@ class Manifest:
         backend: ``torch``, ``onnxruntime``, ...
         precision: ``fp32``, ``bf16``, ...
         profile: the limits.
-        files: SHA-256 of each file that the build made, by name.
+        files: those that the build made, by name.
         versions: of the packages that made them.
         options: of the backend, those that are not its defaults.
     """
@@ -43,7 +88,7 @@ class Manifest:
     backend: str
     precision: str
     profile: BuildProfile
-    files: dict[str, str]
+    files: dict[str, BuiltFile]
     versions: dict[str, str]
     options: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
@@ -87,9 +132,10 @@ class Manifest:
                 " Rebuild with build_engines.py."
             )
         try:
-            manifest = cls(**{**raw, "profile": BuildProfile.from_dict(raw["profile"])})
+            files = {name: BuiltFile(**file) for name, file in raw["files"].items()}
+            manifest = cls(**{**raw, "profile": BuildProfile.from_dict(raw["profile"]), "files": files})
             manifest._check_types()
-        except (BuildError, KeyError, TypeError) as error:
+        except (BuildError, AttributeError, KeyError, TypeError) as error:
             raise EngineError(f"{path} is corrupt ({error}). Rebuild with build_engines.py.") from None
         return manifest
 
@@ -97,15 +143,20 @@ class Manifest:
         for name in ("model", "model_hash", "backend", "precision"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} is no text")
-        for name in ("files", "versions"):
-            table = getattr(self, name)
-            if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
-                raise TypeError(f"{name} is no table of texts")
+        for name, file in self.files.items():
+            if [type(value) for value in astuple(file)] != [str, int, int]:
+                raise TypeError(f"file {name} has an entry of a wrong type")
+        if not isinstance(self.versions, dict) or not all(isinstance(text, str) for text in self.versions.values()):
+            raise TypeError("versions is no table of texts")
         if not isinstance(self.options, dict):
             raise TypeError("options is no table")
 
-    def verify(self, folder: Path) -> Checkpoint:
+    def verify(self, folder: Path, thorough: bool = False) -> Checkpoint:
         """Check that the folder still holds what was built.
+
+        Args:
+            folder: the manifest's.
+            thorough: read every byte of the files that the build made, also of those that seem untouched.
 
         Returns:
             The checkpoint in the folder.
@@ -113,13 +164,13 @@ class Manifest:
         Raises:
             EngineError: a file is missing or differs from the one that was built.
         """
-        for name, digest in self.files.items():
+        for name, built in self.files.items():
             try:
-                found = file_hash(folder / name)
+                difference = built.difference(folder / name, thorough)
             except OSError as error:
                 raise EngineError(f"{folder / name} cannot be read: {error.strerror}. Rebuild.") from None
-            if found != digest:
-                raise EngineError(f"{folder / name} is not the file that was built (SHA-256 differs). Rebuild.")
+            if difference:
+                raise EngineError(f"{folder / name} is not the file that was built ({difference}). Rebuild.")
         try:
             checkpoint = Checkpoint(folder)
             changed = checkpoint.hash != self.model_hash

@@ -1,7 +1,8 @@
-"""Write a plan as TensorRT serialises it, so that it is never whole in memory, nor half there on the disk."""
+"""Write a plan as TensorRT serialises it: never whole in memory, never half on the disk, hashed on its way."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,25 @@ from typing import Any, BinaryIO
 from qwen2vl_trt.errors import BuildError
 
 
+class HashedFile:
+    """A file that is written from its start to its end, and its SHA-256."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Write all of the bytes."""
+        self._digest.update(data)
+        return self._file.write(data)
+
+    @property
+    def sha256(self) -> str:
+        """Of what was written so far, in hex."""
+        return self._digest.hexdigest()
+
+
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path) -> Iterator[HashedFile]:
     """A file that takes its name when the ``with`` ends well, and is removed otherwise.
 
     Raises:
@@ -21,7 +39,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            yield file
+            yield HashedFile(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -31,7 +49,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def stream_writer(trt: Any, file: BinaryIO) -> Any:
+def stream_writer(trt: Any, file: HashedFile) -> Any:
     """TensorRT's stream into a file.
 
     Returns:

@@ -32,8 +32,19 @@ def build_plans(
     profile: BuildProfile,
     steps: BuildSteps,
     options: TensorRTOptions,
+    hashes: dict[Path, str],
 ) -> list[Path]:
     """Export both graphs into a folder and build a plan from each; the graphs stay beside them.
+
+    Args:
+        variant: TensorRT, or TensorRT for RTX.
+        checkpoint: the model.
+        folder: exists.
+        dtype: of weights and activations.
+        profile: the limits.
+        steps: told of the progress.
+        options: TensorRT's own.
+        hashes: gets the SHA-256 of each plan.
 
     Returns:
         The files: two graphs, two plans, and for each plan the layers that TensorRT made of it.
@@ -56,7 +67,7 @@ def build_plans(
     files = list(graphs)
     for graph in graphs:
         steps(f"building the {graph.stem} engine")
-        files += _build_plan(trt, variant, graph, ranges[graph.stem], options, steps)
+        files += _build_plan(trt, variant, graph, ranges[graph.stem], options, steps, hashes)
     return files
 
 
@@ -120,6 +131,7 @@ def _build_plan(
     profiles: tuple[Ranges, ...],
     options: TensorRTOptions,
     steps: BuildSteps,
+    hashes: dict[Path, str],
 ) -> list[Path]:
     log = tensorrt_log(trt)
     with deferred_interrupt() as interrupted:
@@ -142,6 +154,7 @@ def _build_plan(
                     f"{path.stem} engine: {trt.__name__} {trt.__version__} cannot build it: {reason}. If it is memory"
                     " or an attention without a kernel, lower --max-seq-len, --max-batch-size or --max-hw-dims."
                 )
+        hashes[path.with_suffix(".engine")] = file.sha256
         del monitor  # alive until here
         if cache is not None:
             save_timing_cache(config, cache)

@@ -1,5 +1,6 @@
 """``run.py inspect``: what it says is what was built, for every backend."""
 
+import os
 import subprocess
 import sys
 from io import StringIO
@@ -96,6 +97,19 @@ def test_a_damaged_graph(rtx_checkpoint, tmp_path):
     (folder / "vision.onnx").write_bytes(b"damaged")
     with pytest.raises(EngineError, match=r"vision\.onnx is not the file that was built"):
         inspect_folder(folder)
+
+
+def test_every_byte_is_read_when_asked(rtx_checkpoint, tmp_path):
+    folder = build(rtx_checkpoint, tmp_path / "engines", "onnxruntime")
+    path = folder / "vision.onnx"
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[-9] ^= 4
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    command = [sys.executable, "run.py", "inspect", folder, "--verify"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {path} is not the file that was built (SHA-256 differs). Rebuild.\n"
 
 
 def test_the_command(folder):

@@ -1,12 +1,13 @@
 """An engine folder loads only as it was built; everything else is refused by name."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
 import pytest
 
-from engines.manifest import FILE, FORMAT, Manifest, file_hash
+from engines.manifest import FILE, FORMAT, BuiltFile, Manifest, file_hash
 from engines.profile import BuildProfile
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, EngineError
@@ -17,7 +18,7 @@ MANIFEST = Manifest(
     backend="onnxruntime",
     precision="fp32",
     profile=BuildProfile(max_batch_size=3),
-    files={"vision.onnx": "1" * 64},
+    files={"vision.onnx": BuiltFile("1" * 64, 3, 4)},
     versions={"torch": "2.13.0"},
 )
 
@@ -87,7 +88,7 @@ def test_no_manifest(folder, tmp_path):
         (b"\xff\xfe", "cannot be read"),
         (b"[1]", "built in format None"),
         (b"{}", "built in format None"),
-        (b'{"format": 1}', "is corrupt"),
+        (b'{"format": 2}', "is corrupt"),
     ],
 )
 def test_a_corrupt_manifest(folder, content, said):
@@ -106,6 +107,8 @@ def test_a_corrupt_manifest(folder, content, said):
         {"profile": 3},
         {"files": ["vision.onnx"]},
         {"files": {"vision.onnx": None}},
+        {"files": {"vision.onnx": {"sha256": "0", "bytes": 3}}},
+        {"files": {"vision.onnx": {"sha256": "0", "bytes": 3, "mtime_ns": "4"}}},
         {"versions": 3},
         {"precision": 32},
         {"backend": ["torch"]},
@@ -128,10 +131,58 @@ def test_another_format(folder, number):
 
 @pytest.mark.parametrize("name", ["vision.onnx", "decoder.onnx"])
 def test_a_changed_graph(folder, name):
-    content = bytearray((folder / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / name).write_bytes(content)
+    flip(folder / name)
     assert refused(folder) == f"{folder / name} is not the file that was built (SHA-256 differs). Rebuild."
+
+
+def flip(path, keep_time=False):
+    """Change one bit in the middle."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    if keep_time:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def hashed(folder, monkeypatch, thorough=False):
+    """Names of the files that a check reads."""
+    names = []
+    monkeypatch.setattr("engines.manifest.file_hash", lambda path: names.append(path.name) or file_hash(path))
+    Manifest.read(folder).verify(folder, thorough)
+    return names
+
+
+def test_untouched_files_are_not_read(folder, monkeypatch):
+    assert hashed(folder, monkeypatch) == []
+    assert hashed(folder, monkeypatch, thorough=True) == ["vision.onnx", "decoder.onnx"]
+
+
+def test_files_with_another_time_are_read(folder, monkeypatch):
+    """As after ``cp`` without ``-p``; an archive keeps whole seconds, which count as the same time."""
+    path = folder / "decoder.onnx"
+    built = Manifest.read(folder).files[path.name].mtime_ns
+    os.utime(path, ns=(0, built // 10**9 * 10**9))
+    assert hashed(folder, monkeypatch) == []
+    os.utime(path, ns=(0, built + 1))
+    assert hashed(folder, monkeypatch) == ["decoder.onnx"]
+
+
+@pytest.mark.parametrize("change", [lambda content: content[:-1], lambda content: content + b"\0", lambda content: b""])
+def test_another_size_is_refused_whatever_the_time(folder, change):
+    path = folder / "vision.onnx"
+    stat, content = path.stat(), change(path.read_bytes())
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    expected = f"it has {len(content):,} bytes instead of {stat.st_size:,}"
+    assert refused(folder) == f"{path} is not the file that was built ({expected}). Rebuild."
+
+
+def test_a_bit_that_the_disk_lost(folder):
+    """Size and time are as they were: only the thorough check sees it."""
+    flip(folder / "vision.onnx", keep_time=True)
+    Manifest.read(folder).verify(folder)
+    with pytest.raises(EngineError, match=r"vision\.onnx is not the file that was built \(SHA-256 differs\)"):
+        Manifest.read(folder).verify(folder, thorough=True)
 
 
 @pytest.mark.parametrize("name", ["vision.onnx", "decoder.onnx"])
