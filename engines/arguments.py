@@ -53,6 +53,7 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag(name), type=int, metavar="N", help=_HELP[name])
     tensorrt = parser.add_argument_group("TensorRT")
     tensorrt.add_argument("--builder-optimization-level", type=int, metavar="N", help="0 (fast build) to 5")
+    tensorrt.add_argument("--strip-weights", action="store_true", default=None, help="plans without weights (tensorrt)")
     tensorrt.add_argument("--weight-streaming", action="store_true", default=None, help="weights may stay on the host")
     tensorrt.add_argument(
         "--hardware-compatibility", metavar="LEVEL", help=f"{', '.join(HARDWARE_COMPATIBILITY)} (tensorrt)"

@@ -30,7 +30,11 @@ def print_report(report: FolderReport, console: Console, layers: bool = False) -
     files = _table("files", "MB", "")
     for file in report.files:
         shared = "weights, " + ("hard-linked" if file.linked else "a copy of their own")
-        where = shared if file.name.endswith(".safetensors") else ""
+        if file.name.endswith(".engine"):
+            stripped = manifest.options.get("strip_weights")
+            where = "kernels; weights are read from the safetensors" if stripped else "kernels and weights"
+        else:
+            where = shared if file.name.endswith(".safetensors") else ""
         files.add_row(file.name, f"{file.bytes / 1e6:,.2f}", where)
     _print(files, console)
 

@@ -21,6 +21,7 @@ from .tensorrt_module import Variant, load_tensorrt
 from .tensorrt_monitor import deferred_interrupt, progress_monitor
 from .tensorrt_options import TensorRTOptions
 from .tensorrt_profiles import Ranges, decoder_ranges, vision_ranges
+from .tensorrt_refit import strip_weights
 from .timing_cache import load_timing_cache, save_timing_cache, timing_cache_path
 
 
@@ -81,6 +82,11 @@ def _check_machine(variant: Variant, options: TensorRTOptions) -> None:
         raise BuildError(
             f"--hardware-compatibility is not for {variant.backend}: name the GPUs with --compute-capabilities"
         )
+    if variant.builds_anywhere and options.strip_weights:
+        raise BuildError(
+            f"--strip-weights is not for {variant.backend}: without a GPU it builds no plan that takes its weights"
+            " later; leave the option out"
+        )
     if not variant.builds_anywhere and options.compute_capabilities:
         raise BuildError(
             f"--compute-capabilities is not for {variant.backend}, which builds for the GPU that is here; see"
@@ -137,6 +143,8 @@ def _build_plan(
     with deferred_interrupt() as interrupted:
         parsed = parse(trt, path)
         config = _configure(trt, parsed.builder, path, profiles, options)
+        if options.strip_weights:
+            strip_weights(trt, parsed.network, config, path)
         config.progress_monitor = monitor = progress_monitor(trt, steps, interrupted)
         cache = None
         if not variant.builds_anywhere:  # TensorRT for RTX times nothing: its timing cache does nothing

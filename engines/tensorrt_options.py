@@ -17,6 +17,7 @@ class TensorRTOptions:
 
     Attributes:
         builder_optimization_level: 0 builds fastest, 5 searches longest; TensorRT's own default where None.
+        strip_weights: leave the weights out of the plan; the runner takes them from the checkpoint. TensorRT only.
         weight_streaming: let the runner keep part of the weights in host memory.
         hardware_compatibility: GPUs other than the one that builds; TensorRT only.
         compute_capabilities: GPUs to build for, ``8.9``; TensorRT for RTX only, its own default where empty.
@@ -26,6 +27,7 @@ class TensorRTOptions:
     """
 
     builder_optimization_level: int | None = None
+    strip_weights: bool = False
     weight_streaming: bool = False
     hardware_compatibility: str = "none"
     compute_capabilities: tuple[str, ...] = ()

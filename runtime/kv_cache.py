@@ -15,16 +15,23 @@ class KVCache:
     """Per layer ``k`` and ``v`` of ``[slots, Hkv, capacity, D]``.
 
     The capacity follows what is used, in powers of two up to ``max_seq_len``: ONNX Runtime's attention computes
-    over all of it, whatever the rows' lengths.
+    over all of it, whatever the rows' lengths. Or it is ``fixed`` at ``max_seq_len``: TensorRT takes no other.
     """
 
     def __init__(
-        self, config: TextConfig, slots: int, max_seq_len: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: TextConfig,
+        slots: int,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        fixed: bool = False,
     ) -> None:
         self.slots, self.max_seq_len = slots, max_seq_len
+        self._least = max_seq_len if fixed else min(_SMALLEST, max_seq_len)
         self._dtype, self._device = dtype, device
         self._config = config
-        self.k, self.v = self._allocate(min(_SMALLEST, max_seq_len))
+        self.k, self.v = self._allocate(self._least)
 
     @property
     def capacity(self) -> int:
@@ -48,8 +55,8 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget everything and shrink: for when no slot is in use."""
-        if self.capacity > _SMALLEST:
-            self.k, self.v = self._allocate(min(_SMALLEST, self.max_seq_len))
+        if self.capacity > self._least:
+            self.k, self.v = self._allocate(self._least)
 
     def rows(self, first: int, count: int) -> tuple[list[Tensor], list[Tensor]]:
         """Views ``[count, Hkv, capacity, D]`` of neighbouring slots, contiguous."""

@@ -17,7 +17,12 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.windows import WindowLayout
 
-_BACKENDS = {"torch": "runtime.torch_runner", "onnxruntime": "runtime.onnxruntime_runner"}
+_BACKENDS = {
+    "torch": "runtime.torch_runner",
+    "onnxruntime": "runtime.onnxruntime_runner",
+    "tensorrt": "runtime.tensorrt_runner",
+    "tensorrt-rtx": "runtime.tensorrt_runner",
+}
 """Imported when an engine asks for it: a backend's package may not be installed."""
 
 
@@ -70,7 +75,9 @@ class DecoderRunner(Protocol):
 class Backend(Protocol):
     """A module that runs engines, ``runtime.torch_runner`` for one."""
 
-    def default_device(self) -> str: ...
+    def default_device(self) -> str:
+        """Raises EngineError where the backend runs on no device of this machine."""
+        ...
 
     def load_vision(self, engines: Engines) -> VisionRunner: ...
 
@@ -109,6 +116,18 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EngineError(f"device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
     return device
+
+
+def default_device(backend: str) -> str:
+    """The device that a backend runs on unless told otherwise.
+
+    Args:
+        backend: its name; imports its package.
+
+    Raises:
+        EngineError: it runs on none of this machine.
+    """
+    return cast(Backend, import_module(_BACKENDS[backend])).default_device()
 
 
 def open_engines(folder: str | Path, device: str | None = None) -> Engines:

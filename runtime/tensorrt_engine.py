@@ -1,0 +1,162 @@
+"""From a plan in an engine folder to an engine that is known to belong there and to run here."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engines.manifest import Manifest
+from engines.tensorrt_log import tensorrt_log
+from engines.tensorrt_module import TENSORRT, TENSORRT_RTX, Variant, load_tensorrt
+from engines.tensorrt_profiles import Ranges, decoder_ranges, vision_ranges
+from engines.tensorrt_refit import refit
+from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.errors import EngineError
+
+from .tensorrt_device import CudaDevice
+from .tensorrt_memory import streaming_budget
+from .tensorrt_tensors import EngineTensor, check_tensors, expected_tensors
+
+VARIANTS = {variant.backend: variant for variant in (TENSORRT, TENSORRT_RTX)}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A deserialised engine.
+
+    Attributes:
+        name: ``vision`` or ``decoder``.
+        trt: the TensorRT module.
+        handle: its ``ICudaEngine``.
+        tensors: inputs and outputs by name.
+        device: where its weights are.
+        log: what TensorRT says of it.
+        runtime: the ``Runtime``, which must outlive it.
+    """
+
+    name: str
+    trt: Any
+    handle: Any
+    tensors: dict[str, EngineTensor]
+    device: CudaDevice
+    log: Any
+    runtime: Any
+
+    def failure(self, what: str) -> EngineError:
+        """An error with TensorRT's own reason."""
+        return EngineError(f"{self.name} engine: {what}: {'; '.join(self.log.errors) or 'no reason given'}")
+
+
+def load_engine(folder: Path, name: str, manifest: Manifest, config: Qwen2VLConfig, device: CudaDevice) -> Engine:
+    """Deserialise a plan, with its weights, and check it against manifest, graph and GPU.
+
+    Args:
+        folder: of the engine; verified.
+        name: ``vision`` or ``decoder``.
+        manifest: the folder's.
+        config: the model's.
+        device: to run on.
+
+    Raises:
+        EngineError: made by another release or for another GPU, truncated, not of this folder, or out of memory.
+        MissingDependencyError: TensorRT is not installed.
+    """
+    variant = VARIANTS[manifest.backend]
+    trt = load_tensorrt(variant)
+    check_release(manifest, variant, str(trt.__version__))
+    check_gpu(manifest, device.name, device.compute_capability)
+    path, log = folder / f"{name}.engine", tensorrt_log(trt)
+    log.clear()
+    with device.active():
+        runtime = trt.Runtime(log)
+        # Mapped, not read: no second copy in memory, and no callback into Python as with IStreamReaderV2.
+        try:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+                handle = runtime.deserialize_cuda_engine(plan)
+        except (OSError, ValueError) as error:
+            raise EngineError(f"{path} cannot be read: {error}. Rebuild.") from None
+        if handle is None:
+            raise EngineError(
+                f"{path} does not load in {trt.__name__} {trt.__version__} on {device.name} (compute capability"
+                f" {device.compute_capability}): {'; '.join(log.errors) or 'no reason given'}. Rebuild on this machine,"
+                " or free GPU memory if it is that."
+            )
+        tensors = describe(trt, handle)
+        check_tensors(tensors, expected_tensors(folder / f"{name}.onnx", _profiles(name, manifest, config)), path.name)
+        if manifest.options.get("strip_weights"):
+            refit(trt, handle, log, folder / f"{name}.onnx")
+    return Engine(name, trt, handle, tensors, device, log, runtime)
+
+
+def stream_weights(engine: Engine, needed: int) -> None:
+    """Keep as many weights on the GPU as fit beside ``needed`` bytes, where the plan was built with weight streaming.
+
+    Call it before the engine has an execution context.
+    """
+    streamable = engine.handle.streamable_weights_size
+    if streamable:
+        engine.handle.weight_streaming_budget_v2 = 0  # none on the GPU: what is free then is free for all
+        engine.handle.weight_streaming_budget_v2 = streaming_budget(streamable, engine.device.free_memory(), needed)
+
+
+def check_release(manifest: Manifest, variant: Variant, installed: str) -> None:
+    """A plan loads in the release that built it alone.
+
+    Raises:
+        EngineError: it is of another.
+    """
+    built = manifest.versions.get(variant.module)
+    if built != installed:
+        raise EngineError(
+            f"the engine was built with {variant.module} {built} and {installed} is installed; a plan runs in its own"
+            " release alone. Rebuild, or install that one."
+        )
+
+
+def check_gpu(manifest: Manifest, gpu: str, compute_capability: str) -> None:
+    """See whether a plan that names its GPUs names this one.
+
+    Raises:
+        EngineError: it does not.
+    """
+    capabilities = manifest.options.get("compute_capabilities")
+    if capabilities and compute_capability not in capabilities:
+        raise EngineError(
+            f"the engine was built for GPUs of compute capability {', '.join(capabilities)}; {gpu} has"
+            f" {compute_capability}. Rebuild with --compute-capabilities {compute_capability}."
+        )
+
+
+def describe(trt: Any, handle: Any) -> dict[str, EngineTensor]:
+    """The inputs and outputs that an ``ICudaEngine`` has, by name."""
+    dtypes = {
+        trt.DataType.FLOAT: torch.float32,
+        trt.DataType.HALF: torch.float16,
+        trt.DataType.BF16: torch.bfloat16,
+        trt.DataType.INT64: torch.int64,
+        trt.DataType.INT32: torch.int32,
+    }
+    tensors = {}
+    for index in range(handle.num_io_tensors):
+        name = handle.get_tensor_name(index)
+        is_input = handle.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+        profiles = range(handle.num_optimization_profiles if is_input else 0)
+        ranges = [handle.get_tensor_profile_shape(name, profile) for profile in profiles]
+        tensors[name] = EngineTensor(
+            tuple(handle.get_tensor_shape(name)),
+            dtypes.get(handle.get_tensor_dtype(name), handle.get_tensor_dtype(name)),
+            is_input,
+            None if is_input else handle.get_aliased_input_tensor(name) or None,
+            tuple((tuple(least), tuple(most)) for least, _, most in ranges),
+        )
+    return tensors
+
+
+def _profiles(name: str, manifest: Manifest, config: Qwen2VLConfig) -> tuple[Ranges, ...]:
+    if name == "vision":
+        return (vision_ranges(manifest.profile, config.vision),)
+    return decoder_ranges(manifest.profile)
