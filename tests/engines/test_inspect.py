@@ -1,8 +1,10 @@
 """``run.py inspect``: what it says is what was built, for every backend."""
 
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -85,6 +87,19 @@ def test_weights_that_were_copied(rtx_checkpoint, tmp_path):
     weights.unlink()
     weights.write_bytes(content)
     assert any(line.endswith("weights, a copy of their own") for line in printed(folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({}, "kernels and weights"), ({"strip_weights": True}, "kernels; weights are read from the safetensors")],
+)
+def test_where_the_weights_of_a_plan_are(trt, rtx_engines, tmp_path, options, said):
+    folder = shutil.copytree(rtx_engines.folder("bf16"), tmp_path / "engines")
+    replace(Manifest.read(folder), options=options).write(folder)
+    lines = printed(folder)
+    for name in ("vision.engine", "decoder.engine"):
+        assert any(line.startswith(name) and line.endswith(said) for line in lines)
+    assert ("strip_weights True" in lines) == bool(options)
 
 
 def test_no_engine(tmp_path):

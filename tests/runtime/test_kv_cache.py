@@ -56,6 +56,15 @@ def test_reset_shrinks_and_a_small_cache_stays():
     assert found.capacity == 128
 
 
+def test_a_fixed_capacity():
+    found = KVCache(CONFIG, 2, 300, torch.float32, "cpu", fixed=True)
+    tensors = (*found.k, *found.v)
+    found.reserve(300)
+    found.reset()
+    assert found.capacity == 300
+    assert all(before is after for before, after in zip(tensors, (*found.k, *found.v)))
+
+
 def test_rows_are_contiguous_views():
     found = cache()
     k, v = found.rows(1, 2)

@@ -5,7 +5,10 @@ import logging
 import random
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +30,8 @@ from tests.engine_folders import PROFILE, build, write_checkpoint
 
 pytest.importorskip("onnxruntime", reason="it computes what the engines would")
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -344,3 +349,28 @@ class TestRefused:
         pixels = torch.zeros(*layout.sequence_position.shape, engines.checkpoint.config.vision.qwen2_vl_dim)
         with pytest.raises(EngineError, match="vision engine: it cannot be run: out of luck"):
             engines.vision(pixels, layout)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+class TestCommandsWithoutAGPU:
+    """One line, before a build that could not be run here."""
+
+    def run(self, *arguments):
+        done = subprocess.run([sys.executable, "run.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        return done.stderr
+
+    def test_a_folder(self, folder):
+        said = self.run("--engine-dir", str(folder), "--prompt", "Who are you?")
+        assert said.startswith("error: TensorRT engines run on an NVIDIA GPU, and PyTorch ")
+
+    def test_a_model(self, tmp_path):
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux and Windows on x86-64 only")
+        where = tmp_path / "engines"
+        options = ("--model", "tiny", "--backend", "tensorrt-rtx", "--engine-dir", str(where))
+        assert "run on an NVIDIA GPU" in self.run(*options, "--prompt", "Who are you?")
+        assert not where.exists()
+
+    def test_the_cpu_by_name(self, folder):
+        said = self.run("--engine-dir", str(folder), "--device", "cpu", "--prompt", "Who are you?")
+        assert "run on an NVIDIA GPU, not on cpu" in said
