@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,10 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class BuildJob:
-    """One build: a model, the folder that gets its engines, how, and whom to tell of its progress.
-
-    ``hashes`` takes the SHA-256 of large files, which are hashed as they are written.
-    """
+    """One build: a model, the folder that gets its engines, how, and whom to tell of its progress."""
 
     checkpoint: Checkpoint
     folder: Path
@@ -34,7 +31,6 @@ class BuildJob:
     profile: BuildProfile
     options: TensorRTOptions | None
     steps: BuildSteps
-    hashes: dict[Path, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ def _tensorrt(variant: Variant) -> Backend:
         from .tensorrt_build import build_plans
 
         dtype, options = DTYPES[job.precision], job.options or TensorRTOptions()
-        return build_plans(variant, job.checkpoint, job.folder, dtype, job.profile, job.steps, options, job.hashes)
+        return build_plans(variant, job.checkpoint, job.folder, dtype, job.profile, job.steps, options)
 
     return Backend(
         variant.backend,

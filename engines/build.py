@@ -70,10 +70,8 @@ def build_engines(
             (folder / FILE).unlink(missing_ok=True)
             with progress_bar() as progress:
                 steps = BuildSteps(progress, model.name, backend.steps)
-                job = BuildJob(checkpoint, folder, precision, profile, backend.options, steps)
-                files = backend.build(job)
-            built = {path.name: BuiltFile.of(path, job.hashes.get(path)) for path in files}
-            replace(planned, files=built).write(folder)
+                files = backend.build(BuildJob(checkpoint, folder, precision, profile, backend.options, steps))
+            replace(planned, files={path.name: BuiltFile.of(path) for path in files}).write(folder)
     except OSError as error:
         raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None
     return True

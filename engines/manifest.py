@@ -44,14 +44,14 @@ class BuiltFile:
     mtime_ns: int
 
     @classmethod
-    def of(cls, path: Path, sha256: str | None = None) -> BuiltFile:
-        """Describe a file; reads it where its hash is not known from writing it.
+    def of(cls, path: Path) -> BuiltFile:
+        """Describe a file; reads it.
 
         Raises:
             OSError: it cannot be read.
         """
         stat = path.stat()
-        return cls(sha256 or file_hash(path), stat.st_size, stat.st_mtime_ns)
+        return cls(file_hash(path), stat.st_size, stat.st_mtime_ns)
 
     def difference(self, path: Path, thorough: bool) -> str | None:
         """How a file differs from this one, in words, or None. ``thorough`` hashes it whatever its time says.

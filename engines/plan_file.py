@@ -1,8 +1,7 @@
-"""Write a plan as TensorRT serialises it: never whole in memory, never half on the disk, hashed on its way."""
+"""Write a plan as TensorRT serialises it, so that it is never whole in memory, nor half there on the disk."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,25 +11,8 @@ from typing import Any, BinaryIO
 from qwen2vl_trt.errors import BuildError
 
 
-class HashedFile:
-    """A file that is written from its start to its end, and its SHA-256."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest = file, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        """Write all of the bytes."""
-        self._digest.update(data)
-        return self._file.write(data)
-
-    @property
-    def sha256(self) -> str:
-        """Of what was written so far, in hex."""
-        return self._digest.hexdigest()
-
-
 @contextmanager
-def whole_file(path: Path) -> Iterator[HashedFile]:
+def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its name when the ``with`` ends well, and is removed otherwise.
 
     Raises:
@@ -39,7 +21,7 @@ def whole_file(path: Path) -> Iterator[HashedFile]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            yield HashedFile(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -49,7 +31,7 @@ def whole_file(path: Path) -> Iterator[HashedFile]:
         temporary.unlink(missing_ok=True)
 
 
-def stream_writer(trt: Any, file: HashedFile) -> Any:
+def stream_writer(trt: Any, file: BinaryIO) -> Any:
     """TensorRT's stream into a file.
 
     Returns:

@@ -33,19 +33,8 @@ def build_plans(
     profile: BuildProfile,
     steps: BuildSteps,
     options: TensorRTOptions,
-    hashes: dict[Path, str],
 ) -> list[Path]:
     """Export both graphs into a folder and build a plan from each; the graphs stay beside them.
-
-    Args:
-        variant: TensorRT, or TensorRT for RTX.
-        checkpoint: the model.
-        folder: exists.
-        dtype: of weights and activations.
-        profile: the limits.
-        steps: told of the progress.
-        options: TensorRT's own.
-        hashes: gets the SHA-256 of each plan.
 
     Returns:
         The files: two graphs, two plans, and for each plan the layers that TensorRT made of it.
@@ -68,7 +57,7 @@ def build_plans(
     files = list(graphs)
     for graph in graphs:
         steps(f"building the {graph.stem} engine")
-        files += _build_plan(trt, variant, graph, ranges[graph.stem], options, steps, hashes)
+        files += _build_plan(trt, variant, graph, ranges[graph.stem], options, steps)
     return files
 
 
@@ -137,7 +126,6 @@ def _build_plan(
     profiles: tuple[Ranges, ...],
     options: TensorRTOptions,
     steps: BuildSteps,
-    hashes: dict[Path, str],
 ) -> list[Path]:
     log = tensorrt_log(trt)
     with deferred_interrupt() as interrupted:
@@ -162,7 +150,6 @@ def _build_plan(
                     f"{path.stem} engine: {trt.__name__} {trt.__version__} cannot build it: {reason}. If it is memory"
                     " or an attention without a kernel, lower --max-seq-len, --max-batch-size or --max-hw-dims."
                 )
-        hashes[path.with_suffix(".engine")] = file.sha256
         del monitor  # alive until here
         if cache is not None:
             save_timing_cache(config, cache)

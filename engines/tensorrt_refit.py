@@ -2,8 +2,8 @@
 
 What may be left out is named weight by weight (``REFIT_INDIVIDUAL``): all that the graph reads from the checkpoint.
 So each weight that a plan lacks has a name, a file and a place in it; whatever else is constant (rotary frequencies,
-shapes, what parser and lowering add, most of it without a name) stays in the plan. ``REFIT_IDENTICAL`` would strip
-those too.
+shapes, what parser and lowering add, most of it without a name) stays in the plan. With ``REFIT_IDENTICAL`` TensorRT
+decides what to strip.
 
 ``trt.OnnxParserRefitter`` would read every weight into host memory first; here TensorRT copies from the mapped file.
 """

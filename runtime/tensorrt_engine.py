@@ -47,8 +47,10 @@ class Engine:
     runtime: Any
 
     def failure(self, what: str) -> EngineError:
-        """An error with TensorRT's own reason."""
-        return EngineError(f"{self.name} engine: {what}: {'; '.join(self.log.errors) or 'no reason given'}")
+        """An error with TensorRT's own reason, which is then no reason of a later one."""
+        reason = "; ".join(self.log.errors) or "no reason given"
+        self.log.clear()
+        return EngineError(f"{self.name} engine: {what}: {reason}")
 
 
 def load_engine(folder: Path, name: str, manifest: Manifest, config: Qwen2VLConfig, device: CudaDevice) -> Engine:
@@ -97,10 +99,11 @@ def stream_weights(engine: Engine, needed: int) -> None:
 
     Call it before the engine has an execution context.
     """
-    streamable = engine.handle.streamable_weights_size
+    handle, streamable = engine.handle, engine.handle.streamable_weights_size
     if streamable:
-        engine.handle.weight_streaming_budget_v2 = 0  # none on the GPU: what is free then is free for all
-        engine.handle.weight_streaming_budget_v2 = streaming_budget(streamable, engine.device.free_memory(), needed)
+        with engine.device.active():
+            handle.weight_streaming_budget_v2 = 0  # none on the GPU: what is free then is free for all
+            handle.weight_streaming_budget_v2 = streaming_budget(streamable, engine.device.free_memory(), needed)
 
 
 def check_release(manifest: Manifest, variant: Variant, installed: str) -> None:

@@ -140,14 +140,14 @@ class TensorRTDecoder:
     def __init__(self, engine: Engine, checkpoint: Checkpoint, profile: BuildProfile, cuda_graphs: bool = True) -> None:
         text, device, handle = checkpoint.config.text, engine.device, engine.handle
         self._engine, self._contexts = engine, _Contexts(engine)
-        dtype = engine.tensors[cache_names(1)[0][0]].dtype
+        dtype, embed_dtype = engine.tensors[cache_names(1)[0][0]].dtype, engine.tensors["inputs_embeds"].dtype
         check_rows(text, profile, dtype)
-        self.embed = TokenEmbedding(checkpoint, engine.tensors["inputs_embeds"].dtype, device.torch_device)
         generation = _generation_profile(engine)
-        activations = handle.get_device_memory_size_for_profile_v2(generation)
-        cache = profile.max_batch_size * profile.max_seq_len * token_bytes(text, dtype)
-        stream_weights(engine, activations + cache)
-        check_cache(text, profile, dtype, device.free_memory() - activations)
+        others = handle.get_device_memory_size_for_profile_v2(generation)
+        others += text.vocab_size * text.hidden_size * embed_dtype.itemsize
+        stream_weights(engine, others + profile.max_batch_size * profile.max_seq_len * token_bytes(text, dtype))
+        check_cache(text, profile, dtype, device.free_memory() - others)
+        self.embed = TokenEmbedding(checkpoint, embed_dtype, device.torch_device)
         self.slots = profile.max_batch_size
         self.cache = KVCache(text, self.slots, profile.max_seq_len, dtype, device.torch_device, fixed=True)
         self._held = [0] * self.slots  # tokens in each slot

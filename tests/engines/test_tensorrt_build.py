@@ -78,10 +78,6 @@ class TestTinyModel:
         assert manifest.versions["tensorrt_rtx"] == load_tensorrt(TENSORRT_RTX).__version__
         assert not [path.name for path in folder.iterdir() if re.fullmatch(r"\..*engine.*", path.name)]
 
-    def test_plans_are_hashed_as_they_are_written(self, rtx_engines):
-        folder = rtx_engines.folder("bf16")
-        Manifest.read(folder).verify(folder, thorough=True)
-
     def test_fusions(self, rtx_engines, rtx_checkpoint):
         assert_fused(rtx_engines.folder("bf16"), Checkpoint(rtx_checkpoint).config)
 
@@ -157,7 +153,7 @@ def build_rtx(checkpoint, folder, profile=PROFILE, **options):
     with progress_bar() as progress:
         steps = BuildSteps(progress, "test", 5)
         chosen = TensorRTOptions(**options)
-        return build_plans(TENSORRT_RTX, checkpoint, folder, torch.bfloat16, profile, steps, chosen, {})
+        return build_plans(TENSORRT_RTX, checkpoint, folder, torch.bfloat16, profile, steps, chosen)
 
 
 class TestOptions:
@@ -382,7 +378,7 @@ class TestProgressAndInterrupt:
         with progress_bar() as progress:
             steps = BuildSteps(progress, "test", 5)
             path = tmp_path / "vision.onnx"
-            return tensorrt_build._build_plan(trt, TENSORRT_RTX, path, (ranges,), TensorRTOptions(), steps, {})
+            return tensorrt_build._build_plan(trt, TENSORRT_RTX, path, (ranges,), TensorRTOptions(), steps)
 
     def test_the_command_ends_cleanly(self, trt, rtx_checkpoint, tmp_path):
         command = [sys.executable, "build_engines.py", "--model", str(rtx_checkpoint), "--backend", "tensorrt-rtx"]

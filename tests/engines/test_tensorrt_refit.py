@@ -5,6 +5,9 @@ TensorRT for RTX builds no refittable plan without a GPU; its parsed network kno
 
 import ctypes
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +26,7 @@ from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.weights import checkpoint_names
 from tests.engine_folders import PROFILE
 
+ROOT = Path(__file__).parents[2]
 PREFIX = {"vision": "visual.", "decoder": ""}
 
 
@@ -77,6 +81,21 @@ def test_a_weight_that_tensorrt_does_not_know(trt, rtx_engines):
 def test_tensorrt_for_rtx_refuses_with_the_reason():
     with pytest.raises(BuildError, match=r"--strip-weights is not for tensorrt-rtx: without a GPU it builds no plan"):
         tensorrt_build._check_machine(TENSORRT_RTX, TensorRTOptions(strip_weights=True))
+
+
+def test_the_command_refuses_it_in_one_line(trt, tmp_path):
+    command = [
+        "build_engines.py",
+        "--backend",
+        "tensorrt-rtx",
+        "--strip-weights",
+        "--engine-dir",
+        str(tmp_path / "new"),
+    ]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: --strip-weights is not for tensorrt-rtx")
+    assert not list((tmp_path / "new").glob("*.onnx"))
 
 
 def test_tensorrt_takes_it(monkeypatch):

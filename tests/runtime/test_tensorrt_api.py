@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from runtime.tensorrt_device import CudaDevice
 from tests import fake_tensorrt
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux and Windows on x86-64 only")
@@ -52,6 +53,15 @@ def test_arguments(cls):
 def test_enumerations(enum):
     real = getattr(trt, enum.__name__)
     assert not [member.name for member in enum if not hasattr(real, member.name)]
+
+
+def test_the_device():
+    """What the runner asks of the CPU here, it can ask of a GPU."""
+    knobs = {"capturing", "free", "captures"}
+    assert names(fake_tensorrt.CpuDevice) - knobs == names(CudaDevice)
+    for name in ("staged", "capture", "stream", "active", "free_memory"):
+        ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (fake_tensorrt.CpuDevice, CudaDevice))
+        assert list(ours.parameters) == list(theirs.parameters)
 
 
 def test_a_mapped_file_is_taken_as_a_plan(tmp_path):

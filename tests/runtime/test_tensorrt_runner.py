@@ -218,6 +218,22 @@ class TestDecoder:
         runs = {context._profile: context._runs for context in decoder._engine.handle._contexts}
         assert runs == {0: 1, 1: 2}
 
+    def test_unchanged_shapes_are_not_told_again(self, fake, folder, monkeypatch):
+        """Each costs TensorRT a new plan of its memory."""
+        decoder, told = opened(folder, cuda_graphs=False).decoder, []
+        tell = fake_tensorrt.IExecutionContext.set_input_shape
+        monkeypatch.setattr(
+            fake_tensorrt.IExecutionContext,
+            "set_input_shape",
+            lambda self, name, shape: told.append(name) or tell(self, name, shape),
+        )
+        counts = []
+        for first, count in ((0, 2), (1, 2), (0, 3)):
+            decoder.step(*self.random_step(decoder, torch.Generator(), first, count, 1, [0] * count))
+            counts.append(len(told))
+        inputs = sum(tensor.is_input for tensor in decoder._engine.tensors.values())
+        assert counts == [inputs, inputs, 2 * inputs]
+
     def test_a_prompt_longer_than_the_profile(self, fake, folder):
         decoder = opened(folder).decoder
         with pytest.raises(LimitError, match=r"decoder engine: inputs_embeds is 1 x 401 x 128; .* to 4 x 400 x 128"):
@@ -244,10 +260,10 @@ class TestDecoder:
             return engine
 
         monkeypatch.setattr(fake_tensorrt.Runtime, "deserialize_cuda_engine", streamable)
-        handle = opened(folder).decoder._engine.handle
+        handle, vocabulary = opened(folder).decoder._engine.handle, Checkpoint(folder).config.text.vocab_size
         cache = 2 * 4 * 4 * PROFILE.max_seq_len * 2 * 32 * 4  # k and v, layers, slots, length, heads, width, FP32
-        activations = handle.get_device_memory_size_for_profile_v2(1)
-        assert handle._budgets == [0, 20_000_000 - cache - activations]
+        others = handle.get_device_memory_size_for_profile_v2(1) + vocabulary * 128 * 4
+        assert handle._budgets == [0, 20_000_000 - cache - others]
 
 
 class TestVision:
