@@ -19,6 +19,7 @@ COMMANDS = """commands:
   run.py [generate] --prompt TEXT [--image FILE ...] [--video FILE ...]   answer on stdout
   run.py features --input DIR|GLOB --output DIR                           features of any number of images
   run.py eval                                                             accuracy of the tiny model
+  run.py compare --engine-dir DIR                                         accuracy against Transformers
   run.py inspect DIR                                                      what an engine folder holds
   run.py plan --model NAME --gpu NAME --images-per-second N ...           how many GPUs a load needs
 
@@ -27,7 +28,14 @@ COMMANDS = """commands:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    commands = {"generate": generate, "features": features, "eval": evaluate, "inspect": inspect, "plan": plan}
+    commands = {
+        "generate": generate,
+        "features": features,
+        "eval": evaluate,
+        "compare": compare,
+        "inspect": inspect,
+        "plan": plan,
+    }
     if not arguments or arguments[0].startswith("-"):
         generate(arguments)
     elif arguments[0] in commands:
@@ -97,6 +105,12 @@ def evaluate(argv: list[str]) -> None:
     from tiny.report import print_accuracy
 
     print_accuracy(_pipeline(arguments), arguments.cases, arguments.seed, arguments.json)
+
+
+def compare(argv: list[str]) -> None:
+    from accuracy.command import compare
+
+    compare(argv)
 
 
 def inspect(argv: list[str]) -> None:

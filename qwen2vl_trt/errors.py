@@ -37,6 +37,10 @@ class FeaturesError(Qwen2VLError):
     """Features cannot be written to their file."""
 
 
+class CompareError(Qwen2VLError):
+    """Two models cannot be compared, or a comparison cannot be written."""
+
+
 class MissingDependencyError(Qwen2VLError):
     """An optional package is not installed; the message names the extra that brings it."""
 

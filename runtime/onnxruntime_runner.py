@@ -37,16 +37,21 @@ def load_vision(engines: Engines) -> OrtVision:
     Raises:
         EngineError: it does not load, or the device is not available.
     """
-    return OrtVision(_session(engines.folder / "vision.onnx", engines.device), engines.device)
+    return OrtVision(open_session(engines.folder / "vision.onnx", engines.device), engines.device)
 
 
 def load_decoder(engines: Engines) -> OrtDecoder:
     """Open the decoder graph; raises as :func:`load_vision`."""
-    session = _session(engines.folder / "decoder.onnx", engines.device)
+    session = open_session(engines.folder / "decoder.onnx", engines.device)
     return OrtDecoder(session, engines.checkpoint, engines.manifest.profile, engines.dtype, engines.device)
 
 
-def _session(path: Path, device: torch.device) -> ort.InferenceSession:
+def open_session(path: Path, device: torch.device, model: bytes | None = None) -> ort.InferenceSession:
+    """Open a graph; ``model`` is used instead of the file's content, with the weights that lie beside the file.
+
+    Raises:
+        EngineError: it does not load, or the device is not available.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # From BF16 weights to FP32 ones once, at load, however large: by default one of over 1 GB (3B's embedding) would be
@@ -59,8 +64,9 @@ def _session(path: Path, device: torch.device) -> ort.InferenceSession:
                 f"device {device}: this ONNX Runtime ({', '.join(ort.get_available_providers())}) has none"
             )
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        return ort.InferenceSession(path, options, providers=providers)
+        return ort.InferenceSession(model or path, options, providers=providers)
     except Exception as error:  # pybind exceptions without a common public base
         raise EngineError(f"{path} does not load in ONNX Runtime: {' '.join(str(error).split())}") from None
 

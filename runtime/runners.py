@@ -106,7 +106,12 @@ class Engines:
         return self.backend.load_decoder(self)
 
 
-def _device(name: str) -> torch.device:
+def parse_device(name: str) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        EngineError: unknown, or a GPU that is not there.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -147,5 +152,5 @@ def open_engines(folder: str | Path, device: str | None = None) -> Engines:
         kind = f"backend {manifest.backend!r} in {manifest.precision!r}"
         raise EngineError(f"{folder} is for {kind}, which this release cannot run")
     backend = cast(Backend, import_module(_BACKENDS[manifest.backend]))
-    chosen = _device(device or backend.default_device())
+    chosen = parse_device(device or backend.default_device())
     return Engines(folder, manifest, checkpoint, chosen, DTYPES[manifest.precision], backend)
