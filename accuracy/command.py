@@ -107,9 +107,9 @@ def _report(arguments: argparse.Namespace, command: str) -> Report:
     from .tolerance import tolerance_of
 
     engines = open_engines(arguments.engine_dir, arguments.device)
-    precision, against = engines.manifest.precision, _against(arguments, engines)
-    precisions = [precision, *([against.manifest.precision] if against else [])]
-    tolerance = tolerance_of(*precisions).override(arguments.tolerance)
+    against = _against(arguments, engines)
+    tolerance = tolerance_of(engines.manifest.precision, against.manifest.precision if against else "fp32")
+    tolerance = tolerance.override(arguments.tolerance)
     checkpoint, config = engines.checkpoint, engines.checkpoint.config
     settings = PreprocessorSettings.from_folder(checkpoint.folder).with_limits(
         arguments.min_pixels, arguments.max_pixels

@@ -52,7 +52,6 @@ def allow_torchvision() -> torch.library.Library | None:
 
         return None
     library = torch.library.Library("torchvision", "DEF")
-    with suppress(RuntimeError):  # declared already
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return library  # the declarations live as long as this object

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def plot(report: Report, path: Path) -> None:
     axes.set_title(f"{report.manifest.model}: error against {report.reference}, {len(report.cases)} cases", pad=22)
     axes.grid(axis="y", which="major", color="0.85")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     try:
         figure.savefig(path, dpi=150, format="png")
     except OSError as error:
@@ -68,12 +69,26 @@ def plot(report: Report, path: Path) -> None:
 
 def _styled(report: Report) -> list[tuple[Row, dict[str, Any]]]:
     styles: list[tuple[Row, dict[str, Any]]] = [
-        (report.yardstick, {"color": "0.45", "linestyle": "--", "label": f"{report.yardstick.name} (yardstick)"})
+        (
+            report.yardstick,
+            {
+                "color": "black",
+                "linestyle": "--",
+                "linewidth": 1,
+                "zorder": 3,
+                "label": f"{report.yardstick.name} (yardstick)",
+            },
+        )
     ]
-    colours = ("tab:green", "tab:purple", "tab:brown")
+    colours = cycle(("tab:green", "tab:purple", "tab:brown", "tab:pink"))
     for row, colour in zip(report.others, colours):
         styles.append((row, {"color": colour, "marker": ".", "linewidth": 1, "label": row.name}))
-    styles.append((report.engine, {"color": "tab:orange", "marker": "o", "linewidth": 2, "label": report.engine.name}))
+    styles.append(
+        (
+            report.engine,
+            {"color": "tab:orange", "marker": "o", "markersize": 5, "linewidth": 2, "label": report.engine.name},
+        )
+    )
     return styles
 
 

@@ -116,8 +116,15 @@ def model_order(name: str) -> tuple[int, int]:
     return stage, int(number) if number.isdecimal() else int(name == DECODE_LOGITS)
 
 
-def tolerance_of(*precisions: str) -> Tolerance:
-    """The limits of the coarsest of some precisions; one between FP32 and FP8 is held to BF16's."""
+def tolerance_of(precision: str, reference: str = "fp32") -> Tolerance:
+    """The limits of an engine against a reference, by their precisions.
+
+    Those of the coarser of the two; a precision between FP32 and FP8 is held to BF16's. How far PyTorch's BF16 is from
+    a reference that is itself rounded says nothing, so there the decoder is held to a cosine instead.
+    """
     order = list(TOLERANCES)
-    ranks = [order.index(precision) if precision in order else order.index("bf16") for precision in precisions]
-    return TOLERANCES[order[max(ranks)]]
+    ranks = [order.index(name) if name in order else order.index("bf16") for name in (precision, reference)]
+    limits = TOLERANCES[order[max(ranks)]]
+    if ranks[1] == 0 or limits.yardstick is None:
+        return limits
+    return replace(limits, yardstick=None, logits_yardstick=None, decoder_cosine=0.999)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import Call, Contender, Result, allow_torchvision, compete, heading, machine, report, save
+from accuracy.extra import allow_torchvision
+from benchmarks.measure import Call, Contender, Result, compete, heading, machine, report, save
 from benchmarks.random_model import CONFIG, prepare
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.decoder import Decoder

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.measure import Call, Contender, Result, allow_torchvision, compete, heading, machine, report, save
+from accuracy.extra import allow_torchvision
+from benchmarks.measure import Call, Contender, Result, compete, heading, machine, report, save
 from qwen2vl_trt.config import VisionConfig
 from runtime.preprocessor import Preprocessor
 

@@ -1,6 +1,5 @@
 """What every test needs before Transformers is imported."""
 
-import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,26 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from accuracy.extra import allow_torchvision
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _declare_torchvision_operators() -> torch.library.Library | None:
-    """Make a torchvision built for CUDA importable beside a PyTorch for the CPU.
-
-    Transformers' processors, the reference for pixels, need torchvision. Its own operators cannot load there, and its
-    import fails on two of their schemas; declared first, they are enough for its transforms, which are plain PyTorch.
-    """
-    with contextlib.suppress(ImportError, RuntimeError, AttributeError):
-        import torchvision  # noqa: F401
-
-        return None
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
-_torchvision_operators = _declare_torchvision_operators()  # the declarations live as long as this object
+allow_torchvision()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,50 @@
+"""Engines of the tiny model, and the command run in this process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engines.backends import find_backend
+from engines.build import build_engines
+from engines.profile import BuildConfig
+from qwen2vl_trt.hub import resolve_model
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Models of this size are no faster on more, and threads that wait for each other crawl on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Engine folders of the tiny model by backend and precision; do not write into them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    profile = BuildConfig.from_yaml(ROOT / "configs" / "tiny.yaml").profile
+    built = {}
+    for kind in (("onnxruntime", "fp32"), ("torch", "fp32"), ("torch", "bf16")):
+        built[kind] = folder / "-".join(kind)
+        build_engines(resolve_model("tiny"), *find_backend(*kind), profile, built[kind])
+    return built
+
+
+@pytest.fixture
+def compare(capsys):
+    """Runs the command: its exit code and what it printed on stdout."""
+    from accuracy.command import compare
+
+    def run(*arguments):
+        try:
+            compare([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        return code, capsys.readouterr().out
+
+    return run

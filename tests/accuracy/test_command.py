@@ -1,0 +1,202 @@
+"""``run.py compare`` as a user meets it, on the tiny model's real weights: verdicts, files, and what goes wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from accuracy import extra
+from engines.backends import find_backend
+from engines.build import build_engines
+from qwen2vl_trt.errors import CompareError, EngineError, LimitError, MediaError, MissingDependencyError
+from qwen2vl_trt.hub import resolve_model
+from tests.accuracy.damaged import damage
+from tests.engine_folders import PROFILE, write_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PICTURE = ("--image", ROOT / "docs" / "digits.png", "--prompt", "What digits are in the image?")
+STAGES = ["image_embeds", "hidden_states", "logits", "decode_logits"]
+BLOCKS = ["visual.patch_embed", *(f"visual.blocks.{n}" for n in range(4)), *(f"model.layers.{n}" for n in range(4))]
+
+
+@pytest.fixture(scope="module")
+def full(tiny, tmp_path_factory):
+    """Everything that the command can write, of ONNX Runtime's engine over all default cases."""
+    from accuracy.command import compare
+
+    folder = tmp_path_factory.mktemp("report")
+    engine = tiny["onnxruntime", "fp32"]
+    before = {path.name: path.stat().st_mtime_ns for path in engine.iterdir()}
+    # No SystemExit: within the tolerance.
+    compare(["--engine-dir", str(engine), "--json", str(folder / "r.json"), "--plot", str(folder / "r.png")])
+    assert {path.name: path.stat().st_mtime_ns for path in engine.iterdir()} == before
+    return folder
+
+
+def test_onnxruntime_is_within_the_tolerance_of_fp32(full):
+    report = json.loads((full / "r.json").read_text())
+    assert report["passed"]
+    assert report["departures"] == {}
+    assert report["first_departing_block"] is None
+    assert report["reference"] == "Transformers fp32"
+    assert report["engine"]["backend"] == "onnxruntime"
+    assert report["machine"]["versions"]["polygraphy"]
+    assert report["tolerance"]["logits"] == 1e-4
+    names = [case["name"] for case in report["cases"]]
+    assert len(names) == len(set(names)) == 10
+    assert sum(len(case["images"]) == 2 for case in report["cases"]) == 3
+    assert max(frames for case in report["cases"] for frames in case["videos"]) == 6
+    assert sum(not case["images"] + case["videos"] for case in report["cases"]) == 1
+
+
+def test_every_runner_gives_every_output_and_every_block(full):
+    report = json.loads((full / "r.json").read_text())
+    rows = [report["rows"]["engine"], report["rows"]["yardstick"], *report["rows"]["others"]]
+    assert [row["name"] for row in rows] == ["onnxruntime fp32", "Transformers bf16", "torch fp32"]
+    assert list(report["inputs"]["outputs"]) == ["pixel_values", "input_ids"]
+    for row in rows:
+        assert sorted(row["outputs"]) == sorted(STAGES + BLOCKS)
+        assert len(row["cases"]) == 10
+        tokens = row["greedy_tokens"]
+        assert tokens["tokens"] >= 40
+        assert tokens["agreeing"] == tokens["tokens"]
+        for figures in row["outputs"].values():
+            assert set(figures) == {
+                *("max_absolute", "mean_absolute", "max_relative", "mean_relative", "cosine", "scale", "values")
+            }
+    for name in STAGES + BLOCKS:
+        engine, yardstick = (row["outputs"][name] for row in rows[:2])
+        assert 0 < engine["mean_relative"] < 1e-5 < 1e-3 < yardstick["mean_relative"] < 2e-2, name
+        assert engine["values"] == yardstick["values"]
+
+
+def test_the_plot_shows_something(full):
+    pixels = np.asarray(Image.open(full / "r.png").convert("RGB"), np.int64)
+    assert min(pixels.shape[:2]) > 500
+    for colour in ((255, 127, 14), (44, 160, 44), (0, 0, 0)):  # the engine's line, another runner's, the yardstick's
+        assert (np.abs(pixels - colour).max(-1) < 8).sum() > 200, colour
+
+
+def test_the_torch_engine_in_bf16_is_no_worse_than_transformers_in_bf16(tiny, compare):
+    code, out = compare("--engine-dir", tiny["torch", "bf16"], "--layers", "--also", tiny["onnxruntime", "fp32"])
+    assert code == 0
+    assert "torch bf16 is within the tolerance of bf16" in out
+    assert "no block departs" in out
+    for runner in ("torch bf16", "torch fp32", "onnxruntime fp32", "Transformers bf16"):
+        assert f"{runner}: 55 of 55 greedy tokens agree" in out
+
+
+def test_the_torch_engine_in_fp32(tiny, compare):
+    code, out = compare("--engine-dir", tiny["torch", "fp32"], "--layers", *PICTURE)
+    assert code == 0
+    assert "torch fp32 is within the tolerance of fp32" in out
+
+
+@pytest.mark.parametrize(
+    ("graph", "scope", "block"),
+    [
+        ("vision", "blocks.0", "visual.blocks.0"),
+        ("vision", "blocks.3", "visual.blocks.3"),
+        ("decoder", "model.layers.2", "model.layers.2"),
+    ],
+)
+def test_the_damaged_block_is_named(tiny, compare, tmp_path, graph, scope, block):
+    folder = damage(tiny["onnxruntime", "fp32"], tmp_path / "damaged", graph, scope)
+    code, out = compare("--engine-dir", folder, "--layers", "--json", tmp_path / "r.json", *PICTURE)
+    assert code == 1
+    assert f"first block that departs: {block}: maximum relative error" in out
+    assert "DEPARTS: hidden_states of onnxruntime fp32" in out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["passed"], report["first_departing_block"]) == (False, block)
+    assert ("image_embeds" in report["departures"]) == (graph == "vision")
+
+
+def test_a_broken_engine_departs_and_its_report_is_json(tiny, compare, tmp_path):
+    folder = damage(tiny["onnxruntime", "fp32"], tmp_path / "damaged", "decoder", "model.layers.1", float("nan"))
+    code, out = compare("--engine-dir", folder, "--layers", "--json", tmp_path / "r.json", *PICTURE)
+    assert code == 1
+    assert "first block that departs: model.layers.1: holds values that are not finite" in out
+    assert json.loads((tmp_path / "r.json").read_text())["rows"]["engine"]["outputs"]["logits"]["cosine"] is None
+
+
+def test_against_our_modules_and_against_another_folder(tiny, compare, tmp_path):
+    for against in ("torch", tiny["torch", "fp32"]):
+        options = ("--engine-dir", tiny["onnxruntime", "fp32"], "--against", against, "--json", tmp_path / "r.json")
+        assert compare(*options, *PICTURE)[0] == 0
+        report = json.loads((tmp_path / "r.json").read_text())
+        assert report["reference"] == ("torch fp32" if against == "torch" else str(against))
+        assert report["rows"]["engine"]["greedy_tokens"]["tokens"] > 3, "the reference answered by itself"
+
+
+def test_a_coarse_reference_loosens_the_limits(tiny, compare):
+    engine, coarse = tiny["onnxruntime", "fp32"], tiny["torch", "bf16"]
+    assert compare("--engine-dir", engine, "--against", coarse, *PICTURE)[0] == 0
+    code, out = compare("--engine-dir", engine, "--against", coarse, "--tolerance", "hidden_states=1e-5", *PICTURE)
+    assert code == 1
+    assert "DEPARTS: hidden_states of onnxruntime fp32: maximum relative error" in out
+
+
+def test_what_is_wrong_is_said(tiny, compare, tmp_path, monkeypatch):
+    engine = tiny["onnxruntime", "fp32"]
+    (tmp_path / "no.png").write_text("no image")
+    with pytest.raises(MediaError, match=r"image 1 .*no\.png"):
+        compare("--engine-dir", engine, "--image", tmp_path / "no.png", "--prompt", "What?")
+    with pytest.raises(CompareError, match="--image and --video need a --prompt"):
+        compare("--engine-dir", engine, "--image", tmp_path / "no.png")
+    with pytest.raises(EngineError, match="holds no engine"):
+        compare("--engine-dir", tmp_path)
+    with pytest.raises(CompareError, match="tensorflow: there is no such folder; besides folders there are"):
+        compare("--engine-dir", engine, "--against", "tensorflow")
+    with pytest.raises(LimitError, match="unknown limit 'speed'"):
+        compare("--engine-dir", engine, "--tolerance", "speed=1")
+    with pytest.raises(CompareError, match=r"missing.* is no folder"):
+        compare("--engine-dir", engine, "--json", tmp_path / "missing" / "r.json")
+    with pytest.raises(CompareError, match="is a folder"):
+        compare("--engine-dir", engine, "--plot", tmp_path)
+    with pytest.raises(CompareError, match="has no ONNX graphs"):
+        compare("--engine-dir", tiny["torch", "fp32"], "--save-inputs", tmp_path / "inputs")
+    with pytest.raises(LimitError, match=r"case 'yours', image 1 \(\d+x\d+\) needs .* patches"):
+        compare("--engine-dir", engine, "--min-pixels", 2_000_000, "--max-pixels", 2_000_000, *PICTURE)
+    with pytest.raises(LimitError, match=r"case 'yours' has .* tokens; these engines take 1,024"):
+        compare("--engine-dir", engine, "--prompt", "What? " * 2000)
+    monkeypatch.setattr(extra, "find_spec", lambda name: None if name == "matplotlib" else util.find_spec(name))
+    with pytest.raises(MissingDependencyError, match=r"matplotlib, which is not installed: .*\[compare\]"):
+        compare("--engine-dir", engine)
+
+
+def test_another_model_is_refused(tiny, compare, tmp_path):
+    other = write_checkpoint(tmp_path / "model")
+    build_engines(resolve_model(other), *find_backend("torch", "fp32"), PROFILE, tmp_path / "other")
+    engine = tiny["onnxruntime", "fp32"]
+    for option, value in (("--against", tmp_path / "other"), ("--also", tmp_path / "other"), ("--model", other)):
+        with pytest.raises(CompareError, match="are different models") as caught:
+            compare("--engine-dir", engine, option, value)
+        assert str(engine) in str(caught.value)
+        assert str(value) in str(caught.value)
+
+
+def test_a_checkpoint_that_lost_a_file_is_refused(tiny, compare, tmp_path):
+    folder = Path(shutil.copytree(tiny["torch", "fp32"], tmp_path / "engine"))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(EngineError, match="is not the one that was built"):
+        compare("--engine-dir", folder)
+
+
+def test_the_command_line(tiny, tmp_path):
+    """As a process: the exit code of a departure, the table on stdout, nothing on stderr."""
+    arguments = ["compare", "--engine-dir", tiny["torch", "bf16"], "--tolerance", "hidden_states=1e-9", *PICTURE]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "run.py", *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.stderr == ""
+    assert done.returncode == 1
+    assert "DEPARTS: hidden_states of torch bf16: maximum relative error" in done.stdout
+    assert "image_embeds" in done.stdout
