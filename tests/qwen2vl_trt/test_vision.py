@@ -5,9 +5,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from sklearn.datasets import load_sample_images
-from transformers import Qwen2VLImageProcessor
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import window_layout
@@ -192,5 +193,30 @@ def test_bf16_is_no_worse_than_transformers(tmp_path, photographs):
     assert ours.dtype == torch.bfloat16
     cosine = torch.nn.functional.cosine_similarity(ours.double().flatten(), exact.double().flatten(), dim=0)
     error, their_error = ((found.float() - exact).abs().mean() / exact.abs().mean() for found in (ours, theirs))
-    assert cosine > 0.9999
+    assert cosine >= 0.9999
     assert error <= their_error
+
+
+def test_bf16_of_the_trained_tower_is_no_worse_than_transformers(tmp_path):
+    """Training makes outliers that random weights lack; both photographs, whole and cut, in three sizes.
+
+    By image the quotient of the two errors lies between 0.9 and 1.1, by the luck of rounding; so all are judged
+    together, and 2% remain of it.
+    """
+    reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(resolve_model("tiny").folder, dtype=torch.float32)
+    model, pictures = reference.eval(), load_sample_images().images
+    cuts = [cut.copy() for picture in pictures for cut in (picture, picture[:, :300], picture[100:400, 200:600])]
+    tower = tower_of(in_dtype(model, torch.bfloat16), tmp_path, torch.bfloat16)
+    error = their_error = 0.0
+    for side in (200, 300, 400):
+        processor = Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": side * side})
+        prepared = processor(images=cuts, return_tensors="pt")
+        patches, grids = prepared["pixel_values"], [tuple(grid) for grid in prepared["image_grid_thw"].tolist()]
+        low = patches.to(torch.bfloat16)
+        theirs = embed_by_transformers(in_dtype(model, torch.bfloat16), low, grids)
+        exact = embed_by_transformers(in_dtype(model, torch.float32), patches, grids)
+        ours = embed(tower, low, grids, model.config)
+        assert torch.nn.functional.cosine_similarity(ours.double().flatten(), exact.double().flatten(), dim=0) >= 0.9999
+        error += float((ours.float() - exact).abs().sum())
+        their_error += float((theirs.float() - exact).abs().sum())
+    assert error <= 1.02 * their_error
