@@ -6,7 +6,6 @@ import argparse
 import os
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,10 +162,9 @@ def _runners(
     """The reference, the yardstick, and our modules in FP32 where they are neither the engine nor the reference."""
     import torch
 
-    from runtime import torch_runner
     from runtime.runners import parse_device
 
-    from .engine_runner import EngineRunner
+    from .engine_runner import EngineRunner, ModulesRunner
     from .transformers_runner import TransformersRunner
 
     device = parse_device(arguments.reference_device) if arguments.reference_device else engines.device
@@ -175,8 +173,7 @@ def _runners(
     def transformers(dtype: torch.dtype, name: str) -> BaseRunner:
         return TransformersRunner(f"Transformers {name}", checkpoint, dtype, device, layers)
 
-    modules = replace(engines, backend=torch_runner, dtype=torch.float32, checkpoint=checkpoint, device=device)
-    ours: BaseRunner = EngineRunner("torch fp32", modules, layers)
+    ours: BaseRunner = ModulesRunner("torch fp32", engines, checkpoint, device, layers)
     yardstick = transformers(torch.bfloat16, "bf16")
     others: list[BaseRunner] = []
     for folder in arguments.also:

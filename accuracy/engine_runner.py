@@ -15,6 +15,8 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 from torch import Tensor
 
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import load_tokenizer
 from qwen2vl_trt.windows import WindowLayout, window_layout
@@ -22,6 +24,7 @@ from runtime import onnxruntime_runner, torch_runner
 from runtime.generation_config import GenerationConfig
 from runtime.kv_cache import KVCache
 from runtime.runners import DecoderRunner, Engines, VisionRunner
+from runtime.torch_runner import TorchDecoder, TorchVision
 
 from .inputs import FORCED, MAX_TOKENS, grids, input_metadata
 from .marking import RecordingSession, marked_graph
@@ -50,31 +53,35 @@ class EngineRunner(BaseRunner):
         self, name: str, engines: Engines, layers: bool = False, on_graph_input: OnGraphInput | None = None
     ) -> None:
         super().__init__(name=name)
-        self._opened, self._layers, self._on_graph_input = engines, layers, on_graph_input
-        self._config = engines.checkpoint.config
+        self._engines, self._layers, self._on_graph_input = engines, layers, on_graph_input
+        self._checkpoint, self._profile = engines.checkpoint, engines.manifest.profile
+        self._device, self._dtype = engines.device, engines.dtype
         folder = engines.checkpoint.folder
         self._eos = GenerationConfig.from_folder(folder, load_tokenizer(folder)).eos_token_ids
+
+    @property
+    def _config(self) -> Qwen2VLConfig:
+        return self._checkpoint.config
 
     @staticmethod
     def can_record(engines: Engines) -> bool:
         """Whether the blocks inside this backend's engines can be seen."""
         return engines.backend in (torch_runner, onnxruntime_runner)
 
+    def _load(self) -> tuple[VisionRunner, DecoderRunner]:
+        engines = replace(self._engines)  # its engines stay loaded as long as it is there
+        if self._layers and engines.backend is onnxruntime_runner:
+            vision = self._marked_session("vision", self._config.vision.depth, VISION_PREFIX)
+            decoder = self._marked_session("decoder", self._config.text.num_hidden_layers, "")
+            return onnxruntime_runner.load_vision(engines, vision), onnxruntime_runner.load_decoder(engines, decoder)
+        return engines.vision, engines.decoder
+
     def activate_impl(self) -> None:
         self._recorder, self._closing = Recorder(), ExitStack()
-        if self._layers and self._opened.backend is onnxruntime_runner:
-            self._vision: VisionRunner = self._marked_vision()
-            self._decoder: DecoderRunner = self._marked_decoder()
-            return
-        engines = replace(self._opened)  # engines stay loaded as long as their Engines
-        self._vision, self._decoder = engines.vision, engines.decoder
-        if self._layers:
-            vision, decoder = (
-                cast(torch_runner.TorchVision, self._vision),
-                cast(torch_runner.TorchDecoder, self._decoder),
-            )
-            self._closing.enter_context(self._recorder.listen(vision_modules(vision.module)))
-            self._closing.enter_context(self._recorder.listen(decoder_modules(decoder.module.model)))
+        self._vision, self._decoder = self._load()
+        if self._layers and isinstance(self._vision, TorchVision) and isinstance(self._decoder, TorchDecoder):
+            self._closing.enter_context(self._recorder.listen(vision_modules(self._vision.module)))
+            self._closing.enter_context(self._recorder.listen(decoder_modules(self._decoder.module.model)))
 
     def deactivate_impl(self) -> None:
         self._closing.close()
@@ -99,8 +106,8 @@ class EngineRunner(BaseRunner):
         frames = [(1, rows, columns) for items in grids(feed) for t, rows, columns in items for _ in range(t)]
         if not frames:
             return None
-        limit, first = self._opened.manifest.profile.max_batch_size, 0
-        patches = feed[PIXELS].to(self._opened.device, self._opened.dtype)
+        limit, first = self._profile.max_batch_size, 0
+        patches = feed[PIXELS].to(self._device, self._dtype)
         embeds, blocks = [], dict[str, list[Tensor]]()
         for start in range(0, len(frames), limit):
             layout = window_layout(tuple(frames[start : start + limit]), self._config.vision)
@@ -171,22 +178,33 @@ class EngineRunner(BaseRunner):
             tensors |= {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if "_cache_" in name}
         self._tell("decoder", tensors)
 
-    def _marked_vision(self) -> VisionRunner:
-        session = self._marked_session("vision", self._config.vision.depth, VISION_PREFIX)
-        return onnxruntime_runner.OrtVision(session, self._opened.device)
-
-    def _marked_decoder(self) -> DecoderRunner:
-        engines = self._opened
-        session = self._marked_session("decoder", self._config.text.num_hidden_layers, "")
-        return onnxruntime_runner.OrtDecoder(
-            session, engines.checkpoint, engines.manifest.profile, engines.dtype, engines.device
-        )
-
     def _marked_session(self, graph: str, blocks: int, prefix: str) -> ort.InferenceSession:
-        path = self._opened.folder / f"{graph}.onnx"
+        path = self._engines.folder / f"{graph}.onnx"
         model, marked = marked_graph(path, blocks, prefix)
-        session = onnxruntime_runner.open_session(path, self._opened.device, model)
+        session = onnxruntime_runner.open_session(path, self._device, model)
         return cast(ort.InferenceSession, RecordingSession(session, marked, self._recorder))
+
+
+class ModulesRunner(EngineRunner):
+    """Our PyTorch modules in FP32, with the limits of an engine.
+
+    Args:
+        name: in the report.
+        engines: whose limits.
+        checkpoint: whose weights.
+        device: where to run.
+        layers: record every block too.
+    """
+
+    def __init__(
+        self, name: str, engines: Engines, checkpoint: Checkpoint, device: torch.device, layers: bool = False
+    ) -> None:
+        super().__init__(name, engines, layers)
+        self._checkpoint, self._device, self._dtype = checkpoint, device, torch.float32
+
+    def _load(self) -> tuple[VisionRunner, DecoderRunner]:
+        vision = TorchVision(self._checkpoint, self._dtype, self._device)
+        return vision, TorchDecoder(self._checkpoint, self._profile, self._dtype, self._device)
 
 
 def _vision_inputs(pixel_values: Tensor, layout: WindowLayout) -> dict[str, Tensor]:

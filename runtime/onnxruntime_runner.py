@@ -31,18 +31,18 @@ def default_device() -> str:
     return "cuda" if "CUDAExecutionProvider" in ort.get_available_providers() and torch.cuda.is_available() else "cpu"
 
 
-def load_vision(engines: Engines) -> OrtVision:
-    """Open the vision graph.
+def load_vision(engines: Engines, session: ort.InferenceSession | None = None) -> OrtVision:
+    """Open the vision graph, unless a session of it is given.
 
     Raises:
         EngineError: it does not load, or the device is not available.
     """
-    return OrtVision(open_session(engines.folder / "vision.onnx", engines.device), engines.device)
+    return OrtVision(session or open_session(engines.folder / "vision.onnx", engines.device), engines.device)
 
 
-def load_decoder(engines: Engines) -> OrtDecoder:
-    """Open the decoder graph; raises as :func:`load_vision`."""
-    session = open_session(engines.folder / "decoder.onnx", engines.device)
+def load_decoder(engines: Engines, session: ort.InferenceSession | None = None) -> OrtDecoder:
+    """Open the decoder graph, unless a session of it is given; raises as :func:`load_vision`."""
+    session = session or open_session(engines.folder / "decoder.onnx", engines.device)
     return OrtDecoder(session, engines.checkpoint, engines.manifest.profile, engines.dtype, engines.device)
 
 
