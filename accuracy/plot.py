@@ -45,9 +45,10 @@ def plot(report: Report, path: Path) -> None:
         axes.axvline(at, color="tab:red", linewidth=1, linestyle=":")
         axes.annotate(
             f"first departs: {first[0]}",
-            (at, 0.03),
+            (at, 0.55),
             xycoords=axes.get_xaxis_transform(),
-            xytext=(5, 0),
+            xytext=(5, 0) if at < len(names) / 2 else (-5, 0),
+            ha="left" if at < len(names) / 2 else "right",
             textcoords="offset points",
             color="tab:red",
         )
@@ -57,7 +58,7 @@ def plot(report: Report, path: Path) -> None:
     shown = [at for at, name in enumerate(names) if at % every == 0 or name in _NAMES]
     axes.set_xticks(shown, [_label(names[at]) for at in shown], rotation=60, ha="right", rotation_mode="anchor")
     axes.set_ylabel("mean relative error")
-    axes.set_title(f"{report.manifest.model}: error against {report.reference}, {len(report.cases)} cases", pad=22)
+    axes.set_title(f"{report.manifest.model}: error against {report.reference}, {report.asked}", pad=22)
     axes.grid(axis="y", which="major", color="0.85")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)

@@ -15,7 +15,7 @@ from qwen2vl_trt.errors import CompareError
 
 from .cases import Case
 from .comparison import Row
-from .figures import Agreement, Figures
+from .figures import Figures
 from .tolerance import DECODER_PREFIX, PIXELS, TOKENS, VISION_PREFIX, Tolerance
 
 FORMAT = 1
@@ -58,6 +58,11 @@ class Report:
     def rows(self) -> tuple[Row, ...]:
         """Everything that ran the model."""
         return (self.engine, *self.others, self.yardstick)
+
+    @property
+    def asked(self) -> str:
+        """The number of cases, for a title."""
+        return f"{len(self.cases)} case{'s' * (len(self.cases) != 1)}"
 
     @cached_property
     def departures(self) -> dict[str, str]:
@@ -160,6 +165,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-__all__ = ["Agreement", "Report", "is_block", "is_input"]

@@ -34,7 +34,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _outputs(report: Report) -> Table:
-    title = f"{report.engine.name} against {report.reference}, {len(report.cases)} cases"
+    title = f"{report.engine.name} against {report.reference}, {report.asked}"
     table = Table("output", "runner", title=title)
     for column in _FIGURES:
         table.add_column(column, justify="right")
