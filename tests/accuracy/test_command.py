@@ -15,6 +15,7 @@ from PIL import Image
 from accuracy import extra
 from engines.backends import find_backend
 from engines.build import build_engines
+from engines.profile import BuildProfile
 from qwen2vl_trt.errors import CompareError, EngineError, LimitError, MediaError, MissingDependencyError
 from qwen2vl_trt.hub import resolve_model
 from tests.accuracy.damaged import damage
@@ -124,6 +125,16 @@ def test_a_broken_engine_departs_and_its_report_is_json(tiny, compare, tmp_path)
     assert code == 1
     assert "first block that departs: model.layers.1: holds values that are not finite" in out
     assert json.loads((tmp_path / "r.json").read_text())["rows"]["engine"]["outputs"]["logits"]["cosine"] is None
+
+
+def test_other_models_are_asked_photographs(compare, tmp_path):
+    model = Path(shutil.copytree(resolve_model("tiny").folder, tmp_path / "other"))
+    build_engines(resolve_model(model), *find_backend("torch", "fp32"), BuildProfile(max_batch_size=2), tmp_path / "e")
+    code, out = compare("--engine-dir", tmp_path / "e", "--max-tokens", "2", "--json", tmp_path / "r.json")
+    assert code == 0, out
+    cases = json.loads((tmp_path / "r.json").read_text())["cases"]
+    assert [len(case["images"]) for case in cases] == [1, 1, 1, 2, 0, 0]
+    assert [case["videos"] for case in cases] == [[], [], [], [], [8], []]  # more frames than a vision call takes
 
 
 def test_against_our_modules_and_against_another_folder(tiny, compare, tmp_path):
