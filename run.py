@@ -20,6 +20,7 @@ COMMANDS = """commands:
   run.py features --input DIR|GLOB --output DIR                           features of any number of images
   run.py eval                                                             accuracy of the tiny model
   run.py compare --engine-dir DIR                                         accuracy against Transformers
+  run.py bench [vision|decoder|pipeline]                                  throughput, latency, memory
   run.py inspect DIR                                                      what an engine folder holds
   run.py plan --model NAME --gpu NAME --images-per-second N ...           how many GPUs a load needs
 
@@ -33,6 +34,7 @@ def main() -> None:
         "features": features,
         "eval": evaluate,
         "compare": compare,
+        "bench": bench,
         "inspect": inspect,
         "plan": plan,
     }
@@ -111,6 +113,12 @@ def compare(argv: list[str]) -> None:
     from accuracy.command import compare
 
     compare(argv)
+
+
+def bench(argv: list[str]) -> None:
+    from benchmarks.command import main
+
+    main(argv)
 
 
 def inspect(argv: list[str]) -> None:

@@ -3,14 +3,12 @@
     python -m benchmarks.decoder [--work-dir DIR] [--repetitions 5] [--json FILE]
 
 A figure is the time between tokens: an answer of 33 tokens less an answer of one, so prefill and start are not in it.
-The floor is what reading every weight once a token would take, at the rate of the best of 25 matrix-vector products in
-either form of the weight that torch offers here (plain, or packed by oneDNN), measured in the same run.
+The floor is what the weights and the cache of a step take to read, or its products to compute, at the best rates that
+the same run measured.
 """
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,11 +18,23 @@ from pathlib import Path
 import torch
 
 from accuracy.extra import allow_torchvision
-from benchmarks.measure import Call, Contender, Result, compete, heading, machine, report, save
-from benchmarks.random_model import CONFIG, prepare
-from qwen2vl_trt.config import Qwen2VLConfig
-from qwen2vl_trt.decoder import Decoder
-from runtime import onednn
+from benchmarks.bench import load_graph
+from benchmarks.measure import (
+    Call,
+    Contender,
+    Result,
+    compete,
+    heading,
+    machine,
+    option_parser,
+    report,
+    save,
+    work_folder,
+)
+from benchmarks.random_model import prepare
+from benchmarks.rates import Floor, measure_rates
+from benchmarks.transformers_subjects import load_model
+from benchmarks.work import count_work, decoder_call
 from runtime.detokenizer import AnswerStream
 from runtime.request import Output
 from runtime.runners import open_engines
@@ -32,16 +42,21 @@ from runtime.sampler import SamplingParams, SequenceSampling
 from runtime.scheduler import RunningSequence, Scheduler
 
 PROMPT, TOKENS = 64, 32
-TEXT = Qwen2VLConfig.from_dict(CONFIG).text
+WORDS = range(1000, 150_000)
+"""Token ids to draw prompts from: text, no special token."""
+
+
+def random_prompts(batch: int) -> torch.Tensor:
+    """The same for every contender: ``[batch, PROMPT]``."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(WORDS.start, WORDS.stop, (batch, PROMPT), generator=generator)
 
 
 def transformers_generate(checkpoint: Path, dtype: str, batch: int) -> Call:
     allow_torchvision()
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    model = load_model(checkpoint, getattr(torch, dtype), torch.device("cpu"))
     del model.model.visual
-    prompt = torch.randint(0, 150_000, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+    prompt = random_prompts(batch)
 
     @torch.no_grad()
     def answer(tokens: int) -> None:
@@ -77,7 +92,7 @@ class _Silent:
 def our_scheduler(folder: Path, batch: int) -> Call:
     """The scheduler, the decoder engine and the sampler, as the pipeline uses them."""
     engines = open_engines(folder, "cpu")
-    prompt = torch.randint(0, 150_000, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
+    prompt = random_prompts(batch).tolist()
     positions = torch.arange(PROMPT).expand(3, -1)
 
     def answer(tokens: int) -> None:
@@ -100,45 +115,17 @@ def our_scheduler(folder: Path, batch: int) -> Call:
     return partial(between_tokens, answer)
 
 
-def gemv_rate(dtype: torch.dtype) -> float:
-    """Bytes a second of the best matrix-vector product, plain or packed, over a weight larger than any cache."""
-    linear = torch.nn.Linear(TEXT.hidden_size, TEXT.vocab_size, bias=False, dtype=dtype)
-    forms: list[Callable[[torch.Tensor], torch.Tensor]] = [linear]
-    if onednn.available():
-        forms.append(onednn.PackedLinear(linear))
-    x = torch.randn(1, TEXT.hidden_size, dtype=dtype)
-    rates = []
-    with torch.no_grad():
-        for form in forms:
-            times = []
-            for _ in range(25):
-                start = time.perf_counter()
-                form(x)
-                times.append(time.perf_counter() - start)
-            rates.append(linear.weight.numel() * dtype.itemsize / min(times))
-    return max(rates)
-
-
-def weight_count() -> int:
-    """Weights read a token: all of the decoder's; the embedding is tied to the output and read as that."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Decoder(TEXT).parameters())
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work-dir", type=Path, help="keeps the random checkpoint; by default a temporary folder")
-    parser.add_argument("--repetitions", type=int, default=5, help="default %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    options = parser.parse_args()
+    options = option_parser(__doc__, repetitions=5, work_dir=True).parse_args()
     facts = machine("transformers", "onnxruntime")
     heading(facts)
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    rates = {name: gemv_rate(dtype) for name, dtype in dtypes.items()}
-    print(" · ".join(f"best GEMV {name} {rate / 1e9:.1f} GB/s" for name, rate in rates.items()))
+    rates = {name: measure_rates(torch.device("cpu"), dtype) for name, dtype in dtypes.items()}
+    print(" · ".join(f"{name} {rate.memory(max(rate.read)) / 1e9:.1f} GB/s" for name, rate in rates.items()))
     tables: dict[str, Sequence[Result]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        paths = prepare(options.work_dir or Path(temporary))
+    with work_folder(options) as folder:
+        paths = prepare(folder)
+        graphs = {name: load_graph(open_engines(paths[f"torch {name}"], "cpu"), "decoder") for name in dtypes}
         for batch in (1, 8):
             contenders = [
                 Contender(f"Transformers {name}", partial(transformers_generate, paths["checkpoint"], dtype, batch))
@@ -153,7 +140,8 @@ def main() -> None:
             report(title, tables[title], "tokens/s", partial(truediv, batch))
             for result in tables[title]:
                 precision = "bf16" if "bf16" in result.name else "fp32"
-                floor = weight_count() * dtypes[precision].itemsize / rates[precision]
+                work = count_work(graphs[precision], decoder_call([PROMPT + TOKENS // 2] * batch, 1))
+                floor = Floor.of(work, rates[precision]).seconds
                 share = f"{floor / result.seconds:.2f} of the {precision} floor ({floor * 1e3:.1f} ms a token)"
                 print(f"  {result.name:<42}{share}")
     save(options.json, facts, tables)

@@ -1,23 +1,26 @@
-"""What the benchmarks share: contenders in processes of their own, run in turn; the machine; tables."""
+"""What the benchmarks share: options, contenders that run in turn, the machine, tables."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+
+from .workers import Worker, peak_bytes
 
 Call = Callable[[], object]
 """What is timed. If it returns a number, that is its seconds instead of its duration."""
@@ -51,48 +54,31 @@ def compete(contenders: Sequence[Contender], repetitions: int) -> list[Result]:
 
     Each lives in its own process, so one's memory and thread pools are not another's. One warm-up call is not counted.
     """
-    context = multiprocessing.get_context("spawn")
-    workers = []
-    for contender in contenders:
-        here, there = context.Pipe()
-        process = context.Process(target=_work, args=(contender.setup, there, torch.get_num_threads()), daemon=True)
-        process.start()
-        there.close()
-        here.recv()  # set up before the next starts: they would slow each other
-        workers.append((contender.name, here, process))
-    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for repetition in range(repetitions + 1):
-        for name, pipe, _ in workers:
-            pipe.send("run")
-            seconds = pipe.recv()
-            if repetition:
-                times[name].append(seconds)
-    results = []
-    for name, pipe, process in workers:
-        pipe.send("stop")
-        results.append(Result(name, statistics.median(times[name]), pipe.recv()))
-        process.join()
-    return results
+    with ExitStack() as stack:
+        # One is set up before the next starts: they would slow each other.
+        workers = [
+            stack.enter_context(Worker(contender.name, partial(_Timed, contender.setup))) for contender in contenders
+        ]
+        rounds = [[worker.call("seconds") for worker in workers] for _ in range(repetitions + 1)][1:]
+        return [
+            Result(worker.name, statistics.median(times), worker.call("peak_mb"))
+            for worker, times in zip(workers, zip(*rounds, strict=True), strict=True)
+        ]
 
 
-def _work(setup: Callable[[], Call], pipe: Any, threads: int) -> None:
-    torch.set_num_threads(threads)
-    call = setup()
-    pipe.send("ready")
-    while pipe.recv() == "run":
+class _Timed:
+    def __init__(self, setup: Callable[[], Call]) -> None:
+        self._call = setup()
+
+    def seconds(self) -> float:
+        """Of one call."""
         start = time.perf_counter()
-        own = call()
-        pipe.send(own if isinstance(own, float) else time.perf_counter() - start)
-    pipe.send(_peak_mb())
+        own = self._call()
+        return own if isinstance(own, float) else time.perf_counter() - start
 
-
-def _peak_mb() -> float:
-    """Peak of this process. Not ``ru_maxrss`` where the system tells better: a child inherits its parent's."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    def peak_mb(self) -> float:
+        """Of this process so far."""
+        return peak_bytes() / 2**20
 
 
 def machine(*packages: str) -> dict[str, Any]:
@@ -136,3 +122,35 @@ def heading(facts: dict[str, Any]) -> None:
     """Print the machine and the command."""
     print(" · ".join(f"{name} {value}" for name, value in facts.items()))
     print("$ python -m benchmarks." + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]))
+
+
+def option_parser(doc: str, repetitions: int | None = None, work_dir: bool = False) -> argparse.ArgumentParser:
+    """The options that the benchmarks have in common.
+
+    Args:
+        doc: of the benchmark's module; its first line describes the command.
+        repetitions: by default; without, there is no such option.
+        work_dir: whether there is a folder that may be kept, see :func:`work_folder`.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    if work_dir:
+        parser.add_argument("--work-dir", type=Path, help="keeps what is written; by default a temporary folder")
+    if repetitions is not None:
+        parser.add_argument("--repetitions", type=int, default=repetitions, help="default %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    return parser
+
+
+@contextmanager
+def work_folder(options: argparse.Namespace) -> Iterator[Path]:
+    """``--work-dir``, or a folder that is removed at the end."""
+    with TemporaryDirectory() as temporary:
+        yield options.work_dir or Path(temporary)
+
+
+def print_figures(rows: Mapping[str, str], options: argparse.Namespace, figures: Mapping[str, float]) -> None:
+    """Print a column of figures by name, and write ``figures`` as JSON where asked for."""
+    for name, value in rows.items():
+        print(f"{name:<28}{value:>13}")
+    if options.json:
+        options.json.write_text(json.dumps(vars(options) | dict(figures), default=str, indent=2))

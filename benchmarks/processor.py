@@ -7,12 +7,10 @@ Each contender gets the images in the form in which it is fastest (torch CHW, nu
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,8 @@ import torch
 from PIL import Image
 
 from accuracy.extra import allow_torchvision
-from benchmarks.measure import Call, Contender, Result, compete, heading, machine, report, save
+from benchmarks.measure import Call, Contender, Result, compete, heading, machine, option_parser, report, save
+from benchmarks.ours import picture
 from qwen2vl_trt.config import VisionConfig
 from runtime.preprocessor import Preprocessor
 
@@ -36,16 +35,6 @@ FORMS: dict[str, Callable[[np.ndarray], Any]] = {
     "torch": lambda array: torch.from_numpy(array).permute(2, 0, 1).contiguous(),
     "PIL": Image.fromarray,
 }
-
-
-def pictures(sizes: list[tuple[int, int]]) -> list[np.ndarray]:
-    """Smooth noise, the same for every contender."""
-    generator = np.random.default_rng(0)
-    images = []
-    for height, width in sizes:
-        coarse = Image.fromarray(generator.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8))
-        images.append(np.array(coarse.resize((width, height), Image.Resampling.BICUBIC)))
-    return images
 
 
 def ours() -> Callable[[list[Any]], Any]:
@@ -72,7 +61,7 @@ def transformers(backend: str) -> Callable[[list[Any]], Any]:
 
 
 def in_its_fastest_form(make: Callable[[], Callable[[list[Any]], Any]], sizes: list[tuple[int, int]]) -> Call:
-    process, arrays = make(), pictures(sizes)
+    process, arrays = make(), [np.array(picture(size, seed)) for seed, size in enumerate(sizes)]
     seconds = {}
     for form, convert in FORMS.items():
         images = [convert(array) for array in arrays[:4]]
@@ -85,10 +74,7 @@ def in_its_fastest_form(make: Callable[[], Callable[[list[Any]], Any]], sizes: l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repetitions", type=int, default=15, help="default %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    options = parser.parse_args()
+    options = option_parser(__doc__, repetitions=15).parse_args()
     facts = machine("torchvision", "transformers", "pillow", "numpy")
     heading(facts)
     tables: dict[str, Sequence[Result]] = {}

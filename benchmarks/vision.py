@@ -7,8 +7,6 @@ The work directory (2 GB) keeps the random checkpoint between runs. Pixels are p
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,9 +14,20 @@ from pathlib import Path
 import torch
 
 from accuracy.extra import allow_torchvision
-from benchmarks.measure import Call, Contender, Result, compete, heading, machine, report, save
-from benchmarks.random_model import CONFIG, prepare
-from qwen2vl_trt.config import Qwen2VLConfig
+from benchmarks.measure import (
+    Call,
+    Contender,
+    Result,
+    compete,
+    heading,
+    machine,
+    option_parser,
+    report,
+    save,
+    work_folder,
+)
+from benchmarks.random_model import prepare
+from benchmarks.transformers_subjects import load_model
 from qwen2vl_trt.windows import Grid, window_layout
 from runtime.runners import open_engines
 
@@ -31,10 +40,8 @@ CASES: dict[str, list[Grid]] = {
 def transformers_tower(checkpoint: Path, dtype: str, grids: list[Grid], batched: bool) -> Call:
     """The tower alone, in patches as its own processor orders them; random pixels serve, the work is the same."""
     allow_torchvision()
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
-    tower = model.model.visual.eval()
+    model = load_model(checkpoint, getattr(torch, dtype), torch.device("cpu"))
+    tower = model.model.visual
     del model.model.language_model, model.lm_head
     batches = [grids] if batched else [[grid] for grid in grids]
     inputs = [
@@ -53,7 +60,7 @@ def transformers_tower(checkpoint: Path, dtype: str, grids: list[Grid], batched:
 def our_tower(folder: Path, grids: list[Grid], batched: bool) -> Call:
     """The vision engine alone."""
     engines = open_engines(folder, "cpu")
-    vision = Qwen2VLConfig.from_dict(CONFIG).vision
+    vision = engines.checkpoint.config.vision
     layouts = [window_layout(tuple(batch), vision) for batch in ([grids] if batched else [[grid] for grid in grids])]
     inputs = [
         (torch.randn(*layout.sequence_position.shape, vision.qwen2_vl_dim).to(engines.dtype), layout)
@@ -68,16 +75,12 @@ def our_tower(folder: Path, grids: list[Grid], batched: bool) -> Call:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work-dir", type=Path, help="keeps the random checkpoint; by default a temporary folder")
-    parser.add_argument("--repetitions", type=int, default=3, help="default %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    options = parser.parse_args()
+    options = option_parser(__doc__, repetitions=3, work_dir=True).parse_args()
     facts = machine("transformers", "onnxruntime")
     heading(facts)
     tables: dict[str, Sequence[Result]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        paths = prepare(options.work_dir or Path(temporary))
+    with work_folder(options) as folder:
+        paths = prepare(folder)
         for title, grids in CASES.items():
             contenders = [
                 Contender(

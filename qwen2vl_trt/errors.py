@@ -41,6 +41,10 @@ class CompareError(Qwen2VLError):
     """Two models cannot be compared, or a comparison cannot be written."""
 
 
+class BenchmarkError(Qwen2VLError):
+    """A benchmark cannot be run as asked."""
+
+
 class MissingDependencyError(Qwen2VLError):
     """An optional package is not installed; the message names the extra that brings it."""
 

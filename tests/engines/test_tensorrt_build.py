@@ -20,7 +20,7 @@ import onnx
 import pytest
 
 import engines.tensorrt_build as tensorrt_build
-from benchmarks.export import config_of_7b, write_sparse_checkpoint
+from benchmarks.random_model import config_of, write_sparse_checkpoint
 from engines.backends import find_backend
 from engines.build import build_engines
 from engines.manifest import Manifest
@@ -127,7 +127,7 @@ WIDTHS = {"3B": (OF_3B, 3420, True), "7B": (OF_7B, 3420, False), "72B": (OF_72B,
 def test_a_block_of_each_size(trt, tmp_path, size):
     """One decoder layer, a windowed and a full vision block, a small vocabulary; weights are holes in a sparse file."""
     text, intermediate, tied = WIDTHS[size]
-    config = config_of_7b(layers=1, blocks=2) | text | {"vocab_size": 512, "tie_word_embeddings": tied}
+    config = config_of("Qwen2.5-VL-7B", layers=1, blocks=2) | text | {"vocab_size": 512, "tie_word_embeddings": tied}
     config["vision_config"] |= {
         "intermediate_size": intermediate,
         "out_hidden_size": text["hidden_size"],

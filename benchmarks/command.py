@@ -1,0 +1,143 @@
+"""``run.py bench``: trtexec's options, in the spelling of this project's commands and in trtexec's own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+from engines.arguments import add_build_arguments, built_folder, plan_build
+from engines.build import build_engines
+from engines.command import Parser
+from qwen2vl_trt.errors import BenchmarkError
+
+from . import summary
+from .bench import PRECISIONS, Options, Until, run
+from .ours import EngineOptions, check_options
+from .random_model import SHAPES, random_checkpoint
+from .shapes import STAGES, Shape
+
+_EPILOG = """shapes, several of them separated by spaces:
+  --shapes 448x448x8 448x448x4,1080x1920             vision calls: images as HEIGHTxWIDTH[xCOUNT]
+  --shapes batch:8,prompt:256,generate:64            decoder: answers together, tokens of each prompt and answer
+  --shapes 448x448,batch:4,generate:32               pipeline: requests at a time, each with these images
+
+Latency is of the host's clock on a CPU; on a GPU it is H2D + GPU compute + D2H, from CUDA events."""
+
+
+def main(argv: list[str]) -> None:
+    """Measure engines and print what was found."""
+    arguments = _parse(argv)
+    for path in (arguments.export_times, arguments.export_profile, arguments.plot):
+        if path is not None:
+            summary.check_target(path)
+    if arguments.plot is not None:
+        from .plot import require_matplotlib
+
+        require_matplotlib()
+    stages = (arguments.stage,) if arguments.stage else STAGES
+    shapes = tuple(Shape.parse(text) for text in arguments.shapes)
+    engines = EngineOptions(_folder(arguments), arguments.device, arguments.streams, arguments.use_cuda_graph)
+    check_options(engines, stages)
+    until = Until(arguments.warm_up / 1e3, arguments.duration, arguments.iterations)
+    report = run(
+        Options(
+            engines, stages, shapes, until, _rival(arguments.against, engines), arguments.export_profile is not None
+        )
+    )
+    command = ["run.py", "bench", *argv]
+    if arguments.json:
+        print(json.dumps(summary.as_dict(report, command), indent=1))
+    else:
+        print("\n".join(summary.text(report)))
+    if arguments.export_times is not None:
+        summary.write_json(arguments.export_times, summary.times(report))
+    if arguments.export_profile is not None:
+        summary.write_json(arguments.export_profile, summary.operators(report))
+    if arguments.plot is not None:
+        from .plot import save_plot
+
+        save_plot(report, arguments.plot)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="run.py bench",
+        description="Measure engines: throughput, latency, memory, share of each stage, fraction of the floor.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stage", nargs="?", choices=STAGES, help="default all three")
+    add_build_arguments(parser)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where the backend can use one")
+    group = parser.add_argument_group("measuring")
+    seconds, count = partial(_number, float), partial(_number, int)
+    group.add_argument("--shapes", nargs="+", default=[], metavar="SHAPE", help="what to run; see below")
+    group.add_argument(
+        "--warm-up", "--warmUp", type=seconds, default=200.0, metavar="MS", help="default %(default)g ms"
+    )
+    group.add_argument("--duration", type=seconds, default=3.0, metavar="S", help="at least; default %(default)g s")
+    group.add_argument("--iterations", type=count, default=10, metavar="N", help="at least; default %(default)s")
+    group.add_argument(
+        "--streams", "--infStreams", type=count, default=1, metavar="N", help="vision calls at a time; default 1"
+    )
+    group.add_argument("--use-cuda-graph", "--useCudaGraph", action="store_true", help="replay the vision call (GPU)")
+    group.add_argument(
+        "--against",
+        metavar="transformers[:PRECISION]",
+        help="the same work in Transformers, turn about; by default in the engines' precision",
+    )
+    group.add_argument(
+        "--random-weights", action="store_true", help=f"of {' or '.join(SHAPES)} (--model), for want of a hub"
+    )
+    group.add_argument("--layers", type=count, metavar="N", help="of the decoder, with --random-weights")
+    group.add_argument("--blocks", type=count, metavar="N", help="of the vision tower, with --random-weights")
+    group = parser.add_argument_group("results")
+    group.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    group.add_argument("--export-times", "--exportTimes", type=Path, metavar="FILE.json", help="every sample")
+    group.add_argument("--export-profile", "--exportProfile", type=Path, metavar="FILE.json", help="time by operator")
+    group.add_argument("--plot", type=Path, metavar="FILE.png", help="latency percentiles")
+    return parser.parse_args(argv)
+
+
+def _number(kind: type, text: str) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < float("inf") or (kind is int and value == 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number above 0")
+    return value
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    """The engines in --engine-dir as they are, unless a model is named too; else the model's, built where missing."""
+    if arguments.random_weights:
+        if not arguments.model:
+            raise BenchmarkError(f"--random-weights needs a --model to take the shape of: {', '.join(SHAPES)}")
+        root = Path("artifacts") / "checkpoints"
+        arguments.model = str(random_checkpoint(arguments.model, arguments.layers, arguments.blocks, root))
+    elif arguments.layers or arguments.blocks:
+        raise BenchmarkError("--layers and --blocks cut a model of --random-weights; a trained one stays whole")
+    folder = built_folder(arguments)
+    if folder is None:
+        plan = plan_build(arguments)
+        build_engines(plan.model, plan.backend, plan.precision, plan.profile, plan.folder)
+        folder = plan.folder
+    return folder
+
+
+def _rival(text: str | None, options: EngineOptions) -> str | None:
+    """Precision in which Transformers runs; FP8 engines are compared with BF16, which is the nearest it has."""
+    if text is None:
+        return None
+    name, _, precision = text.partition(":")
+    if name != "transformers" or (precision and precision not in PRECISIONS):
+        raise BenchmarkError(
+            f"--against {text}: known is transformers, and with a precision transformers:{{{','.join(PRECISIONS)}}}"
+        )
+    from engines.manifest import Manifest
+
+    built = Manifest.read(options.folder).precision
+    return precision or (built if built in PRECISIONS else "bf16")

@@ -1,0 +1,124 @@
+"""Time by operator (``--export-profile``), from the backend's own profiler; in a run of its own, since it slows."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from qwen2vl_trt.errors import BenchmarkError
+
+from .shapes import Case
+from .subject import Subject
+from .workers import Worker
+
+ITERATIONS = 3
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One layer of a graph, or one of torch's operators.
+
+    Attributes:
+        name: the layer's; torch's operators go by theirs.
+        kind: ONNX operator type, or ``torch``.
+        calls: in all iterations.
+        milliseconds: of its own in all iterations, without what it calls; the device's on a GPU.
+        percentage: of all operators' time.
+    """
+
+    name: str
+    kind: str
+    calls: int
+    milliseconds: float
+    percentage: float
+
+
+def profile_operators(make: Callable[[], Subject], cases: Sequence[Case]) -> list[list[Operator]]:
+    """Operators of each case, the slowest first.
+
+    Args:
+        make: the subject; it is made once a case, in a process of its own.
+        cases: of one stage.
+
+    Raises:
+        BenchmarkError: a backend without a profiler here.
+    """
+    found = []
+    for case in cases:
+        with Worker("the profiler", _Profiled) as worker:
+            found.append(worker.call("operators", make, case))
+    return found
+
+
+class _Profiled:
+    def operators(self, make: Callable[[], Subject], case: Case) -> list[Operator]:
+        subject = make()
+        backend = subject.name.split()[0]
+        if backend == "torch":
+            rows = _torch_rows(subject, case)
+        elif backend == "onnxruntime":
+            rows = _onnxruntime_rows(subject, case)
+        else:
+            raise BenchmarkError(f"--export-profile reads no profiler of {backend}; use trtexec --exportProfile")
+        total = sum(milliseconds for *_, milliseconds in rows) or 1.0
+        operators = [Operator(*row, 100 * row[-1] / total) for row in rows if row[-1]]
+        return sorted(operators, key=lambda operator: -operator.milliseconds)
+
+
+_Rows = list[tuple[str, str, int, float]]
+
+
+def _torch_rows(subject: Subject, case: Case) -> _Rows:
+    cuda = subject.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    subject.prepare(case)
+    with torch.profiler.profile(activities=activities) as profiler:
+        subject.run(ITERATIONS)
+    return [
+        (row.key, "torch", row.count, (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e3)
+        for row in profiler.key_averages()
+    ]
+
+
+def _onnxruntime_rows(subject: Subject, case: Case) -> _Rows:
+    with tempfile.TemporaryDirectory() as folder, _profiled_sessions(folder) as sessions:
+        subject.prepare(case)
+        subject.run(ITERATIONS)
+        events = [json.loads(Path(session.end_profiling()).read_text()) for session in sessions]
+    totals: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for of_session in events:
+        runs = sorted(event["ts"] for event in of_session if event["name"] == "model_run")
+        counted = runs[len(runs) // (ITERATIONS + 1)]  # what came before is the run that prepared
+        for event in of_session:
+            if event["cat"] == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= counted:
+                name = event["name"].removesuffix("_kernel_time")
+                totals[name, event["args"]["op_name"]].append(event["dur"] / 1e3)
+    return [(name, kind, len(times), sum(times)) for (name, kind), times in totals.items()]
+
+
+@contextmanager
+def _profiled_sessions(folder: str) -> Iterator[list]:
+    """ONNX Runtime decides when a session is made whether it is profiled."""
+    import onnxruntime
+
+    sessions: list = []
+
+    class Profiled(onnxruntime.InferenceSession):
+        def __init__(self, path: Path, options: onnxruntime.SessionOptions, **more: object) -> None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / str(len(sessions)))
+            super().__init__(path, options, **more)
+            sessions.append(self)
+
+    with mock.patch.object(onnxruntime, "InferenceSession", Profiled):
+        yield sessions

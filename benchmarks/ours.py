@@ -1,0 +1,342 @@
+"""Our engines as subjects, through the runners' protocol: whatever backend has a runner can be measured."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qwen2vl_trt.errors import BenchmarkError
+from qwen2vl_trt.windows import WindowLayout, window_layout
+from runtime import scheduler
+from runtime.media import MediaEmbedder
+from runtime.pipeline import DEFAULT_MAX_NUM_TOKENS, Pipeline
+from runtime.preprocessor import Preprocessor
+from runtime.request import Output, Request
+from runtime.runners import Engines, Step, VisionRunner, open_engines
+from runtime.sampler import SamplingParams
+
+from .rates import synchronize
+from .shapes import Case
+from .subject import Sample, Subject, Turn, timed
+
+PROMPT = "What is in the image?"
+_REENTRANT = ("torch", "onnxruntime")  # backends whose vision runner keeps no state between calls
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to run an engine folder.
+
+    Attributes:
+        folder: of the engines.
+        device: as ``--device`` takes it.
+        streams: vision calls at a time.
+        cuda_graph: capture the vision call once and replay it.
+    """
+
+    folder: Path
+    device: str | None = None
+    streams: int = 1
+    cuda_graph: bool = False
+
+
+class _OurSubject(Subject):
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
+        self._engines = open_engines(options.folder, options.device)
+        manifest = self._engines.manifest
+        self.name = f"{manifest.backend} {manifest.precision}"
+        super().__init__(self._engines.device)
+
+
+class VisionSubject(_OurSubject):
+    """The vision engine alone: pixels that are ready to embeddings on the host."""
+
+    def load(self, case: Case) -> None:
+        layout = window_layout(case.grids, self._engines.checkpoint.config.vision)
+        width = self._engines.checkpoint.config.vision.qwen2_vl_dim
+        pixels = torch.randn(*layout.sequence_position.shape, width).to(self._engines.dtype)
+        cuda = self.device.type == "cuda"
+        self._calls = [
+            _VisionCall(runner, pixels.pin_memory() if cuda else pixels, layout, self.device, self._options.cuda_graph)
+            for runner in self._runners
+        ]
+
+    @cached_property
+    def _runners(self) -> list[VisionRunner]:
+        """One a stream. A TensorRT runner owns an execution context, which one stream at a time may use."""
+        others = range(self._options.streams - 1)
+        if self._engines.manifest.backend in _REENTRANT:
+            return [self._engines.vision] * self._options.streams
+        return [self._engines.vision, *(self._engines.backend.load_vision(self._engines) for _ in others)]
+
+    def iterate(self, count: int) -> list[Sample]:
+        if len(self._calls) == 1:
+            return [self._calls[0]() for _ in range(count)]
+        with ThreadPoolExecutor(len(self._calls)) as pool:
+            done = [pool.submit(call.in_own_stream, count) for call in self._calls]
+            return [sample for future in done for sample in future.result()]
+
+
+class _VisionCall:
+    """One stream's call of the vision engine."""
+
+    def __init__(
+        self, runner: VisionRunner, pixels: Tensor, layout: WindowLayout, device: torch.device, cuda_graph: bool
+    ) -> None:
+        self._pixels, self._device = pixels, device
+        self._on_device = torch.empty_like(pixels, device=device) if device.type == "cuda" else pixels
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._compute: Callable[[Tensor], Tensor] = lambda pixels: runner(pixels, layout)
+        if cuda_graph:
+            self._compute = _captured(runner, self._on_device, layout, device)
+
+    def __call__(self) -> Sample:
+        return timed(self._device, self._upload, self._compute, lambda embeds: embeds.to("cpu"))[1]
+
+    def in_own_stream(self, count: int) -> list[Sample]:
+        if self._stream is None:
+            return [self() for _ in range(count)]
+        with torch.cuda.stream(self._stream):
+            return [self() for _ in range(count)]
+
+    def _upload(self) -> Tensor:
+        return self._on_device.copy_(self._pixels, non_blocking=True) if self._stream else self._pixels
+
+
+def _captured(
+    runner: VisionRunner, pixels: Tensor, layout: WindowLayout, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """The call as a CUDA graph, which reads ``pixels`` where it lies."""
+    indices: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(layout).items() if isinstance(value, Tensor)
+    }
+    layout = replace(layout, **indices)  # a copy from the host cannot be captured
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries choose their kernels before the capture
+            runner(pixels, layout)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        embeds = runner(pixels, layout)
+
+    def replay(_: Tensor) -> Tensor:
+        graph.replay()
+        return embeds
+
+    return replay
+
+
+class DecoderSubject(_OurSubject):
+    """The decoder engine alone, greedy: prompts one after the other, each in its own slot, then all rows together."""
+
+    def load(self, case: Case) -> None:
+        vocabulary = self._engines.checkpoint.config.text.vocab_size
+        generator = torch.Generator().manual_seed(0)
+        self._prompts = torch.randint(0, vocabulary, (case.batch, case.prompt), generator=generator).tolist()
+        self._case = case
+        self._decoder = self._engines.decoder
+
+    def iterate(self, count: int) -> list[Sample]:
+        return [self._answer() for _ in range(count)]
+
+    def _answer(self) -> Sample:
+        self._decoder.reset()
+        sample: Sample = {"prefill": [], "time_to_first_token": [], "time_between_tokens": []}
+        tokens = []
+        began = last = time.perf_counter()
+        for slot, prompt in enumerate(self._prompts):
+            tokens.append(self._prefill(slot, prompt))
+            now = time.perf_counter()
+            sample["prefill"].append(now - last)
+            sample["time_to_first_token"].append(now - began)
+            last = now
+        for written in range(self._case.prompt, self._case.prompt + self._case.generate - 1):
+            tokens, step = self._decode(tokens, written)
+            now = time.perf_counter()
+            sample["time_between_tokens"].append(now - last)
+            last = now
+            for name, seconds in step.items():
+                if name != "latency":
+                    sample.setdefault(name, []).extend(seconds)
+        sample["latency"] = [last - began]
+        return sample
+
+    def _prefill(self, slot: int, prompt: list[int]) -> int:
+        embeds = self._decoder.embed(prompt)[None]
+        positions = torch.arange(len(prompt)).expand(3, 1, -1)
+        for first in range(0, len(prompt), DEFAULT_MAX_NUM_TOKENS):  # in chunks, as the scheduler does
+            chunk = slice(first, first + DEFAULT_MAX_NUM_TOKENS)
+            step = self._decoder.step(slot, embeds[:, chunk], positions[:, :, chunk], [first])
+        return int(step.logits.argmax())
+
+    def _decode(self, tokens: list[int], written: int) -> tuple[list[int], Sample]:
+        batch = len(tokens)
+        positions = torch.full((3, batch, 1), written)
+
+        def compute(embeds: Tensor) -> Step:
+            return self._decoder.step(0, embeds, positions, [written] * batch)
+
+        return timed(
+            self.device,
+            lambda: self._decoder.embed(tokens)[:, None],
+            compute,
+            lambda step: step.logits.argmax(dim=-1).tolist(),
+        )
+
+
+STAGES_OF_A_REQUEST = ("preprocess", "vision", "prefill", "decode", "sampling", "host")
+"""Where a request's time goes; ``host`` is all the rest: chat template, tokens to text, scheduling, embeddings."""
+
+
+class PipelineSubject(_OurSubject):
+    """The whole pipeline: encoded images and a question to an answer, ``batch`` requests at a time, greedy."""
+
+    def load(self, case: Case) -> None:
+        self._clock = _StageClock(self.device)
+        self._pipeline = Pipeline(self._clock.watch(self._engines))
+        self._request = Request(PROMPT, [jpeg(size, seed) for seed, size in enumerate(case.sizes)])
+        self._params = SamplingParams(max_tokens=case.generate, ignore_eos=True)
+        self._batch = case.batch
+
+    def run(self, count: int) -> Turn:
+        self._clock.seconds.clear()
+        turn = super().run(count)
+        stages = {stage: self._clock.seconds[stage] for stage in STAGES_OF_A_REQUEST}
+        stages["host"] = turn.seconds - sum(stages.values())
+        return replace(turn, stages=stages)
+
+    def iterate(self, count: int) -> list[Sample]:
+        """``count`` times ``batch`` requests; as one ends, the next begins."""
+        waiting = count * self._batch
+        running: list[Output] = []
+        done: list[Output] = []
+        with self._clock.probes():
+            while waiting or running:
+                while waiting and len(running) < self._batch:
+                    running.append(self._pipeline.submit(self._request, self._params))
+                    waiting -= 1
+                self._pipeline.step()
+                done += [output for output in running if output.finished]
+                running = [output for output in running if not output.finished]
+        return [_request_sample(output) for output in done]
+
+
+def _request_sample(output: Output) -> Sample:
+    _ = output.text  # raises what went wrong
+    return {"latency": [output.timings.total], "time_to_first_token": [output.timings.time_to_first_token]}
+
+
+class _StageClock:
+    """Adds up the seconds of each stage, waiting for the device at the end of each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._device = device
+
+    def watch(self, engines: Engines) -> Engines:
+        """The engines, with their time taken."""
+        clock = self
+
+        class Watched(Engines):
+            @cached_property
+            def vision(self) -> VisionRunner:
+                return clock.timed(lambda *_: "vision", engines.vision)
+
+            @cached_property
+            def decoder(self) -> Any:
+                decoder = engines.decoder
+                step = clock.timed(_prefill_or_decode, decoder.step)
+                return SimpleNamespace(slots=decoder.slots, embed=decoder.embed, step=step, reset=decoder.reset)
+
+        return Watched(**{name: getattr(engines, name) for name in Engines.__dataclass_fields__})
+
+    @contextmanager
+    def probes(self) -> Iterator[None]:
+        """Take the time of what is no runner, too."""
+        targets = (
+            ("preprocess", MediaEmbedder, "load_image"),
+            ("preprocess", Preprocessor, "preprocess"),
+            ("sampling", scheduler, "sample"),
+        )
+        with ExitStack() as stack:
+            for stage, owner, name in targets:
+                timed_call = self.timed(lambda *_, stage=stage: stage, getattr(owner, name))
+                stack.enter_context(mock.patch.object(owner, name, timed_call))
+            yield
+
+    def timed(self, stage: Callable[..., str], call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``, its seconds added to the stage that its arguments say."""
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            result = call(*arguments, **options)
+            synchronize(self._device)
+            self.seconds[stage(*arguments)] += time.perf_counter() - began
+            return result
+
+        return run
+
+
+def _prefill_or_decode(first_slot: int, inputs_embeds: Tensor, *_: Any) -> str:
+    """A prompt's last chunk may be one token as well; it is then taken for decoding."""
+    return "decode" if inputs_embeds.shape[1] == 1 else "prefill"
+
+
+def jpeg(size: tuple[int, int], seed: int) -> bytes:
+    """A picture of smooth noise as a JPEG file, the same for every contender."""
+    buffer = BytesIO()
+    picture(size, seed).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """A picture of smooth noise, (height, width) in pixels."""
+    height, width = size
+    noise = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def check_options(options: EngineOptions, stages: tuple[str, ...]) -> None:
+    """Refuse what these engines cannot do, with the reason.
+
+    Raises:
+        EngineError: the engines cannot run here.
+        BenchmarkError: streams or a CUDA graph where there are none.
+    """
+    engines = open_engines(options.folder, options.device)
+    backend = engines.manifest.backend
+    if options.streams > 1 and stages != ("vision",):
+        raise BenchmarkError(
+            f"--streams {options.streams}: only the vision engine runs several calls at once (bench vision); the"
+            " decoder has one cache, whose slots are its concurrency (--shapes batch:N)"
+        )
+    if not options.cuda_graph:
+        return
+    if engines.device.type != "cuda":
+        raise BenchmarkError(f"--use-cuda-graph needs a GPU; these engines run on {engines.device}")
+    if stages != ("vision",):
+        raise BenchmarkError(
+            "--use-cuda-graph is for the vision engine (bench vision); where a decoder runner can, it captures its own"
+        )
+    if backend != "torch" or options.streams > 1:
+        raise BenchmarkError(
+            f"--use-cuda-graph is for the torch backend in one stream; {backend} with {options.streams} streams has no"
+            " capture here"
+        )

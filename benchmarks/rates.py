@@ -1,0 +1,118 @@
+"""How fast the device is: what a floor divides by. Measured, in the same run as what it is compared with."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from runtime import onednn
+
+from .work import Work
+
+_REPETITIONS = 5
+_PRODUCTS = ((2048, 2048, 2048), (1024, 1280, 3840), (512, 2048, 8192))  # rows, summed over, columns
+_CUDA_PRODUCTS = ((8192, 8192, 8192), (16384, 4096, 4096))
+_COLUMNS = 1024  # of the matrices read
+_SIZES = tuple(1 << bits for bits in range(20, 29, 2))  # bytes, from what fits a cache to what fits none
+_CUDA_SIZES = tuple(1 << bits for bits in range(22, 32, 3))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Best of several, of one device and type.
+
+    Attributes:
+        copy: bytes a second of a copy larger than any cache, read and written bytes both counted.
+        read: bytes a second of a matrix-vector product by the matrix's bytes: a small one is faster, it stays in a
+            cache.
+        gemm: operations a second of a matrix product, two a multiply-add.
+    """
+
+    copy: float
+    read: dict[int, float]
+    gemm: float
+
+    def memory(self, size: int) -> float:
+        """Bytes a second of what reads ``size`` bytes, the best known: a floor divides by what the device can do.
+
+        A larger matrix than that counts as well: what a call costs besides the reading weighs less there.
+        """
+        below = max((measured for measured in self.read if measured <= size), default=min(self.read))
+        return max(self.copy, *(rate for measured, rate in self.read.items() if measured >= below))
+
+    def best(self, other: Rates) -> Rates:
+        """The better of each."""
+        read = {size: max(rate, other.read[size]) for size, rate in self.read.items()}
+        return Rates(max(self.copy, other.copy), read, max(self.gemm, other.gemm))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds that some work takes at least, and which of the two it is waiting for: ``memory`` or ``arithmetic``."""
+
+    work: Work
+    seconds: float
+    bound: str
+
+    @classmethod
+    def of(cls, work: Work, rates: Rates) -> Floor:
+        """At the measured rates."""
+        memory, arithmetic = work.bytes / rates.memory(work.bytes), work.flops / rates.gemm
+        return cls(work, max(memory, arithmetic), "memory" if memory > arithmetic else "arithmetic")
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure a device in the type of an engine's activations; a second or two."""
+    cuda = device.type == "cuda"
+    sizes = _CUDA_SIZES if cuda else _SIZES
+    copy = _copy_rate(sizes[-1], device)
+    read = {}
+    for size in sizes:
+        matrix = nn.Linear(_COLUMNS, size // _COLUMNS // dtype.itemsize, bias=False, device=device, dtype=dtype)
+        read[size] = size / _best_form(matrix, torch.randn(1, _COLUMNS, device=device, dtype=dtype), device)
+        del matrix
+    gemm = 0.0
+    for m, k, n in _CUDA_PRODUCTS if cuda else _PRODUCTS:
+        layer = nn.Linear(k, n, bias=False, device=device, dtype=dtype)
+        seconds = _best_form(layer, torch.randn(m, k, device=device, dtype=dtype), device)
+        gemm = max(gemm, 2 * m * k * n / seconds)
+    return Rates(copy, read, gemm)
+
+
+def _copy_rate(size: int, device: torch.device) -> float:
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _best(lambda: target.copy_(source), device)
+
+
+@torch.no_grad()
+def _best_form(layer: nn.Linear, x: torch.Tensor, device: torch.device) -> float:
+    """Seconds of a product, plain or, on a CPU, with the weight packed by oneDNN as the torch backend keeps it."""
+    best = _best(lambda: layer(x), device)
+    if device.type == "cpu" and onednn.available():
+        packed = onednn.PackedLinear(layer)
+        best = min(best, _best(lambda: packed(x), device))
+    return best
+
+
+def _best(call: Callable[[], object], device: torch.device) -> float:
+    call()
+    best = math.inf
+    for _ in range(_REPETITIONS):
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU's work; a CPU's is done when its call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
