@@ -8,12 +8,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
-
-from qwen2vl_trt.errors import BenchmarkError
 
 from .shapes import Case
 from .subject import Subject
@@ -28,7 +29,7 @@ class Operator:
 
     Attributes:
         name: the layer's; torch's operators go by theirs.
-        kind: ONNX operator type, or ``torch``.
+        kind: ONNX operator type, ``torch``, or ``TensorRT``, whose layers may be several fused ones.
         calls: in all iterations.
         milliseconds: of its own in all iterations, without what it calls; the device's on a GPU.
         percentage: of all operators' time.
@@ -48,8 +49,6 @@ def profile_operators(make: Callable[[], Subject], cases: Sequence[Case]) -> lis
         make: the subject; it is made once a case, in a process of its own.
         cases: of one stage.
 
-    Raises:
-        BenchmarkError: a backend without a profiler here.
     """
     found = []
     for case in cases:
@@ -67,7 +66,7 @@ class _Profiled:
         elif backend == "onnxruntime":
             rows = _onnxruntime_rows(subject, case)
         else:
-            raise BenchmarkError(f"--export-profile reads no profiler of {backend}; use trtexec --exportProfile")
+            rows = _tensorrt_rows(subject, case)
         total = sum(milliseconds for *_, milliseconds in rows) or 1.0
         operators = [Operator(*row, 100 * row[-1] / total) for row in rows if row[-1]]
         return sorted(operators, key=lambda operator: -operator.milliseconds)
@@ -122,3 +121,34 @@ def _profiled_sessions(folder: str) -> Iterator[list]:
 
     with mock.patch.object(onnxruntime, "InferenceSession", Profiled):
         yield sessions
+
+
+def _tensorrt_rows(subject: Subject, case: Case) -> _Rows:
+    times: dict[str, list[float]] = defaultdict(list)
+    with _profiled_contexts(times):
+        subject.prepare(case)
+        times.clear()
+        subject.run(ITERATIONS)
+    return [(name, "TensorRT", len(found), sum(found)) for name, found in times.items()]
+
+
+@contextmanager
+def _profiled_contexts(times: dict[str, list[float]]) -> Iterator[None]:
+    """TensorRT tells a context's ``IProfiler`` what each layer took, but not of work that a CUDA graph replays."""
+    contexts, runner = import_module("runtime.tensorrt_context"), import_module("runtime.tensorrt_runner")
+    create, profilers = contexts._create, []
+
+    def profiled(engine: Any, specialise: bool) -> Any:
+        class Profiler(engine.trt.IProfiler):
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                times[layer_name].append(ms)
+
+        context = create(engine, specialise)
+        if context is not None:
+            profilers.append(Profiler())  # the context does not keep it alive
+            context.profiler = profilers[-1]
+        return context
+
+    eager = partial(runner.TensorRTDecoder, cuda_graphs=False)
+    with mock.patch.object(contexts, "_create", profiled), mock.patch.object(runner, "TensorRTDecoder", eager):
+        yield

@@ -25,6 +25,7 @@ _TITLES = {
 _MARKS = (("median", "o"), ("p90", "|"), ("p95", "|"), ("p99", "D"))
 _OURS, _RIVAL, _FLOOR = "#1b6ca8", "#d1711b", "#7a7a7a"
 _ROW = 0.42  # inches
+_GAP = 0.35  # rows between cases
 
 
 def require_matplotlib() -> None:
@@ -50,7 +51,7 @@ def save_plot(report: Report, path: Path) -> None:
         if (shown := [r for r in report.results if r.case.stage == stage and figure in r.ours.statistics])
     ]
     rows = [sum(1 + (figure in _rival_figures(result)) for result in shown) for _, figure, shown in panels]
-    heights = [count * _ROW + 0.75 for count in rows]
+    heights = [(count + _GAP * len(shown)) * _ROW + 0.6 for count, (_, _, shown) in zip(rows, panels)]
     drawing = Figure(figsize=(9.5, sum(heights) + 0.9), layout="constrained")
     axes = drawing.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (stage, figure, shown) in zip(axes, panels):
@@ -77,20 +78,23 @@ def _rival_figures(result: Result) -> dict[str, Statistics]:
 def _draw(axis: Any, figure: str, results: list[Result]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    labels, place = [], 0
+    labels, places, place = [], [], 0.0
     for result in results:
         for measurement, color in ((result.ours, _OURS), (result.rival, _RIVAL)):
             if measurement is None or figure not in measurement.statistics:
                 continue
-            _row(axis, place, measurement.statistics[figure], color)
+            ratio = result.ratios.get(figure) if measurement is result.ours else None
+            _row(axis, place, measurement.statistics[figure], color, f" ({ratio:.2f}x)" if ratio else "")
             how = f", {measurement.how}" if measurement.how else ""
             labels.append(f"{result.case.label}\n{measurement.name}{how}")
+            places.append(place)
             if measurement is result.ours and figure in result.floors and result.streams == 1:
                 floor = 1e3 * result.floors[figure].seconds
                 axis.plot([floor, floor], [place - 0.35, place + 0.35], color=_FLOOR, linestyle="--", linewidth=1.2)
             place += 1
-    axis.set_yticks(range(place), labels, fontsize=7.5)
-    axis.set_ylim(place - 0.5, -0.5)
+        place += _GAP
+    axis.set_yticks(places, labels, fontsize=7.5)
+    axis.set_ylim(places[-1] + 0.6, -0.6)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
@@ -102,11 +106,16 @@ def _draw(axis: Any, figure: str, results: list[Result]) -> None:
         axis.spines[side].set_visible(False)
 
 
-def _row(axis: Any, place: int, values: Statistics, color: str) -> None:
+def _row(axis: Any, place: float, values: Statistics, color: str, ratio: str) -> None:
     axis.plot([values.min, values.max], [place, place], color=color, linewidth=1.6, alpha=0.6, solid_capstyle="butt")
     points = {"median": values.median} | {f"p{number}": value for number, value in values.percentiles.items()}
     for name, marker in _MARKS:
         axis.plot(points[name], place, marker, color=color, markersize=9 if marker == "|" else 6)
     axis.annotate(
-        f"{values.median:,.4g}", (values.median, place), (0, 6), textcoords="offset points", fontsize=7.5, ha="center"
+        f"{values.median:,.4g}{ratio}",
+        (values.median, place),
+        (0, 6),
+        textcoords="offset points",
+        fontsize=7.5,
+        ha="center",
     )

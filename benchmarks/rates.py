@@ -14,8 +14,8 @@ from runtime import onednn
 
 from .work import Work
 
-_REPETITIONS = 5
-_PRODUCTS = ((2048, 2048, 2048), (1024, 1280, 3840), (512, 2048, 8192))  # rows, summed over, columns
+_REPETITIONS = 3
+_PRODUCTS = ((1024, 2048, 2048), (1024, 1280, 3840))  # rows, summed over, columns
 _CUDA_PRODUCTS = ((8192, 8192, 8192), (16384, 4096, 4096))
 _COLUMNS = 1024  # of the matrices read
 _SIZES = tuple(1 << bits for bits in range(20, 29, 2))  # bytes, from what fits a cache to what fits none

@@ -60,9 +60,9 @@ def _measurement(measurement: Measurement, result: Result) -> Iterator[str]:
             values = statistics[figure]
             row = (values.min, values.max, values.mean, values.median, *values.percentiles.values())
             yield f"    {label:<20}" + "".join(f"{value:>11,.2f}" for value in row)
-    if not any(figure in statistics for figure in _GPU_FIGURES):
-        yield f"    {', '.join(FIGURES[figure] for figure in _GPU_FIGURES)}: n/a (no CUDA events)"
     if measurement is result.ours:
+        if not any(figure in statistics for figure in _GPU_FIGURES):
+            yield f"    {', '.join(FIGURES[figure] for figure in _GPU_FIGURES)}: n/a (no CUDA events)"
         for figure, floor in result.floors.items():
             work = floor.work
             yield (

@@ -100,7 +100,7 @@ def _whole(call: Callable[[], object]) -> Sample:
 class TransformersDecoder(_TransformersSubject):
     """``generate``, greedy, all prompts as one batch."""
 
-    how = "generate, batched"
+    how = "batched"
 
     def load(self, case: Case) -> None:
         if self._model is None:

@@ -1,0 +1,263 @@
+"""``run.py bench`` as a user meets it. No figure is compared with a time: only with the other figures of its run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import run
+from engines.backends import find_backend
+from engines.build import build_engines
+from engines.command import run_command
+from engines.profile import BuildProfile
+from qwen2vl_trt.hub import resolve_model
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=256, max_batch_size=2, max_input_len=100, max_seq_len=140)
+FEW = ("--warm-up", 0, "--duration", 0, "--iterations", 2)
+SHAPES = ("--shapes", "112x140,56x56", "batch:2,prompt:9,generate:4", "56x84,batch:2,generate:3")
+FIGURES = {"count", "min", "max", "mean", "median", "p90", "p95", "p99"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    """Workers take it over."""
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """Folders of the tiny model's engines, by backend."""
+    folder = tmp_path_factory.mktemp("engines")
+    for backend in ("torch", "onnxruntime"):
+        chosen, precision = find_backend(backend, "fp32")
+        build_engines(resolve_model("tiny"), chosen, precision, PROFILE, folder / backend)
+    return folder
+
+
+@pytest.fixture
+def bench(monkeypatch, capfd, tmp_path):
+    """Run the command in a folder of its own; gives exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def bench(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run.py", "bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            run_command(run.main)
+        found = capfd.readouterr()
+        return ended.value.code or 0, found.out, found.err
+
+    return bench
+
+
+def check_consistent(result, found):
+    """What follows from the definitions, whatever the machine."""
+    iterations, seconds = found["iterations"], found["seconds"]
+    per_second, *others = found["throughput"].values()
+    assert iterations >= 2
+    assert per_second * seconds == pytest.approx(iterations)
+    latency = found["milliseconds"]["latency"]
+    assert latency["count"] == iterations
+    for values in found["milliseconds"].values():
+        if values is not None:
+            assert values.keys() == FIGURES
+            assert 0 < values["min"] <= values["median"] <= values["p90"] <= values["p95"] <= values["p99"]
+            assert values["p99"] <= values["max"]
+            assert values["min"] <= values["mean"] <= values["max"]
+    at_once = result["batch"] if result["stage"] == "pipeline" else result["streams"]
+    assert latency["mean"] * iterations <= 1e3 * seconds * at_once * 1.001
+    for name in ("enqueue", "h2d", "compute", "d2h"):
+        assert found["milliseconds"][name] is None  # not 0: there are no CUDA events
+    assert found["memory_bytes"]["host"] > 50e6
+    assert found["memory_bytes"]["device"] is None
+    return per_second, others
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_all_stages(bench, engines, backend, tmp_path):
+    code, out, errors = bench("--engine-dir", engines / backend, *FEW, *SHAPES, "--json", "--export-times", "t.json")
+    assert (code, errors) == (0, "")
+    report = json.loads(out)
+    assert report["command"][:2] == ["run.py", "bench"]
+    assert (report["engines"]["backend"], report["engines"]["device"]) == (backend, "cpu")
+    assert report["machine"]["torch"] == torch.__version__
+    assert min(report["rates"]["copy_bytes_per_second"], report["rates"]["gemm_flops_per_second"]) > 0
+    vision, decoder, more_images, pipeline = report["results"]  # two images are a vision call and a request
+    assert more_images["shape"] == "112x140,56x56,batch:1,generate:32"
+
+    assert (vision["stage"], vision["shape"], vision["patches"]) == ("vision", "112x140,56x56", 8 * 10 + 16)
+    queries, (images,) = check_consistent(vision, vision["ours"])
+    assert images == pytest.approx(2 * queries)
+
+    queries, (tokens, decoding) = check_consistent(decoder, decoder["ours"])
+    answers = decoder["ours"]["iterations"]
+    times = decoder["ours"]["milliseconds"]
+    assert tokens == pytest.approx(2 * 4 * queries)
+    assert times["time_to_first_token"]["count"] == times["prefill"]["count"] == 2 * answers
+    assert times["time_between_tokens"]["count"] == 3 * answers
+    assert decoding == pytest.approx(2e3 / times["time_between_tokens"]["mean"])
+    # An answer is both prompts, one after the other, and then three tokens.
+    parts = 2 * times["prefill"]["mean"] + 3 * times["time_between_tokens"]["mean"]
+    assert parts == pytest.approx(times["latency"]["mean"], rel=1e-6)
+
+    requests, (tokens,) = check_consistent(pipeline, pipeline["ours"])
+    assert tokens == pytest.approx(3 * requests)
+    shares = pipeline["ours"]["shares"]
+    assert set(shares) == {"preprocess", "vision", "prefill", "decode", "sampling", "host"}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert min(shares.values()) > 0
+
+    for result, figures in ((vision, {"latency"}), (decoder, {"prefill", "time_between_tokens"}), (pipeline, set())):
+        assert set(result["floors"]) == figures
+        assert result["rival"] is None
+        for figure, floor in result["floors"].items():
+            median = result["ours"]["milliseconds"][figure]["median"]
+            assert floor["reached"] == pytest.approx(floor["ms"] / median)
+            assert min(floor["flops"], floor["bytes"]) > 0
+
+    exported = json.loads((tmp_path / "t.json").read_text())
+    assert [case["stage"] for case in exported] == ["vision", "decoder", "pipeline", "pipeline"]
+    for result, case in zip(report["results"], exported):
+        latencies = sorted(sample["latencyMs"] for sample in case["iterations"])
+        assert len(latencies) == result["ours"]["iterations"]
+        assert latencies[-1] == result["ours"]["milliseconds"]["latency"]["max"]
+    assert len(exported[1]["iterations"][0]["timeBetweenTokensMs"]) == 3
+
+
+def test_against_transformers(bench, engines, tmp_path):
+    arguments = ("--engine-dir", engines / "torch", *FEW, *SHAPES, "--against", "transformers", "--plot", "p.png")
+    code, out, errors = bench(*arguments, "--json")
+    assert (code, errors) == (0, "")
+    report = json.loads(out)
+    assert report["machine"]["transformers"]
+    for result in report["results"]:
+        check_consistent(result, result["rival"])
+        ours, rival = result["ours"], result["rival"]
+        assert rival["name"] == "Transformers fp32"
+        assert rival["how"] in ("batched", "one at a time")
+        unit = next(iter(ours["throughput"]))
+        assert result["ratios"][unit] == pytest.approx(ours["throughput"][unit] / rival["throughput"][unit])
+        theirs, median = (each["milliseconds"]["latency"]["median"] for each in (rival, ours))
+        assert result["ratios"]["latency"] == pytest.approx(theirs / median)
+    assert "time_between_tokens" in report["results"][1]["ratios"]
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_streams_and_text(bench, engines):
+    code, out, errors = bench("vision", "--engine-dir", engines / "onnxruntime", *FEW, "--streams", 2)
+    assert (code, errors) == (0, "")
+    assert "vision 224x224x2 (512 patches), 2 streams" in out
+    assert "enqueue, H2D, GPU compute, D2H: n/a" in out
+    code, out, errors = bench("vision", "--engine-dir", engines / "torch", *FEW, "--streams", 2, "--json")
+    assert (code, errors) == (0, "")
+    for result in json.loads(out)["results"]:
+        check_consistent(result, result["ours"])
+        assert result["streams"] == 2
+        assert result["ours"]["iterations"] % 2 == 0
+
+
+@pytest.mark.parametrize(
+    ("backend", "stage", "shape", "expected"),
+    [
+        ("onnxruntime", "vision", "56x56", {"Attention", "MatMul", "Gemm"}),
+        ("torch", "decoder", "batch:1,prompt:8,generate:3", {"torch"}),
+    ],
+)
+def test_time_by_operator(bench, engines, backend, stage, shape, expected, tmp_path):
+    code, _, errors = bench(
+        stage, "--engine-dir", engines / backend, *FEW, "--shapes", shape, "--export-profile", "profile.json"
+    )
+    assert (code, errors) == (0, "")
+    (case,) = json.loads((tmp_path / "profile.json").read_text())
+    operators = case["operators"]
+    assert expected <= {operator["kind"] for operator in operators}
+    assert sum(operator["percentage"] for operator in operators) == pytest.approx(100)
+    times = [operator["milliseconds"] for operator in operators]
+    assert times == sorted(times, reverse=True)
+    if backend == "onnxruntime":
+        attention = [operator for operator in operators if operator["kind"] == "Attention"]
+        assert [operator["calls"] for operator in attention] == [3] * 4  # a block each; the preparing run is left out
+
+
+WRONG = {
+    ("--shapes", "448"): "--shapes 448: '448' is neither an image",
+    ("vision", "--shapes", "448x448"): "image 1 (448x448) needs 1,024 patches; this engine takes 4 to 256",
+    ("vision", "--shapes", "56x56x3"): "images of one call of 3; these engines take 2 (--max-batch-size)",
+    ("decoder", "--shapes", "batch:3"): "batch of 3; these engines take 2 (--max-batch-size)",
+    ("decoder", "--shapes", "prompt:120"): "prompt of 120; these engines take 100 (--max-input-len)",
+    ("decoder", "--shapes", "56x56"): "fits no stage",
+    ("pictures",): "invalid choice: 'pictures'",
+    ("--streams", "2"): "only the vision engine runs several calls at once",
+    ("vision", "--streams", "0"): "--streams",
+    ("vision", "--iterations", "0"): "--iterations",
+    ("vision", "--duration", "-1"): "--duration",
+    ("vision", "--duration", "nan"): "--duration",
+    ("vision", "--use-cuda-graph"): "--use-cuda-graph needs a GPU; these engines run on cpu",
+    ("--against", "vllm"): "--against vllm: known is transformers",
+    ("--against", "transformers:int4"): "--against transformers:int4",
+    ("--layers", "2"): "--layers and --blocks cut a model of --random-weights",
+    ("--random-weights",): "--random-weights needs a --model",
+    ("--random-weights", "--model", "tiny"): "no shape of 'tiny' is known",
+    ("--export-times", "none/t.json"): "none/t.json: there is no folder none",
+    ("--export-profile", "."): "is a folder; give a file",
+    ("--plot", "none/p.png"): "there is no folder none",
+    ("--device", "cuda:99"): "cuda:99",
+    ("--max-batch-size", "4"): "runs as it was built",
+}
+
+
+def assert_one_line(found, message):
+    code, out, errors = found
+    assert (code, out) == (2, "")
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.items(), ids=" ".join)
+def test_wrong_options_are_one_line(bench, engines, arguments, message):
+    if "--model" not in arguments:
+        arguments = ("--engine-dir", engines / "torch", *arguments)
+    assert_one_line(bench(*arguments), message)
+
+
+def test_a_full_disk_is_one_line(bench, engines):
+    quick = ("vision", "--engine-dir", engines / "torch", *FEW, "--shapes", "56x56")
+    code, out, errors = bench(*quick, "--export-times", "/dev/full")
+    assert (code, errors) == (2, "error: /dev/full: No space left on device\n")
+    assert "vision 56x56" in out  # what was measured is not lost
+
+
+def test_a_missing_package_names_its_extra(bench, engines, monkeypatch):
+    monkeypatch.setattr("benchmarks.plot.find_spec", lambda name: None)
+    assert_one_line(bench("--engine-dir", engines / "torch", "--plot", "p.png"), "pip install 'qwen2vl-trt[bench]'")
+
+
+def test_interrupted(engines, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "run.py", "bench", "vision", "--engine-dir", engines / "torch", "--duration", "600"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
+    started = psutil.Process(process.pid)
+    deadline = time.monotonic() + 120
+    while not (children := started.children(recursive=True)):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out, errors.decode()) == (130, b"", "interrupted\n")
+    psutil.wait_procs(children, timeout=30)
+    assert not any(child.is_running() for child in children)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,61 @@
+import sys
+from functools import partial
+from importlib import import_module
+
+import psutil
+import pytest
+
+from benchmarks.workers import Worker, forget_peak, peak_bytes
+from qwen2vl_trt.errors import BenchmarkError, EngineError, MissingDependencyError
+
+
+def module(name):
+    """A worker of a module: its functions are the methods."""
+    return Worker(name, partial(import_module, name))
+
+
+def children():
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def test_calls_and_errors():
+    with module("operator") as worker:
+        assert worker.call("add", 2, 3) == 5
+        with pytest.raises(RuntimeError, match=r"in the process of operator:\n(.|\n)*ZeroDivisionError"):
+            worker.call("truediv", 1, 0)
+        assert worker.call("add", 1, 1) == 2  # a failed call leaves it as it was
+        running = worker._process.pid
+        assert running in children()
+    assert running not in children()
+
+
+def test_an_error_of_this_project_arrives_as_it_is(tmp_path):
+    with module("runtime.runners") as worker, pytest.raises(EngineError, match="holds no engine"):
+        worker.call("open_engines", tmp_path)
+
+
+def test_a_setup_that_fails_leaves_no_process():
+    before = children()
+    with pytest.raises(MissingDependencyError, match="the package no_such_package is not installed"):
+        module("no_such_package")
+    assert children() <= before
+
+
+def test_a_process_that_dies():
+    with module("os") as worker, pytest.raises(BenchmarkError, match="the process of os was killed by signal 6"):
+        worker.call("abort")
+    with module("os") as worker, pytest.raises(BenchmarkError, match="ended with code 3"):
+        worker.call("_exit", 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak begins anew on Linux alone")
+def test_the_peak_of_memory():
+    before = peak_bytes()
+    taken = bytearray(200_000_000)
+    taken[::4096] = b"x" * len(taken[::4096])
+    with_it = peak_bytes()
+    del taken
+    assert with_it >= before - 20_000_000
+    assert peak_bytes() > with_it - 20_000_000  # the system counts in batches
+    forget_peak()
+    assert peak_bytes() < with_it - 100_000_000
