@@ -100,8 +100,6 @@ def _whole(call: Callable[[], object]) -> Sample:
 class TransformersDecoder(_TransformersSubject):
     """``generate``, greedy, all prompts as one batch."""
 
-    how = "batched"
-
     def load(self, case: Case) -> None:
         if self._model is None:
             self._model = load_model(self._checkpoint, self._dtype, self.device)
@@ -112,6 +110,7 @@ class TransformersDecoder(_TransformersSubject):
         prompt = torch.randint(0, vocabulary, (case.batch, case.prompt), generator=generator)
         for token in special:  # without the tower no token may stand for an image
             prompt[prompt == token] = 0
+        self.how = "batched" if case.batch > 1 else "one prompt"
         self._case, self._prompt = case, prompt.to(self.device)
 
     def iterate(self, count: int) -> list[Sample]:
