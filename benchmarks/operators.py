@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,7 @@ _Rows = list[tuple[str, str, int, float]]
 
 
 def _torch_rows(subject: Subject, case: Case) -> _Rows:
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # it would write to stderr when it starts and ends
     cuda = subject.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     if cuda:
