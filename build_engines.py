@@ -11,12 +11,15 @@ from engines.command import Parser, run_command
 EXAMPLES = """examples:
   build_engines.py --model tiny
   build_engines.py --model Qwen2.5-VL-7B --backend torch --precision bf16
-  build_engines.py --model path/to/checkpoint --max-batch-size 4 --max-hw-dims 2048"""
+  build_engines.py --model path/to/checkpoint --max-batch-size 4 --max-hw-dims 2048
+  build_engines.py --model Qwen2.5-VL-7B --precision fp8 --calibration-data path/to/images"""
 
 
 def main() -> None:
     from engines.arguments import add_build_arguments, plan_build
     from engines.build import build_engines
+    from runtime.quantized_model import quantize_first
+    from tiny.calibration import training_data
 
     parser = Parser(
         prog="build_engines.py",
@@ -27,7 +30,7 @@ def main() -> None:
     add_build_arguments(parser)
     parser.add_argument("--force", action="store_true", help="build even if the folder already holds the same engines")
     arguments = parser.parse_args()
-    plan = plan_build(arguments)
+    plan = quantize_first(plan_build(arguments), training_data)
     built = build_engines(plan.model, plan.backend, plan.precision, plan.profile, plan.folder, arguments.force)
     print(f"{plan.folder}: {'built' if built else 'up to date'}", file=sys.stderr)
 

@@ -173,13 +173,16 @@ def _pipeline(arguments: argparse.Namespace) -> Pipeline:
     from engines.arguments import built_folder, plan_build
     from engines.build import build_engines
     from runtime.pipeline import Pipeline
+    from runtime.quantized_model import quantize_first
     from runtime.runners import default_device
+    from tiny.calibration import training_data
 
     folder = built_folder(arguments)
     if folder is None:
         plan = plan_build(arguments)
         if arguments.device is None:
             default_device(plan.backend.name)  # ends here, before the minutes of a build, where it cannot run
+        plan = quantize_first(plan, training_data)
         build_engines(plan.model, plan.backend, plan.precision, plan.profile, plan.folder)
         folder = plan.folder
     return Pipeline.from_engine_dir(folder, arguments.device, arguments.min_pixels, arguments.max_pixels)

@@ -19,8 +19,10 @@ from pathlib import Path
 from benchmarks.measure import heading, machine, option_parser, print_figures
 from benchmarks.random_model import config_of, write_sparse_checkpoint
 from benchmarks.workers import peak_bytes
-from engines.backends import DTYPES
+from engines.precision import BF16, FP32
 from qwen2vl_trt.checkpoint import Checkpoint
+
+_PRECISIONS = {precision.name: precision for precision in (FP32, BF16)}
 
 
 def export_here(checkpoint: Path, folder: Path, precision: str) -> dict[str, float]:
@@ -29,7 +31,7 @@ def export_here(checkpoint: Path, folder: Path, precision: str) -> dict[str, flo
 
     before = peak_bytes() / 1e6
     began = time.perf_counter()
-    files = export_onnx(Checkpoint(checkpoint), folder, DTYPES[precision])
+    files = export_onnx(Checkpoint(checkpoint), folder, _PRECISIONS[precision].vision)
     return {
         "seconds": time.perf_counter() - began,
         "imported_mb": before,
@@ -65,7 +67,7 @@ def main() -> None:
     parser = option_parser(__doc__)
     parser.add_argument("--layers", type=int, default=28, help="of the decoder (default 28)")
     parser.add_argument("--blocks", type=int, default=32, help="of the vision tower (default 32)")
-    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="of the graphs (default fp32)")
+    parser.add_argument("--precision", choices=_PRECISIONS, default="fp32", help="of the graphs (default fp32)")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

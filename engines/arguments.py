@@ -11,10 +11,13 @@ from qwen2vl_trt.hub import ResolvedModel, resolve_model
 
 from .backends import BACKENDS, DEFAULT_BACKEND, Backend, find_backend
 from .build import default_engine_dir
+from .precision import Precision
 from .profile import BuildConfig, BuildProfile, flag
 from .tensorrt_options import HARDWARE_COMPATIBILITY, TensorRTOptions
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CALIBRATION_SIZE = 512
+_CALIBRATION = ("calibration_data", "calibration_size")
 _TENSORRT = tuple(field.name for field in fields(TensorRTOptions))
 _HELP = {
     "min_hw_dims": "fewest patches h*w of one image",
@@ -26,14 +29,23 @@ _HELP = {
 
 
 @dataclass(frozen=True)
+class CalibrationChoice:
+    """What to quantise with: a folder of images (None: the model's own data) and how many of them."""
+
+    folder: Path | None
+    size: int
+
+
+@dataclass(frozen=True)
 class BuildPlan:
-    """What to build, and where."""
+    """What to build, and where; ``calibration`` where it is to be quantised."""
 
     model: ResolvedModel
     backend: Backend
     precision: str
     profile: BuildProfile
     folder: Path
+    calibration: CalibrationChoice | None = None
 
 
 def add_build_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +63,13 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", type=Path, metavar="YAML", help="model and limits from a file like configs/*.yaml")
     for name in BuildProfile.names():
         group.add_argument(flag(name), type=int, metavar="N", help=_HELP[name])
+    fp8 = parser.add_argument_group("quantisation (--precision fp8 of a model that is not quantised)")
+    fp8.add_argument(
+        "--calibration-data", type=Path, metavar="DIR", help="images, and prompts.jsonl; tiny has its training images"
+    )
+    fp8.add_argument(
+        "--calibration-size", type=int, metavar="N", help=f"most of them to take (default {CALIBRATION_SIZE})"
+    )
     tensorrt = parser.add_argument_group("TensorRT")
     tensorrt.add_argument("--builder-optimization-level", type=int, metavar="N", help="0 (fast build) to 5")
     tensorrt.add_argument("--strip-weights", action="store_true", default=None, help="plans without weights (tensorrt)")
@@ -71,7 +90,7 @@ def built_folder(arguments: argparse.Namespace) -> Path | None:
     """
     if arguments.engine_dir is None or arguments.model or arguments.config:
         return None
-    for name in ("revision", "backend", "precision", *BuildProfile.names(), *_TENSORRT):
+    for name in ("revision", "backend", "precision", *BuildProfile.names(), *_CALIBRATION, *_TENSORRT):
         if getattr(arguments, name) is not None:
             raise BuildError(
                 f"{flag(name)} says how to build, but {arguments.engine_dir} runs as it was built; name the --model to"
@@ -91,8 +110,23 @@ def _with_options(backend: Backend, arguments: argparse.Namespace) -> Backend:
     return replace(backend, options=TensorRTOptions(**given))
 
 
+def _calibration(precision: Precision, arguments: argparse.Namespace) -> CalibrationChoice | None:
+    if not precision.fp8:
+        for name in _CALIBRATION:
+            if getattr(arguments, name) is not None:
+                raise BuildError(f"{flag(name)} is for --precision fp8, not for {precision.name}")
+        return None
+    size = CALIBRATION_SIZE if arguments.calibration_size is None else arguments.calibration_size
+    if size < 1:
+        raise BuildError(f"--calibration-size is {size}; it must be at least 1")
+    return CalibrationChoice(arguments.calibration_data, size)
+
+
 def _precisions() -> str:
-    return "; ".join(f"{backend.name} {', '.join(backend.precisions)}" for backend in BACKENDS.values())
+    return "; ".join(
+        f"{backend.name} {', '.join(precision.name for precision in backend.precisions)}"
+        for backend in BACKENDS.values()
+    )
 
 
 def plan_build(arguments: argparse.Namespace) -> BuildPlan:
@@ -114,4 +148,5 @@ def plan_build(arguments: argparse.Namespace) -> BuildPlan:
     limits = config.profile.as_dict() if config else {}
     limits |= {name: value for name in BuildProfile.names() if (value := getattr(arguments, name)) is not None}
     folder = arguments.engine_dir or default_engine_dir(model.name, backend.name, precision)
-    return BuildPlan(model, backend, precision, BuildProfile.from_dict(limits), folder)
+    calibration = _calibration(backend.precision(precision), arguments)
+    return BuildPlan(model, backend, precision, BuildProfile.from_dict(limits), folder, calibration)

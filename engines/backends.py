@@ -12,13 +12,15 @@ import torch
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, MissingDependencyError
+from qwen2vl_trt.quantization import fp8_layers
 
+from .precision import BF16, FP8, FP8_IN_FP32, FP16_DECODER, FP16_REFUSED, FP32, Precision
 from .profile import BuildProfile
 from .progress import BuildSteps
 from .tensorrt_module import TENSORRT, TENSORRT_RTX, Variant, load_tensorrt
 from .tensorrt_options import TensorRTOptions
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_FP8_SINCE = (8, 9)
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class BuildJob:
 
     checkpoint: Checkpoint
     folder: Path
-    precision: str
+    precision: Precision
     profile: BuildProfile
     options: TensorRTOptions | None
     steps: BuildSteps
@@ -49,13 +51,27 @@ class Backend:
     """
 
     name: str
-    precisions: tuple[str, ...]
+    precisions: tuple[Precision, ...]
     packages: tuple[str, ...]
     build: Callable[[BuildJob], list[Path]]
     steps: int = 3
     extra: str | None = None
     check: Callable[[], object] = lambda: None
     options: TensorRTOptions | None = None
+
+    def precision(self, name: str) -> Precision:
+        """One of the precisions, by its name.
+
+        Raises:
+            BuildError: none of them; the message names those that are.
+        """
+        for precision in self.precisions:
+            if precision.name == name:
+                return precision
+        if name == "fp16":
+            raise BuildError(FP16_REFUSED)
+        known = [precision.name for precision in self.precisions]
+        raise BuildError(f"backend {self.name} cannot be built in {name!r}, only in {', '.join(known)}")
 
     def versions(self) -> dict[str, str]:
         """Installed versions of the packages, asked of themselves: onnxruntime-gpu is onnxruntime too."""
@@ -64,12 +80,10 @@ class Backend:
 
 def _build_torch(job: BuildJob) -> list[Path]:
     """The torch engine is the checkpoint itself; the limits are kept so that every backend refuses the same."""
-    from export.graphs import decoder_graph, vision_graph  # export takes seconds to import and is needed here alone
-    from export.onnx_model import check_fit
+    from export.onnx_model import check_fit, model_graphs  # export takes seconds to import and is needed here alone
     from export.weights import link_checkpoint
 
-    config, dtype = job.checkpoint.config, DTYPES[job.precision]
-    check_fit(job.checkpoint, [graph(config, dtype) for graph in (vision_graph, decoder_graph)])
+    check_fit(job.checkpoint, model_graphs(job.checkpoint, job.precision.vision, job.precision.decoder))
     job.steps("linking weights")
     link_checkpoint(job.checkpoint, job.folder)
     return []
@@ -79,19 +93,36 @@ def _build_onnxruntime(job: BuildJob) -> list[Path]:
     """The two graphs as they are; the cache's capacity stays dynamic, see :func:`export.graphs.decoder_graph`."""
     from export.onnx_model import export_onnx
 
-    return export_onnx(job.checkpoint, job.folder, DTYPES[job.precision], on_step=job.steps)
+    return export_onnx(job.checkpoint, job.folder, job.precision.vision, on_step=job.steps)
+
+
+def _check_fp8_hardware(options: TensorRTOptions) -> None:
+    """Refuse GPUs without FP8 here: TensorRT would after minutes, in its own words."""
+    wanted = list(options.compute_capabilities)
+    if not wanted and torch.cuda.is_available():
+        wanted = [".".join(map(str, torch.cuda.get_device_capability()))]
+    for capability in wanted:
+        if tuple(map(int, capability.split("."))) < _FP8_SINCE:
+            raise BuildError(
+                f"FP8 needs a GPU of compute capability {'.'.join(map(str, _FP8_SINCE))} or newer (Ada, Hopper,"
+                f" Blackwell), not {capability}; --precision bf16 needs 8.0"
+            )
+    if options.hardware_compatibility == "ampere_plus":
+        raise BuildError("--hardware-compatibility ampere_plus includes GPUs without FP8: same_compute_capability")
 
 
 def _tensorrt(variant: Variant) -> Backend:
     def build(job: BuildJob) -> list[Path]:
         from .tensorrt_build import build_plans
 
-        dtype, options = DTYPES[job.precision], job.options or TensorRTOptions()
-        return build_plans(variant, job.checkpoint, job.folder, dtype, job.profile, job.steps, options)
+        options = job.options or TensorRTOptions()
+        if job.precision.fp8:
+            _check_fp8_hardware(options)
+        return build_plans(variant, job.checkpoint, job.folder, job.precision, job.profile, job.steps, options)
 
     return Backend(
         variant.backend,
-        ("bf16", "fp32"),
+        (BF16, FP32, FP16_DECODER, FP8),
         ("torch", variant.module),
         build,
         steps=5,
@@ -104,9 +135,9 @@ def _tensorrt(variant: Variant) -> Backend:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        # ONNX Runtime has no BF16 matrix product on the CPU: it computes in FP32 from BF16 weights.
-        Backend("onnxruntime", ("fp32",), ("torch", "onnxruntime"), _build_onnxruntime),
-        Backend("torch", ("bf16", "fp32"), ("torch",), _build_torch, steps=1),
+        # ONNX Runtime has no BF16 or FP16 matrix product on the CPU: it computes in FP32 from the weights' type.
+        Backend("onnxruntime", (FP32, FP8_IN_FP32), ("torch", "onnxruntime"), _build_onnxruntime),
+        Backend("torch", (BF16, FP32, FP16_DECODER, FP8), ("torch",), _build_torch, steps=1),
         _tensorrt(TENSORRT),
         _tensorrt(TENSORRT_RTX),
     )
@@ -135,13 +166,22 @@ def find_backend(name: str, precision: str | None) -> tuple[Backend, str]:
             f"backend {name} needs {missing[0]}, which is not installed (pip install {missing[0]}; ONNX Runtime has the"
             " operators for Python 3.11 and newer). --backend torch needs nothing more."
         )
-    precision = precision or backend.precisions[0]
-    if precision == "fp16":
-        raise BuildError(
-            "precision 'fp16' is for no backend: the SwiGLU of this vision tower overflows it; bf16 is as small and as"
-            " fast"
-        )
-    if precision not in backend.precisions:
-        raise BuildError(f"backend {name} cannot be built in {precision!r}, only in {' or '.join(backend.precisions)}")
+    chosen = backend.precision(precision) if precision else backend.precisions[0]
     backend.check()
-    return backend, precision
+    return backend, chosen.name
+
+
+def check_quantization(checkpoint: Checkpoint, precision: Precision) -> None:
+    """Refuse a model that is not of the precision's kind.
+
+    Raises:
+        BuildError: an unquantised model for FP8, or a quantised one for anything else.
+        CheckpointError: a quantisation that is not supported.
+    """
+    quantised = bool(fp8_layers(checkpoint))
+    if precision.fp8 and not quantised:
+        raise BuildError(f"{checkpoint.folder} is not quantised; build_engines.py --precision fp8 does that first")
+    if quantised and not precision.fp8:
+        raise BuildError(
+            f"{checkpoint.folder} is quantised to FP8 and cannot be built in {precision.name}: --precision fp8"
+        )

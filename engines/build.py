@@ -15,7 +15,7 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.hub import ResolvedModel
 
-from .backends import Backend, BuildJob
+from .backends import Backend, BuildJob, check_quantization
 from .manifest import FILE, BuiltFile, Manifest
 from .profile import BuildProfile
 from .progress import BuildSteps, progress_bar
@@ -44,11 +44,14 @@ def build_engines(
 
     Raises:
         CheckpointError: the model cannot be read or does not fit its configuration.
-        BuildError: the folder cannot be written, or holds a model that no build put there.
+        BuildError: the folder cannot be written, or holds a model that no build put there; the model is not of the
+            precision's kind (quantised or not).
     """
     checkpoint = Checkpoint(model.folder)
     if folder.resolve() == model.folder.resolve():
         raise BuildError(f"{folder} is the checkpoint itself; give --engine-dir another folder")
+    numbers = backend.precision(precision)
+    check_quantization(checkpoint, numbers)
     planned = Manifest(
         model=model.name,
         model_hash=checkpoint.hash,
@@ -70,7 +73,7 @@ def build_engines(
             (folder / FILE).unlink(missing_ok=True)
             with progress_bar() as progress:
                 steps = BuildSteps(progress, model.name, backend.steps)
-                files = backend.build(BuildJob(checkpoint, folder, precision, profile, backend.options, steps))
+                files = backend.build(BuildJob(checkpoint, folder, numbers, profile, backend.options, steps))
             replace(planned, files={path.name: BuiltFile.of(path) for path in files}).write(folder)
     except OSError as error:
         raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None

@@ -14,6 +14,7 @@ from qwen2vl_trt.errors import BuildError
 
 from .lowering import lower
 from .plan_file import stream_writer, whole_file
+from .precision import Precision
 from .profile import BuildProfile
 from .progress import BuildSteps
 from .tensorrt_log import tensorrt_log
@@ -29,7 +30,7 @@ def build_plans(
     variant: Variant,
     checkpoint: Checkpoint,
     folder: Path,
-    dtype: torch.dtype,
+    precision: Precision,
     profile: BuildProfile,
     steps: BuildSteps,
     options: TensorRTOptions,
@@ -53,7 +54,9 @@ def build_plans(
         "decoder": decoder_ranges(profile),
     }
     # A cache of dynamic length is refused by TensorRT, so the capacity is part of this graph.
-    graphs = export_onnx(checkpoint, folder, dtype, profile.max_seq_len, steps)
+    graphs = export_onnx(
+        checkpoint, folder, precision.vision, profile.max_seq_len, steps, decoder_dtype=precision.decoder
+    )
     files = list(graphs)
     for graph in graphs:
         steps(f"building the {graph.stem} engine")

@@ -5,7 +5,7 @@ These names are the contract between ``export/``, ``engines/`` and ``runtime/``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.decoder import Decoder
+from qwen2vl_trt.quantization import use_fp8
 from qwen2vl_trt.vision import VisionTransformer
 
 INT = torch.int64
@@ -48,8 +49,12 @@ class Graph:
     arguments: Callable[[list[Tensor]], dict[str, Any]]
 
 
-def vision_graph(config: Qwen2VLConfig, dtype: torch.dtype) -> Graph:
-    """Patches in window order to image embeddings; see :class:`qwen2vl_trt.windows.WindowLayout`."""
+def vision_graph(config: Qwen2VLConfig, dtype: torch.dtype, fp8: Set[str] = frozenset()) -> Graph:
+    """Patches in window order to image embeddings; see :class:`qwen2vl_trt.windows.WindowLayout`.
+
+    Args:
+        fp8: the quantised layers, see :func:`qwen2vl_trt.quantization.fp8_layers`.
+    """
     inputs = {
         "pixel_values": TensorSpec(("windows", "slots", config.vision.qwen2_vl_dim), dtype),
         "window_lengths": TensorSpec(("windows",), INT),
@@ -62,19 +67,22 @@ def vision_graph(config: Qwen2VLConfig, dtype: torch.dtype) -> Graph:
     return Graph(
         name="vision",
         prefix="visual.",
-        module=lambda: VisionTransformer(config.vision),
+        module=lambda: use_fp8(VisionTransformer(config.vision), "visual.", fp8),
         inputs=inputs,
         outputs=("image_embeds",),
         arguments=lambda tensors: dict(zip(inputs, tensors)),
     )
 
 
-def decoder_graph(config: Qwen2VLConfig, dtype: torch.dtype, max_seq_len: int | None = None) -> Graph:
+def decoder_graph(
+    config: Qwen2VLConfig, dtype: torch.dtype, max_seq_len: int | None = None, fp8: Set[str] = frozenset()
+) -> Graph:
     """Prefill, chunked prefill and decode; see :meth:`qwen2vl_trt.decoder.Decoder.forward`.
 
     Args:
         max_seq_len: the cache capacity M; None leaves it dynamic (TensorRT refuses that, ONNX Runtime gains by it:
             its attention computes over the whole capacity, whatever is used).
+        fp8: as in :func:`vision_graph`.
     """
     text = config.text
     layers = range(text.num_hidden_layers)
@@ -90,7 +98,7 @@ def decoder_graph(config: Qwen2VLConfig, dtype: torch.dtype, max_seq_len: int | 
     return Graph(
         name="decoder",
         prefix="",
-        module=lambda: Decoder(text),
+        module=lambda: use_fp8(Decoder(text), "", fp8),
         inputs=tokens | dict.fromkeys((*k_caches, *v_caches), cache),
         outputs=("logits", "hidden_states", *(f"new_{name}" for name in (*k_caches, *v_caches))),
         arguments=lambda tensors: {

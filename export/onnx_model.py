@@ -10,6 +10,7 @@ import torch
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError
+from qwen2vl_trt.quantization import fp8_layers
 from qwen2vl_trt.weights import check_weights
 
 from .graphs import Graph, decoder_graph, vision_graph
@@ -23,32 +24,37 @@ def export_onnx(
     dtype: torch.dtype,
     max_seq_len: int | None = None,
     on_step: Callable[[str], None] = lambda step: None,
+    decoder_dtype: torch.dtype | None = None,
 ) -> list[Path]:
     """Write both graphs into a folder that then holds the whole model.
+
+    A checkpoint quantised to FP8 becomes graphs with QuantizeLinear and DequantizeLinear around its layers.
 
     Args:
         checkpoint: the model.
         folder: exists; gets the checkpoint's files (weights hard-linked) and the two graphs.
-        dtype: of weights and activations in the graphs.
+        dtype: of weights and activations in the graphs, FP8 apart.
         max_seq_len: cache capacity of the decoder; None leaves it dynamic.
         on_step: told the name of each step as it begins (see :data:`STEPS`).
+        decoder_dtype: of the decoder graph, where it is another than the vision graph's.
 
     Returns:
         The two files.
 
     Raises:
-        CheckpointError: the weights do not fit the configuration.
+        CheckpointError: the weights do not fit the configuration, or are quantised in a way that is not supported.
         BuildError: the folder cannot be written.
     """
-    graphs = [vision_graph(checkpoint.config, dtype), decoder_graph(checkpoint.config, dtype, max_seq_len)]
+    dtypes = (dtype, decoder_dtype or dtype)
+    graphs = model_graphs(checkpoint, *dtypes, max_seq_len)
     check_fit(checkpoint, graphs)
     on_step(STEPS[0])
     link_checkpoint(checkpoint, folder)
     linked = Checkpoint(folder)
     paths = []
-    for graph, step in zip(graphs, STEPS[1:]):
+    for graph, graph_dtype, step in zip(graphs, dtypes, STEPS[1:]):
         on_step(step)
-        model = trace(graph, dtype)
+        model = trace(graph, graph_dtype)
         point_to_checkpoint(model, graph, linked, folder)
         paths.append(folder / f"{graph.name}.onnx")
         try:
@@ -56,6 +62,14 @@ def export_onnx(
         except OSError as error:
             raise BuildError(f"{paths[-1]}: {error.strerror or error}; nothing that loads was left there") from None
     return paths
+
+
+def model_graphs(
+    checkpoint: Checkpoint, dtype: torch.dtype, decoder_dtype: torch.dtype, max_seq_len: int | None = None
+) -> list[Graph]:
+    """Both graphs of a checkpoint, with FP8 layers where it has them; raises as :func:`export_onnx`."""
+    config, fp8 = checkpoint.config, fp8_layers(checkpoint)
+    return [vision_graph(config, dtype, fp8), decoder_graph(config, decoder_dtype, max_seq_len, fp8)]
 
 
 STEPS = ("linking weights", "exporting the vision graph", "exporting the decoder graph")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx
 import torch
 from onnxscript.values import Opset
 
@@ -25,9 +26,20 @@ def _ragged_attention(q: Any, k: Any, v: Any, lengths: Any, causal: bool) -> Any
     return _op.Attention(q, k, v, None, None, None, lengths, is_causal=int(causal))[0]
 
 
+def _round_to_fp8(x: Any, scale: Any) -> Any:
+    quantized = _op.QuantizeLinear(x, scale, output_dtype=onnx.TensorProto.FLOAT8E4M3FN)
+    return _op.DequantizeLinear(quantized, scale, output_dtype=int(x.dtype))
+
+
+def _dequantize_fp8(values: Any, scale: Any, like: Any) -> Any:
+    return _op.DequantizeLinear(values, scale, output_dtype=int(like.dtype))
+
+
 def translations() -> dict[Callable, Callable]:
     """The ``custom_translation_table`` of ``torch.onnx.export``."""
     return {
         torch.ops.qwen2vl_trt.update_cache.default: _update_cache,
         torch.ops.qwen2vl_trt.ragged_attention.default: _ragged_attention,
+        torch.ops.qwen2vl_trt.round_to_fp8.default: _round_to_fp8,
+        torch.ops.qwen2vl_trt.dequantize_fp8.default: _dequantize_fp8,
     }

@@ -14,6 +14,8 @@ import onnxscript.optimizer
 import torch
 from torch import nn
 
+from qwen2vl_trt.weights import keeps_type
+
 from .graphs import Graph
 from .operators import OPSET, translations
 
@@ -38,7 +40,7 @@ def trace(graph: Graph, dtype: torch.dtype) -> ir.Model:
 
     Args:
         graph: what to export.
-        dtype: of weights and activations.
+        dtype: of weights and activations, FP8 apart.
 
     Returns:
         The ONNX model. Its weight initialisers carry the module's parameter names, a type and a shape, and no
@@ -96,8 +98,10 @@ def _meta_module(graph: Graph, dtype: torch.dtype) -> tuple[nn.Module, dict[str,
         module = graph.module().eval()
     constants = dict(module.named_buffers())
     module.to("meta")
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
+    for name, parameter in module.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if not keeps_type(module.get_submodule(owner), leaf):
+            parameter.data = parameter.data.to(dtype)
     return module, constants
 
 

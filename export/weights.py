@@ -15,10 +15,12 @@ import shutil
 from pathlib import Path
 
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import torch
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, CheckpointError
+from qwen2vl_trt.layers import FP8Linear
 from qwen2vl_trt.weights import checkpoint_names
 
 from .graphs import Graph
@@ -66,12 +68,14 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def point_to_checkpoint(model: ir.Model, graph: Graph, checkpoint: Checkpoint, folder: Path) -> None:
     """Make every open initialiser an external tensor in the checkpoint's files, which lie in ``folder`` by name.
 
-    Where the stored type differs from the graph's (BF16 weights in an FP32 graph), a Cast follows it.
+    Where the stored type differs from the graph's (BF16 weights in an FP32 graph), a Cast follows it. The scales of a
+    quantised checkpoint are written into the graph, a number each.
 
     Raises:
         CheckpointError: a tensor is missing, has another number of elements, or a type that no graph takes.
     """
     names = checkpoint_names(checkpoint)
+    _write_scales(model, {value: names.get(graph.prefix + value) for value in model.graph.initializers}, checkpoint)
     shard_names = {path.resolve(): path.name for path in checkpoint.folder.iterdir() if path.suffix == ".safetensors"}
     casts = []
     for value in list(model.graph.initializers.values()):
@@ -95,6 +99,11 @@ def point_to_checkpoint(model: ir.Model, graph: Graph, checkpoint: Checkpoint, f
                 f" the graph needs {shape}"
             )
         if stored != value.dtype:
+            if ir.DataType.FLOAT8E4M3FN in (stored, value.dtype):
+                raise CheckpointError(
+                    f"{checkpoint.folder}: tensor {names[graph.prefix + value.name]!r} is {location.dtype}; only the"
+                    " weights of linear layers can be FP8"
+                )
             casts.append(_cast_after(model, value, stored))
         value.const_value = ir.ExternalTensor(
             location=shard_names[location.path],
@@ -122,4 +131,28 @@ def _cast_after(model: ir.Model, value: ir.Value, stored: ir.DataType) -> ir.Nod
     return node
 
 
-_SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+def _write_scales(model: ir.Model, names: dict[str, str | None], checkpoint: Checkpoint) -> None:
+    """Give the scales their values; layers of one input, such as q, k and v, come to share its quantisation."""
+    shared: dict[tuple[str, bytes], ir.Value] = {}
+    for ours, theirs in names.items():
+        layer, _, leaf = ours.rpartition(".")
+        if leaf not in FP8Linear.SCALES or theirs is None:
+            continue
+        value = model.graph.initializers[ours]
+        number = checkpoint.load(theirs).float().reshape(()).numpy()
+        value.const_value = ir.tensor(number, name=ours)
+        if leaf == "input_scale":
+            same = shared.setdefault((layer.rpartition(".")[0], number.tobytes()), value)
+            if same is not value:
+                value.replace_all_uses_with(same)
+                del model.graph.initializers[ours]
+    if shared:
+        passes.CommonSubexpressionEliminationPass()(model)
+
+
+_SHORT_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float32: "f32",
+    torch.float8_e4m3fn: "f8e4m3fn",
+}

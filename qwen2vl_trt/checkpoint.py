@@ -27,10 +27,12 @@ from .errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+QUANTIZATION_FILE = "hf_quant_config.json"
 
 # Everything beside the weights that changes an answer. Files that a checkpoint lacks are left out of the hash.
 _HASHED_FILES = (
     "config.json",
+    QUANTIZATION_FILE,
     "generation_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",

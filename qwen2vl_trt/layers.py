@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops import dequantize_fp8, fp8_linear, round_to_fp8
+
 
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm with its arithmetic in FP32."""
@@ -32,6 +34,33 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class FP8Linear(nn.Module):
+    """A linear layer over FP8 (E4M3) numbers, with one scale for its weight and a static one for its input.
+
+    ``y = (q(x / input_scale) @ weight.T) * input_scale * weight_scale + bias``, where ``q`` rounds to E4M3 and
+    saturates. Parameters are named as NVIDIA Model Optimizer names them; all but the bias keep their types.
+    """
+
+    SCALES = ("weight_scale", "input_scale")
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        device = linear.weight.device
+        weight = torch.empty(linear.weight.shape, dtype=torch.float8_e4m3fn, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.ones((), device=device), requires_grad=False)
+        self.input_scale = nn.Parameter(torch.ones((), device=device), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            # As engines know it: both operands dequantised in front of a plain linear layer, which they fuse again.
+            return F.linear(
+                round_to_fp8(x, self.input_scale), dequantize_fp8(self.weight, self.weight_scale, x), self.bias
+            )
+        return fp8_linear(x, self.weight, self.weight_scale, self.input_scale, self.bias)
 
 
 def inverse_frequencies(dim: int, theta: float) -> Tensor:

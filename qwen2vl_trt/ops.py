@@ -1,7 +1,8 @@
-"""The three operators that a decoder with a static cache needs, each with an eager and an exported form.
+"""The operators that torch lacks: for a decoder with a static cache, and for FP8. Most have two forms.
 
 Eagerly they are plain PyTorch and, on a cache, work in place. Under ``torch.export`` they become one node each,
-which ``export/`` translates to a standard ONNX operator (``TensorScatter``, ``Attention``, ``RotaryEmbedding``).
+which ``export/`` translates to standard ONNX operators (``TensorScatter``, ``Attention``, ``RotaryEmbedding``,
+``QuantizeLinear`` and ``DequantizeLinear``).
 
 Letters: B batch, S new tokens, M cache capacity, H query heads, Hkv key-value heads, D head size.
 """
@@ -11,6 +12,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+FP8_MAX = 448.0
+"""The largest E4M3 number."""
 
 
 def update_cache(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
@@ -72,6 +76,51 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y.type_as(x).transpose(1, 2)
 
 
+def quantize_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """``x / scale`` in E4M3, to the nearest, ties to even; beyond its range it saturates, as QuantizeLinear does."""
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def round_to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """The nearest multiples of ``scale`` by an E4M3 number, in the type of ``x``."""
+    if torch.compiler.is_exporting():
+        return torch.ops.qwen2vl_trt.round_to_fp8(x, scale)
+    return dequantize_fp8(quantize_fp8(x, scale), scale, x)
+
+
+def dequantize_fp8(values: Tensor, scale: Tensor, like: Tensor) -> Tensor:
+    """``values * scale``, in the type of ``like``."""
+    if torch.compiler.is_exporting():
+        return torch.ops.qwen2vl_trt.dequantize_fp8(values, scale, like)
+    return (values.float() * scale).to(like.dtype)
+
+
+def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer over E4M3 numbers; see :class:`~qwen2vl_trt.layers.FP8Linear`.
+
+    E4M3 numbers are exact in BF16 and FP32 and so are their products, so this is what a kernel for FP8 computes, up to
+    the order of its sums; ``torch._scaled_mm`` could take its place on a GPU that has one.
+
+    Args:
+        x: ``[..., in]``.
+        weight: ``[out, in]`` E4M3.
+        weight_scale: one FP32 number.
+        input_scale: likewise.
+        bias: ``[out]`` or None.
+
+    Returns:
+        ``[..., out]`` in the type of ``x``.
+    """
+    y = F.linear(quantize_fp8(x, input_scale).to(x.dtype), weight.to(x.dtype))
+    return rescale(y, weight_scale * input_scale, bias)
+
+
+def rescale(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``y * scale + bias`` in FP32, rounded once to the type of ``y``."""
+    scaled = y.float() * scale
+    return (scaled if bias is None else scaled.add_(bias)).type_as(y)
+
+
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causal: bool) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     last = lengths[:, None] - 1
@@ -127,3 +176,23 @@ def _ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causal: 
 @_ragged_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causal: bool) -> Tensor:
     return torch.empty_like(q)
+
+
+@torch.library.custom_op("qwen2vl_trt::round_to_fp8", mutates_args=())
+def _round_to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    return round_to_fp8(x, scale)
+
+
+@_round_to_fp8.register_fake
+def _(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("qwen2vl_trt::dequantize_fp8", mutates_args=())
+def _dequantize_fp8(values: Tensor, scale: Tensor, like: Tensor) -> Tensor:
+    return dequantize_fp8(values, scale, like)
+
+
+@_dequantize_fp8.register_fake
+def _(values: Tensor, scale: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(values, dtype=like.dtype)

@@ -9,6 +9,8 @@ Rules, besides the names:
   read from the other. Where it has both, each is read from its own tensor, as in Transformers 5.
 - Rotary frequencies (``*.rotary_emb.inv_freq`` and the like) are computed, not learned. Old releases saved
   them; such tensors are ignored. Every other tensor that no module takes is an error.
+- Scales of a quantised key-value cache (``*.k_scale``, ``*.v_scale``) are ignored: the cache is not quantised here.
+- FP8 weights and their scales keep their types, whatever type the rest is loaded in.
 - The vision patch embedding is stored as a convolution ``[C, in, t, p, p]`` and used as a linear layer
   ``[C, in*t*p*p]``: the same bytes. It is the only tensor whose shape may differ.
 """
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
+from .layers import FP8Linear
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 
-_COMPUTED = re.compile(r"(^|\.)rotary(_pos)?_emb\.(original_)?inv_freq$")
+_UNUSED = re.compile(r"(^|\.)rotary(_pos)?_emb\.(original_)?inv_freq$|\.[kv]_scale$")
 _TOP_LEVEL = ("visual", "model", "lm_head")
 _SHOWN = 5  # names in an error message; the rest is counted
 
@@ -54,7 +57,7 @@ def map_names(names: Iterable[str], tied: bool = False) -> dict[str, str]:
     Raises:
         CheckpointError: two tensors mean the same weight.
     """
-    learned = [name for name in names if not _COMPUTED.search(name)]
+    learned = [name for name in names if not _UNUSED.search(name)]
     renamed = _tensorrt_llm_names(learned)
     if renamed is None:
         renamed = {name: _our_name(name) for name in learned}
@@ -118,7 +121,7 @@ def load_weights(
         prefix: ``"visual."`` for the vision tower, ``""`` for a decoder of ``model.*`` and ``lm_head.*``.
             A checkpoint's tensor counts as left over when it lies under a top-level name that the module uses,
             so either half of a model loads without the other.
-        dtype: of floating-point tensors; None keeps the checkpoint's.
+        dtype: of floating-point tensors, FP8 weights and their scales apart; None keeps the checkpoint's.
         device: where the tensors go.
 
     Raises:
@@ -133,11 +136,18 @@ def load_weights(
     loaded: dict[str, Tensor] = {}
     for ours, shape in wanted.items():
         theirs = names[ours]
+        name, _, leaf = ours.removeprefix(prefix).rpartition(".")
+        owner = module.get_submodule(name)
         if theirs not in loaded:
-            tensor = _converted(checkpoint.load(theirs).reshape(shape), dtype, device)
+            kept = keeps_type(owner, leaf)
+            tensor = _converted(checkpoint.load(theirs).reshape(shape), None if kept else dtype, device)
             loaded[theirs] = tensor if ours in buffers else nn.Parameter(tensor, requires_grad=False)
-        owner, _, leaf = ours.removeprefix(prefix).rpartition(".")
-        setattr(module.get_submodule(owner), leaf, loaded[theirs])
+        setattr(owner, leaf, loaded[theirs])
+
+
+def keeps_type(owner: nn.Module, leaf: str) -> bool:
+    """Whether a parameter is part of a quantisation, and so of one type whatever the model computes in."""
+    return isinstance(owner, FP8Linear) and leaf != "bias"
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
@@ -171,6 +181,8 @@ def _compare(checkpoint: Checkpoint, names: Mapping[str, str], wanted: Mapping[s
 
 
 def _fits(ours: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    if ours.endswith("_scale") and math.prod(stored) == 1:
+        return True  # [] or [1]
     if ours == PATCH_EMBEDDING and len(stored) > len(wanted) == 2:
         return (stored[0], math.prod(stored[1:])) == wanted
     return stored == wanted

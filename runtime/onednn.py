@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qwen2vl_trt.layers import SwiGLU
+from qwen2vl_trt.layers import FP8Linear, SwiGLU
+from qwen2vl_trt.ops import quantize_fp8, rescale
 
 
 def available() -> bool:
@@ -40,6 +41,21 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul")
 
 
+class PackedFP8Linear(nn.Module):
+    """:class:`~qwen2vl_trt.layers.FP8Linear`, computed in the type of its input; its weight is converted once."""
+
+    def __init__(self, linear: FP8Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), None)
+        self.input_scale = linear.input_scale.detach()
+        self.scale = self.input_scale * linear.weight_scale.detach()
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = quantize_fp8(x, self.input_scale).to(x.dtype)
+        return rescale(torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], ""), self.scale, self.bias)
+
+
 class PackedSwiGLU(nn.Module):
     """:class:`~qwen2vl_trt.layers.SwiGLU` in three passes over its activations instead of five."""
 
@@ -53,12 +69,18 @@ class PackedSwiGLU(nn.Module):
         return self.down_proj(self.up_proj.times(x, self.gate_proj(x)))
 
 
-def pack(module: nn.Module) -> None:
-    """Replace every linear layer inside a module, one at a time: peak memory is the module plus one layer."""
+def pack(module: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every linear layer inside a module, one at a time: peak memory is the module plus one layer.
+
+    Args:
+        dtype: of activations; FP8 weights are converted to it, other weights have it.
+    """
     for name, child in list(module.named_children()):
-        if isinstance(child, SwiGLU):
+        if isinstance(child, SwiGLU) and all(isinstance(part, nn.Linear) for part in child.children()):
             setattr(module, name, PackedSwiGLU(child))
+        elif isinstance(child, FP8Linear):
+            setattr(module, name, PackedFP8Linear(child, dtype))
         elif isinstance(child, nn.Linear):
             setattr(module, name, PackedLinear(child))
         else:
-            pack(child)
+            pack(child, dtype)

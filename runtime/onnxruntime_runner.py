@@ -43,7 +43,7 @@ def load_vision(engines: Engines, session: ort.InferenceSession | None = None) -
 def load_decoder(engines: Engines, session: ort.InferenceSession | None = None) -> OrtDecoder:
     """Open the decoder graph, unless a session of it is given; raises as :func:`load_vision`."""
     session = session or open_session(engines.folder / "decoder.onnx", engines.device)
-    return OrtDecoder(session, engines.checkpoint, engines.manifest.profile, engines.dtype, engines.device)
+    return OrtDecoder(session, engines.checkpoint, engines.manifest.profile, engines.precision.decoder, engines.device)
 
 
 def open_session(path: Path, device: torch.device, model: bytes | None = None) -> ort.InferenceSession:
@@ -57,6 +57,8 @@ def open_session(path: Path, device: torch.device, model: bytes | None = None) -
     # From BF16 weights to FP32 ones once, at load, however large: by default one of over 1 GB (3B's embedding) would be
     # converted again at every step.
     options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(2**63 - 1))
+    # Its fusions of QDQ patterns are for INT8: they turn FP8 graphs into ones that it then refuses as invalid.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     providers: list = ["CPUExecutionProvider"]
     if device.type == "cuda":
         if default_device() != "cuda":

@@ -11,10 +11,11 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from engines.backends import DTYPES
+from engines.backends import BACKENDS
 from engines.manifest import Manifest
+from engines.precision import Precision
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.windows import WindowLayout
 
 _BACKENDS = {
@@ -92,8 +93,13 @@ class Engines:
     manifest: Manifest
     checkpoint: Checkpoint
     device: torch.device
-    dtype: torch.dtype
+    precision: Precision
     backend: Backend
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of pixels, and of all that the vision engine computes; the decoder's is ``precision.decoder``."""
+        return self.precision.vision
 
     @cached_property
     def vision(self) -> VisionRunner:
@@ -148,9 +154,12 @@ def open_engines(folder: str | Path, device: str | None = None) -> Engines:
     folder = Path(folder)
     manifest = Manifest.read(folder)
     checkpoint = manifest.verify(folder)
-    if manifest.backend not in _BACKENDS or manifest.precision not in DTYPES:
+    try:
+        precision = BACKENDS[manifest.backend].precision(manifest.precision)
+        module = _BACKENDS[manifest.backend]
+    except (KeyError, BuildError):
         kind = f"backend {manifest.backend!r} in {manifest.precision!r}"
-        raise EngineError(f"{folder} is for {kind}, which this release cannot run")
-    backend = cast(Backend, import_module(_BACKENDS[manifest.backend]))
+        raise EngineError(f"{folder} is for {kind}, which this release cannot run") from None
+    backend = cast(Backend, import_module(module))
     chosen = parse_device(device or backend.default_device())
-    return Engines(folder, manifest, checkpoint, chosen, DTYPES[manifest.precision], backend)
+    return Engines(folder, manifest, checkpoint, chosen, precision, backend)

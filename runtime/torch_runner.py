@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from engines.profile import BuildProfile
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.decoder import Decoder
+from qwen2vl_trt.quantization import fp8_layers, use_fp8
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import WindowLayout, unpad
@@ -30,7 +31,7 @@ def load_vision(engines: Engines) -> TorchVision:
 
 def load_decoder(engines: Engines) -> TorchDecoder:
     """Load the decoder."""
-    return TorchDecoder(engines.checkpoint, engines.manifest.profile, engines.dtype, engines.device)
+    return TorchDecoder(engines.checkpoint, engines.manifest.profile, engines.precision.decoder, engines.device)
 
 
 _WORTH_UNPADDING = 0.05
@@ -43,8 +44,9 @@ class TorchVision:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         with torch.device("meta"):
             self.module = VisionTransformer(checkpoint.config.vision).eval()
+            use_fp8(self.module, "visual.", fp8_layers(checkpoint))
         load_weights(self.module, checkpoint, "visual.", dtype, device)
-        _speed_up(self.module, device)
+        _speed_up(self.module, dtype, device)
         self.module.inv_freq = self.module.inv_freq.to(device)
         self.device = device
 
@@ -78,9 +80,10 @@ class TorchDecoder:
     def __init__(self, checkpoint: Checkpoint, profile: BuildProfile, dtype: torch.dtype, device: torch.device) -> None:
         with torch.device("meta"):
             self.module = Decoder(checkpoint.config.text).eval()
+            use_fp8(self.module, "", fp8_layers(checkpoint))
         load_weights(self.module, checkpoint, "", dtype, device)
         del self.module.model.embed_tokens  # looked up by TokenEmbedding
-        _speed_up(self.module, device)
+        _speed_up(self.module, dtype, device)
         self.embed = TokenEmbedding(checkpoint, dtype, device)
         self.module.model.inv_freq = self.module.model.inv_freq.to(device)
         self.slots = profile.max_batch_size
@@ -112,6 +115,7 @@ def _empty_share(layout: WindowLayout) -> float:
     return 1 - int(layout.window_lengths.sum()) / layout.sequence_position.numel()
 
 
-def _speed_up(module: nn.Module, device: torch.device) -> None:
-    if device.type == "cpu" and onednn.available():
-        onednn.pack(module)
+def _speed_up(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    # FP16 stays plain: oneDNN packs it on the newest CPUs alone.
+    if device.type == "cpu" and dtype != torch.float16 and onednn.available():
+        onednn.pack(module, dtype)

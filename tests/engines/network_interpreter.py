@@ -1,6 +1,7 @@
 """Computes what a TensorRT network says, in PyTorch, layer by layer: its meaning, where no GPU can run it.
 
-It knows the layers that our two graphs are parsed into, in FP32, and refuses any other.
+It knows the layers that our two graphs are parsed into, in FP32 and with FP8 between, and refuses any other.
+The bindings hand out no FP8 weights: whoever asks gives them.
 """
 
 import math
@@ -9,15 +10,16 @@ import torch
 import torch.nn.functional as F
 
 
-def run_network(trt, network, feeds):
+def run_network(trt, network, feeds, fp8_weights=None):
     """Outputs by name.
 
     Args:
         trt: the TensorRT module.
         network: parsed; lowered or not.
         feeds: tensors by the name of the network's input.
+        fp8_weights: E4M3 tensors by the name of the constant that holds them.
     """
-    known, compute = dict(feeds), _Layers(trt)
+    known, compute = dict(feeds), _Layers(trt, fp8_weights or {})
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     pending = [(layer, layer.type.name) for layer in layers]  # ``type`` means another thing in some classes
     while pending:  # what the lowering adds comes after its users
@@ -28,13 +30,14 @@ def run_network(trt, network, feeds):
 
 
 class _Layers:
-    def __init__(self, trt):
-        self.trt = trt
+    def __init__(self, trt, fp8_weights):
+        self.trt, self.fp8_weights = trt, fp8_weights
         self.types = {
             trt.float32: torch.float32,
             trt.int32: torch.int32,
             trt.int64: torch.int64,
             trt.bool: torch.bool,
+            trt.fp8: torch.float8_e4m3fn,
         }
         names = "CONSTANT CAST SHUFFLE SLICE GATHER REDUCE FILL ACTIVATION MATRIX_MULTIPLY ROTARY_EMBEDDING UNARY"
         special = {"ELEMENTWISE": trt.IElementWiseLayer, "ATTENTION_OUTPUT": trt.IAttentionOutputLayer}
@@ -60,10 +63,18 @@ class _Layers:
         return True
 
     def constant(self, layer):
+        if layer.get_output(0).dtype == self.trt.fp8:
+            return self.fp8_weights[layer.name].reshape(tuple(layer.shape))
         return torch.from_numpy(layer.weights.copy()).reshape(tuple(layer.shape))
 
     def cast(self, layer, x):
         return x.to(self.types[layer.to_type])
+
+    def quantize(self, layer, x, scale):
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+    def dequantize(self, layer, x, scale):
+        return x.to(self.types[layer.get_output(0).dtype]) * scale
 
     def shape(self, layer, x):
         return torch.tensor(x.shape, dtype=torch.int64)

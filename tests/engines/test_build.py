@@ -195,9 +195,9 @@ class TestRefused:
     def test_unknown_backends_and_precisions(self):
         with pytest.raises(BuildError, match="unknown backend 'cuda'; known: onnxruntime, torch"):
             find_backend("cuda", None)
-        with pytest.raises(BuildError, match="onnxruntime cannot be built in 'fp8', only in fp32"):
-            find_backend("onnxruntime", "fp8")
-        with pytest.raises(BuildError, match="torch cannot be built in 'int4', only in bf16 or fp32"):
+        with pytest.raises(BuildError, match="onnxruntime cannot be built in 'bf16', only in fp32, fp8"):
+            find_backend("onnxruntime", "bf16")
+        with pytest.raises(BuildError, match="torch cannot be built in 'int4', only in bf16, fp32, fp16-decoder, fp8"):
             find_backend("torch", "int4")
 
     def test_defaults(self):

@@ -25,6 +25,7 @@ from engines.backends import find_backend
 from engines.build import build_engines
 from engines.manifest import Manifest
 from engines.plan_file import whole_file
+from engines.precision import BF16
 from engines.profile import BuildProfile
 from engines.progress import BuildSteps, progress_bar
 from engines.tensorrt_build import build_plans, parse
@@ -38,7 +39,7 @@ from qwen2vl_trt.hub import resolve_model
 from tests.engine_folders import PROFILE, build
 
 ROOT = Path(__file__).parents[2]
-BF16 = onnx.TensorProto.BFLOAT16
+ONNX_BF16 = onnx.TensorProto.BFLOAT16
 PLANS = {"vision.engine", "decoder.engine", "vision.layers", "decoder.layers"}
 
 
@@ -148,12 +149,10 @@ def test_a_block_of_each_size(trt, tmp_path, size):
 
 def build_rtx(checkpoint, folder, profile=PROFILE, **options):
     """The plans alone, without a manifest."""
-    import torch
-
     with progress_bar() as progress:
         steps = BuildSteps(progress, "test", 5)
         chosen = TensorRTOptions(**options)
-        return build_plans(TENSORRT_RTX, checkpoint, folder, torch.bfloat16, profile, steps, chosen)
+        return build_plans(TENSORRT_RTX, checkpoint, folder, BF16, profile, steps, chosen)
 
 
 class TestOptions:
@@ -228,7 +227,7 @@ class TestWhatTensorRTRefuses:
     """Its own reason, with the node's name, and what to do."""
 
     def test_a_graph_that_cannot_be_parsed(self, trt, tmp_path):
-        x, y = (onnx.helper.make_tensor_value_info(name, BF16, [4]) for name in "xy")
+        x, y = (onnx.helper.make_tensor_value_info(name, ONNX_BF16, [4]) for name in "xy")
         node = onnx.helper.make_node("NoSuchOperator", ["x"], ["y"], name="blocks.3.odd", domain="elsewhere")
         graph = onnx.helper.make_graph([node], "odd", [x], [y])
         domains = [onnx.helper.make_opsetid("", 24), onnx.helper.make_opsetid("elsewhere", 1)]

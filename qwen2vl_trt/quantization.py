@@ -1,0 +1,135 @@
+"""FP8 checkpoints as NVIDIA Model Optimizer writes them: which layers are quantised, and their scales.
+
+Such a checkpoint is an ordinary one whose quantised linear layers hold a weight in FP8 (E4M3) and two FP32 scalars,
+``weight_scale`` and ``input_scale``; see :class:`qwen2vl_trt.layers.FP8Linear` for what they mean.
+``hf_quant_config.json``, or ``quantization_config`` in ``config.json``, names the method; the tensors' types say which
+layers are quantised. Source: ``modelopt/torch/export`` (0.47).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Set
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import QUANTIZATION_FILE, Checkpoint
+from .config import read_json
+from .errors import CheckpointError
+from .layers import FP8Linear
+from .weights import checkpoint_names
+
+logger = logging.getLogger(__name__)
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SHOWN = 5  # names in an error message; the rest is counted
+
+
+def fp8_layers(checkpoint: Checkpoint) -> frozenset[str]:
+    """The quantised linear layers of a checkpoint, by our names without ``.weight``; empty where none is.
+
+    Reads the scales, a few bytes each, and no weight.
+
+    Raises:
+        CheckpointError: another method or algorithm of quantisation than Model Optimizer's FP8; a layer without a
+            scale, or with one that is zero, negative, infinite, not a number or not one for the whole tensor.
+    """
+    stated, names = _stated(checkpoint), checkpoint_names(checkpoint)
+    weights = {ours: checkpoint.locate(theirs) for ours, theirs in names.items()}
+    layers = frozenset(
+        ours.removesuffix(".weight")
+        for ours, location in weights.items()
+        if location.dtype in _FP8 and ours.endswith(".weight")
+    )
+    if not stated:
+        if layers:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {names[min(layers) + '.weight']} is FP8, but neither {QUANTIZATION_FILE} nor"
+                " config.json says how the checkpoint is quantised"
+            )
+        return layers
+    if not layers:
+        raise CheckpointError(f"{checkpoint.folder} is said to be quantised to FP8, but has no FP8 weight")
+    missing = [f"{layer}.{scale}" for layer in sorted(layers) for scale in FP8Linear.SCALES]
+    missing = [scale for scale in missing if scale not in names]
+    if missing:
+        raise CheckpointError(f"{checkpoint.folder}: FP8 layers without a scale: {_listed(missing)} missing")
+    wrong = []
+    for layer in sorted(layers):
+        if weights[f"{layer}.weight"].dtype != torch.float8_e4m3fn:
+            wrong.append(f"{layer}.weight is {weights[f'{layer}.weight'].dtype}, not torch.float8_e4m3fn")
+        for scale in FP8Linear.SCALES:
+            wrong += _wrong_scale(checkpoint, names[f"{layer}.{scale}"])
+    if wrong:
+        raise CheckpointError(f"{checkpoint.folder}: {_listed(wrong)}; quantise the model again")
+    return layers
+
+
+def use_fp8(module: nn.Module, prefix: str, layers: Set[str]) -> nn.Module:
+    """Replace the linear layers that a checkpoint holds in FP8; their values are loaded afterwards.
+
+    Args:
+        module: with parameters named ``prefix + name``; changed in place. May lie on the meta device.
+        prefix: ``"visual."`` for the vision tower, ``""`` for the decoder.
+        layers: see :func:`fp8_layers`; those of the other module are left out.
+
+    Returns:
+        The module.
+
+    Raises:
+        CheckpointError: a quantised layer that is not linear, for example the embedding.
+    """
+    for name, child in list(module.named_modules()):
+        if prefix + name in layers:
+            if not isinstance(child, nn.Linear):
+                raise CheckpointError(f"{prefix}{name} is FP8; only linear layers can be")
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, FP8Linear(child))
+    return module
+
+
+def _stated(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint says that it is quantised to FP8."""
+    path = checkpoint.folder / QUANTIZATION_FILE
+    if path.is_file():
+        raw = read_json(path).get("quantization")
+    else:
+        raw = read_json(checkpoint.folder / "config.json").get("quantization_config")
+        if raw is None:
+            return False
+    stated = raw if isinstance(raw, dict) else {}
+    method = "modelopt" if path.is_file() else stated.get("quant_method")
+    algorithm = stated.get("quant_algo")
+    if method != "modelopt" or algorithm != "FP8":
+        raise CheckpointError(
+            f"{checkpoint.folder} is quantised by {method or 'an unknown method'} to {algorithm or 'an unknown type'};"
+            " supported is FP8 by NVIDIA Model Optimizer (modelopt). Take the unquantised checkpoint: --precision fp8"
+            " quantises it"
+        )
+    _mention_cache(checkpoint, stated)
+    return True
+
+
+def _mention_cache(checkpoint: Checkpoint, raw: dict[str, Any]) -> None:
+    cache = raw.get("kv_cache_quant_algo") or raw.get("kv_cache_scheme")
+    if cache:
+        logger.warning(
+            "%s asks for a quantised key-value cache (%s); here it stays in the decoder's type",
+            checkpoint.folder,
+            cache,
+        )
+
+
+def _wrong_scale(checkpoint: Checkpoint, name: str) -> list[str]:
+    location = checkpoint.locate(name)
+    if location.dtype != torch.float32 or math.prod(location.shape) != 1:
+        return [f"{name} is {location.dtype} {list(location.shape)}, not one FP32 number"]
+    value = float(checkpoint.load(name))
+    return [] if math.isfinite(value) and value > 0 else [f"{name} is {value}"]
+
+
+def _listed(items: list[str]) -> str:
+    return ", ".join(items[:_SHOWN]) + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")

@@ -1,0 +1,168 @@
+"""What FP8 quantisation is calibrated with: requests, and the samples that they become.
+
+The pixels and prompts are the pipeline's own, so the model meets in calibration what it will meet in use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from export.quantize import CalibrationSample
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.errors import BuildError, Qwen2VLError
+from qwen2vl_trt.mrope import rope_index
+from qwen2vl_trt.prompts import PromptBuilder
+from qwen2vl_trt.windows import Grid
+
+from .images import load_image
+from .preprocessor import PackedPixels, Preprocessor, PreprocessorSettings
+from .request import Request
+from .video import Video, load_video
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+PROMPTS_FILE = "prompts.jsonl"
+DEFAULT_PROMPT = "Describe the image."
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Requests to calibrate with, and a text that another choice of them does not have."""
+
+    requests: list[Request]
+    identity: str
+
+    @classmethod
+    def from_folder(cls, folder: Path, size: int) -> CalibrationData:
+        """At most ``size`` requests of a folder, spread evenly over it.
+
+        Lines ``{"image": "a.jpg", "prompt": "..."}`` of ``prompts.jsonl`` where there is one (``image`` may be a list,
+        or missing for text alone). Else every image of the folder and of those inside it, with what a text file of
+        its name says (``a.txt`` beside ``a.jpg``) or ``Describe the image.``
+
+        Raises:
+            BuildError: no such folder, no image in it, a file that cannot be read, or a line that makes no sense.
+        """
+        if not folder.is_dir():
+            raise BuildError(f"--calibration-data {folder}: there is no such folder")
+        path = folder / PROMPTS_FILE
+        try:
+            pairs = _listed_pairs(path) if path.is_file() else _image_pairs(folder)
+            if not pairs:
+                raise BuildError(
+                    f"--calibration-data {folder} holds no {PROMPTS_FILE} and no image ({', '.join(IMAGE_SUFFIXES)})"
+                )
+            if size < len(pairs):
+                pairs = [pairs[number * len(pairs) // size] for number in range(size)]
+            digest = hashlib.sha256()
+            for prompt, images in pairs:
+                digest.update(
+                    repr((prompt, [hashlib.sha256(image.read_bytes()).digest() for image in images])).encode()
+                )
+        except UnicodeDecodeError as error:
+            raise BuildError(f"--calibration-data {folder}: a text file in it is not UTF-8 ({error})") from None
+        except OSError as error:
+            raise BuildError(f"--calibration-data: {error.filename} cannot be read: {error.strerror}") from None
+        return cls([Request(prompt, images) for prompt, images in pairs], digest.hexdigest())
+
+
+def _image_pairs(folder: Path) -> list[tuple[str, list[Path]]]:
+    pairs = []
+    for image in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
+        prompt = image.with_suffix(".txt")
+        text = prompt.read_text(encoding="utf-8").strip() if prompt.is_file() else ""
+        pairs.append((text or DEFAULT_PROMPT, [image]))
+    return pairs
+
+
+def _listed_pairs(path: Path) -> list[tuple[str, list[Path]]]:
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            images, prompt = entry.get("image", []), entry.get("prompt", DEFAULT_PROMPT)
+            images = [images] if isinstance(images, str) else images
+            pairs.append((str(prompt), [path.parent / image for image in images]))
+        except (ValueError, AttributeError, TypeError):
+            raise BuildError(
+                f'{path}, line {number} is not of the form {{"image": "a.jpg", "prompt": "..."}}'
+            ) from None
+    return pairs
+
+
+class _Prepared(NamedTuple):
+    """A request without its pixels: all that can be wrong with it is known."""
+
+    images: list[Tensor]
+    videos: list[Video]
+    image_grids: list[Grid]
+    video_grids: list[Grid]
+    token_ids: list[int]
+
+
+class Calibration:
+    """Samples of a model from requests.
+
+    Args:
+        checkpoint: the model.
+        data: the requests.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, data: CalibrationData) -> None:
+        self._config, self._data = checkpoint.config, data
+        settings = PreprocessorSettings.from_folder(checkpoint.folder)
+        self._preprocessor = Preprocessor(checkpoint.config.vision, settings)
+        self._prompts = PromptBuilder(checkpoint.folder, checkpoint.config)
+
+    def check(self) -> None:
+        """Read every image and build every prompt, before the minutes that calibration takes.
+
+        Raises:
+            BuildError: an image cannot be read or a prompt does not fit its images, named.
+        """
+        for request in self._data.requests:
+            self._prepare(request)
+
+    def __iter__(self) -> Iterator[CalibrationSample]:
+        """The samples, each made when its turn comes; raises as :meth:`check`."""
+        return map(self._sample, self._data.requests)
+
+    def _prepare(self, request: Request) -> _Prepared:
+        named = [image for image in request.images if isinstance(image, (str, Path))]
+        make = self._preprocessor
+        try:
+            images = [load_image(image) for image in request.images]
+            videos = [load_video(video, sampling=make.settings.sampling) for video in request.videos]
+            sizes = [load_image(video.frames[0]).shape[1:] for video in videos]
+            image_grids = [make.image_grid(*image.shape[1:]) for image in images]
+            video_grids = [make.video_grid(len(video.frames), *size) for video, size in zip(videos, sizes)]
+            token_ids = self._prompts.build(request.prompt, image_grids, video_grids).token_ids
+        except Qwen2VLError as error:
+            raise BuildError(f"calibration data{', ' if named else ''}{', '.join(map(str, named))}: {error}") from None
+        return _Prepared(images, videos, image_grids, video_grids, token_ids)
+
+    def _sample(self, request: Request) -> CalibrationSample:
+        images, videos, image_grids, video_grids, token_ids = self._prepare(request)
+        still = self._preprocessor.preprocess(images) if images else None
+        moving = self._preprocessor.preprocess(videos=videos) if videos else None
+        seconds = moving.second_per_grid_ts if moving else ()
+        position_ids, _ = rope_index(token_ids, self._config, image_grids, video_grids, seconds)
+        return CalibrationSample(
+            torch.tensor(token_ids), position_ids, self._patches(still), image_grids, self._patches(moving), video_grids
+        )
+
+    def _patches(self, packed: PackedPixels | None) -> Tensor | None:
+        """From windows to Transformers' order: the merge groups of each picture, row by row."""
+        if packed is None:
+            return None
+        groups = packed.pixel_values.view(-1, self._config.vision.merge_unit, self._config.vision.qwen2_vl_dim)
+        return groups[packed.layout.merge_index].flatten(0, 1)
