@@ -119,12 +119,13 @@ def _graph(path: Path, name: str, profiles: dict[str, Ranges]) -> GraphReport:
         value.name: _type(value.type.tensor_type.elem_type)
         for value in (*graph.value_info, *graph.input, *graph.output)
     }
+    dequantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     return GraphReport(
         name,
         tuple(map(_tensor, graph.input)),
         tuple(map(_tensor, graph.output)),
         tuple(
-            (node.name, node.op_type, types.get(node.output[0], "?"))
+            (node.name, node.op_type, "FP8" if node.input[0] in dequantised else types.get(node.output[0], "?"))
             for node in graph.node
             if node.op_type in _COMPUTES
         ),

@@ -20,7 +20,7 @@ from .checkpoint import QUANTIZATION_FILE, Checkpoint
 from .config import read_json
 from .errors import CheckpointError
 from .layers import FP8Linear
-from .weights import checkpoint_names
+from .weights import EMBEDDING, checkpoint_names
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,10 @@ def fp8_layers(checkpoint: Checkpoint) -> frozenset[str]:
         return layers
     if not layers:
         raise CheckpointError(f"{checkpoint.folder} is said to be quantised to FP8, but has no FP8 weight")
+    if EMBEDDING.removesuffix(".weight") in layers:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {names[EMBEDDING]} is FP8; only the weights of linear layers can be"
+        )
     missing = [f"{layer}.{scale}" for layer in sorted(layers) for scale in FP8Linear.SCALES]
     missing = [scale for scale in missing if scale not in names]
     if missing:
@@ -80,12 +84,12 @@ def use_fp8(module: nn.Module, prefix: str, layers: Set[str]) -> nn.Module:
         The module.
 
     Raises:
-        CheckpointError: a quantised layer that is not linear, for example the embedding.
+        CheckpointError: a quantised layer that is not linear, for example a norm.
     """
     for name, child in list(module.named_modules()):
         if prefix + name in layers:
             if not isinstance(child, nn.Linear):
-                raise CheckpointError(f"{prefix}{name} is FP8; only linear layers can be")
+                raise CheckpointError(f"{prefix}{name}.weight is FP8; only the weights of linear layers can be")
             owner, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner), leaf, FP8Linear(child))
     return module

@@ -77,3 +77,18 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory) -> BuiltModel:
 def built_model(request: pytest.FixtureRequest) -> BuiltModel:
     """Both of them, one after the other."""
     return request.getfixturevalue(f"{request.param}_model")
+
+
+@pytest.fixture(scope="session")
+def fp8_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in FP8, by Model Optimizer over 96 scenes of its training digits. Do not write into it."""
+    pytest.importorskip("modelopt", reason="NVIDIA Model Optimizer is not installed: the quantize extra")
+    from export.quantize import quantize_checkpoint
+    from qwen2vl_trt.checkpoint import Checkpoint
+    from qwen2vl_trt.hub import resolve_model
+    from runtime.calibration import Calibration
+    from tiny.calibration import training_data
+
+    checkpoint = Checkpoint(resolve_model("tiny").folder)
+    samples = Calibration(checkpoint, training_data(96))
+    return quantize_checkpoint(checkpoint, tmp_path_factory.mktemp("fp8") / "tiny-fp8", samples).folder

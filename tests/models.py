@@ -131,6 +131,24 @@ def edit_checkpoint(folder: Path, change):
     save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def in_fp8(tensors, layer=lambda name: ".layers." in name or ".blocks." in name):
+    """Tensors of a checkpoint with the linear layers that ``layer`` names as Model Optimizer writes them."""
+    out = dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and layer(name):
+            scale = tensor.float().abs().max() / 448
+            out[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+            out[name.removesuffix("weight") + "weight_scale"] = scale
+            out[name.removesuffix("weight") + "input_scale"] = torch.tensor(0.02)
+    return out
+
+
+def write_quantization(folder: Path, algorithm="FP8", **fields):
+    """Model Optimizer's ``hf_quant_config.json``."""
+    content = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": algorithm} | fields}
+    (folder / "hf_quant_config.json").write_text(json.dumps(content))
+
+
 def random_patches(grids, config, seed=0):
     """Patches ``[sum of t * h * w, qwen2_vl_dim]`` in the order in which Transformers' processor writes them."""
     vision = our_config(config).vision

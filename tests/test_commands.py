@@ -178,6 +178,24 @@ def test_a_model_is_built_where_engines_are_missing(call, user):
     assert json.loads((user / "ours" / "manifest.json").read_text())["profile"]["max_batch_size"] == 3
 
 
+def test_fp8_quantises_first(call, user):
+    pytest.importorskip("modelopt", reason="NVIDIA Model Optimizer is not installed: the quantize extra")
+    options = ("--model", "tiny", "--precision", "fp8", "--backend", "torch", "--calibration-size", 12, *LIMITS)
+    assert call(build_engines, *options) == (0, "", "artifacts/tiny-torch-fp8: built\n".replace("/", os.sep))
+    assert Path("artifacts/tiny-fp8/hf_quant_config.json").is_file()
+    code, answer, errors = call(run, *options, "--image", "a.png", *ASK)
+    assert (code, errors) == (0, ""), "found again, not made again"
+    assert answer.strip()
+    again = ("--model", Path("artifacts/tiny-fp8"), "--backend", "torch")
+    assert call(build_engines, *again, "--precision", "fp8", *LIMITS)[0] == 0
+    found = call(build_engines, *again, *LIMITS)
+    assert_one_line(found, "is quantised to FP8 and cannot be built in bf16: --precision fp8", again)
+    (user / "broken").mkdir(exist_ok=True)
+    (user / "broken" / "cut.png").write_bytes((user / "cut.png").read_bytes())
+    found = call(run, *options, "--calibration-data", "broken", "--image", "a.png", *ASK)
+    assert_one_line(found, "calibration data, broken/cut.png: ", "broken")
+
+
 def test_help(call):
     for script, arguments in ((run, ()), (run, ("features",)), (run, ("eval",)), (build_engines, ())):
         code, out, errors = call(script, *arguments, "--help")
@@ -241,6 +259,18 @@ WRONG_OPTIONS = {
     (*ASK, "--config", "list.yaml"): "does not name its model",
     (*ASK, "--config", "limits.yaml"): "limits.yaml: --max-batch-size is 0",
     (*ASK, "--config", "limits.yaml", "--model", "tiny"): "limits.yaml",
+    (*ASK, "--precision", "fp16"): "fp16-decoder builds the decoder in FP16",
+    (
+        *ASK,
+        "--backend",
+        "onnxruntime",
+        "--precision",
+        "fp16-decoder",
+    ): "cannot be built in 'fp16-decoder', only in fp32",
+    (*ASK, "--calibration-size", "8"): "--calibration-size is for --precision fp8, not for fp32",
+    (*ASK, "--precision", "fp8", "--calibration-size", "0"): "--calibration-size is 0; it must be at least 1",
+    (*ASK, "--model", "model", "--precision", "fp8"): "quantising model to FP8 needs images",
+    (*ASK, "--precision", "fp8", "--calibration-data", "nothing"): "--calibration-data nothing holds no",
     (*ASK, "--engine-dir", "none"): "there is no folder none",
     (*ASK, "--engine-dir", "nothing"): "nothing holds no engine",
     ("features", "--output", "f.safetensors"): "one of the arguments --input --image is required",

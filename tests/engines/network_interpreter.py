@@ -1,7 +1,7 @@
 """Computes what a TensorRT network says, in PyTorch, layer by layer: its meaning, where no GPU can run it.
 
 It knows the layers that our two graphs are parsed into, in FP32 and with FP8 between, and refuses any other.
-The bindings hand out no FP8 weights: whoever asks gives them.
+NumPy has neither BF16 nor FP8, so the bindings hand out no such weights: whoever asks gives them.
 """
 
 import math
@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 
 
-def run_network(trt, network, feeds, fp8_weights=None):
+def run_network(trt, network, feeds, weights=None):
     """Outputs by name.
 
     Args:
         trt: the TensorRT module.
         network: parsed; lowered or not.
         feeds: tensors by the name of the network's input.
-        fp8_weights: E4M3 tensors by the name of the constant that holds them.
+        weights: those of types that NumPy lacks, by the name of the constant that holds them.
     """
-    known, compute = dict(feeds), _Layers(trt, fp8_weights or {})
+    known, compute = dict(feeds), _Layers(trt, weights or {})
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     pending = [(layer, layer.type.name) for layer in layers]  # ``type`` means another thing in some classes
     while pending:  # what the lowering adds comes after its users
@@ -30,13 +30,14 @@ def run_network(trt, network, feeds, fp8_weights=None):
 
 
 class _Layers:
-    def __init__(self, trt, fp8_weights):
-        self.trt, self.fp8_weights = trt, fp8_weights
+    def __init__(self, trt, weights):
+        self.trt, self.weights = trt, weights
         self.types = {
             trt.float32: torch.float32,
             trt.int32: torch.int32,
             trt.int64: torch.int64,
             trt.bool: torch.bool,
+            trt.bfloat16: torch.bfloat16,
             trt.fp8: torch.float8_e4m3fn,
         }
         names = "CONSTANT CAST SHUFFLE SLICE GATHER REDUCE FILL ACTIVATION MATRIX_MULTIPLY ROTARY_EMBEDDING UNARY"
@@ -63,8 +64,8 @@ class _Layers:
         return True
 
     def constant(self, layer):
-        if layer.get_output(0).dtype == self.trt.fp8:
-            return self.fp8_weights[layer.name].reshape(tuple(layer.shape))
+        if layer.get_output(0).dtype in (self.trt.bfloat16, self.trt.fp8):
+            return self.weights[layer.name].reshape(tuple(layer.shape))
         return torch.from_numpy(layer.weights.copy()).reshape(tuple(layer.shape))
 
     def cast(self, layer, x):

@@ -6,7 +6,7 @@ from torch import nn
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.hub import resolve_model
-from qwen2vl_trt.layers import SwiGLU
+from qwen2vl_trt.layers import FP8Linear, SwiGLU
 from qwen2vl_trt.vision import VisionTransformer
 from runtime import Pipeline, Request, SamplingParams, onednn
 from tests.engine_folders import build
@@ -32,6 +32,26 @@ def test_packed_layers_equal_plain_ones(dtype, shape, bias):
     assert close(onednn.PackedLinear(linear)(x), linear(x))
     mlp = SwiGLU(48, 85, bias=bias).to(dtype)
     assert close(onednn.PackedSwiGLU(mlp)(x), mlp(x))
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_packed_fp8_layers_equal_plain_ones(dtype, bias):
+    torch.manual_seed(0)
+    mlp = SwiGLU(48, 85, bias=bias).to(dtype)
+    for name, linear in list(mlp.named_children()):
+        layer = FP8Linear(linear)
+        layer.weight.copy_((torch.randn(linear.weight.shape) * 50).to(torch.float8_e4m3fn))
+        layer.weight_scale.fill_(0.003)
+        layer.input_scale.fill_(0.01)
+        setattr(mlp, name, layer)
+    x = torch.randn(3, 7, 48, dtype=dtype)
+    expected = mlp(x)
+    onednn.pack(mlp, dtype)
+    assert isinstance(mlp.down_proj, onednn.PackedFP8Linear)
+    assert close(mlp(x), expected)
 
 
 @needs_onednn

@@ -1,0 +1,118 @@
+"""The FP8 checkpoint of a model: made once, found again, made anew when something changes, never half."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engines.arguments import BuildPlan, CalibrationChoice
+from engines.backends import BACKENDS
+from engines.profile import BuildProfile
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.errors import BuildError, MissingDependencyError
+from qwen2vl_trt.hub import ResolvedModel, resolve_model
+from runtime import quantized_model
+from runtime.calibration import CalibrationData
+from runtime.quantized_model import RECORD, quantize_first
+from tiny.calibration import training_data
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch, fp8_checkpoint):
+    """A folder to work in; quantising copies a checkpoint made before, and is counted."""
+    calls = []
+
+    def quantize(checkpoint, folder, samples, device, on_sample):
+        calls.append(checkpoint.folder)
+        shutil.copytree(fp8_checkpoint, folder)
+        return Checkpoint(folder)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quantized_model, "quantize_checkpoint", quantize)
+    return calls
+
+
+def plan(model=None, size=2, folder=None, precision="fp8"):
+    choice = CalibrationChoice(folder, size) if precision == "fp8" else None
+    return BuildPlan(
+        model or resolve_model("tiny"), BACKENDS["torch"], precision, BuildProfile(), Path("engines"), choice
+    )
+
+
+class TestFound:
+    def test_made_once(self, made):
+        first = quantize_first(plan(), training_data)
+        assert first.model == ResolvedModel("tiny", Path("artifacts/tiny-fp8"))
+        assert quantize_first(plan(), training_data) == first
+        assert len(made) == 1
+        record = json.loads((first.model.folder / RECORD).read_text())
+        assert record["model_hash"] == Checkpoint(resolve_model("tiny").folder).hash
+        assert record["samples"] == 2
+        assert [path.name for path in Path("artifacts").iterdir() if path.is_dir()] == ["tiny-fp8"]
+
+    def test_made_anew(self, made):
+        folder = quantize_first(plan(), training_data).model.folder
+        quantize_first(plan(size=3), training_data)  # more samples
+        quantize_first(plan(size=3), lambda size: CalibrationData(training_data(size).requests, "others"))
+        (folder / RECORD).write_text("{}")
+        quantize_first(plan(), training_data)
+        (folder / "config.json").write_text((folder / "config.json").read_text() + " ")  # not what was made
+        quantize_first(plan(), training_data)
+        (folder / "model.safetensors").unlink()
+        quantize_first(plan(), training_data)
+        assert len(made) == 6
+
+    def test_a_model_that_is_quantised_already(self, made, fp8_checkpoint):
+        given = plan(ResolvedModel("other", fp8_checkpoint))
+        assert quantize_first(given, training_data) is given
+
+    def test_another_precision(self, made):
+        given = plan(precision="bf16")
+        assert quantize_first(given, training_data) is given
+        assert made == []
+
+
+class TestWhatGoesWrong:
+    def test_no_data_for_another_model(self, made):
+        other = ResolvedModel("Qwen2.5-VL-7B", resolve_model("tiny").folder)
+        with pytest.raises(
+            BuildError, match=r"quantising Qwen2\.5-VL-7B to FP8 needs images .* --calibration-data DIR"
+        ):
+            quantize_first(plan(other), training_data)
+
+    def test_somebody_elses_folder(self, made):
+        Path("artifacts/tiny-fp8").mkdir(parents=True)
+        Path("artifacts/tiny-fp8/precious.txt").touch()
+        with pytest.raises(BuildError, match="is not a checkpoint that was quantised here"):
+            quantize_first(plan(), training_data)
+        assert Path("artifacts/tiny-fp8/precious.txt").exists()
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, BuildError, OSError(28, os.strerror(28))])
+    def test_nothing_half_made_is_left(self, made, monkeypatch, error):
+        def fail(checkpoint, folder, *others):
+            folder.mkdir()
+            (folder / "model.safetensors").touch()
+            raise error
+
+        monkeypatch.setattr(quantized_model, "quantize_checkpoint", fail)
+        with pytest.raises(BuildError if isinstance(error, OSError) else error):
+            quantize_first(plan(), training_data)
+        assert [path.name for path in Path("artifacts").iterdir()] == [".tiny-fp8.lock"]
+
+    def test_an_older_one_outlives_a_failure(self, made, monkeypatch):
+        folder = quantize_first(plan(), training_data).model.folder
+        before = Checkpoint(folder).hash
+        monkeypatch.setattr(quantized_model, "quantize_checkpoint", lambda *others: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantize_first(plan(size=3), training_data)
+        assert Checkpoint(folder).hash == before
+
+    def test_model_optimizer_missing(self, made, monkeypatch):
+        monkeypatch.setattr("export.quantize.find_spec", lambda name: None if name == "requests" else object())
+        with pytest.raises(MissingDependencyError, match=r"needs requests, which is not installed: pip install"):
+            quantize_first(plan(), training_data)
+        assert made == []
