@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from functools import cache
 from importlib.util import find_spec
 
-import torch
-
+from export.importable_torchvision import allow_torchvision
 from qwen2vl_trt.errors import MissingDependencyError
 
 _PACKAGES = {
@@ -38,20 +35,3 @@ def quieten() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-@cache
-def allow_torchvision() -> torch.library.Library | None:
-    """Make a torchvision built for CUDA importable beside a PyTorch for the CPU.
-
-    Transformers' processor, the reference for pixels, needs torchvision. Its own operators cannot load there, and its
-    import fails on two of their schemas; declared first, they are enough for its transforms, which are plain PyTorch.
-    """
-    with suppress(ImportError, RuntimeError, AttributeError):
-        import torchvision  # noqa: F401
-
-        return None
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library  # the declarations live as long as this object

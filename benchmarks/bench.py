@@ -295,8 +295,9 @@ def load_graph(engines: Engines, stage: str) -> ir.Graph:
     path = engines.folder / f"{stage}.onnx"
     if path.is_file():
         return ir.load(path).graph
-    from export.graphs import decoder_graph, vision_graph
+    from export.onnx_model import model_graphs
     from export.trace import trace
 
-    make = vision_graph if stage == "vision" else decoder_graph
-    return trace(make(engines.checkpoint.config, engines.dtype), engines.dtype).graph
+    dtypes = {"vision": engines.precision.vision, "decoder": engines.precision.decoder}
+    graphs = {graph.name: graph for graph in model_graphs(engines.checkpoint, dtypes["vision"], dtypes["decoder"])}
+    return trace(graphs[stage], dtypes[stage]).graph

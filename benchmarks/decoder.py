@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from accuracy.extra import allow_torchvision
 from benchmarks.bench import load_graph
 from benchmarks.measure import (
     Call,
@@ -35,6 +34,7 @@ from benchmarks.random_model import prepare
 from benchmarks.rates import Floor, measure_rates
 from benchmarks.transformers_subjects import load_model
 from benchmarks.work import count_work, decoder_call
+from export.importable_torchvision import allow_torchvision
 from runtime.detokenizer import AnswerStream
 from runtime.request import Output
 from runtime.runners import open_engines

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from accuracy.extra import allow_torchvision
 from benchmarks.measure import Call, Contender, Result, compete, heading, machine, option_parser, report, save
 from benchmarks.ours import picture
+from export.importable_torchvision import allow_torchvision
 from qwen2vl_trt.config import VisionConfig
 from runtime.preprocessor import Preprocessor
 

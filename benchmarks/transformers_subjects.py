@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from accuracy.extra import allow_torchvision
+from export.importable_torchvision import allow_torchvision
 from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.windows import Grid
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from accuracy.extra import allow_torchvision
 from benchmarks.measure import (
     Call,
     Contender,
@@ -28,6 +27,7 @@ from benchmarks.measure import (
 )
 from benchmarks.random_model import prepare
 from benchmarks.transformers_subjects import load_model
+from export.importable_torchvision import allow_torchvision
 from qwen2vl_trt.windows import Grid, window_layout
 from runtime.runners import open_engines
 

@@ -28,6 +28,8 @@ from qwen2vl_trt.errors import BuildError, MissingDependencyError, Qwen2VLError
 from qwen2vl_trt.quantization import fp8_layers
 from qwen2vl_trt.windows import Grid
 
+from .importable_torchvision import allow_torchvision
+
 _E4M3 = {"num_bits": (4, 3), "axis": None}
 FP8_CONFIG = {
     "quant_cfg": [
@@ -107,7 +109,8 @@ def quantize_checkpoint(
     """
     version = check_quantizer()
     try:
-        with _quiet(), _importable_torchvision():
+        allow_torchvision()
+        with _quiet():
             _run_model_optimizer(checkpoint, folder, samples, device, on_sample)
         _restore_companions(checkpoint, folder)
     except OSError as error:
@@ -198,23 +201,3 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _importable_torchvision() -> Iterator[None]:
-    """Transformers imports torchvision where it finds it; one that was built for another torch must not end that.
-
-    Its import trips over two operators that it could not register. No model needs them: declared, they are enough.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        yield
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        yield
-        del library
-    else:
-        yield

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from accuracy.extra import allow_torchvision
+from export.importable_torchvision import allow_torchvision
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import build_engines
 import run
 from engines.command import run_command
+from engines.manifest import FORMAT
 from tests.engine_folders import BUILDS, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -327,7 +328,7 @@ def test_a_damaged_engine_is_one_line(call, quick, user):
     manifest, weights = user / "damaged" / "manifest.json", user / "damaged" / "model.safetensors"
     whole = manifest.read_text()
     for text, message in (
-        (whole.replace('"format": 1', '"format": 0'), "format 0"),
+        (whole.replace(f'"format": {FORMAT}', '"format": 0'), "format 0"),
         (whole[: len(whole) // 2], "cannot be read"),
         (whole.replace("max_seq_len", "max_length"), "corrupt"),
         ("[]", "format None"),
