@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -49,7 +51,8 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Tensor:
     Returns:
         ``[3, H, W]`` on the tensor's own device (CPU for everything else), a view of the source where possible.
         uint8; float32 for a float tensor, which is kept as it is so that the pixels equal those of Transformers'
-        processor with ``do_rescale=False`` (the call that has a meaning for 0..1), resize included.
+        processor with ``do_rescale=False`` (the call that has a meaning for 0..1), resize included. The range of a
+        float tensor is read, which waits for a GPU that it is on; that of uint8 needs no reading.
 
     Raises:
         MediaError: no such file, not an image, truncated, empty, a side of 0 pixels, over Pillow's limit of pixels,
@@ -129,14 +132,43 @@ def _over_white(rgba: Tensor) -> Tensor:
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
 
 
+def file_bytes(source: ImageSource, *, name: str) -> bytes | None:
+    """What an image file holds, given its path or its bytes; None for an image that is no file.
+
+    Raises:
+        MediaError: no such file, or one that cannot be read, in the words of :func:`load_image`.
+    """
+    if isinstance(source, (str, Path)):
+        with _opened(source, f"{name} ({source})") as file:
+            return file.read()
+    return bytes(source) if isinstance(source, (bytes, bytearray, memoryview)) else None
+
+
+def is_plain_jpeg(data: bytes) -> bool:
+    """Whether these are a JPEG file that any decoder reads alike: complete, grey or RGB, within Pillow's limit."""
+    if not (data.startswith(b"\xff\xd8\xff") and data.rstrip(b"\0").endswith(b"\xff\xd9")):
+        return False
+    try:
+        with _open(BytesIO(data)) as image:  # reads the header alone
+            return image.format == "JPEG" and image.mode in ("L", "RGB")
+    except Exception:  # load_image says what it is
+        return False
+
+
 def _from_path(path: str | Path, label: str) -> Tensor:
+    with _opened(path, label) as file:
+        return _decode(file, label)
+
+
+@contextmanager
+def _opened(path: str | Path, label: str) -> Iterator[BinaryIO]:
     if str(path).startswith(("http://", "https://")):
         raise MediaError(f"{label}: addresses are not fetched; download the image and give its path")
     try:
         with Path(path).open("rb") as file:
             if not file.peek(1):
                 raise MediaError(f"{label}: empty (0 bytes)")
-            return _decode(file, label)
+            yield file
     except FileNotFoundError:
         raise MediaError(f"{label}: no such file") from None
     except IsADirectoryError:

@@ -72,7 +72,7 @@ class MediaEmbedder:
             MediaError: it cannot be read.
             LimitError: it is outside the engine's profile.
         """
-        pixels, name = load_image(source, name=name), _with_path(name, source)
+        (pixels,), name = self._preprocessor.load_images([source], [name]), _with_path(name, source)
         height, width = pixels.shape[1:]
         grid = self._preprocessor.image_grid(height, width, name=name)
         self._profile.check_frame(grid, name, f"{width}x{height}", self._config)

@@ -23,7 +23,8 @@ from .detokenizer import AnswerStream
 from .generation_config import GenerationConfig
 from .images import ImageSource
 from .media import LoadedImage, LoadedVideo, MediaEmbedder, StageTimes
-from .preprocessor import Preprocessor, PreprocessorSettings
+from .preprocessor import Decode, Preprocessor
+from .preprocessor_settings import PreprocessorSettings
 from .request import Event, Output, Request
 from .runners import Engines, open_engines
 from .sampler import SamplingParams, SequenceSampling
@@ -62,6 +63,7 @@ class Pipeline:
         min_pixels: smallest image area; smaller ones are enlarged. By default the checkpoint's.
         max_pixels: largest image area; larger ones are shrunk. By default the checkpoint's.
         max_num_tokens: most prompt tokens of one request that run before the other answers get their next token.
+        decode: where JPEG files are decoded; the GPU, by nvImageCodec, makes pixels that differ by a level or so.
     """
 
     def __init__(
@@ -70,12 +72,13 @@ class Pipeline:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         max_num_tokens: int = DEFAULT_MAX_NUM_TOKENS,
+        decode: Decode = "cpu",
     ) -> None:
         folder, self._config = engines.checkpoint.folder, engines.checkpoint.config
         self.engines = engines
         self.profile = engines.manifest.profile
         settings = PreprocessorSettings.from_folder(folder).with_limits(min_pixels, max_pixels)
-        preprocessor = Preprocessor(self._config.vision, settings, engines.device, engines.dtype)
+        preprocessor = Preprocessor(self._config.vision, settings, engines.device, engines.dtype, decode=decode)
         self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision)
         self._prompts = PromptBuilder(folder, self._config)
         if len(self._prompts.tokenizer) > self._config.text.vocab_size:
@@ -95,13 +98,15 @@ class Pipeline:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         max_num_tokens: int = DEFAULT_MAX_NUM_TOKENS,
+        decode: Decode = "cpu",
     ) -> Pipeline:
         """Open an engine folder that ``build_engines.py`` wrote.
 
         Raises:
             EngineError: no engine, damaged, of another format, or not runnable here.
+            MissingDependencyError: ``decode="gpu"``, and nvImageCodec is not installed.
         """
-        return cls(open_engines(folder, device), min_pixels, max_pixels, max_num_tokens)
+        return cls(open_engines(folder, device), min_pixels, max_pixels, max_num_tokens, decode)
 
     def generate(
         self,

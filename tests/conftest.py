@@ -12,6 +12,9 @@ import torch
 from export.importable_torchvision import allow_torchvision
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    # Triton's kernels then run on the CPU, by its interpreter. It must be told before anything imports it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 allow_torchvision()

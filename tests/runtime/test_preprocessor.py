@@ -15,26 +15,13 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl, image_processing_qwen2_vl
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-from qwen2vl_trt.config import VisionConfig
-from qwen2vl_trt.errors import CheckpointError, LimitError, MediaError
+from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.windows import window_layout
-from runtime import preprocessor as module
-from runtime.preprocessor import PixelSettings, Preprocessor, PreprocessorSettings, smart_resize
-from runtime.video import FrameSampling, Video
+from runtime.preprocessor import Preprocessor
+from runtime.preprocessor_settings import PixelSettings, PreprocessorSettings
+from runtime.video import Video
+from tests.pictures import CONFIG, TINY, merge_order, natural, noise
 
-CONFIG = VisionConfig(
-    depth=1, hidden_size=16, num_heads=1, intermediate_size=16, out_hidden_size=16, fullatt_block_indexes=(0,)
-)
-TINY = VisionConfig(
-    depth=1,
-    hidden_size=16,
-    num_heads=1,
-    intermediate_size=16,
-    out_hidden_size=16,
-    fullatt_block_indexes=(0,),
-    patch_size=2,
-    window_size=16,
-)
 DEFAULT = image_processing_qwen2_vl.Qwen2VLImageProcessor
 PILLOW = image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil
 MEAN = torch.tensor(PixelSettings().image_mean).view(3, 1)
@@ -43,23 +30,6 @@ STD = torch.tensor(PixelSettings().image_std).view(3, 1)
 # No resize: sides are multiples of 28 and the area is within the limits.
 EXACT_SIZES = [(56, 56), (28, 112), (112, 112), (112, 140), (140, 112), (140, 140), (28, 5572), (5572, 28), (448, 224)]
 RESIZED_SIZES = [(20, 20), (1, 1), (1, 200), (199, 1), (13, 700), (333, 71), (613, 847), (101, 1009), (1500, 1200)]
-
-
-def noise(height, width, seed=0):
-    return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-
-
-def natural(height, width, seed=0):
-    """Noise of several scales, so that resizing overshoots at some edges and is smooth elsewhere."""
-    layers = [noise(max(1, height // scale), max(1, width // scale), seed + scale) for scale in (1, 9, 40)]
-    up = [torch.nn.functional.interpolate(layer[None].float(), (height, width))[0] for layer in layers]
-    return (0.1 * up[0] + 0.3 * up[1] + 0.6 * up[2]).round().to(torch.uint8)
-
-
-def merge_order(packed, config=CONFIG):
-    """``[patches, D]`` in Transformers' order, the windows undone by the layout's ``merge_index``."""
-    groups = packed.pixel_values.reshape(-1, config.merge_unit, config.qwen2_vl_dim)
-    return groups[packed.layout.merge_index].reshape(-1, config.qwen2_vl_dim)
 
 
 def from_sequences(packed, config=CONFIG):
@@ -207,28 +177,6 @@ class TestPreprocess:
         Preprocessor(CONFIG).preprocess(images)
         assert all(torch.equal(image, copy) for image, copy in zip(images, copies, strict=True))
 
-    def test_small_chunks_change_nothing(self, monkeypatch):
-        images = [natural(280, 308), natural(112, 112), natural(112, 112), natural(224, 140)]
-        clip = [natural(280, 364, seed) for seed in range(3)]
-        expected = Preprocessor(CONFIG).preprocess(images, [clip]).pixel_values
-        monkeypatch.setattr(module, "_HOST_CHUNK", 1)
-        assert torch.equal(Preprocessor(CONFIG).preprocess(images, [clip]).pixel_values, expected)
-        monkeypatch.setattr(module, "_HOST_CHUNK", 1 << 28)
-        assert torch.equal(Preprocessor(CONFIG).preprocess(images, [clip]).pixel_values, expected)
-
-    @pytest.mark.parametrize("size", [(333, 271), (1, 150), (613, 400)])
-    def test_resize_by_way_of_floats(self, size):
-        """The path of CUDA, which has no uint8 kernel, here on the CPU: within a level, seldom that."""
-        frames = torch.stack([natural(*size, seed) for seed in range(2)])
-        _, rows, columns = Preprocessor(CONFIG).image_grid(*size)
-        target = (rows * 14, columns * 14)
-        floats = module._resize_on_device(frames, target)
-        native = torch.stack([module._resize_on_host(frame, target) for frame in frames])
-        assert floats.dtype == torch.uint8
-        difference = (floats.int() - native.int()).abs()
-        assert difference.max() <= 1
-        assert difference.float().mean() < 0.3
-
     def test_one_thread(self):
         images = [natural(100, 130, seed) for seed in range(3)]
         expected = Preprocessor(CONFIG).preprocess(images).pixel_values
@@ -238,24 +186,6 @@ class TestPreprocess:
             assert torch.equal(Preprocessor(CONFIG).preprocess(images).pixel_values, expected)
         finally:
             torch.set_num_threads(threads)
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("chunk", [1, 1 << 28])
-    def test_batches_of_a_device(self, dtype, chunk, monkeypatch):
-        """The path of CUDA, here on the CPU: frames of one size go together, wherever they stand in the batch."""
-        sizes = [(140, 252), (56, 56), (140, 252), (28, 112), (224, 224)]
-        images = [natural(*size, seed) for seed, size in enumerate(sizes)] + [torch.rand(3, 56, 56)]
-        clips = [[natural(280, 364, seed) for seed in range(count)] for count in (4, 1, 3)]
-        expected = Preprocessor(CONFIG, dtype=dtype).preprocess(images, clips).pixel_values
-        monkeypatch.setattr(module, "_DEVICE_CHUNK", chunk)
-        monkeypatch.setattr(Preprocessor, "_write_on_host", Preprocessor._write_on_device)
-        assert torch.equal(Preprocessor(CONFIG, dtype=dtype).preprocess(images, clips).pixel_values, expected)
-
-    def test_bfloat16_ties_go_to_even(self):
-        values = torch.cat([torch.randn(5000), torch.tensor([1 + 1 / 256, 1 + 3 / 256, -1 - 1 / 256, 0.0])])
-        bits = values.numpy().copy()
-        module._round_to_bfloat16(bits)
-        assert torch.equal(torch.from_numpy(bits.view(np.int32)).short().view(torch.bfloat16), values.bfloat16())
 
     def test_other_dtypes_are_refused(self):
         with pytest.raises(ValueError, match="float16"):
@@ -297,6 +227,16 @@ class TestPreprocess:
             image = raster.transpose(1, 2).reshape(height * 2, width * 2)
             assert torch.equal(image, torch.arange(first, first + image.numel()).view_as(image))
             first += image.numel()
+
+    def test_image_grid_without_pixels(self):
+        processor = Preprocessor(CONFIG)
+        reference = DEFAULT()
+        for height, width in EXACT_SIZES + RESIZED_SIZES:
+            frames, rows, columns = processor.image_grid(height, width)
+            assert frames == 1
+            assert rows * columns == reference.get_number_of_image_patches(height, width)
+        with pytest.raises(MediaError, match=r"^image 3: 1x300 has"):
+            processor.image_grid(300, 1, name="image 3")
 
 
 class TestVideos:
@@ -354,146 +294,6 @@ class TestVideos:
         for count, height, width in [(1, 300, 364), (5, 720, 200), (4, 30, 30)]:
             packed = processor.preprocess(videos=[torch.zeros(count, 3, height, width, dtype=torch.uint8)])
             assert processor.video_grid(count, height, width) == packed.grids[0]
-
-
-class TestSmartResize:
-    """The same answer as Transformers, which has no limit below the aspect ratio."""
-
-    sides = st.integers(1, 6000)
-
-    @settings(max_examples=500, deadline=None)
-    @given(sides, sides, st.sampled_from([4, 28, 32]), st.integers(1, 10**6), st.integers(0, 10**7))
-    def test_equals_transformers(self, height, width, factor, low, extra):
-        try:
-            expected = image_processing_qwen2_vl.smart_resize(height, width, factor, low, low + extra)
-        except ValueError:
-            with pytest.raises(MediaError, match=f"{width}x{height}"):
-                smart_resize(height, width, factor, low, low + extra)
-            return
-        assert smart_resize(height, width, factor, low, low + extra) == expected
-
-    @settings(max_examples=300, deadline=None)
-    @given(sides, sides)
-    def test_invariants(self, height, width):
-        if max(height, width) > 200 * min(height, width):
-            return
-        rows, columns = smart_resize(height, width, 28, 3136, 1003520)
-        assert rows % 28 == columns % 28 == 0
-        assert min(rows, columns) >= 28
-        assert 3136 <= rows * columns <= 1003520
-        assert max(rows, columns) > 5600 or smart_resize(rows, columns, 28, 3136, 1003520) == (rows, columns)
-
-    def test_an_area_at_its_limit_stays(self):
-        assert smart_resize(50, 60, 28, 3136, 1003520) == (56, 56)
-        assert smart_resize(50, 60, 28, 100, 3136) == (56, 56)
-
-    def test_aspect_ratio_of_200_is_the_last(self):
-        assert smart_resize(10, 2000, 28, 3136, 1003520)[0] == 28
-        with pytest.raises(MediaError, match=r"2001x10 has an aspect ratio of 200\.1"):
-            smart_resize(10, 2001, 28, 3136, 1003520)
-
-    @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
-    def test_no_pixels(self, size):
-        with pytest.raises(MediaError, match="no pixels"):
-            smart_resize(*size, 28, 3136, 1003520)
-
-    def test_grid_without_pixels(self):
-        processor = Preprocessor(CONFIG)
-        reference = DEFAULT()
-        for height, width in EXACT_SIZES + RESIZED_SIZES:
-            frames, rows, columns = processor.image_grid(height, width)
-            assert frames == 1
-            assert rows * columns == reference.get_number_of_image_patches(height, width)
-        with pytest.raises(MediaError, match=r"^image 3: 1x300 has"):
-            processor.image_grid(300, 1, name="image 3")
-
-
-class TestSettings:
-    """``from_folder`` reads what Transformers reads."""
-
-    def write(self, folder, name, **content):
-        (folder / name).write_text(json.dumps(content))
-
-    def test_defaults_are_transformers(self, tmp_path):
-        settings = PreprocessorSettings.from_folder(tmp_path)
-        assert settings == PreprocessorSettings()
-        # The class attributes are shared and mutable, so the sizes are written out.
-        assert (settings.image.min_pixels, settings.image.max_pixels) == (56 * 56, 28 * 28 * 1280)
-        assert (settings.video.min_pixels, settings.video.max_pixels) == (128 * 28 * 28, 28 * 28 * 768)
-        for pixels, reference in ((settings.image, DEFAULT()), (settings.video, Qwen2VLVideoProcessor())):
-            assert list(pixels.image_mean) == list(reference.image_mean)
-            assert list(pixels.image_std) == list(reference.image_std)
-            assert pixels.rescale_factor == reference.rescale_factor
-        reference = Qwen2VLVideoProcessor()
-        assert settings.sampling == FrameSampling(
-            2.0, reference.min_frames, reference.max_frames, reference.temporal_patch_size
-        )
-
-    def test_published_checkpoint(self, tmp_path):
-        """One file with the old keys serves images and videos."""
-        mean = [0.1, 0.2, 0.3]
-        self.write(tmp_path, "preprocessor_config.json", min_pixels=3136, max_pixels=12845056, image_mean=mean)
-        settings = PreprocessorSettings.from_folder(tmp_path)
-        for pixels in (settings.image, settings.video):
-            assert (pixels.min_pixels, pixels.max_pixels, pixels.image_mean) == (3136, 12845056, (0.1, 0.2, 0.3))
-
-    @pytest.mark.parametrize(
-        "size",
-        [{"shortest_edge": 4000, "longest_edge": 90000}, {"min_pixels": 4000, "max_pixels": 90000}],
-    )
-    def test_size_forms_and_own_video_file(self, size, tmp_path):
-        self.write(tmp_path, "preprocessor_config.json", size=size)
-        self.write(tmp_path, "video_preprocessor_config.json", max_pixels=200000, fps=4, max_frames=16)
-        settings = PreprocessorSettings.from_folder(tmp_path)
-        assert (settings.image.min_pixels, settings.image.max_pixels) == (4000, 90000)
-        assert (settings.video.min_pixels, settings.video.max_pixels) == (128 * 28 * 28, 200000)
-        assert settings.sampling == FrameSampling(fps=4, max_frames=16)
-
-    def test_saved_by_transformers(self, tmp_path):
-        size = {"shortest_edge": 4000, "longest_edge": 90000}
-        DEFAULT(size=size, image_std=[0.5, 0.5, 0.5]).save_pretrained(tmp_path)
-        settings = PreprocessorSettings.from_folder(tmp_path)
-        assert settings.image == PixelSettings(4000, 90000, image_std=(0.5, 0.5, 0.5))
-
-    def test_nested_file_wins(self, tmp_path):
-        self.write(tmp_path, "preprocessor_config.json", min_pixels=1, max_pixels=2)
-        self.write(
-            tmp_path,
-            "processor_config.json",
-            image_processor={"size": {"shortest_edge": 5000, "longest_edge": 6000}},
-            video_processor={"size": {"shortest_edge": 7000, "longest_edge": 8000}},
-        )
-        settings = PreprocessorSettings.from_folder(tmp_path)
-        assert (settings.image.min_pixels, settings.image.max_pixels) == (5000, 6000)
-        assert (settings.video.min_pixels, settings.video.max_pixels) == (7000, 8000)
-
-    def test_overrides(self):
-        settings = PreprocessorSettings().with_limits(max_pixels=50_000)
-        assert (settings.image.min_pixels, settings.image.max_pixels) == (3136, 50_000)
-        assert (settings.video.min_pixels, settings.video.max_pixels) == (50_000, 50_000)
-        settings = PreprocessorSettings().with_limits(min_pixels=50_000, max_pixels=10**7)
-        assert settings.video == PreprocessorSettings().video
-        assert PreprocessorSettings().with_limits() == PreprocessorSettings()
-
-    @pytest.mark.parametrize("limits", [{"min_pixels": 0}, {"max_pixels": 0}, {"min_pixels": 10, "max_pixels": 9}])
-    def test_impossible_limits(self, limits):
-        with pytest.raises(LimitError, match="min_pixels"):
-            PreprocessorSettings().with_limits(**limits)
-
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [
-            ("{", "cannot be read"),
-            ("[]", "no JSON object"),
-            ('{"do_resize": false}', "do_resize"),
-            ('{"resample": 2}', "bicubic"),
-            ('{"min_pixels": 0}', "min_pixels"),
-        ],
-    )
-    def test_bad_files(self, content, message, tmp_path):
-        (tmp_path / "preprocessor_config.json").write_text(content)
-        with pytest.raises(CheckpointError, match=message):
-            PreprocessorSettings.from_folder(tmp_path)
 
 
 def test_transparent_png_is_seen_on_white():
