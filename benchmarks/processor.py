@@ -2,6 +2,8 @@
 
     python -m benchmarks.processor [--repetitions 15] [--json FILE]
 
+Where there is a GPU, :mod:`benchmarks.gpu_processor` follows.
+
 Each contender gets the images in the form in which it is fastest (torch CHW, numpy HWC or PIL), found by trying them.
 """
 
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks import gpu_processor
 from benchmarks.measure import Call, Contender, Result, compete, heading, machine, option_parser, report, save
 from benchmarks.ours import picture
 from export.importable_torchvision import allow_torchvision
@@ -88,6 +91,9 @@ def main() -> None:
         ]
         tables[title] = compete(contenders, options.repetitions)
         report(title, tables[title], "ms/image", lambda seconds: seconds * 1e3 / 16)
+    if torch.cuda.is_available():
+        print(f"\n{torch.cuda.get_device_name()}")
+        tables |= gpu_processor.compare(options.repetitions)
     save(options.json, facts, tables)
 
 
