@@ -64,7 +64,8 @@ class Preprocessor:
     """Turns images and videos into :class:`PackedPixels`.
 
     On a CUDA device the work is queued on the current stream and nothing waits for it; images of the host go there as
-    8 bits, once, through pinned buffers; images already there are read where they are, whatever their strides.
+    8 bits, once, through pinned buffers; images already there are read where they are, whatever their strides. One
+    thread at a time: the buffers take turns.
 
     Args:
         config: the checkpoint's vision tower.
