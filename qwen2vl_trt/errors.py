@@ -33,6 +33,14 @@ class EngineError(Qwen2VLError):
     """An engine cannot be loaded: corrupt, incomplete, or of another version."""
 
 
+class ExecutionError(Qwen2VLError):
+    """An engine failed while it ran, for want of memory for one."""
+
+
+class DeadlineError(Qwen2VLError):
+    """A request's deadline passed before its first token, or is no number of seconds."""
+
+
 class FeaturesError(Qwen2VLError):
     """Features cannot be written to their file."""
 

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from .sampler import SamplingParams
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 
 _INCOMPLETE = "\ufffd"  # how a decoder writes bytes that are no whole character
 
@@ -105,8 +105,9 @@ class AnswerStream:
     """One answer as it grows: its tokens, its text, and why it ended.
 
     ``finish_reason`` is None while it runs, then ``"stop"`` (an end-of-sequence token or a stop string) or
-    ``"length"`` (``max_tokens`` tokens). ``token_ids`` has every token pushed, the end-of-sequence token included,
-    as Transformers' ``generate`` returns it. The pieces that ``push`` returns add up to ``text``.
+    ``"length"`` (``max_tokens`` tokens) or what the caller of ``push`` says. ``token_ids`` has every token pushed,
+    the end-of-sequence token included, as Transformers' ``generate`` returns it. The pieces that ``push`` returns add
+    up to ``text``.
     """
 
     def __init__(self, tokenizer: Decoder, params: SamplingParams, eos_token_ids: Collection[int]) -> None:
@@ -123,8 +124,12 @@ class AnswerStream:
         """Everything emitted so far."""
         return "".join(self._pieces)
 
-    def push(self, token: int) -> str:
+    def push(self, token: int, reason: FinishReason | None = None) -> str:
         """Add a token; returns the text to show now.
+
+        Args:
+            token: the next one.
+            reason: end the answer with this token for this reason, unless it ends here of itself.
 
         Raises:
             ValueError: the answer has ended.
@@ -138,6 +143,8 @@ class AnswerStream:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self._max_tokens:
             self.finish_reason = "length"
+        else:
+            self.finish_reason = reason
         if self.finish_reason is not None and not self._stop_strings.stopped:
             # The last characters may complete a stop string: it is cut off, whatever ended the answer.
             new += self._stop_strings.push(self._detokenizer.flush())

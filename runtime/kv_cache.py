@@ -16,7 +16,12 @@ class KVCache:
 
     The capacity follows what is used, in powers of two up to ``max_seq_len``: ONNX Runtime's attention computes
     over all of it, whatever the rows' lengths. Or it is ``fixed`` at ``max_seq_len``: TensorRT takes no other.
+
+    Attributes:
+        owner: who wrote last; a scheduler that finds another's mark trusts nothing that it left here.
     """
+
+    owner: object = None
 
     def __init__(
         self,
@@ -34,6 +39,11 @@ class KVCache:
         self.k, self.v = self._allocate(self._least)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the whole cache now."""
+        return sum(cache.nbytes for cache in (*self.k, *self.v))
+
+    @property
     def capacity(self) -> int:
         """M, positions a row has now."""
         return self.k[0].shape[2]
@@ -48,19 +58,37 @@ class KVCache:
             raise LimitError(f"{length:,} tokens do not fit the cache of {self.max_seq_len:,} (--max-seq-len)")
         if length <= self.capacity:
             return
-        old, used = (self.k, self.v), self.capacity
-        self.k, self.v = self._allocate(min(self.max_seq_len, 1 << (length - 1).bit_length()))
-        for before, after in zip((*old[0], *old[1]), (*self.k, *self.v)):
-            after[:, :, :used] = before
+        self._resize(self._bucket(length))
+
+    def trim(self, length: int) -> None:
+        """Shrink to what rows of ``length`` positions need, keeping those; for when no longer row is in use."""
+        capacity = self._bucket(length)
+        if capacity < self.capacity:
+            self._resize(capacity)
 
     def reset(self) -> None:
-        """Forget everything and shrink: for when no slot is in use."""
-        if self.capacity > self._least:
-            self.k, self.v = self._allocate(self._least)
+        """Shrink to the smallest size: for when no slot is in use."""
+        self.trim(0)
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Give slot ``target`` the first ``length`` positions of slot ``source``, on the device."""
+        for cache in (*self.k, *self.v):
+            cache[target, :, :length] = cache[source, :, :length]
 
     def rows(self, first: int, count: int) -> tuple[list[Tensor], list[Tensor]]:
         """Views ``[count, Hkv, capacity, D]`` of neighbouring slots, contiguous."""
         return [k[first : first + count] for k in self.k], [v[first : first + count] for v in self.v]
+
+    def _bucket(self, length: int) -> int:
+        return min(self.max_seq_len, max(self._least, 1 << (max(length, 1) - 1).bit_length()))
+
+    def _resize(self, capacity: int) -> None:
+        """Both caches are allocated before either is given up: out of memory leaves everything as it was."""
+        k, v = self._allocate(capacity)
+        used = min(capacity, self.capacity)
+        for before, after in zip((*self.k, *self.v), (*k, *v)):
+            after[:, :, :used] = before[:, :, :used]
+        self.k, self.v = k, v
 
     def _allocate(self, capacity: int) -> tuple[list[Tensor], list[Tensor]]:
         shape = (self.slots, self._config.num_key_value_heads, capacity, self._config.head_dim)

@@ -65,14 +65,26 @@ class MediaEmbedder:
         self._preprocessor, self._runner, self._profile, self._config = preprocessor, runner, profile, config
         self._pixels: Tensor | None = None  # of the largest batch so far: free again once its engine call has returned
 
-    def load_image(self, source: ImageSource, name: str) -> LoadedImage:
+    @property
+    def sampling(self) -> FrameSampling:
+        """Which frames of a video file are kept where a request does not say."""
+        return self._preprocessor.settings.sampling
+
+    def load_image(self, source: ImageSource, name: str, contents: bytes | None = None) -> LoadedImage:
         """Decode an image and check its size.
+
+        Args:
+            source: see :data:`runtime.images.ImageSource`.
+            name: what error messages call it.
+            contents: of the file, where somebody has read it already.
 
         Raises:
             MediaError: it cannot be read.
             LimitError: it is outside the engine's profile.
         """
-        (pixels,), name = self._preprocessor.load_images([source], [name]), _with_path(name, source)
+        read = source if contents is None else contents
+        (pixels,) = self._preprocessor.load_images([read], [name if contents is None else _with_path(name, source)])
+        name = _with_path(name, source)
         height, width = pixels.shape[1:]
         grid = self._preprocessor.image_grid(height, width, name=name)
         self._profile.check_frame(grid, name, f"{width}x{height}", self._config)
@@ -87,7 +99,7 @@ class MediaEmbedder:
             fps: what a message's part says, as in qwen-vl-utils: of a file, the frames to keep of each second; of
                 frames in memory, the rate that they have.
         """
-        sampling = self._preprocessor.settings.sampling
+        sampling = self.sampling
         if isinstance(source, (str, Path, bytes)) and fps is not None:
             sampling, fps = _sampling(sampling, fps, name), None
         elif not isinstance(source, (Video, str, Path, bytes, np.ndarray, Tensor, Sequence)):

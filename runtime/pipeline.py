@@ -2,68 +2,75 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qwen2vl_trt.errors import CheckpointError, LimitError, MediaError, Qwen2VLError, SamplingError
-from qwen2vl_trt.mrope import rope_index
-from qwen2vl_trt.prompts import PromptBuilder, extract_media
+from qwen2vl_trt.errors import CheckpointError, LimitError, Qwen2VLError, SamplingError
+from qwen2vl_trt.prompts import PromptBuilder
 
+from .cached_media import CachedMedia
+from .counters import Counters
 from .detokenizer import AnswerStream
+from .embedding_cache import EmbeddingCache
 from .generation_config import GenerationConfig
 from .images import ImageSource
-from .media import LoadedImage, LoadedVideo, MediaEmbedder, StageTimes
+from .media import MediaEmbedder
+from .prefix import NO_KEYS
+from .preparation import Prepared, Preparer
 from .preprocessor import Decode, Preprocessor
 from .preprocessor_settings import PreprocessorSettings
 from .request import Event, Output, Request
 from .runners import Engines, open_engines
 from .sampler import SamplingParams, SequenceSampling
-from .scheduler import NewToken, RunningSequence, Scheduler
+from .scheduler import Scheduler, named
+from .sequence import NewToken, RunningSequence
 
 DEFAULT_MAX_NUM_TOKENS = 512
+DEFAULT_EMBEDDING_CACHE_BYTES = 256 << 20
+"""About 140 images of 448x448 in BF16 at 7B's width."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Pending:
-    """A request that waits for a slot."""
+    """A request that waits for a slot; ``prepared`` once its turn is near."""
 
     request: Request
     params: SamplingParams
     output: Output
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A request whose media are loaded and whose prompt is tokenized: all that can be wrong with it is known."""
-
-    token_ids: list[int]
-    position_ids: Tensor
-    delta: int
-    images: list[LoadedImage]
-    videos: list[LoadedVideo]
+    prepared: Prepared | None = None
 
 
 class Pipeline:
     """Runs requests on a pair of engines.
 
-    One thread at a time: a pipeline is not to be shared between threads without a lock.
+    One thread at a time: a pipeline is not to be shared between threads without a lock. How requests share it is told
+    in docs/runtime.md.
 
     Args:
         engines: see :func:`runtime.runners.open_engines`.
         min_pixels: smallest image area; smaller ones are enlarged. By default the checkpoint's.
         max_pixels: largest image area; larger ones are shrunk. By default the checkpoint's.
-        max_num_tokens: most prompt tokens of one request that run before the other answers get their next token.
+        max_num_tokens: most prompt tokens that run before the answers under way get their next token.
         decode: where JPEG files are decoded; the GPU, by nvImageCodec, makes pixels that differ by a level or so.
+        reuse_prefixes: a prompt that begins like another's (same tokens, same images) takes the keys and values of the
+            beginning from the cache. Answers stay the same, up to the rounding of sums taken in other pieces.
+        embedding_cache_bytes: most bytes of vision embeddings kept for images and videos that come again, on the
+            engines' device; 0 keeps none.
+        clock: seconds, for deadlines and all timings but ``vision`` and the packing of pixels; a simulation brings its
+            own.
+
+    Raises:
+        LimitError: ``max_num_tokens`` below 1, or ``embedding_cache_bytes`` below 0.
     """
 
     def __init__(
@@ -73,7 +80,14 @@ class Pipeline:
         max_pixels: int | None = None,
         max_num_tokens: int = DEFAULT_MAX_NUM_TOKENS,
         decode: Decode = "cpu",
+        reuse_prefixes: bool = True,
+        embedding_cache_bytes: int = DEFAULT_EMBEDDING_CACHE_BYTES,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        if max_num_tokens < 1:
+            raise LimitError(f"max_num_tokens is {max_num_tokens}; a step reads at least 1 token of a prompt")
+        if embedding_cache_bytes < 0:
+            raise LimitError(f"embedding_cache_bytes is {embedding_cache_bytes}; 0 keeps no embedding")
         folder, self._config = engines.checkpoint.folder, engines.checkpoint.config
         self.engines = engines
         self.profile = engines.manifest.profile
@@ -87,8 +101,13 @@ class Pipeline:
                 f" {self._config.text.vocab_size:,}; it belongs to another model"
             )
         self._eos = GenerationConfig.from_folder(folder, self._prompts.tokenizer).eos_token_ids
-        self._max_num_tokens = max_num_tokens
-        self._waiting: deque[_Pending] = deque()
+        self._embeddings = EmbeddingCache(embedding_cache_bytes)
+        self._cached_media = CachedMedia(self._media, self._embeddings)
+        self._preparer = Preparer(self._cached_media, self._prompts, self._config, self.profile)
+        self._max_num_tokens, self._reuse_prefixes, self._clock = max_num_tokens, reuse_prefixes, clock
+        self._counters = Counters()
+        self._waiting: deque[_Pending] = deque()  # in the order of arrival; those in front may be prepared
+        self._next_deadline = math.inf  # no waiting request's passes before
 
     @classmethod
     def from_engine_dir(
@@ -99,6 +118,8 @@ class Pipeline:
         max_pixels: int | None = None,
         max_num_tokens: int = DEFAULT_MAX_NUM_TOKENS,
         decode: Decode = "cpu",
+        reuse_prefixes: bool = True,
+        embedding_cache_bytes: int = DEFAULT_EMBEDDING_CACHE_BYTES,
     ) -> Pipeline:
         """Open an engine folder that ``build_engines.py`` wrote.
 
@@ -106,7 +127,8 @@ class Pipeline:
             EngineError: no engine, damaged, of another format, or not runnable here.
             MissingDependencyError: ``decode="gpu"``, and nvImageCodec is not installed.
         """
-        return cls(open_engines(folder, device), min_pixels, max_pixels, max_num_tokens, decode)
+        engines = open_engines(folder, device)
+        return cls(engines, min_pixels, max_pixels, max_num_tokens, decode, reuse_prefixes, embedding_cache_bytes)
 
     def generate(
         self,
@@ -148,15 +170,30 @@ class Pipeline:
                 raise output.error
 
     def submit(self, request: Request, params: SamplingParams | None = None) -> Output:
-        """Queue a request; :meth:`step` works on it, beside those that already run."""
+        """Queue a request; :meth:`step` works on it, beside those that already run.
+
+        One that can never fit fails: at once if its ``max_tokens`` alone are too many, else as soon as it is among the
+        first that wait and its prompt's length is known. Its output then has the LimitError.
+        """
         _ = self._scheduler  # loads the decoder: not a part of the request's time
-        output = Output()
-        self._waiting.append(_Pending(request, params or SamplingParams(), output))
+        params = params or SamplingParams()
+        output = Output(deadline=request.deadline, clock=self._clock, on_end=self._counters.record_end)
+        self._counters.submitted += 1
+        if params.max_tokens >= self.profile.max_seq_len:
+            output.fail(
+                LimitError(
+                    f"max_tokens {params.max_tokens:,} leaves no room for a prompt in {self.profile.max_seq_len:,}"
+                    " (--max-seq-len). Lower it, or rebuild."
+                )
+            )
+            return output
+        self._waiting.append(_Pending(request, params, output))
+        self._next_deadline = min(self._next_deadline, output.expires)
         return output
 
     @cached_property
     def _scheduler(self) -> Scheduler:
-        return Scheduler(self.engines.decoder, self._max_num_tokens)
+        return Scheduler(self.engines.decoder, self._max_num_tokens, self._reuse_prefixes, self._counters)
 
     @property
     def busy(self) -> bool:
@@ -164,17 +201,53 @@ class Pipeline:
         return bool(self._waiting) or self._scheduler.busy
 
     def step(self) -> list[NewToken]:
-        """Take in waiting requests where slots are free, then run one step of every one that runs."""
+        """Take in waiting requests where slots are free, then run one step of every one that runs.
+
+        Deadlines are looked at here. What goes wrong with a request, in an engine too, ends that request alone.
+        """
+        if not self.busy:
+            return []
+        began = self._clock()
+        self._expire()
+        self._prepare()
         self._admit()
-        return self._scheduler.step() if self._scheduler.busy else []
+        new = self._scheduler.step()
+        self._counters.steps += 1
+        self._counters.step_seconds += self._clock() - began
+        return new
 
     def cancel(self, output: Output) -> None:
-        """Drop a request, waiting or running; its output stays as it is."""
+        """End a request, waiting or running, with ``finish_reason`` ``"cancelled"``; it keeps the tokens it has."""
+        output.cancel()
         self._waiting = deque(pending for pending in self._waiting if pending.output is not output)
         self._scheduler.cancel(output)
 
+    def counters(self) -> Counters:
+        """What was done so far, and the present state; a copy that no longer changes."""
+        found = replace(
+            self._counters,
+            queued=len(self._waiting),
+            embedding_hits=self._cached_media.hits,
+            embedding_misses=self._cached_media.misses,
+            embedding_evictions=self._embeddings.evictions,
+            embedding_bytes=self._embeddings.nbytes,
+        )
+        if "_scheduler" in vars(self):  # not loaded for a look
+            found.running = self._scheduler.running
+            found.kept_prefix_tokens = self._scheduler.kept_tokens
+            found.kv_cache_bytes = self.engines.decoder.cache.nbytes
+        return found
+
+    def clear_caches(self) -> None:
+        """Forget kept prefixes and vision embeddings; if nothing runs the key-value cache shrinks to its smallest."""
+        self._embeddings.clear()
+        if "_scheduler" in vars(self):
+            self._scheduler.forget()
+
     def embed_images(self, images: Sequence[ImageSource], on_done: Callable[[int], None] | None = None) -> list[Tensor]:
         """Vision embeddings ``[tokens, hidden]`` of each image, raster order, any mix of sizes.
+
+        They bypass the embedding cache, which serves images that come again.
 
         Args:
             images: as many as ``max_batch_size`` are decoded and embedded at a time.
@@ -201,13 +274,14 @@ class Pipeline:
         """
         while self.busy:  # the slots are needed
             self.step()
+        self._scheduler.forget()  # the slots are about to be written
         states: list[Tensor | None] = [None] * len(requests)
         for first in range(0, len(requests), self.engines.decoder.slots):
             group = [
                 self._prepare_named(request, f"request {number}: ")
                 for number, request in enumerate(requests[first : first + self.engines.decoder.slots], start=first + 1)
             ]
-            embeds, _ = self._embed(group)
+            embeds, _ = self._preparer.embed(group, self.engines.decoder.embed)
             longest = max(len(item.token_ids) for item in group)
             # Rows are padded on the right; no token sees what follows it.
             inputs = torch.stack([pad(e, (0, 0, 0, longest - len(e))) for e in embeds])
@@ -244,98 +318,98 @@ class Pipeline:
                 if not output.finished:
                     self.cancel(output)
 
+    def _expire(self) -> None:
+        """End waiting requests whose deadline has passed."""
+        if self._clock() < self._next_deadline:
+            return
+        for pending in self._waiting:
+            if pending.output.expired:
+                pending.output.expire("before its turn came")
+        self._waiting = deque(pending for pending in self._waiting if not pending.output.finished)
+        self._next_deadline = min((pending.output.expires for pending in self._waiting), default=math.inf)
+
+    def _prepare(self) -> None:
+        """Prepare as many waiting requests as there are free slots, and one more a step up to one for each slot.
+
+        So a request that is wrong, or never fits, is told before its turn, and what is loaded ahead stays bounded.
+        """
+        ahead = 1
+        number = 0
+        while number < min(len(self._waiting), self._scheduler.free_slots + self.engines.decoder.slots):
+            pending = self._waiting[number]
+            if pending.prepared is None:
+                if number >= self._scheduler.free_slots:
+                    if not ahead:
+                        return
+                    ahead -= 1
+                began = self._clock()
+                try:
+                    pending.prepared = self._preparer.prepare(pending.request)
+                    self._preparer.check_room(len(pending.prepared.token_ids), pending.params.max_tokens)
+                except Exception as error:
+                    pending.output.fail(named(error, "preparing the request"))
+                    del self._waiting[number]
+                    continue
+                pending.output.timings.preprocess = self._clock() - began
+                pending.output.prompt_tokens = len(pending.prepared.token_ids)
+            number += 1
+
     def _admit(self) -> None:
-        """Prepare waiting requests, as many as there are free slots, and embed their images together."""
-        group: list[tuple[_Pending, _Prepared]] = []
-        while self._waiting and len(group) < self._scheduler.free_slots:
-            pending = self._waiting.popleft()
-            began = time.perf_counter()
-            try:
-                prepared = self._prepare(pending.request)
-                self._check_room(len(prepared.token_ids), pending.params.max_tokens)
-            except Qwen2VLError as error:
-                pending.output.fail(error)
-                continue
-            pending.output.timings.preprocess = time.perf_counter() - began
-            pending.output.prompt_tokens = len(prepared.token_ids)
+        """Give free slots to the requests in front; their media, about one engine call's worth, are embedded together.
+
+        The rest have their turn in the next step: the answers under way need not wait for all of them.
+        """
+        group: list[tuple[_Pending, Prepared]] = []
+        media = 0
+        for pending in list(islice(self._waiting, self._scheduler.free_slots)):
+            prepared = pending.prepared
+            assert prepared is not None  # _prepare has seen to it
+            media += len(prepared.images) + len(prepared.videos)
+            if group and media > self.profile.max_batch_size:
+                break
             group.append((pending, prepared))
+        self._start(group)
+
+    def _start(self, group: Sequence[tuple[_Pending, Prepared]]) -> None:
+        """Embed requests and hand them to the scheduler. Where that fails for all together each gets a try alone."""
         if not group:
             return
-        embeds, times = self._embed([prepared for _, prepared in group])
-        for (pending, prepared), inputs_embeds in zip(group, embeds):
+        try:
+            embeds, times = self._preparer.embed([prepared for _, prepared in group], self.engines.decoder.embed)
+            sequences = [
+                self._sequence(pending, prepared, inputs_embeds)
+                for (pending, prepared), inputs_embeds in zip(group, embeds, strict=True)
+            ]
+        except Exception as error:
+            if len(group) > 1:
+                for item in group:
+                    self._start([item])
+                return
+            self._waiting.remove(group[0][0])
+            group[0][0].output.fail(named(error, "the vision engine"))
+            return
+        for (pending, prepared), sequence in zip(group, sequences, strict=True):
             if prepared.images or prepared.videos:
                 pending.output.timings.preprocess += times.preprocess
                 pending.output.timings.vision = times.vision
-            self._scheduler.add(
-                RunningSequence(
-                    output=pending.output,
-                    inputs_embeds=inputs_embeds,
-                    position_ids=prepared.position_ids,
-                    delta=prepared.delta,
-                    stream=AnswerStream(self._prompts.tokenizer, pending.params, self._eos),
-                    sampling=SequenceSampling(
-                        pending.params, prepared.token_ids, self._config.text.vocab_size, self.engines.device
-                    ),
-                )
-            )
+            self._waiting.remove(pending)
+            self._scheduler.add(sequence)
 
-    def _prepare_named(self, request: Request, name: str) -> _Prepared:
+    def _sequence(self, pending: _Pending, prepared: Prepared, inputs_embeds: Tensor) -> RunningSequence:
+        return RunningSequence(
+            output=pending.output,
+            inputs_embeds=inputs_embeds,
+            position_ids=prepared.position_ids,
+            delta=prepared.delta,
+            stream=AnswerStream(self._prompts.tokenizer, pending.params, self._eos),
+            sampling=SequenceSampling(
+                pending.params, prepared.token_ids, self._config.text.vocab_size, self.engines.device
+            ),
+            keys=prepared.keys if self._reuse_prefixes else NO_KEYS,
+        )
+
+    def _prepare_named(self, request: Request, name: str) -> Prepared:
         try:
-            return self._prepare(request)
+            return self._preparer.prepare(request)
         except Qwen2VLError as error:
             raise type(error)(f"{name}{error}") from None
-
-    def _prepare(self, request: Request) -> _Prepared:
-        images, videos = _listed(request.images, "images", 4), _listed(request.videos, "videos", 5)
-        fps: list[float | None] = [None] * len(videos)
-        if not isinstance(request.prompt, str):
-            media = extract_media(request.prompt, images, videos)
-            images, videos, fps = media.images, media.videos, media.video_fps
-        loaded = [self._media.load_image(source, f"image {n}") for n, source in enumerate(images, start=1)]
-        clips = [self._media.load_video(source, f"video {n}", fps[n - 1]) for n, source in enumerate(videos, start=1)]
-        image_grids, video_grids = [image.grid for image in loaded], [clip.grid for clip in clips]
-        prompt = self._prompts.build(request.prompt, image_grids, video_grids)
-        if len(prompt.token_ids) > self.profile.max_input_len:
-            raise LimitError(
-                f"the prompt has {len(prompt.token_ids):,} tokens; these engines take"
-                f" {self.profile.max_input_len:,} (--max-input-len). Shorten it, shrink the images (--max-pixels), or"
-                " rebuild."
-            )
-        seconds = [clip.second_per_grid for clip in clips]
-        position_ids, delta = rope_index(prompt.token_ids, self._config, image_grids, video_grids, seconds)
-        return _Prepared(prompt.token_ids, position_ids, delta, loaded, clips)
-
-    def _check_room(self, prompt_tokens: int, max_tokens: int) -> None:
-        if prompt_tokens + max_tokens > self.profile.max_seq_len:
-            raise LimitError(
-                f"the prompt's {prompt_tokens:,} tokens and max_tokens {max_tokens:,} exceed"
-                f" {self.profile.max_seq_len:,} (--max-seq-len). Lower max_tokens to"
-                f" {self.profile.max_seq_len - prompt_tokens:,} or less, or rebuild."
-            )
-
-    def _embed(self, group: Sequence[_Prepared]) -> tuple[list[Tensor], StageTimes]:
-        """Decoder inputs ``[S, C]`` of each prompt, image and video tokens in place."""
-        image_embeds, video_embeds, times = self._media.embed(
-            [image for item in group for image in item.images], [video for item in group for video in item.videos]
-        )
-        next_image, next_video = iter(image_embeds), iter(video_embeds)
-        inputs = []
-        for item in group:
-            embeds = self.engines.decoder.embed(item.token_ids)
-            tokens = torch.tensor(item.token_ids, device=embeds.device)
-            for token_id, parts in (
-                (self._config.image_token_id, [next(next_image) for _ in item.images]),
-                (self._config.video_token_id, [next(next_video) for _ in item.videos]),
-            ):
-                if parts:
-                    embeds[tokens == token_id] = torch.cat(parts).to(embeds.dtype)
-            inputs.append(embeds)
-        return inputs, times
-
-
-def _listed(media: Any, name: str, dimensions: int) -> list[Any]:
-    """Several images or videos; a lone one would be taken for a list of its rows, a lone path for one of letters."""
-    stacked = isinstance(media, (np.ndarray, Tensor)) and media.ndim == dimensions
-    if not stacked and (not isinstance(media, Sequence) or isinstance(media, (str, bytes))):
-        raise MediaError(f"{name} is a {type(media).__name__}, not a list; give {name}=[...] even for one")
-    return list(media)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qwen2vl_trt.errors import PromptError, Qwen2VLError
+from qwen2vl_trt.errors import DeadlineError, PromptError, Qwen2VLError
 
 from .detokenizer import FinishReason
 from .images import ImageSource, split_batch
@@ -26,11 +27,25 @@ class Request:
             messages in OpenAI's or Qwen's form, whose parts may carry the media themselves.
         images: see :func:`runtime.images.load_image` for what is taken.
         videos: see :func:`runtime.video.load_video`.
+        deadline: seconds from its submission after which the answer is no longer wanted. One that has begun then ends
+            with the token it has just got and ``finish_reason`` ``"deadline"``; one that has no token yet fails with
+            DeadlineError.
+
+    Raises:
+        DeadlineError: ``deadline`` is no finite number above 0.
     """
 
     prompt: str | Sequence[dict[str, Any]]
     images: Sequence[ImageSource] = ()
     videos: Sequence[VideoSource] = ()
+    deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        seconds = self.deadline
+        if seconds is None:
+            return
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+            raise DeadlineError(f"deadline is {seconds!r}; it must be a number of seconds above 0, or None")
 
     @classmethod
     def from_batch(cls, images: Tensor, prompts: Sequence[str]) -> list[Request]:
@@ -53,6 +68,7 @@ class Timings:
     Requests that are prepared together share ``preprocess`` and ``vision``: each reports the whole of it.
 
     Attributes:
+        queue: from the request's arrival to the first chunk of its prompt, less ``preprocess`` and ``vision``.
         preprocess: loading, resizing and packing the pixels.
         vision: the vision engine.
         prefill: the decoder over the prompt, all chunks.
@@ -61,6 +77,7 @@ class Timings:
         total: from arrival to the end.
     """
 
+    queue: float = 0.0
     preprocess: float = 0.0
     vision: float = 0.0
     prefill: float = 0.0
@@ -74,17 +91,39 @@ class Output:
 
     A request that failed leaves the others alone: its output keeps the exception in ``error``, and reading ``text``
     or ``token_ids`` raises it.
+
+    Args:
+        on_text: called with each piece of text.
+        deadline: seconds from now, see :class:`Request`.
+        clock: seconds, as :func:`time.perf_counter` has them.
+        on_end: called once, when nothing more will come.
+
+    Attributes:
+        finish_reason: ``"stop"``, ``"length"``, ``"deadline"``, ``"cancelled"``, or None while it runs and where it
+            failed.
+        error: why it failed.
+        prompt_tokens: length of the prompt, images included.
+        reused_tokens: how many of them were in the cache from another request.
+        timings: see :class:`Timings`.
     """
 
-    def __init__(self, on_text: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        on_text: Callable[[str], None] | None = None,
+        deadline: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        on_end: Callable[[Output], None] | None = None,
+    ) -> None:
         self.finish_reason: FinishReason | None = None
         self.error: Qwen2VLError | None = None
         self.timings = Timings()
-        self.prompt_tokens = 0
+        self.prompt_tokens = self.reused_tokens = 0
+        self.clock = clock
         self._text: list[str] = []
         self._token_ids: list[int] = []
-        self._on_text = on_text
-        self._arrival = time.perf_counter()
+        self._on_text, self._on_end = on_text, on_end
+        self._arrival = clock()
+        self._deadline = deadline
 
     @property
     def text(self) -> str:
@@ -107,23 +146,55 @@ class Output:
         """Whether nothing more will come."""
         return self.finish_reason is not None or self.error is not None
 
+    @property
+    def expires(self) -> float:
+        """The clock's time at which its deadline passes; infinity where it has none."""
+        return math.inf if self._deadline is None else self._arrival + self._deadline
+
+    @property
+    def expired(self) -> bool:
+        """Whether its deadline has passed."""
+        return self._deadline is not None and self.clock() >= self.expires
+
+    def start(self) -> None:
+        """Note that the decoder begins with its prompt."""
+        waited = self.clock() - self._arrival - self.timings.preprocess - self.timings.vision
+        self.timings.queue = max(0.0, waited)  # a difference of sums may round to less
+
     def append(self, token: int, text: str, finish_reason: FinishReason | None) -> None:
         """Add a token and the text that it completed."""
-        elapsed = time.perf_counter() - self._arrival
+        elapsed = self.clock() - self._arrival
         if not self._token_ids:
             self.timings.time_to_first_token = elapsed
         self._token_ids.append(token)
         self._text.append(text)
-        self.finish_reason = finish_reason
-        self.timings.total = elapsed
         self.timings.decode = elapsed - self.timings.time_to_first_token
         if text and self._on_text is not None:
             self._on_text(text)
+        if finish_reason is not None:
+            self._end(finish_reason, None)
 
     def fail(self, error: Qwen2VLError) -> None:
         """End the request with an error."""
-        self.error = error
-        self.timings.total = time.perf_counter() - self._arrival
+        self._end(None, error)
+
+    def cancel(self) -> None:
+        """End the request as it is; nothing happens to one that has ended."""
+        if not self.finished:
+            self._end("cancelled", None)
+
+    def expire(self, stage: str) -> None:
+        """End a request that has no token with DeadlineError; ``stage`` says how far it came."""
+        seconds = self.clock() - self._arrival
+        self.fail(
+            DeadlineError(f"the deadline of {self._deadline:g} s passed {stage}, {seconds:.3g} s after submission")
+        )
+
+    def _end(self, finish_reason: FinishReason | None, error: Qwen2VLError | None) -> None:
+        self.finish_reason, self.error = finish_reason, error
+        self.timings.total = self.clock() - self._arrival
+        if self._on_end is not None:
+            self._on_end(self)
 
     def _raise(self) -> None:
         if self.error is not None:

@@ -18,6 +18,8 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.windows import WindowLayout
 
+from .kv_cache import KVCache
+
 _BACKENDS = {
     "torch": "runtime.torch_runner",
     "onnxruntime": "runtime.onnxruntime_runner",
@@ -49,6 +51,7 @@ class DecoderRunner(Protocol):
     """Runs the decoder engine over its own cache."""
 
     slots: int
+    cache: KVCache
 
     def embed(self, token_ids: list[int]) -> Tensor:
         """Text embeddings ``[n, C]``."""

@@ -201,3 +201,14 @@ def test_answer_is_the_decoded_text_up_to_the_stop(text, stops, max_tokens):
     else:
         assert stream.text == expected
         assert stream.finish_reason == ("stop" if stopped else "length")
+
+
+def test_a_reason_from_outside_ends_the_answer_with_its_last_token():
+    stream = AnswerStream(BYTES, SamplingParams(max_tokens=8, stop="END"), ())
+    x, e, n = BYTES.encode("xEN")
+    pieces = [stream.push(x), stream.push(e), stream.push(n, "deadline")]
+    assert stream.finish_reason == "deadline"
+    assert "".join(pieces) == stream.text == "xEN"  # what was held back comes out
+    own = AnswerStream(BYTES, SamplingParams(max_tokens=1), ())
+    own.push(x, "deadline")
+    assert own.finish_reason == "length"

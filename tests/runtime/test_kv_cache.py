@@ -73,3 +73,52 @@ def test_rows_are_contiguous_views():
     v[0].fill_(7)
     assert (found.v[0][1:] == 7).all()
     assert not found.v[0][0].any()
+
+
+def filled(found):
+    for number, tensor in enumerate((*found.k, *found.v)):
+        tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)))
+    return [tensor.clone() for tensor in (*found.k, *found.v)]
+
+
+def test_a_prefix_is_copied_and_nothing_else():
+    found = cache()
+    before = filled(found)
+    found.copy_prefix(2, 0, 50)
+    for old, new in zip(before, (*found.k, *found.v)):
+        assert torch.equal(new[0, :, :50], old[2, :, :50])
+        assert torch.equal(new[0, :, 50:], old[0, :, 50:])
+        assert torch.equal(new[1:], old[1:])
+
+
+def test_trimming_keeps_what_is_asked_for():
+    found = cache()
+    found.reserve(700)
+    before = filled(found)
+    sizes = []
+    for length in (600, 512, 257, 256, 129, 300, 100, 0):
+        found.trim(length)
+        sizes.append(found.capacity)
+        for old, new in zip(before, (*found.k, *found.v)):
+            assert torch.equal(new, old[:, :, : found.capacity])
+    assert sizes == [1000, 512, 512, 256, 256, 256, 128, 128]
+
+
+def test_growth_out_of_memory_leaves_everything_as_it_was(monkeypatch):
+    found = cache()
+    before = filled(found)
+
+    def exhausted(*arguments, **keywords):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch, "zeros", exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        found.reserve(300)
+    assert found.capacity == 128
+    assert all(torch.equal(old, new) for old, new in zip(before, (*found.k, *found.v)))
+
+
+def test_bytes():
+    found = cache()
+    expected = 2 * CONFIG.num_hidden_layers * 3 * CONFIG.num_key_value_heads * 128 * CONFIG.head_dim * 4
+    assert found.nbytes == expected

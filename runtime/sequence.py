@@ -1,0 +1,69 @@
+"""A request as the scheduler sees it: a prompt to be read, then an answer that grows by one token a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from .detokenizer import AnswerStream
+from .prefix import NO_KEYS, token_keys
+from .request import Output
+from .sampler import SequenceSampling
+
+
+@dataclass(eq=False)
+class RunningSequence:
+    """A request that is ready for the decoder.
+
+    Attributes:
+        output: where its tokens go.
+        inputs_embeds: ``[S, C]`` of the prompt, images in place.
+        position_ids: ``[3, S]`` of the prompt.
+        delta: position of a generated token minus its index.
+        stream: its answer's text and end.
+        sampling: its settings and random state.
+        keys: what the prompt's tokens are, see :func:`runtime.prefix.token_keys`; empty shares nothing.
+        slot: its row of the cache; None before its prompt is begun.
+        cached: tokens in its slot so far.
+        token: the last token sampled, not yet in the slot; None while the prompt is read.
+    """
+
+    output: Output
+    inputs_embeds: Tensor
+    position_ids: Tensor
+    delta: int
+    stream: AnswerStream
+    sampling: SequenceSampling
+    keys: np.ndarray = field(default_factory=lambda: NO_KEYS)
+    slot: int | None = None
+    cached: int = 0
+    token: int | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        return self.position_ids.shape[1]
+
+    @property
+    def unread(self) -> int:
+        """Prompt tokens that are not in the slot yet."""
+        return self.prompt_length - self.cached
+
+    def cached_keys(self) -> np.ndarray:
+        """Keys of every token in the slot, those of the answer included; empty where ``keys`` is."""
+        answered = self.cached - self.prompt_length
+        if not len(self.keys) or answered <= 0:
+            return self.keys[: self.cached]
+        positions = np.arange(self.prompt_length, self.cached) + self.delta
+        answer = token_keys(self.stream.token_ids[:answered], np.broadcast_to(positions, (3, answered)))
+        return np.concatenate([self.keys, answer])
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A token that a step added to an answer."""
+
+    sequence: RunningSequence
+    token: int
+    text: str
