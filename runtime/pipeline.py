@@ -183,7 +183,8 @@ class Pipeline:
             output.fail(
                 LimitError(
                     f"max_tokens {params.max_tokens:,} leaves no room for a prompt in {self.profile.max_seq_len:,}"
-                    " (--max-seq-len). Lower it, or rebuild."
+                    f" (--max-seq-len). Lower max_tokens to {self.profile.max_seq_len:,} less the prompt's tokens, or"
+                    " rebuild."
                 )
             )
             return output
