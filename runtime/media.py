@@ -83,7 +83,7 @@ class MediaEmbedder:
             LimitError: it is outside the engine's profile.
         """
         read = source if contents is None else contents
-        (pixels,) = self._preprocessor.load_images([read], [name if contents is None else _with_path(name, source)])
+        (pixels,) = self._preprocessor.load_images([read], [name if contents is None else f"{name} ({source})"])
         name = _with_path(name, source)
         height, width = pixels.shape[1:]
         grid = self._preprocessor.image_grid(height, width, name=name)
