@@ -3,13 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: run test lint clean
+.PHONY: run test test-kernels lint clean
 
 run: .venv/run
 	$(BIN)/python run.py --model tiny --image docs/digits.png --prompt "What digits are in the image?"
 
 test: .venv/test
 	$(BIN)/python -m pytest
+
+# The preprocessor's Triton kernels, on the CPU. Triton lies apart: PyTorch for CUDA brings the version that it needs, and
+# beside a PyTorch for the CPU this one writes to stderr whenever a process ends.
+test-kernels: .venv/test .venv/kernels
+	PYTHONPATH=.venv/kernels $(BIN)/python -m pytest tests/runtime/test_triton_writer.py
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -27,6 +32,10 @@ lint: .venv/test
 .venv/test: pyproject.toml constraints.txt | .venv/bin/python
 	$(INSTALL) ".[test]"
 	touch $@
+
+.venv/kernels: | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==3.9.0
+	mv $@.part $@
 
 clean:
 	rm -rf .venv artifacts build *.egg-info

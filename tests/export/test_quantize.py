@@ -184,9 +184,9 @@ class TestWhatGoesWrong:
 def test_a_torchvision_of_another_torch_is_no_hindrance():
     """In a process of its own, where ``tests/conftest.py`` has not declared its operators."""
     code = (
-        "import export.quantize as q\n"
-        "with q._importable_torchvision():\n"
-        "    from transformers import Qwen2_5_VLForConditionalGeneration\n"
+        "from export.importable_torchvision import allow_torchvision\n"
+        "allow_torchvision()\n"
+        "from transformers import Qwen2_5_VLForConditionalGeneration\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
 
