@@ -113,7 +113,8 @@ def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argpars
     )
     if run.failed:
         print(
-            f"warning: {run.failed:,} images could not be used and were skipped: see {output.errors}", file=sys.stderr
+            f"warning: images that could not be used and were skipped: {run.failed:,}, see {output.errors}",
+            file=sys.stderr,
         )
 
 

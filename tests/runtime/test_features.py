@@ -209,7 +209,10 @@ def test_bad_images_are_named_and_skipped(pipelines, images, tmp_path, capsys):
         "not-\udcff-unicode.png": "not valid UTF-8",
     }
     assert {key: reasons[key] in reason for key, reason in errors.items()} == dict.fromkeys(reasons, True)
-    assert f"warning: 4 images could not be used and were skipped: see {output}/errors.jsonl" in capsys.readouterr().err
+    assert (
+        f"warning: images that could not be used and were skipped: 4, see {output}/errors.jsonl"
+        in capsys.readouterr().err
+    )
     (folder / "0003.png").write_bytes(whole)
     extract(pipelines["torch"], "--input", folder, "--output", output, "--resume")
     assert "1 images, 7 were there" in capsys.readouterr().err
