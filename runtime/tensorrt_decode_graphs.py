@@ -1,8 +1,4 @@
-"""Decoding under CUDA graphs.
-
-A graph is captured for fixed shapes and addresses. So a step of any neighbouring slots runs the first 1, 2, 4, ...
-slots, as many as hold it: a handful of graphs, where one for each choice of neighbours would be a square of them. A
-slot that only fills up the batch writes beyond its tokens, as :mod:`runtime.scheduler` lets it, and attends to one.
+"""Decoding under CUDA graphs, one for each number of slots of :mod:`runtime.decode_buckets`.
 
 TensorRT: the state of a context is part of what is captured from it, so each graph has its own; they share their memory
 (https://docs.nvidia.com/deeplearning/tensorrt/latest/performance/best-practices.html, CUDA graphs).
@@ -20,6 +16,7 @@ from torch import Tensor
 from export.graphs import cache_names
 from qwen2vl_trt.errors import EngineError
 
+from .decode_buckets import graph_rows, graph_size
 from .kv_cache import KVCache
 from .tensorrt_context import ExecutionContext, Scratch
 from .tensorrt_engine import Engine
@@ -27,36 +24,6 @@ from .tensorrt_engine import Engine
 logger = logging.getLogger(__name__)
 
 _ALIGNED = 32  # int64 numbers in 256 bytes
-
-
-def graph_size(rows: int, slots: int) -> int:
-    """How many slots a graph runs that has to reach the first ``rows``: a power of two, or all."""
-    return min(1 << (rows - 1).bit_length(), slots)
-
-
-def graph_rows(
-    first: int, starts: Sequence[int], held: Sequence[int], size: int, capacity: int
-) -> tuple[list[int], list[int]] | None:
-    """``cache_start`` and ``kv_lengths`` of the first ``size`` slots.
-
-    Args:
-        first: the first slot of the step.
-        starts: tokens that the step's slots hold.
-        held: tokens that each slot holds.
-        size: slots that the graph runs.
-        capacity: positions of a slot.
-
-    Returns:
-        None where a slot that only fills up is full: it has no place to write to that does no harm.
-    """
-    last = first + len(starts)
-    others = [*range(first), *range(last, size)]
-    if any(held[row] >= capacity for row in others):
-        return None
-    cache_start, kv_lengths = list(held[:size]), [1] * size
-    cache_start[first:last] = starts
-    kv_lengths[first:last] = [start + 1 for start in starts]
-    return cache_start, kv_lengths
 
 
 @dataclass

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.tensorrt_decode_graphs import graph_rows, graph_size
+from runtime.decode_buckets import graph_rows, graph_size
 
 
 def test_sizes():
