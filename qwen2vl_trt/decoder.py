@@ -6,7 +6,7 @@ Letters: B batch, S new tokens, M cache capacity, H query heads, Hkv key-value h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,37 @@ class DecoderOutput(NamedTuple):
     v_caches: list[Tensor]
 
 
+class LayerCache(Protocol):
+    """One layer's part of the cache: ``k`` and ``v`` of ``[B, Hkv, M, D]``, where to write and how to attend."""
+
+    @property
+    def k(self) -> Tensor: ...
+
+    @property
+    def v(self) -> Tensor: ...
+
+    def append(self, k: Tensor, v: Tensor) -> LayerCache:
+        """Add the keys and values ``[B, Hkv, S, D]`` of the step's tokens; gives the cache that has them."""
+        ...
+
+    def attend(self, q: Tensor) -> Tensor:
+        """What the step's tokens ``[B, H, S, D]`` see: all up to themselves."""
+        ...
+
+
 class CacheView(NamedTuple):
-    """One layer's part of the cache and where to write: see :meth:`Decoder.forward`."""
+    """The cache as engines know it: see :meth:`Decoder.forward`."""
 
     k: Tensor
     v: Tensor
     start: Tensor
     kv_lengths: Tensor
+
+    def append(self, k: Tensor, v: Tensor) -> CacheView:
+        return self._replace(k=update_cache(self.k, k, self.start), v=update_cache(self.v, v, self.start))
+
+    def attend(self, q: Tensor) -> Tensor:
+        return ragged_attention(q, self.k, self.v, self.kv_lengths, causal=True)
 
 
 class Decoder(nn.Module):
@@ -75,8 +99,8 @@ class Decoder(nn.Module):
             k_caches: one ``[B, Hkv, M, D]`` a layer; updated in place when run eagerly.
             v_caches: likewise.
         """
-        caches = [CacheView(k, v, cache_start, kv_lengths) for k, v in zip(k_caches, v_caches)]
-        hidden_states, caches = self.model(inputs_embeds, position_ids, caches)
+        views = [CacheView(k, v, cache_start, kv_lengths) for k, v in zip(k_caches, v_caches)]
+        hidden_states, caches = self.model(inputs_embeds, position_ids, views)
         rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
         logits = self.lm_head(hidden_states[rows, last_token]).float()
         return DecoderOutput(logits, hidden_states, [c.k for c in caches], [c.v for c in caches])
@@ -96,8 +120,8 @@ class DecoderStack(nn.Module):
         self.register_buffer("inv_freq", inverse_frequencies(config.head_dim, config.rope_theta), persistent=False)
 
     def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, caches: Sequence[CacheView] | None = None
-    ) -> tuple[Tensor, list[CacheView]]:
+        self, inputs_embeds: Tensor, position_ids: Tensor, caches: Sequence[LayerCache] | None = None
+    ) -> tuple[Tensor, list[LayerCache]]:
         """``[B, S, C]`` to hidden states ``[B, S, C]`` and the updated caches; without caches rows are whole."""
         angles = rotary_angles(position_ids, self.inv_freq, self.config.mrope_section)
         cos, sin = angles.cos(), angles.sin()
@@ -118,7 +142,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None) -> tuple[Tensor, CacheView | None]:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None
+    ) -> tuple[Tensor, LayerCache | None]:
         y, cache = self.self_attn(self.input_layernorm(x), cos, sin, cache)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), cache
@@ -135,16 +161,21 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None) -> tuple[Tensor, CacheView | None]:
-        batch, length, _ = x.shape
-        q, k, v = (
-            proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None
+    ) -> tuple[Tensor, LayerCache | None]:
+        q, k, v = self.heads(x, cos, sin)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            cache = cache._replace(k=update_cache(cache.k, k, cache.start), v=update_cache(cache.v, v, cache.start))
-            y = ragged_attention(q, cache.k, cache.v, cache.kv_lengths, causal=True)
-        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1)), cache
+            cache = cache.append(k, v)
+            y = cache.attend(q)
+        return self.o_proj(y.transpose(1, 2).reshape(*x.shape[:2], -1)), cache
+
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries ``[B, H, S, D]``, rotated keys and values ``[B, Hkv, S, D]`` of ``[B, S, C]``."""
+        q, k, v = (
+            proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(q, cos, sin), rotate(k, cos, sin), v

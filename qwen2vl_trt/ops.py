@@ -9,12 +9,17 @@ Letters: B batch, S new tokens, M cache capacity, H query heads, Hkv key-value h
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FP8_MAX = 448.0
 """The largest E4M3 number."""
+
+FP8_ALIGNMENT = 16
+"""Both sides of a weight must be multiples of it for a GPU's FP8 product."""
 
 
 def update_cache(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
@@ -98,8 +103,8 @@ def dequantize_fp8(values: Tensor, scale: Tensor, like: Tensor) -> Tensor:
 def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer over E4M3 numbers; see :class:`~qwen2vl_trt.layers.FP8Linear`.
 
-    E4M3 numbers are exact in BF16 and FP32 and so are their products, so this is what a kernel for FP8 computes, up to
-    the order of its sums; ``torch._scaled_mm`` could take its place on a GPU that has one.
+    A GPU with FP8 products computes it so (``torch._scaled_mm``). Elsewhere, E4M3 numbers being exact in BF16 and FP32
+    and so their products, a plain matrix product gives the same up to the order of its sums and one rounding.
 
     Args:
         x: ``[..., in]``.
@@ -111,8 +116,22 @@ def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Ten
     Returns:
         ``[..., out]`` in the type of ``x``.
     """
-    y = F.linear(quantize_fp8(x, input_scale).to(x.dtype), weight.to(x.dtype))
-    return rescale(y, weight_scale * input_scale, bias)
+    values = quantize_fp8(x, input_scale)
+    if x.dtype != torch.float32 and not any(n % FP8_ALIGNMENT for n in weight.shape) and has_fp8_product(x.device):
+        y = torch._scaled_mm(
+            values.flatten(0, -2), weight.t(), input_scale, weight_scale, bias=bias, out_dtype=x.dtype
+        )  # the second operand column by column, as its transpose lies
+        return y.unflatten(0, x.shape[:-1])
+    wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # unscaled, the products overflow FP16
+    return rescale(F.linear(values.to(wide), weight.to(wide)), weight_scale * input_scale, bias).type_as(x)
+
+
+@lru_cache(maxsize=16)
+def has_fp8_product(device: torch.device) -> bool:
+    """Whether it is a GPU that multiplies FP8 numbers: NVIDIA's from Ada (8.9) on."""
+    return (
+        device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 9)
+    )
 
 
 def rescale(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

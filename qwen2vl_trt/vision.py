@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from .config import VisionConfig
 from .layers import RMSNorm, SwiGLU, inverse_frequencies
 from .ops import ragged_attention, rotate
-from .windows import Gathering
+from .varlen import packed_attention
+from .windows import Gathering, PackedSequences
 
 _NORM_EPS = 1e-6  # no field of vision_config: the published tower fixes it
 _ROPE_THETA = 10000.0  # likewise
+
+Sequences = Gathering | PackedSequences
+"""What attends together; :class:`~qwen2vl_trt.windows.PackedSequences` where :mod:`qwen2vl_trt.varlen` can run."""
 
 
 class VisionTransformer(nn.Module):
@@ -62,9 +66,9 @@ class VisionTransformer(nn.Module):
         return self.encode(pixel_values, position_ids, windows, frames, merge_index)
 
     def encode(
-        self, pixel_values: Tensor, position_ids: Tensor, windows: Gathering, frames: Gathering, merge_index: Tensor
+        self, pixel_values: Tensor, position_ids: Tensor, windows: Sequences, frames: Sequences, merge_index: Tensor
     ) -> Tensor:
-        """The tower over patches ``[W, S, qwen2_vl_dim]`` that lie in any way that the gatherings know of."""
+        """The tower over patches ``[W, S, qwen2_vl_dim]`` that lie in any way that windows and frames know of."""
         angles = (position_ids[..., None].float() * self.inv_freq).flatten(2)  # [W, S, D / 2]: row's, column's
         cos, sin = angles.cos(), angles.sin()
         x = self.patch_embed(pixel_values)  # [W, S, C]
@@ -94,13 +98,13 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(config)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gathering: Gathering) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, gathering)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sequences: Sequences) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, sequences)
         return x + self.mlp(self.norm2(x))
 
 
 class VisionAttention(nn.Module):
-    """Attention within the sequences of a gathering: windows, or whole images and frames."""
+    """Attention within windows, or within whole images and frames."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -108,7 +112,19 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gathering: Gathering) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sequences: Sequences) -> Tensor:
+        if isinstance(sequences, PackedSequences):
+            return self._packed(x, cos, sin, sequences)
+        return self._gathered(x, cos, sin, sequences)
+
+    def _packed(self, x: Tensor, cos: Tensor, sin: Tensor, sequences: PackedSequences) -> Tensor:
+        qkv = self.qkv(x).view(1, x.shape[1], 3 * self.heads, self.head_dim)
+        rotated = rotate(qkv[:, :, : 2 * self.heads].transpose(1, 2), cos, sin).transpose(1, 2)[0]  # [P, 2 H, D]
+        q, k = rotated.chunk(2, dim=1)
+        y = packed_attention(q, k, qkv[0, :, 2 * self.heads :], sequences.bounds, sequences.longest)
+        return self.proj(y.reshape(x.shape))
+
+    def _gathered(self, x: Tensor, cos: Tensor, sin: Tensor, gathering: Gathering) -> Tensor:
         windows, slots, width = x.shape
         q, k, v = (
             t.view(windows, slots, self.heads, self.head_dim).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .layers import FP8Linear
+from .pinned_reader import PinnedReader
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +112,10 @@ def load_weights(
 ) -> None:
     """Fill a module from a checkpoint, in place, one tensor at a time.
 
-    Peak memory is the module plus one tensor. Parameters are replaced, not written into, so the module may lie
-    on the meta device; they come out as copies (nothing stays mapped to the file) that need no gradient. Two
-    parameters with one source (tied embeddings) become one parameter. Buffers that a checkpoint never holds
-    (``persistent=False``) are left as they are.
+    Peak memory is the module plus one tensor, on the device; the host holds no tensor that goes to a GPU. Parameters
+    are replaced, not written into, so the module may lie on the meta device; they come out as copies (nothing stays
+    mapped to the file) that need no gradient. Two parameters with one source (tied embeddings) become one parameter.
+    Buffers that a checkpoint never holds (``persistent=False``) are left as they are.
 
     Args:
         module: its parameters and persistent buffers are named ``prefix + name`` in our names.
@@ -134,13 +135,15 @@ def load_weights(
 
     buffers = {prefix + name for name, _ in module.named_buffers()}
     loaded: dict[str, Tensor] = {}
+    reader = PinnedReader(torch.device(device)) if torch.device(device).type == "cuda" else None
     for ours, shape in wanted.items():
         theirs = names[ours]
         name, _, leaf = ours.removeprefix(prefix).rpartition(".")
         owner = module.get_submodule(name)
         if theirs not in loaded:
             kept = keeps_type(owner, leaf)
-            tensor = _converted(checkpoint.load(theirs).reshape(shape), None if kept else dtype, device)
+            tensor = checkpoint.load(theirs) if reader is None else reader.read(checkpoint.locate(theirs))
+            tensor = _converted(tensor.reshape(shape), None if kept else dtype, device)
             loaded[theirs] = tensor if ours in buffers else nn.Parameter(tensor, requires_grad=False)
         setattr(owner, leaf, loaded[theirs])
 
@@ -152,7 +155,8 @@ def keeps_type(owner: nn.Module, leaf: str) -> bool:
 
 def _converted(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
     # A copy even where nothing changes: what comes from the file is a memory map without the allocator's alignment.
-    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, copy=True)
+    mapped = tensor.device.type == "cpu"
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, copy=mapped)
 
 
 def _wanted(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:

@@ -65,6 +65,28 @@ class Gathering:
 
 
 @dataclass(frozen=True)
+class PackedSequences:
+    """Attention sequences whose patches lie one sequence behind another in a row, in any order within each.
+
+    Patches in window order without empty slots lie so for windows, and for whole images and frames as well.
+
+    Attributes:
+        bounds: ``[sequences + 1]`` int32, where each begins, and the number of patches.
+        longest: patches of the longest.
+    """
+
+    bounds: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Tensor) -> PackedSequences:
+        """From the lengths ``[sequences]`` of all, at least 1 each."""
+        bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
+        bounds[1:] = lengths.cumsum(0)
+        return cls(bounds, int(lengths.max()))
+
+
+@dataclass(frozen=True)
 class UnpaddedLayout:
     """A layout without empty slots: the P patches of a batch in window order, as one row.
 
