@@ -40,11 +40,13 @@ class VisionRunner(Protocol):
 class Step(NamedTuple):
     """``logits [B, V]`` FP32 of each row's last token; ``hidden_states [B, S, C]`` where asked for.
 
-    Both may be buffers that the next step overwrites.
+    ``greedy [B]`` int64 are the likeliest tokens, on the logits' device, where the backend computed them with the step.
+    All may be buffers that the next step overwrites.
     """
 
     logits: Tensor
     hidden_states: Tensor | None
+    greedy: Tensor | None = None
 
 
 class DecoderRunner(Protocol):

@@ -1,0 +1,150 @@
+"""The torch backend on a GPU: its fast paths against the plain runners there. Skipped, saying so, without one."""
+
+import warnings
+
+import pytest
+import torch
+
+from engines.profile import BuildProfile
+from qwen2vl_trt import varlen
+from qwen2vl_trt.checkpoint import Checkpoint, read_header
+from qwen2vl_trt.hub import resolve_model
+from qwen2vl_trt.layers import FP8Linear
+from qwen2vl_trt.ops import has_fp8_product
+from qwen2vl_trt.pinned_reader import PinnedReader
+from qwen2vl_trt.windows import window_layout
+from runtime.torch_caches import NewTokenCache, NewTokens
+from runtime.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
+from tests.models import relative_error
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+
+PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_input_len=512, max_seq_len=1024)
+GPU = torch.device("cuda", 0)
+GRIDS = ((1, 4, 10), (3, 6, 4), (1, 10, 18), (1, 2, 30), (1, 32, 32))
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return Checkpoint(resolve_model("tiny").folder)
+
+
+def noise(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(GPU, dtype)
+
+
+def ampere():
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@pytest.mark.skipif(not ampere(), reason="the varlen kernels need Ampere or later")
+@pytest.mark.skipif(varlen.kernel() is None, reason=f"PyTorch {torch.__version__} has no varlen_attn")
+def test_the_published_head_sizes_have_kernels():
+    assert varlen.can_pack(GPU, torch.bfloat16, 16, 80), "the vision tower's"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vision_equals_the_padded_tower(checkpoint, dtype):
+    layout = window_layout(GRIDS, checkpoint.config.vision)
+    pixels = noise(*layout.sequence_position.shape, checkpoint.config.vision.qwen2_vl_dim, dtype=dtype)
+    found, expected = (kind(checkpoint, dtype, GPU)(pixels, layout) for kind in (CudaVision, TorchVision))
+    assert relative_error(found, expected) < (1e-4 if dtype == torch.float32 else 5e-2)
+
+
+def answer(decoder, prompts, tokens):
+    """Greedy tokens of prompts in neighbouring slots, and the logits of every step."""
+    logits, rows = [], []
+    for slot, prompt in enumerate(prompts):
+        positions = torch.arange(len(prompt)).expand(3, 1, -1)
+        step = decoder.step(slot, decoder.embed(prompt)[None], positions, [0])
+        rows.append(int(step.logits[0].argmax()))
+    for number in range(tokens):
+        starts = [len(prompt) + number for prompt in prompts]
+        positions = torch.tensor(starts).expand(3, -1)[:, :, None]
+        step = decoder.step(0, decoder.embed(rows)[:, None], positions, starts)
+        logits.append(step.logits.clone())
+        rows = step.logits.argmax(-1).tolist()
+        if step.greedy is not None:
+            assert step.greedy.tolist() == rows
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("prompts", [1, 3, 4])
+def test_graphs_equal_eager_and_plain_steps_in_fp32(checkpoint, prompts):
+    rows = [list(range(10 + 17 * number, 30 + 40 * number)) for number in range(prompts)]
+    graphs, eager, plain = (
+        answer(decoder, rows, 150)  # through a bucket's end
+        for decoder in (
+            CudaDecoder(checkpoint, PROFILE, torch.float32, GPU),
+            CudaDecoder(checkpoint, PROFILE, torch.float32, GPU, cuda_graphs=False),
+            TorchDecoder(checkpoint, PROFILE, torch.float32, GPU),
+        )
+    )
+    assert relative_error(graphs, eager) < 1e-4
+    assert relative_error(graphs, plain) < 1e-4
+
+
+def test_graphs_are_captured(checkpoint, caplog):
+    decoder = CudaDecoder(checkpoint, PROFILE, torch.bfloat16, GPU)
+    answer(decoder, [[5, 6, 7]], 3)
+    assert list(decoder._graphs._replays) == [(1, 128)]
+    assert not caplog.records
+
+
+@pytest.mark.skipif(not ampere(), reason="the varlen kernels need Ampere or later")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(28, 4), (16, 2)])
+def test_the_fused_kernel_equals_the_masked_one(heads, kv_heads):
+    if not varlen.can_read_cache(GPU, torch.bfloat16, heads, kv_heads, 128):
+        pytest.skip(f"the varlen_attn of PyTorch {torch.__version__} does not read a cache here")
+    q, k, v = noise(3, heads, 1, 128), noise(3, kv_heads, 1000, 128), noise(3, kv_heads, 1000, 128)
+    q, k, v = (t.bfloat16() for t in (q, k, v))
+    lengths = torch.tensor([1, 700, 512], device=GPU)
+    fused, masked = (
+        NewTokenCache(k, v, NewTokens.of(lengths - 1, lengths, 1000, q.dtype, use)).attend(q) for use in (True, False)
+    )
+    assert relative_error(fused, masked) < 2e-2
+
+
+def test_a_step_never_waits_for_the_gpu(checkpoint):
+    """What a step of the decoder does for a row: embed, step; the one wait is the caller's, for the tokens."""
+    decoder = CudaDecoder(checkpoint, PROFILE, torch.bfloat16, GPU)
+    answer(decoder, [[5, 6, 7], [8, 9]], 3)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for number in range(4):
+                starts = [6 + number, 5 + number]
+                positions = torch.tensor(starts).expand(3, -1)[:, :, None]
+                step = decoder.step(0, decoder.embed([1, 2])[:, None], positions, starts)
+            assert not [w for w in caught if "synchroniz" in str(w.message)]
+            step.greedy.tolist()
+        assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1, "the mode sees the caller's wait"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and not has_fp8_product(GPU), reason="FP8 products need Ada (8.9) or later"
+)
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_fp8_products_equal_dequantised_ones(monkeypatch, bias):
+    layer = FP8Linear(torch.nn.Linear(256, 512, bias=bias)).to(GPU)
+    if bias:
+        layer.bias.data = layer.bias.data.bfloat16()
+    layer.weight.copy_((noise(512, 256) * 50).to(torch.float8_e4m3fn))
+    layer.weight_scale.fill_(0.003)
+    layer.input_scale.fill_(0.01)
+    x = noise(3, 7, 256, dtype=torch.bfloat16)
+    found = layer(x)
+    monkeypatch.setattr("qwen2vl_trt.ops.has_fp8_product", lambda device: False)
+    assert relative_error(found, layer(x)) < 2e-2
+
+
+def test_weights_arrive_bit_for_bit(checkpoint):
+    """Through buffers far smaller than a tensor, so that both are in flight."""
+    reader = PinnedReader(GPU, 4096)
+    for path in {checkpoint.locate(name).path for name in checkpoint.names}:
+        for name, location in read_header(path).items():
+            assert torch.equal(reader.read(location).cpu(), checkpoint.load(name)), name
