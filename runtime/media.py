@@ -82,8 +82,11 @@ class MediaEmbedder:
             MediaError: it cannot be read.
             LimitError: it is outside the engine's profile.
         """
-        read = source if contents is None else contents
-        (pixels,) = self._preprocessor.load_images([read], [name if contents is None else f"{name} ({source})"])
+        if contents is None:
+            (pixels,) = self._preprocessor.load_images([source], [name])
+        else:
+            called = f"{name} ({source})" if isinstance(source, (str, Path)) else name
+            (pixels,) = self._preprocessor.load_images([contents], [called])
         name = _with_path(name, source)
         height, width = pixels.shape[1:]
         grid = self._preprocessor.image_grid(height, width, name=name)
