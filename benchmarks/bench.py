@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -17,7 +18,7 @@ from runtime.preprocessor import PreprocessorSettings
 from runtime.runners import Engines, open_engines
 
 from .operators import Operator, profile_operators
-from .ours import DecoderSubject, EngineOptions, PipelineSubject, VisionSubject
+from .ours import DecoderSubject, EngineOptions, EngineSubject, PipelineSubject, VisionSubject
 from .percentiles import Statistics
 from .rates import Floor, Rates, measure_rates
 from .shapes import Case, Limits, Shape, cases
@@ -28,7 +29,7 @@ from .workers import Worker
 
 _TURN = 0.25  # seconds that one contender runs before the next has its turn
 
-OURS: dict[str, Callable[[EngineOptions], Subject]] = {
+OURS: dict[str, Callable[[EngineOptions], EngineSubject]] = {
     "vision": VisionSubject,
     "decoder": DecoderSubject,
     "pipeline": PipelineSubject,
@@ -115,7 +116,7 @@ class Result:
         case: what was measured.
         ours: our engines.
         rival: the contender beside them, if any.
-        floors: by figure.
+        floors: by figure; None where a rate that it needs could not be measured.
         streams: inferences at a time.
         operators: time of each, where asked for.
     """
@@ -123,7 +124,7 @@ class Result:
     case: Case
     ours: Measurement
     rival: Measurement | None = None
-    floors: dict[str, Floor] = field(default_factory=dict)
+    floors: dict[str, Floor | None] = field(default_factory=dict)
     streams: int = 1
     operators: list[Operator] | None = None
 
@@ -138,11 +139,11 @@ class Result:
             figure: theirs[figure].median / ours[figure].median for figure in ours if figure in theirs
         }
 
-    def of_floor(self, figure: str) -> float:
+    def reached(self, figure: str, floor: Floor) -> float:
         """Share of what the device could do: the floor over the median, or over the time a call with streams."""
         if self.streams > 1:
-            return self.floors[figure].seconds * len(self.ours.samples) / self.ours.seconds
-        return 1e3 * self.floors[figure].seconds / self.ours.statistics[figure].median
+            return floor.seconds * len(self.ours.samples) / self.ours.seconds
+        return 1e3 * floor.seconds / self.ours.statistics[figure].median
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class Options:
         until: when to stop.
         against: precision in which Transformers runs beside us; None alone.
         profile: take the time of every operator, after the rest.
+        trace: record a timeline of the last pipeline case, after the rest.
     """
 
     engines: EngineOptions
@@ -164,15 +166,17 @@ class Options:
     until: Until = Until()
     against: str | None = None
     profile: bool = False
+    trace: bool = False
 
 
 @dataclass(frozen=True)
 class Report:
-    """Of one run: the engines, the rates of the device, and a result a case."""
+    """Of one run: the engines, the rates of the device, a result a case, and a timeline where asked for."""
 
     engines: Engines
     rates: Rates
     results: list[Result]
+    trace: dict[str, Any] | None = None
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -207,12 +211,16 @@ def run(options: Options) -> Report:
                     progress.advance(task)
             if options.profile:
                 progress.update(task, description=f"{stage} operators")
-                operators = profile_operators(partial(OURS[stage], options.engines), of_stage)
+                operators = profile_operators(partial(OURS[stage], replace(options.engines, streams=1)), of_stage)
                 for result, found in zip(results[-len(of_stage) :], operators):
                     result.operators = found
     rates = rates.best(measure_rates(engines.device, engines.dtype))  # a busy moment hits one of the two at most
     _add_floors(results, engines, rates)
-    return Report(engines, rates, results)
+    trace = None
+    if options.trace:
+        with Worker("the timeline", partial(PipelineSubject, options.engines)) as worker:
+            trace = worker.call("trace", [case for case in todo if case.stage == "pipeline"][-1])
+    return Report(engines, rates, results, trace)
 
 
 def _start(stage: str, options: Options, engines: Engines) -> list[Worker]:

@@ -29,7 +29,7 @@ Latency is of the host's clock on a CPU; on a GPU it is H2D + GPU compute + D2H,
 def main(argv: list[str]) -> None:
     """Measure engines and print what was found."""
     arguments = _parse(argv)
-    for path in (arguments.export_times, arguments.export_profile, arguments.plot):
+    for path in (arguments.export_times, arguments.export_profile, arguments.trace, arguments.plot):
         if path is not None:
             summary.check_target(path)
     if arguments.plot is not None:
@@ -37,13 +37,21 @@ def main(argv: list[str]) -> None:
 
         require_matplotlib()
     stages = (arguments.stage,) if arguments.stage else STAGES
+    if arguments.trace is not None and "pipeline" not in stages:
+        raise BenchmarkError(f"--trace is a timeline of the pipeline; bench {arguments.stage} has none")
     shapes = tuple(Shape.parse(text) for text in arguments.shapes)
     engines = EngineOptions(_folder(arguments), arguments.device, arguments.streams, arguments.use_cuda_graph)
     check_options(engines, stages)
     until = Until(arguments.warm_up / 1e3, arguments.duration, arguments.iterations)
     report = run(
         Options(
-            engines, stages, shapes, until, _rival(arguments.against, engines), arguments.export_profile is not None
+            engines,
+            stages,
+            shapes,
+            until,
+            _rival(arguments.against, engines),
+            arguments.export_profile is not None,
+            arguments.trace is not None,
         )
     )
     command = ["run.py", "bench", *argv]
@@ -55,6 +63,8 @@ def main(argv: list[str]) -> None:
         summary.write_json(arguments.export_times, summary.times(report))
     if arguments.export_profile is not None:
         summary.write_json(arguments.export_profile, summary.operators(report))
+    if arguments.trace is not None:
+        summary.write_json(arguments.trace, report.trace)
     if arguments.plot is not None:
         from .plot import save_plot
 
@@ -97,6 +107,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     group.add_argument("--export-times", "--exportTimes", type=Path, metavar="FILE.json", help="every sample")
     group.add_argument("--export-profile", "--exportProfile", type=Path, metavar="FILE.json", help="time by operator")
+    group.add_argument(
+        "--trace", type=Path, metavar="FILE.json", help="timeline of the last pipeline shape, for ui.perfetto.dev"
+    )
     group.add_argument("--plot", type=Path, metavar="FILE.png", help="latency percentiles")
     return parser.parse_args(argv)
 

@@ -9,16 +9,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
+from .ours import EngineSubject
 from .shapes import Case
-from .subject import Subject
 from .workers import Worker
 
 ITERATIONS = 3
@@ -43,7 +41,7 @@ class Operator:
     percentage: float
 
 
-def profile_operators(make: Callable[[], Subject], cases: Sequence[Case]) -> list[list[Operator]]:
+def profile_operators(make: Callable[[], EngineSubject], cases: Sequence[Case]) -> list[list[Operator]]:
     """Operators of each case, the slowest first.
 
     Args:
@@ -59,7 +57,7 @@ def profile_operators(make: Callable[[], Subject], cases: Sequence[Case]) -> lis
 
 
 class _Profiled:
-    def operators(self, make: Callable[[], Subject], case: Case) -> list[Operator]:
+    def operators(self, make: Callable[[], EngineSubject], case: Case) -> list[Operator]:
         subject = make()
         backend = subject.name.split()[0]
         if backend == "torch":
@@ -76,7 +74,7 @@ class _Profiled:
 _Rows = list[tuple[str, str, int, float]]
 
 
-def _torch_rows(subject: Subject, case: Case) -> _Rows:
+def _torch_rows(subject: EngineSubject, case: Case) -> _Rows:
     os.environ["KINETO_LOG_LEVEL"] = "99"  # it would write to stderr when it starts and ends
     cuda = subject.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -91,7 +89,7 @@ def _torch_rows(subject: Subject, case: Case) -> _Rows:
     ]
 
 
-def _onnxruntime_rows(subject: Subject, case: Case) -> _Rows:
+def _onnxruntime_rows(subject: EngineSubject, case: Case) -> _Rows:
     with tempfile.TemporaryDirectory() as folder, _profiled_sessions(folder) as sessions:
         subject.prepare(case)
         subject.run(ITERATIONS)
@@ -125,32 +123,16 @@ def _profiled_sessions(folder: str) -> Iterator[list]:
         yield sessions
 
 
-def _tensorrt_rows(subject: Subject, case: Case) -> _Rows:
+def _tensorrt_rows(subject: EngineSubject, case: Case) -> _Rows:
     times: dict[str, list[float]] = defaultdict(list)
-    with _profiled_contexts(times):
-        subject.prepare(case)
-        times.clear()
-        subject.run(ITERATIONS)
+    runners: dict[str, Callable[[], Any]] = {  # an engine is loaded when it is first asked for
+        "vision": lambda: subject.engines.vision,
+        "decoder": lambda: subject.engines.decoder,
+    }
+    for stage, runner in runners.items():
+        if case.stage in (stage, "pipeline"):
+            runner().profile(lambda layer, milliseconds: times[layer].append(milliseconds))
+    subject.prepare(case)
+    times.clear()
+    subject.run(ITERATIONS)
     return [(name, "TensorRT", len(found), sum(found)) for name, found in times.items()]
-
-
-@contextmanager
-def _profiled_contexts(times: dict[str, list[float]]) -> Iterator[None]:
-    """TensorRT tells a context's ``IProfiler`` what each layer took, but not of work that a CUDA graph replays."""
-    contexts, runner = import_module("runtime.tensorrt_context"), import_module("runtime.tensorrt_runner")
-    create, profilers = contexts._create, []
-
-    def profiled(engine: Any, specialise: bool) -> Any:
-        class Profiler(engine.trt.IProfiler):
-            def report_layer_time(self, layer_name: str, ms: float) -> None:
-                times[layer_name].append(ms)
-
-        context = create(engine, specialise)
-        if context is not None:
-            profilers.append(Profiler())  # the context does not keep it alive
-            context.profiler = profilers[-1]
-        return context
-
-    eager = partial(runner.TensorRTDecoder, cuda_graphs=False)
-    with mock.patch.object(contexts, "_create", profiled), mock.patch.object(runner, "TensorRTDecoder", eager):
-        yield

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -22,17 +18,15 @@ from torch import Tensor
 
 from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.windows import WindowLayout, window_layout
-from runtime import scheduler
-from runtime.media import MediaEmbedder
 from runtime.pipeline import DEFAULT_MAX_NUM_TOKENS, Pipeline
-from runtime.preprocessor import Preprocessor
 from runtime.request import Output, Request
-from runtime.runners import Engines, Step, VisionRunner, open_engines
+from runtime.runners import Step, VisionRunner, open_engines
 from runtime.sampler import SamplingParams
 
-from .rates import synchronize
 from .shapes import Case
+from .stages import STAGES_OF_A_REQUEST, Observer, StageClock, probes, watched
 from .subject import Sample, Subject, Turn, timed
+from .timeline import Timeline
 
 PROMPT = "What is in the image?"
 _REENTRANT = ("torch", "onnxruntime")  # backends whose vision runner keeps no state between calls
@@ -55,22 +49,24 @@ class EngineOptions:
     cuda_graph: bool = False
 
 
-class _OurSubject(Subject):
+class EngineSubject(Subject):
+    """Runs ``engines``."""
+
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
-        self._engines = open_engines(options.folder, options.device)
-        manifest = self._engines.manifest
+        self.engines = open_engines(options.folder, options.device)
+        manifest = self.engines.manifest
         self.name = f"{manifest.backend} {manifest.precision}"
-        super().__init__(self._engines.device)
+        super().__init__(self.engines.device)
 
 
-class VisionSubject(_OurSubject):
+class VisionSubject(EngineSubject):
     """The vision engine alone: pixels that are ready to embeddings on the host."""
 
     def load(self, case: Case) -> None:
-        layout = window_layout(case.grids, self._engines.checkpoint.config.vision)
-        width = self._engines.checkpoint.config.vision.qwen2_vl_dim
-        pixels = torch.randn(*layout.sequence_position.shape, width).to(self._engines.dtype)
+        layout = window_layout(case.grids, self.engines.checkpoint.config.vision)
+        width = self.engines.checkpoint.config.vision.qwen2_vl_dim
+        pixels = torch.randn(*layout.sequence_position.shape, width).to(self.engines.dtype)
         cuda = self.device.type == "cuda"
         self._calls = [
             _VisionCall(runner, pixels.pin_memory() if cuda else pixels, layout, self.device, self._options.cuda_graph)
@@ -81,9 +77,9 @@ class VisionSubject(_OurSubject):
     def _runners(self) -> list[VisionRunner]:
         """One a stream. A TensorRT runner owns an execution context, which one stream at a time may use."""
         others = range(self._options.streams - 1)
-        if self._engines.manifest.backend in _REENTRANT:
-            return [self._engines.vision] * self._options.streams
-        return [self._engines.vision, *(self._engines.backend.load_vision(self._engines) for _ in others)]
+        if self.engines.manifest.backend in _REENTRANT:
+            return [self.engines.vision] * self._options.streams
+        return [self.engines.vision, *(self.engines.backend.load_vision(self.engines) for _ in others)]
 
     def iterate(self, count: int) -> list[Sample]:
         if len(self._calls) == 1:
@@ -143,15 +139,15 @@ def _captured(
     return replay
 
 
-class DecoderSubject(_OurSubject):
+class DecoderSubject(EngineSubject):
     """The decoder engine alone, greedy: prompts one after the other, each in its own slot, then all rows together."""
 
     def load(self, case: Case) -> None:
-        vocabulary = self._engines.checkpoint.config.text.vocab_size
+        vocabulary = self.engines.checkpoint.config.text.vocab_size
         generator = torch.Generator().manual_seed(0)
         self._prompts = torch.randint(0, vocabulary, (case.batch, case.prompt), generator=generator).tolist()
         self._case = case
-        self._decoder = self._engines.decoder
+        self._decoder = self.engines.decoder
 
     def iterate(self, count: int) -> list[Sample]:
         return [self._answer() for _ in range(count)]
@@ -201,16 +197,16 @@ class DecoderSubject(_OurSubject):
         )
 
 
-STAGES_OF_A_REQUEST = ("preprocess", "vision", "prefill", "decode", "sampling", "host")
-"""Where a request's time goes; ``host`` is all the rest: chat template, tokens to text, scheduling, embeddings."""
-
-
-class PipelineSubject(_OurSubject):
+class PipelineSubject(EngineSubject):
     """The whole pipeline: encoded images and a question to an answer, ``batch`` requests at a time, greedy."""
 
     def load(self, case: Case) -> None:
-        self._clock = _StageClock(self.device)
-        self._pipeline = Pipeline(self._clock.watch(self._engines))
+        self._clock = StageClock(self.device)
+        self._make_ready(case, self._clock)
+
+    def _make_ready(self, case: Case, observe: Observer) -> None:
+        self._observe = observe
+        self._pipeline = Pipeline(watched(self.engines, observe))
         self._request = Request(PROMPT, [jpeg(size, seed) for seed, size in enumerate(case.sizes)])
         self._params = SamplingParams(max_tokens=case.generate, ignore_eos=True)
         self._batch = case.batch
@@ -223,11 +219,22 @@ class PipelineSubject(_OurSubject):
         return replace(turn, stages=stages)
 
     def iterate(self, count: int) -> list[Sample]:
-        """``count`` times ``batch`` requests; as one ends, the next begins."""
-        waiting = count * self._batch
+        return [_request_sample(output) for output in self._answer(count * self._batch)]
+
+    def trace(self, case: Case) -> dict[str, Any]:
+        """Twice as many requests as run at a time, on a timeline; the first ones before it are a warm-up."""
+        timeline = Timeline(self.device)
+        self._make_ready(case, timeline)
+        self._answer(self._batch)
+        timeline.clear()
+        timeline.requests = self._answer(2 * self._batch)
+        return timeline.as_dict()
+
+    def _answer(self, waiting: int) -> list[Output]:
+        """So many requests, ``batch`` at a time; as one ends, the next begins."""
         running: list[Output] = []
         done: list[Output] = []
-        with self._clock.probes():
+        with probes(self._observe):
             while waiting or running:
                 while waiting and len(running) < self._batch:
                     running.append(self._pipeline.submit(self._request, self._params))
@@ -235,68 +242,12 @@ class PipelineSubject(_OurSubject):
                 self._pipeline.step()
                 done += [output for output in running if output.finished]
                 running = [output for output in running if not output.finished]
-        return [_request_sample(output) for output in done]
+        return done
 
 
 def _request_sample(output: Output) -> Sample:
     _ = output.text  # raises what went wrong
     return {"latency": [output.timings.total], "time_to_first_token": [output.timings.time_to_first_token]}
-
-
-class _StageClock:
-    """Adds up the seconds of each stage, waiting for the device at the end of each."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._device = device
-
-    def watch(self, engines: Engines) -> Engines:
-        """The engines, with their time taken."""
-        clock = self
-
-        class Watched(Engines):
-            @cached_property
-            def vision(self) -> VisionRunner:
-                return clock.timed(lambda *_: "vision", engines.vision)
-
-            @cached_property
-            def decoder(self) -> Any:
-                decoder = engines.decoder
-                step = clock.timed(_prefill_or_decode, decoder.step)
-                return SimpleNamespace(slots=decoder.slots, embed=decoder.embed, step=step, reset=decoder.reset)
-
-        return Watched(**{name: getattr(engines, name) for name in Engines.__dataclass_fields__})
-
-    @contextmanager
-    def probes(self) -> Iterator[None]:
-        """Take the time of what is no runner, too."""
-        targets = (
-            ("preprocess", MediaEmbedder, "load_image"),
-            ("preprocess", Preprocessor, "preprocess"),
-            ("sampling", scheduler, "sample"),
-        )
-        with ExitStack() as stack:
-            for stage, owner, name in targets:
-                timed_call = self.timed(lambda *_, stage=stage: stage, getattr(owner, name))
-                stack.enter_context(mock.patch.object(owner, name, timed_call))
-            yield
-
-    def timed(self, stage: Callable[..., str], call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``, its seconds added to the stage that its arguments say."""
-
-        def run(*arguments: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            result = call(*arguments, **options)
-            synchronize(self._device)
-            self.seconds[stage(*arguments)] += time.perf_counter() - began
-            return result
-
-        return run
-
-
-def _prefill_or_decode(first_slot: int, inputs_embeds: Tensor, *_: Any) -> str:
-    """A prompt's last chunk may be one token as well; it is then taken for decoding."""
-    return "decode" if inputs_embeds.shape[1] == 1 else "prefill"
 
 
 def jpeg(size: tuple[int, int], seed: int) -> bytes:

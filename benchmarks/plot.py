@@ -88,9 +88,11 @@ def _draw(axis: Any, figure: str, results: list[Result]) -> None:
             how = f", {measurement.how}" if measurement.how else ""
             labels.append(f"{result.case.label}\n{measurement.name}{how}")
             places.append(place)
-            if measurement is result.ours and figure in result.floors and result.streams == 1:
-                floor = 1e3 * result.floors[figure].seconds
-                axis.plot([floor, floor], [place - 0.35, place + 0.35], color=_FLOOR, linestyle="--", linewidth=1.2)
+            floor = result.floors.get(figure)
+            if measurement is result.ours and floor is not None and result.streams == 1:
+                axis.plot(
+                    [1e3 * floor.seconds] * 2, [place - 0.35, place + 0.35], color=_FLOOR, linestyle="--", linewidth=1.2
+                )
             place += 1
         place += _GAP
     axis.set_yticks(places, labels, fontsize=7.5)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -31,11 +32,14 @@ class Rates:
         read: bytes a second of a matrix-vector product by the matrix's bytes: a small one is faster, it stays in a
             cache.
         gemm: operations a second of a matrix product, two a multiply-add.
+        fp8_gemm: the same between FP8 numbers: a CPU computes on them in its own type, at its own rate. None on a GPU
+            that has no such product, or where torch does not offer it.
     """
 
     copy: float
     read: dict[int, float]
     gemm: float
+    fp8_gemm: float | None
 
     def memory(self, size: int) -> float:
         """Bytes a second of what reads ``size`` bytes, the best known: a floor divides by what the device can do.
@@ -48,7 +52,8 @@ class Rates:
     def best(self, other: Rates) -> Rates:
         """The better of each."""
         read = {size: max(rate, other.read[size]) for size, rate in self.read.items()}
-        return Rates(max(self.copy, other.copy), read, max(self.gemm, other.gemm))
+        fp8_gemm = None if self.fp8_gemm is None else max(self.fp8_gemm, other.fp8_gemm or 0.0)
+        return Rates(max(self.copy, other.copy), read, max(self.gemm, other.gemm), fp8_gemm)
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,13 @@ class Floor:
     bound: str
 
     @classmethod
-    def of(cls, work: Work, rates: Rates) -> Floor:
-        """At the measured rates."""
-        memory, arithmetic = work.bytes / rates.memory(work.bytes), work.flops / rates.gemm
+    def of(cls, work: Work, rates: Rates) -> Floor | None:
+        """At the measured rates; None where one that the work needs is not known."""
+        memory, arithmetic = work.bytes / rates.memory(work.bytes), (work.flops - work.fp8_flops) / rates.gemm
+        if work.fp8_flops:
+            if rates.fp8_gemm is None:
+                return None
+            arithmetic += work.fp8_flops / rates.fp8_gemm
         return cls(work, max(memory, arithmetic), "memory" if memory > arithmetic else "arithmetic")
 
 
@@ -81,7 +90,21 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
         layer = nn.Linear(k, n, bias=False, device=device, dtype=dtype)
         seconds = _best_form(layer, torch.randn(m, k, device=device, dtype=dtype), device)
         gemm = max(gemm, 2 * m * k * n / seconds)
-    return Rates(copy, read, gemm)
+    return Rates(copy, read, gemm, _fp8_rate(device) if cuda else gemm)
+
+
+def _fp8_rate(device: torch.device) -> float | None:
+    """Of ``torch._scaled_mm``, one scale a tensor, as :class:`qwen2vl_trt.layers.FP8Linear` has them."""
+    best = 0.0
+    for m, k, n in _CUDA_PRODUCTS:
+        x, weight = (torch.randn(rows, k, device=device).to(torch.float8_e4m3fn) for rows in (m, n))
+        scale = torch.ones((), device=device)
+        product = partial(torch._scaled_mm, x, weight.t(), scale, scale, out_dtype=torch.bfloat16)
+        try:
+            best = max(best, 2 * m * k * n / _best(product, device))
+        except (RuntimeError, NotImplementedError):  # compute capability below 8.9
+            return None
+    return best
 
 
 def _copy_rate(size: int, device: torch.device) -> float:

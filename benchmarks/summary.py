@@ -18,6 +18,7 @@ from .subject import FIGURES
 _GPU_FIGURES = ("enqueue", "h2d", "compute", "d2h")
 _COLUMNS = ("min", "max", "mean", "median", "p90", "p95", "p99")
 _GB, _MB = 1e9, 1e6
+NO_FP8_RATE = "torch multiplies no FP8 numbers on this GPU, so their rate is not known"
 
 
 def text(report: Report) -> Iterator[str]:
@@ -28,11 +29,18 @@ def text(report: Report) -> Iterator[str]:
     read = rates.read[max(rates.read)]
     yield (
         f"measured in this run, {_dtype(report)}: copy {rates.copy / _GB:,.1f} GB/s, matrix-vector product"
-        f" {read / _GB:,.1f} GB/s, matrix product {rates.gemm / _GB:,.0f} GFLOP/s"
+        f" {read / _GB:,.1f} GB/s, matrix product {rates.gemm / _GB:,.0f} GFLOP/s{_fp8(report)}"
     )
     for result in report.results:
         yield ""
         yield from _case(result)
+
+
+def _fp8(report: Report) -> str:
+    if not report.engines.precision.fp8 or report.engines.device.type == "cpu":
+        return ""
+    rate = report.rates.fp8_gemm
+    return f", of FP8 {'n/a' if rate is None else f'{rate / _GB:,.0f} GFLOP/s'}"
 
 
 def _case(result: Result) -> Iterator[str]:
@@ -64,10 +72,14 @@ def _measurement(measurement: Measurement, result: Result) -> Iterator[str]:
         if not any(figure in statistics for figure in _GPU_FIGURES):
             yield f"    {', '.join(FIGURES[figure] for figure in _GPU_FIGURES)}: n/a (no CUDA events)"
         for figure, floor in result.floors.items():
+            if floor is None:
+                yield f"    floor of {FIGURES[figure]}: n/a ({NO_FP8_RATE})"
+                continue
             work = floor.work
             yield (
                 f"    floor of {FIGURES[figure]}: {floor.seconds * 1e3:,.2f} ms, by {floor.bound}"
-                f" ({work.flops / _GB:,.2f} GFLOP, {work.bytes / _MB:,.1f} MB); {result.of_floor(figure):.0%} reached"
+                f" ({work.flops / _GB:,.2f} GFLOP, {work.bytes / _MB:,.1f} MB);"
+                f" {result.reached(figure, floor):.0%} reached"
             )
     if measurement.stages:
         yield "    " + ", ".join(f"{stage} {share:.1%}" for stage, share in measurement.shares.items())
@@ -95,6 +107,7 @@ def as_dict(report: Report, command: list[str]) -> dict[str, Any]:
             "copy_bytes_per_second": report.rates.copy,
             "read_bytes_per_second": {str(size): rate for size, rate in report.rates.read.items()},
             "gemm_flops_per_second": report.rates.gemm,
+            "fp8_gemm_flops_per_second": report.rates.fp8_gemm,
         },
         "results": [_result(result) for result in report.results],
     }
@@ -111,12 +124,13 @@ def _result(result: Result) -> dict[str, Any]:
         "rival": None if result.rival is None else _figures(result.rival, result),
         "ratios": result.ratios,
         "floors": {
-            figure: {
+            figure: floor
+            and {
                 "flops": floor.work.flops,
                 "bytes": floor.work.bytes,
                 "ms": floor.seconds * 1e3,
                 "bound": floor.bound,
-                "reached": result.of_floor(figure),
+                "reached": result.reached(figure, floor),
             }
             for figure, floor in result.floors.items()
         },

@@ -21,11 +21,12 @@ _LENGTHS = 6  # input of Attention: nonpad_kv_seqlen
 
 @dataclass(frozen=True)
 class Work:
-    """Of one call of a graph, or of several added up."""
+    """Of one call of a graph, or of several added up; ``fp8_flops`` are those of ``flops`` between FP8 numbers."""
 
     flops: int = 0
     weight_bytes: int = 0
     cache_bytes: int = 0
+    fp8_flops: int = 0
 
     @property
     def bytes(self) -> int:
@@ -36,6 +37,7 @@ class Work:
             self.flops + other.flops,
             self.weight_bytes + other.weight_bytes,
             self.cache_bytes + other.cache_bytes,
+            self.fp8_flops + other.fp8_flops,
         )
 
 
@@ -85,16 +87,28 @@ def count_work(graph: ir.Graph, call: Call) -> Work:
     Raises:
         KeyError: a dimension or a length that ``call`` does not give.
     """
-    flops, cache_bytes = 0, 0.0
+    flops, fp8_flops, cache_bytes = 0, 0, 0.0
     for node in graph:
         if node.op_type in ("MatMul", "Gemm"):
-            flops += 2 * math.prod(_shape(node.outputs[0], call)) * _summed_over(node, call)
+            product = 2 * math.prod(_shape(node.outputs[0], call)) * _summed_over(node, call)
+            flops += product
+            fp8_flops += product * all(_dequantised(_input(node, side)) for side in (0, 1))
         elif node.op_type == "Attention":
             flops += _attention_flops(node, call)
             cache_bytes += _read_from_cache(node, call)
         elif node.op_type == "TensorScatter":
             cache_bytes += math.prod(_shape(_input(node, 1), call)) * _itemsize(_input(node, 1))  # written
-    return Work(flops, sum(_weight_bytes(graph)), int(cache_bytes))
+    return Work(flops, sum(_weight_bytes(graph)), int(cache_bytes), fp8_flops)
+
+
+def _dequantised(value: ir.Value) -> bool:
+    """Whether it is FP8 numbers and their scale, perhaps transposed: an engine multiplies those as they are."""
+    producer = value.producer()
+    while producer is not None and producer.op_type == "Transpose":
+        producer = _input(producer, 0).producer()
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return False
+    return _input(producer, 0).dtype == ir.DataType.FLOAT8E4M3FN
 
 
 def _summed_over(node: ir.Node, call: Call) -> int:

@@ -105,6 +105,7 @@ class Output:
         prompt_tokens: length of the prompt, images included.
         reused_tokens: how many of them were in the cache from another request.
         timings: see :class:`Timings`.
+        arrival: when it was made, by the clock.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Output:
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._on_text, self._on_end = on_text, on_end
-        self._arrival = clock()
+        self.arrival = clock()
         self._deadline = deadline
 
     @property
@@ -149,7 +150,7 @@ class Output:
     @property
     def expires(self) -> float:
         """The clock's time at which its deadline passes; infinity where it has none."""
-        return math.inf if self._deadline is None else self._arrival + self._deadline
+        return math.inf if self._deadline is None else self.arrival + self._deadline
 
     @property
     def expired(self) -> bool:
@@ -158,12 +159,12 @@ class Output:
 
     def start(self) -> None:
         """Note that the decoder begins with its prompt."""
-        waited = self.clock() - self._arrival - self.timings.preprocess - self.timings.vision
+        waited = self.clock() - self.arrival - self.timings.preprocess - self.timings.vision
         self.timings.queue = max(0.0, waited)  # a difference of sums may round to less
 
     def append(self, token: int, text: str, finish_reason: FinishReason | None) -> None:
         """Add a token and the text that it completed."""
-        elapsed = self.clock() - self._arrival
+        elapsed = self.clock() - self.arrival
         if not self._token_ids:
             self.timings.time_to_first_token = elapsed
         self._token_ids.append(token)
@@ -185,14 +186,14 @@ class Output:
 
     def expire(self, stage: str) -> None:
         """End a request that has no token with DeadlineError; ``stage`` says how far it came."""
-        seconds = self.clock() - self._arrival
+        seconds = self.clock() - self.arrival
         self.fail(
             DeadlineError(f"the deadline of {self._deadline:g} s passed {stage}, {seconds:.3g} s after submission")
         )
 
     def _end(self, finish_reason: FinishReason | None, error: Qwen2VLError | None) -> None:
         self.finish_reason, self.error = finish_reason, error
-        self.timings.total = self.clock() - self._arrival
+        self.timings.total = self.clock() - self.arrival
         if self._on_end is not None:
             self._on_end(self)
 

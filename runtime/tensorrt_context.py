@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwen2vl_trt.errors import EngineError
 
-from .tensorrt_engine import Engine
+from .tensorrt_engine import Engine, ReportLayer
 from .tensorrt_memory import in_words
 from .tensorrt_tensors import Shape
 
@@ -64,6 +64,9 @@ class ExecutionContext:
         self._block: Tensor | None = None
         if self._context is None or not self._context.set_optimization_profile_async(profile, stream):
             raise engine.failure("no execution context")
+        if engine.report_layer is not None:
+            self._profiler = _profiler(engine.trt, engine.report_layer)  # the context does not keep it alive
+            self._context.profiler = self._profiler
 
     def set_shapes(self, shapes: Mapping[str, Shape]) -> None:
         """Tell the shapes of all inputs, and take the memory that they need.
@@ -135,3 +138,11 @@ def _create(engine: Engine, specialise: bool) -> Any:
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         return engine.handle.create_execution_context(config)
     return engine.handle.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+
+
+def _profiler(trt: Any, report: ReportLayer) -> Any:
+    class LayerProfiler(trt.IProfiler):
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            report(layer_name, ms)
+
+    return LayerProfiler()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from .tensorrt_device import CudaDevice
 from .tensorrt_memory import streaming_budget
 from .tensorrt_tensors import EngineTensor, check_tensors, expected_tensors
 
+ReportLayer = Callable[[str, float], None]
+
 VARIANTS = {variant.backend: variant for variant in (TENSORRT, TENSORRT_RTX)}
 
 
@@ -36,6 +39,7 @@ class Engine:
         device: where its weights are.
         log: what TensorRT says of it.
         runtime: the ``Runtime``, which must outlive it.
+        report_layer: where set, told the name and the milliseconds of every layer that runs outside a CUDA graph.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Engine:
     device: CudaDevice
     log: Any
     runtime: Any
+    report_layer: ReportLayer | None = None
 
     def failure(self, what: str) -> EngineError:
         """An error with TensorRT's own reason, which is then no reason of a later one."""

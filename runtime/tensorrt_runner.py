@@ -6,6 +6,8 @@ updates them in place.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from .runners import Engines, Step
 from .tensorrt_context import ExecutionContext, Scratch
 from .tensorrt_decode_graphs import DecodeGraphs
 from .tensorrt_device import CudaDevice
-from .tensorrt_engine import Engine, load_engine, stream_weights
+from .tensorrt_engine import Engine, ReportLayer, load_engine, stream_weights
 from .tensorrt_memory import check_cache, check_rows, token_bytes
 from .tensorrt_tensors import choose_profile
 from .token_embedding import TokenEmbedding
@@ -123,6 +125,11 @@ class TensorRTVision:
         self._contexts.run(inputs, {"image_embeds": embeds}, {})
         return embeds
 
+    def profile(self, report: ReportLayer) -> None:
+        """From now on tell ``report`` the name and the milliseconds of every layer; each call then takes longer."""
+        self._engine = replace(self._engine, report_layer=report)
+        self._contexts = _Contexts(self._engine)
+
 
 class TensorRTDecoder:
     """See :class:`runtime.runners.DecoderRunner`.
@@ -181,6 +188,11 @@ class TensorRTDecoder:
         }
         self._contexts.run(inputs, {"logits": logits, "hidden_states": states}, caches)
         return Step(logits, states if hidden else None)
+
+    def profile(self, report: ReportLayer) -> None:
+        """As :meth:`TensorRTVision.profile`; decoding leaves its CUDA graphs, whose layers TensorRT cannot time."""
+        self._engine = replace(self._engine, report_layer=report)
+        self._contexts, self._graphs = _Contexts(self._engine), None
 
     def reset(self) -> None:
         """The cache keeps its memory: TensorRT takes no other capacity."""

@@ -1,16 +1,25 @@
 """Checkpoints in the tiny model's layout with random weights, and engines built from them."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import Qwen2_5_VLConfig
 
+import runtime.tensorrt_engine
+import runtime.tensorrt_runner
 from engines.backends import BACKENDS, Backend, find_backend
 from engines.build import build_engines
+from engines.manifest import BuiltFile, Manifest
 from engines.profile import BuildProfile
+from engines.tensorrt_profiles import decoder_ranges, vision_ranges
+from export.onnx_model import export_onnx
+from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.hub import resolve_model
+from tests import fake_tensorrt
 from tests.models import random_model, save_model
 from tiny.model import config_dict
 from tiny.tokenizer import write_processor_files
@@ -38,3 +47,44 @@ def build(checkpoint: Path, folder: Path, backend: str, precision: str = "fp32",
     chosen, precision = find_backend(backend, precision)
     build_engines(resolve_model(checkpoint), chosen, precision, profile, folder)
     return folder
+
+
+def build_fake_tensorrt(checkpoint: Path, folder: Path) -> Path:
+    """As the backend tensorrt leaves it, with plans for the fake runtime; in FP32, which it computes in."""
+    folder.mkdir()
+    opened = Checkpoint(checkpoint)
+    export_onnx(opened, folder, torch.float32, PROFILE.max_seq_len)
+    manifest = Manifest(
+        model="random",
+        model_hash=opened.hash,
+        backend="tensorrt",
+        precision="fp32",
+        profile=PROFILE,
+        files={},
+        versions={"tensorrt": fake_tensorrt.VERSION},
+    )
+    write_plans(folder, manifest)
+    return folder
+
+
+def write_plans(folder: Path, manifest: Manifest, stripped: bool = False) -> None:
+    """Plans of the fake runtime for the graphs in a folder, and its manifest."""
+    config = Checkpoint(folder).config
+    profiles = {"vision": (vision_ranges(PROFILE, config.vision),), "decoder": decoder_ranges(PROFILE)}
+    for name, ranges in profiles.items():
+        fake_tensorrt.write_plan(folder / f"{name}.engine", folder / f"{name}.onnx", ranges, stripped)
+    write_manifest(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """The manifest, with the files as they are now."""
+    files = [folder / f"{name}.{suffix}" for name in ("vision", "decoder") for suffix in ("onnx", "engine")]
+    replace(manifest, files={file.name: BuiltFile.of(file) for file in files}).write(folder)
+
+
+def use_fake_tensorrt(monkeypatch: pytest.MonkeyPatch, name: str = "tensorrt") -> type:
+    """Put the fake runtime in the place of TensorRT, or TensorRT for RTX, and of the GPU; returns its module."""
+    module = fake_tensorrt.module(name)
+    monkeypatch.setattr(runtime.tensorrt_engine, "load_tensorrt", lambda variant: module)
+    monkeypatch.setattr(runtime.tensorrt_runner, "CudaDevice", fake_tensorrt.CpuDevice)
+    return module

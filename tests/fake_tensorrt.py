@@ -144,7 +144,14 @@ class IRuntimeConfig:
         self._strategy = strategy
 
 
+class IProfiler:
+    def report_layer_time(self, layer_name, ms):
+        raise NotImplementedError
+
+
 class IExecutionContext:
+    profiler = None
+
     def __init__(self, engine):
         self._engine, self._profile, self._stream = engine, None, None
         self._shapes, self._addresses, self._memory, self._needed = {}, {}, None, None
@@ -209,6 +216,7 @@ class IExecutionContext:
         names = (*engine._inputs, *engine._outputs)
         shapes = {name: tuple(self.get_tensor_shape(name)) for name in names}
         work = _Work(self, dict(self._addresses), shapes)
+        assert self.profiler is None or CpuDevice.capturing is None, "a captured layer has no time of its own"
         if CpuDevice.capturing is not None:
             CpuDevice.capturing.append(work)
         else:
@@ -235,6 +243,8 @@ class _Work:
         results = engine._session.run(outputs, {name: arrays[name] for name in engine._inputs})
         for name, result in zip(outputs, results):
             arrays[name][...] = result
+            if self.context.profiler is not None:
+                self.context.profiler.report_layer_time(f"layer of {name}", 0.5)
         self.context._runs += 1
 
 
@@ -276,7 +286,16 @@ class Weights:
 
 def module(name="tensorrt", version=VERSION):
     """What ``import tensorrt`` gives; with the differences of TensorRT for RTX under its name."""
-    classes = (DataType, TensorIOMode, ExecutionContextAllocationStrategy, ILogger, Runtime, Refitter, Weights)
+    classes = (
+        DataType,
+        TensorIOMode,
+        ExecutionContextAllocationStrategy,
+        ILogger,
+        IProfiler,
+        Runtime,
+        Refitter,
+        Weights,
+    )
     attributes = {cls.__name__: cls for cls in classes} | {"__name__": name, "__version__": version}
     if name == "tensorrt_rtx":
         attributes["DynamicShapesKernelSpecializationStrategy"] = DynamicShapesKernelSpecializationStrategy

@@ -83,7 +83,7 @@ def check_consistent(result, found):
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 def test_all_stages(bench, engines, backend, tmp_path):
     """Transformers takes part once: it takes seconds to load."""
-    rival = ("--against", "transformers", "--plot", "p.png") if backend == "torch" else ()
+    rival = ("--against", "transformers", "--plot", "p.png") if backend == "torch" else ("--trace", "trace.json")
     code, out, errors = bench(
         "--engine-dir", engines / backend, *FEW, *SHAPES, *rival, "--json", "--export-times", "t.json"
     )
@@ -133,7 +133,9 @@ def test_all_stages(bench, engines, backend, tmp_path):
         assert len(latencies) == result["ours"]["iterations"]
         assert latencies[-1] == result["ours"]["milliseconds"]["latency"]["max"]
     assert len(ours[1]["iterations"][0]["timeBetweenTokensMs"]) == 3
-    if not rival:
+    if backend != "torch":
+        titles = [event["name"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
+        assert {"load", "preprocess", "vision", "prefill chunk", "decode step", "sample", "request 2"} < set(titles)
         assert [result["rival"] for result in report["results"]] == [None] * 4
         return
     assert report["machine"]["transformers"]
@@ -208,6 +210,8 @@ WRONG = {
     ("--random-weights", "--model", "tiny"): "no shape of 'tiny' is known",
     ("--export-times", "none/t.json"): "none/t.json: there is no folder none",
     ("--export-profile", "."): "is a folder; give a file",
+    ("--trace", "none/t.json"): "there is no folder none",
+    ("decoder", "--trace", "t.json"): "--trace is a timeline of the pipeline; bench decoder has none",
     ("--plot", "none/p.png"): "there is no folder none",
     ("--device", "cuda:99"): "cuda:99",
     ("--max-batch-size", "4"): "runs as it was built",

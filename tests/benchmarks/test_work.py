@@ -1,5 +1,6 @@
 """The counter against counts by hand. Real depths are reached by adding blocks: tracing 36 layers takes a minute."""
 
+from dataclasses import replace
 from functools import cache
 
 import onnx_ir as ir
@@ -132,8 +133,45 @@ def test_an_unknown_dimension_is_an_error():
         count_work(linear(ir.DataType.FLOAT, ()), Call({}, {}))
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "fp8"),
+    [
+        (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E4M3FN, True),
+        (None, ir.DataType.FLOAT8E4M3FN, False),  # weights alone: the product is in the type of the other side
+        (ir.DataType.INT8, ir.DataType.INT8, False),
+    ],
+)
+def test_products_of_fp8_numbers_are_counted_apart(left, right, fp8):
+    def dequantised(stored, shape, transposed=False):
+        value = ir.Value(shape=ir.Shape(shape[::-1] if transposed else shape), type=ir.TensorType(stored))
+        nodes = [ir.node("DequantizeLinear", [value])]
+        if transposed:
+            nodes.append(ir.node("Transpose", nodes[-1].outputs))
+        nodes[-1].outputs[0].shape = ir.Shape(shape)
+        return nodes
+
+    x = [] if left is None else dequantised(left, ["batch", 8])
+    plain = ir.Value(name="x", shape=ir.Shape(["batch", 8]), type=ir.TensorType(ir.DataType.BFLOAT16))
+    weight = dequantised(right, [8, 4], transposed=True)
+    product = ir.node("MatMul", [x[-1].outputs[0] if x else plain, weight[-1].outputs[0]])
+    product.outputs[0].shape = ir.Shape(["batch", 4])
+    found = count_work(ir.Graph([plain], product.outputs, nodes=[*x, *weight, product]), Call({"batch": 3}, {}))
+    assert (found.flops, found.fp8_flops) == (192, 192 * fp8)
+
+
+def test_the_floor_of_fp8():
+    rates = Rates(copy=100.0, read={1000: 50.0}, gemm=1000.0, fp8_gemm=2000.0)
+    work = Work(flops=20_000, fp8_flops=16_000)
+    assert Floor.of(work, rates).seconds == 4_000 / 1000 + 16_000 / 2000
+    unknown = replace(rates, fp8_gemm=None)
+    assert Floor.of(work, unknown) is None  # not BF16's
+    assert Floor.of(Work(flops=20_000), unknown).seconds == 20.0
+    assert rates.best(replace(rates, fp8_gemm=3000.0)).fp8_gemm == 3000.0
+    assert unknown.best(unknown).fp8_gemm is None
+
+
 def test_the_floor_is_the_slower_of_both():
-    rates = Rates(copy=100.0, read={1000: 50.0}, gemm=1000.0)
+    rates = Rates(copy=100.0, read={1000: 50.0}, gemm=1000.0, fp8_gemm=None)
     memory = Floor.of(Work(flops=1000, weight_bytes=900, cache_bytes=100), rates)
     assert (memory.seconds, memory.bound) == (10.0, "memory")
     arithmetic = Floor.of(Work(flops=20_000, weight_bytes=1000), rates)
@@ -141,10 +179,10 @@ def test_the_floor_is_the_slower_of_both():
 
 
 def test_what_fits_a_cache_is_read_at_its_rate():
-    rates = Rates(copy=10.0, read={10: 40.0, 100: 60.0, 1000: 20.0}, gemm=1.0)
+    rates = Rates(copy=10.0, read={10: 40.0, 100: 60.0, 1000: 20.0}, gemm=1.0, fp8_gemm=None)
     assert rates.memory(5) == 60.0  # the larger one shows what the cache can do
     assert rates.memory(150) == 60.0
     assert rates.memory(5000) == 20.0
-    assert Rates(30.0, {1000: 20.0}, 1.0).memory(5000) == 30.0
-    better = rates.best(Rates(5.0, {10: 80.0, 100: 1.0, 1000: 1.0}, 2.0))
-    assert better == Rates(10.0, {10: 80.0, 100: 60.0, 1000: 20.0}, 2.0)
+    assert Rates(30.0, {1000: 20.0}, 1.0, None).memory(5000) == 30.0
+    better = rates.best(Rates(5.0, {10: 80.0, 100: 1.0, 1000: 1.0}, 2.0, None))
+    assert better == Rates(10.0, {10: 80.0, 100: 60.0, 1000: 20.0}, 2.0, None)

@@ -14,6 +14,7 @@ CLASSES = [
     fake_tensorrt.Runtime,
     fake_tensorrt.ICudaEngine,
     fake_tensorrt.IExecutionContext,
+    fake_tensorrt.IProfiler,
     fake_tensorrt.IRuntimeConfig,
     fake_tensorrt.Refitter,
 ]

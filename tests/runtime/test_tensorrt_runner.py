@@ -16,9 +16,7 @@ import torch
 
 import runtime.tensorrt_engine
 import runtime.tensorrt_runner
-from engines.manifest import BuiltFile, Manifest
-from engines.tensorrt_profiles import decoder_ranges, vision_ranges
-from export.onnx_model import export_onnx
+from engines.manifest import Manifest
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import EngineError, LimitError
 from qwen2vl_trt.windows import window_layout
@@ -26,7 +24,15 @@ from runtime import Pipeline, Request, SamplingParams
 from runtime.runners import open_engines
 from runtime.tensorrt_runner import TensorRTDecoder
 from tests import fake_tensorrt
-from tests.engine_folders import PROFILE, build, write_checkpoint
+from tests.engine_folders import (
+    PROFILE,
+    build,
+    build_fake_tensorrt,
+    use_fake_tensorrt,
+    write_checkpoint,
+    write_manifest,
+    write_plans,
+)
 
 pytest.importorskip("onnxruntime", reason="it computes what the engines would")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,37 +47,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(checkpoint, tmp_path_factory):
-    """As the backend tensorrt leaves it, with plans for the fake runtime; in FP32, which it computes in."""
-    folder = tmp_path_factory.mktemp("tensorrt") / "engines"
-    folder.mkdir()
-    opened = Checkpoint(checkpoint)
-    export_onnx(opened, folder, torch.float32, PROFILE.max_seq_len)
-    manifest = Manifest(
-        model="random",
-        model_hash=opened.hash,
-        backend="tensorrt",
-        precision="fp32",
-        profile=PROFILE,
-        files={},
-        versions={"tensorrt": fake_tensorrt.VERSION},
-    )
-    write_plans(folder, manifest)
-    return folder
-
-
-def write_plans(folder, manifest, stripped=False):
-    """Plans for the graphs in a folder, and its manifest."""
-    config = Checkpoint(folder).config
-    profiles = {"vision": (vision_ranges(PROFILE, config.vision),), "decoder": decoder_ranges(PROFILE)}
-    for name, ranges in profiles.items():
-        fake_tensorrt.write_plan(folder / f"{name}.engine", folder / f"{name}.onnx", ranges, stripped)
-    write_manifest(folder, manifest)
-
-
-def write_manifest(folder, manifest):
-    """The manifest, with the files as they are now."""
-    files = [folder / f"{name}.{suffix}" for name in ("vision", "decoder") for suffix in ("onnx", "engine")]
-    replace(manifest, files={file.name: BuiltFile.of(file) for file in files}).write(folder)
+    return build_fake_tensorrt(checkpoint, tmp_path_factory.mktemp("tensorrt") / "engines")
 
 
 def copied(folder, target, stripped=False, **changes):
@@ -92,10 +68,7 @@ def reference(checkpoint, tmp_path_factory):
 @pytest.fixture
 def fake(request, monkeypatch):
     """The fake runtime in the place of TensorRT and of the GPU; an indirect parameter makes it TensorRT for RTX."""
-    module = fake_tensorrt.module(getattr(request, "param", "tensorrt"))
-    monkeypatch.setattr(runtime.tensorrt_engine, "load_tensorrt", lambda variant: module)
-    monkeypatch.setattr(runtime.tensorrt_runner, "CudaDevice", fake_tensorrt.CpuDevice)
-    return module
+    return use_fake_tensorrt(monkeypatch, getattr(request, "param", "tensorrt"))
 
 
 def opened(folder, cuda_graphs=True):
@@ -209,6 +182,18 @@ class TestDecoder:
         assert [cache.data_ptr() for cache in (*decoder.cache.k, *decoder.cache.v)] == addresses
         with pytest.raises(LimitError, match=rf"do not fit the cache of {PROFILE.max_seq_len}"):
             decoder.step(*self.random_step(decoder, torch.Generator(), 0, 1, 1, [PROFILE.max_seq_len]))
+
+    def test_a_profiler_hears_of_every_layer(self, fake, folder):
+        """Of those under a CUDA graph TensorRT knows no time, so there is none while it listens."""
+        decoder, plain = opened(folder).decoder, opened(folder, cuda_graphs=False).decoder
+        heard = []
+        for start in range(4):
+            if start == 2:
+                decoder.profile(lambda layer, milliseconds: heard.append((layer, milliseconds)))
+            step = self.random_step(decoder, torch.Generator().manual_seed(start), 0, 2, 1, [start, start])
+            torch.testing.assert_close(decoder.step(*step).logits, plain.step(*step).logits)
+        outputs = [name for name, tensor in decoder._engine.tensors.items() if not tensor.is_input]
+        assert sorted(heard) == sorted([(f"layer of {name}", 0.5) for name in outputs] * 2)
 
     def test_profiles(self, fake, folder):
         """One new token runs in the generation profile, several in the context profile."""

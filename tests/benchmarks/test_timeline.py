@@ -1,0 +1,135 @@
+"""The timeline against what Perfetto demands of a Chrome trace, and against the work that was done."""
+
+import json
+import math
+import time
+from collections import defaultdict
+from itertools import count
+
+import pytest
+import torch
+
+from benchmarks.ours import EngineOptions, PipelineSubject
+from benchmarks.shapes import Limits, Shape, cases
+from benchmarks.stages import Stage
+from benchmarks.timeline import GPU, HOST, REQUESTS, SLOTS, Timeline
+from engines.backends import find_backend
+from engines.build import build_engines
+from engines.profile import BuildProfile
+from qwen2vl_trt.hub import resolve_model
+from runtime import pipeline
+from runtime.runners import open_engines
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_input_len=100, max_seq_len=140)
+
+
+def check_trace(trace):
+    """Valid, and slices of a track nest; returns the slices of each track."""
+    assert json.loads(json.dumps(trace)) == trace
+    tracks, named = defaultdict(list), set()
+    for event in trace["traceEvents"]:
+        assert isinstance(event["name"], str)
+        assert isinstance(event["pid"], int)
+        assert isinstance(event["tid"], int)
+        if event["ph"] == "M":
+            assert event["name"] in ("process_name", "thread_name")
+            assert isinstance(event["args"]["name"], str)
+            named.add((event["name"], event["pid"], event["tid"]))
+        else:
+            assert event["ph"] == "X"
+            assert math.isfinite(event["ts"])
+            assert event["dur"] >= 0
+            tracks[event["pid"], event["tid"]].append(event)
+    for (group, track), slices in tracks.items():
+        assert {("process_name", group, 0), ("thread_name", group, track)} <= named
+        open_until = []
+        for event in slices:  # in the order of the file, as Perfetto needs it for slices that begin together
+            start, end = round(event["ts"] * 1e3), round((event["ts"] + event["dur"]) * 1e3)
+            while open_until and open_until[-1] <= start:
+                open_until.pop()
+            assert not open_until or end <= open_until[-1], event
+            open_until.append(end)
+    return tracks
+
+
+def names(slices):
+    return [event["name"] for event in slices]
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    """Four requests, two at a time; prompts of 22 tokens in chunks of 16."""
+    folder = tmp_path_factory.mktemp("timeline")
+    build_engines(resolve_model("tiny"), *find_backend("torch", "fp32"), PROFILE, folder)
+    (case,) = cases(
+        ["pipeline"],
+        [Shape.parse("56x84,batch:2,generate:3")],
+        Limits(PROFILE, open_engines(folder).checkpoint.config.vision),
+    )
+    subject = PipelineSubject(EngineOptions(folder, "cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.Pipeline.__init__, "__defaults__", (None, None, 16, "cpu"))
+        return subject.trace(case)
+
+
+def test_every_stage_of_every_request(trace):
+    tracks = check_trace(trace)
+    host = names(tracks[HOST, 1])
+    assert {group for group, _ in tracks} == {HOST, SLOTS, REQUESTS}  # no GPU, no track of one
+    assert host.count("load") == 4
+    assert host.count("prefill chunk") == 8
+    assert set(host) == {"load", "preprocess", "vision", "prefill chunk", "decode step", "sample"}
+    slots = [tracks[SLOTS, track] for track in (1, 2)]
+    assert sum(names(slot).count("prefill chunk") for slot in slots) == 8
+    assert all("decode step" in names(slot) for slot in slots)
+    chunks = [event["args"] for slot in slots for event in slot if event["name"] == "prefill chunk"]
+    assert sorted((chunk["after"], chunk["tokens"]) for chunk in chunks) == [(0, 16)] * 4 + [(16, 6)] * 4
+
+
+def test_requests(trace):
+    tracks = check_trace(trace)
+    for number in range(1, 5):
+        whole, first, answer = tracks[REQUESTS, number]
+        assert names((whole, first, answer)) == [f"request {number}", "to the first token", "answer"]
+        assert (whole["args"], first["args"]) == ({"tokens": 3}, {"prompt tokens": 22})
+        assert whole["dur"] == pytest.approx(first["dur"] + answer["dur"], abs=0.002)
+        assert 0 < answer["dur"] < whole["dur"]
+    began = [tracks[REQUESTS, number][0]["ts"] for number in range(1, 5)]
+    assert began == sorted(began)
+    assert tracks[HOST, 1][0]["ts"] >= began[0] >= 0  # the warm-up is left out
+
+
+class FakeEvent:
+    """Of a GPU that begins and ends a call 1 ms after the host."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self, stream):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return (other.time - self.time) * 1e3 + 1
+
+
+def test_a_gpu_has_a_track_of_its_own(monkeypatch):
+    waits = []
+    ticks = count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) * 1e-3)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    timeline = Timeline(torch.device("cuda"))
+    before = len(waits)
+    with timeline(Stage("vision")), timeline(Stage("preprocess")):
+        pass
+    with timeline(Stage("decode", range(1, 3), {"slots": 2})):
+        pass
+    assert len(waits) == before  # nothing is waited for while it is recorded
+    tracks = check_trace(timeline.as_dict())
+    assert names(tracks[GPU, 1]) == names(tracks[HOST, 1]) == ["vision", "preprocess", "decode step"]
+    assert names(tracks[SLOTS, 2]) == names(tracks[SLOTS, 3]) == ["decode step"]
+    for host, gpu in zip(tracks[HOST, 1], tracks[GPU, 1]):
+        assert gpu["ts"] - host["ts"] == pytest.approx(1000)
