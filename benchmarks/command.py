@@ -18,7 +18,9 @@ from .ours import EngineOptions, check_options
 from .random_model import SHAPES, random_checkpoint
 from .shapes import STAGES, Shape
 
-_EPILOG = """shapes, several of them separated by spaces:
+_EPILOG = """run.py bench seed --help                             the seed implementation's comparisons, random weights
+
+shapes, several of them separated by spaces:
   --shapes 448x448x8 448x448x4,1080x1920             vision calls: images as HEIGHTxWIDTH[xCOUNT]
   --shapes batch:8,prompt:256,generate:64            decoder: answers together, tokens of each prompt and answer
   --shapes 448x448,batch:4,generate:32               pipeline: requests at a time, each with these images
@@ -28,6 +30,10 @@ Latency is of the host's clock on a CPU; on a GPU it is H2D + GPU compute + D2H,
 
 def main(argv: list[str]) -> None:
     """Measure engines and print what was found."""
+    if argv[:1] == ["seed"]:
+        from .seed_command import main as seed
+
+        return seed(argv[1:])
     arguments = _parse(argv)
     for path in (arguments.export_times, arguments.export_profile, arguments.trace, arguments.plot):
         if path is not None:
@@ -82,7 +88,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add_build_arguments(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where the backend can use one")
     group = parser.add_argument_group("measuring")
-    seconds, count = partial(_number, float), partial(_number, int)
+    seconds, count = partial(_number, float), positive_count
     group.add_argument("--shapes", nargs="+", default=[], metavar="SHAPE", help="what to run; see below")
     group.add_argument(
         "--warm-up", "--warmUp", type=seconds, default=200.0, metavar="MS", help="default %(default)g ms"
@@ -112,6 +118,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     group.add_argument("--plot", type=Path, metavar="FILE.png", help="latency percentiles")
     return parser.parse_args(argv)
+
+
+def positive_count(text: str) -> int:
+    """An option's whole number above 0."""
+    return int(_number(int, text))
 
 
 def _number(kind: type, text: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +20,7 @@ from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.windows import WindowLayout, window_layout
 from runtime.pipeline import DEFAULT_MAX_NUM_TOKENS, Pipeline
 from runtime.request import Output, Request
-from runtime.runners import Step, VisionRunner, open_engines
+from runtime.runners import Engines, Step, VisionRunner, open_engines
 from runtime.sampler import SamplingParams
 
 from .shapes import Case
@@ -50,11 +50,11 @@ class EngineOptions:
 
 
 class EngineSubject(Subject):
-    """Runs ``engines``."""
+    """Runs ``engines``: those given, or else opened from the folder."""
 
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(self, options: EngineOptions, engines: Engines | None = None) -> None:
         self._options = options
-        self.engines = open_engines(options.folder, options.device)
+        self.engines = engines or open_engines(options.folder, options.device)
         manifest = self.engines.manifest
         self.name = f"{manifest.backend} {manifest.precision}"
         super().__init__(self.engines.device)
@@ -206,8 +206,8 @@ class PipelineSubject(EngineSubject):
 
     def _make_ready(self, case: Case, observe: Observer) -> None:
         self._observe = observe
-        self._pipeline = Pipeline(watched(self.engines, observe))
-        self._request = Request(PROMPT, [jpeg(size, seed) for seed, size in enumerate(case.sizes)])
+        self._pipeline = forgetful_pipeline(watched(self.engines, observe))
+        self._requests = different_requests(case.sizes, case.batch)
         self._params = SamplingParams(max_tokens=case.generate, ignore_eos=True)
         self._batch = case.batch
 
@@ -237,12 +237,26 @@ class PipelineSubject(EngineSubject):
         with probes(self._observe):
             while waiting or running:
                 while waiting and len(running) < self._batch:
-                    running.append(self._pipeline.submit(self._request, self._params))
+                    running.append(self._pipeline.submit(self._requests[waiting % self._batch], self._params))
                     waiting -= 1
                 self._pipeline.step()
                 done += [output for output in running if output.finished]
                 running = [output for output in running if not output.finished]
         return done
+
+
+def different_requests(sizes: Sequence[tuple[int, int]], count: int) -> list[Request]:
+    """Of the same sizes; one image may be embedded once for several requests of a batch."""
+    images = len(sizes)
+    return [
+        Request(PROMPT, [jpeg(size, number * images + place) for place, size in enumerate(sizes)])
+        for number in range(count)
+    ]
+
+
+def forgetful_pipeline(engines: Engines) -> Pipeline:
+    """One that keeps nothing of a request for the next: a benchmark's requests are all alike, a load's are not."""
+    return Pipeline(engines, reuse_prefixes=False, embedding_cache_bytes=0)
 
 
 def _request_sample(output: Output) -> Sample:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,7 +80,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 _PIXELS = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}  # as published; the tiny model's are smaller
 _SPECIAL = tuple(name for name in _COMMON if name.endswith("_token_id"))
-_DRAWN = 1 << 24  # weights in memory at once
+_DRAWN = 1 << 22  # weights that a thread draws at once
 
 PROFILE = BuildProfile(min_hw_dims=16, max_hw_dims=5184, max_batch_size=8, max_input_len=4096, max_seq_len=8192)
 
@@ -132,18 +136,34 @@ def write_random_checkpoint(folder: Path, config: dict[str, Any]) -> int:
         edges = {"shortest_edge": _PIXELS["min_pixels"], "longest_edge": _PIXELS["max_pixels"]}
         (folder / name).write_text(json.dumps(read_json(companions / name) | _PIXELS | {"size": edges}, indent=2))
     (folder / "config.json").write_text(json.dumps(config | special, indent=2))
-    generator = torch.Generator().manual_seed(0)
     shapes = _shapes(Qwen2VLConfig.from_dict(config))
-    with _new_weights(folder, shapes) as (file, size):
-        for name, shape in shapes.items():
-            norm = len(shape) == 1 and name.endswith("weight")
-            left = math.prod(shape)
-            while left:
-                count = min(left, _DRAWN)
-                weights = torch.ones(count) if norm else torch.randn(count, generator=generator) * 0.02
-                file.write(weights.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
-                left -= count
+    with _new_weights(folder, shapes) as (file, size), ThreadPoolExecutor(os.cpu_count()) as pool:
+        chunks = list(_chunks(shapes))
+        for first in range(0, len(chunks), os.cpu_count() or 1):  # as many in memory as there are threads
+            for raw in pool.map(_draw, chunks[first : first + (os.cpu_count() or 1)]):
+                file.write(raw)
     return size
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    seed: int
+    count: int
+    norm: bool
+
+
+def _chunks(shapes: dict[str, tuple[int, ...]]) -> Iterator[_Chunk]:
+    seeds = count()
+    for name, shape in shapes.items():
+        norm, size = len(shape) == 1 and name.endswith("weight"), math.prod(shape)
+        for first in range(0, size, _DRAWN):
+            yield _Chunk(next(seeds), min(_DRAWN, size - first), norm)
+
+
+def _draw(chunk: _Chunk) -> bytes:
+    generator = torch.Generator().manual_seed(chunk.seed)
+    weights = torch.ones(chunk.count) if chunk.norm else torch.randn(chunk.count, generator=generator) * 0.02
+    return weights.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
 
 
 def random_checkpoint(name: str, layers: int | None, blocks: int | None, root: Path) -> Path:

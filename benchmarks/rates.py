@@ -90,7 +90,10 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
         layer = nn.Linear(k, n, bias=False, device=device, dtype=dtype)
         seconds = _best_form(layer, torch.randn(m, k, device=device, dtype=dtype), device)
         gemm = max(gemm, 2 * m * k * n / seconds)
-    return Rates(copy, read, gemm, _fp8_rate(device) if cuda else gemm)
+    fp8_gemm = _fp8_rate(device) if cuda else gemm
+    if cuda:
+        torch.cuda.empty_cache()  # gigabytes that what is measured next may need
+    return Rates(copy, read, gemm, fp8_gemm)
 
 
 def _fp8_rate(device: torch.device) -> float | None:

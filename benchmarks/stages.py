@@ -72,7 +72,9 @@ def watched(engines: Engines, observe: Observer) -> Engines:
         def decoder(self) -> Any:
             decoder = engines.decoder
             step = _wrapped(decoder.step, observe, _decoder_stage)
-            return SimpleNamespace(slots=decoder.slots, embed=decoder.embed, step=step, reset=decoder.reset)
+            return SimpleNamespace(
+                slots=decoder.slots, cache=decoder.cache, embed=decoder.embed, step=step, reset=decoder.reset
+            )
 
     return Watched(**{name: getattr(engines, name) for name in Engines.__dataclass_fields__})
 

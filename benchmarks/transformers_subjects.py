@@ -41,12 +41,14 @@ def load_model(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> An
 
 
 class _TransformersSubject(Subject):
-    def __init__(self, checkpoint: Path, precision: str, dtype: torch.dtype, device: str) -> None:
+    """Transformers on a checkpoint; ``model`` where it is loaded already."""
+
+    def __init__(self, checkpoint: Path, precision: str, dtype: torch.dtype, device: str, model: Any = None) -> None:
         super().__init__(torch.device(device))
         allow_torchvision()
         self.name = f"Transformers {precision}"
         self._checkpoint, self._dtype = checkpoint, dtype
-        self._model: Any = None
+        self._model = model
 
     def _faster(self, ways: dict[str, Callable[[], Any]]) -> Callable[[], Any]:
         """The faster of several ways, each run twice; ``how`` says which."""
@@ -149,15 +151,19 @@ class TransformersPipeline(_TransformersSubject):
     """Processor and ``generate`` from the same JPEG files to text: ``batch`` requests arrive, then the next ones."""
 
     def load(self, case: Case) -> None:
+        self.make_ready(case)
+        ways = {"one at a time": self._one_at_a_time, "batched": self._batched}
+        self._call = self._faster(ways if case.batch > 1 else {"one request": self._one_at_a_time})
+
+    def make_ready(self, case: Case) -> None:
+        """Load the model, unless it is there, and the images."""
         from transformers import AutoProcessor
 
         if self._model is None:
             self._model = load_model(self._checkpoint, self._dtype, self.device)
-            self._processor = AutoProcessor.from_pretrained(self._checkpoint, padding_side="left")
+        self._processor = AutoProcessor.from_pretrained(self._checkpoint, padding_side="left")
         self._images = [jpeg(size, seed) for seed, size in enumerate(case.sizes)]
         self._case = case
-        ways = {"one at a time": self._one_at_a_time, "batched": self._batched}
-        self._call = self._faster(ways if case.batch > 1 else {"one request": self._one_at_a_time})
 
     def iterate(self, count: int) -> list[Sample]:
         return [sample for _ in range(count) for sample in self._round()]
@@ -167,18 +173,19 @@ class TransformersPipeline(_TransformersSubject):
         return [{"latency": [end - began]} for end in self._call()]
 
     def _batched(self) -> list[float]:
-        self._generate(self._case.batch)
+        self.generate(self._case.batch)
         return [time.perf_counter()] * self._case.batch
 
     def _one_at_a_time(self) -> list[float]:
         ended = []
         for _ in range(self._case.batch):
-            self._generate(1)
+            self.generate(1)
             ended.append(time.perf_counter())
         return ended
 
     @torch.no_grad()
-    def _generate(self, batch: int) -> None:
+    def generate(self, batch: int) -> None:
+        """Answer so many requests as one batch."""
         parts = [{"type": "image"} for _ in self._images] + [{"type": "text", "text": PROMPT}]
         text = self._processor.apply_chat_template(
             [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True

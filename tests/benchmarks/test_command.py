@@ -43,7 +43,7 @@ def engines(tmp_path_factory):
 
 
 @pytest.fixture
-def bench(monkeypatch, capfd, tmp_path):
+def bench(small_rates, monkeypatch, capfd, tmp_path):
     """Run the command in a folder of its own; gives exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
@@ -81,8 +81,8 @@ def check_consistent(result, found):
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
-def test_all_stages(bench, engines, backend, tmp_path):
-    """Transformers takes part once: it takes seconds to load."""
+def test_all_stages(no_processes, bench, engines, backend, tmp_path):
+    """Transformers takes part once. Real processes are those of the tests that stream and that interrupt."""
     rival = ("--against", "transformers", "--plot", "p.png") if backend == "torch" else ("--trace", "trace.json")
     code, out, errors = bench(
         "--engine-dir", engines / backend, *FEW, *SHAPES, *rival, "--json", "--export-times", "t.json"
@@ -170,10 +170,10 @@ def test_streams_and_a_full_disk(bench, engines):
     ("backend", "stage", "shape", "expected"),
     [
         ("onnxruntime", "vision", "56x56", {"Attention", "MatMul", "Gemm"}),
-        ("torch", "decoder", "batch:1,prompt:8,generate:3", {"torch"}),
+        ("torch", "pipeline", "56x56,batch:1,generate:2", {"torch"}),
     ],
 )
-def test_time_by_operator(bench, engines, backend, stage, shape, expected, tmp_path):
+def test_time_by_operator(no_processes, bench, engines, backend, stage, shape, expected, tmp_path):
     code, _, errors = bench(
         stage, "--engine-dir", engines / backend, *FEW, "--shapes", shape, "--export-profile", "profile.json"
     )

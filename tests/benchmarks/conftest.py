@@ -1,0 +1,40 @@
+"""Workers without a process: what they are given and what they answer still goes through pickle."""
+
+import pickle
+
+import pytest
+
+import benchmarks.bench
+import benchmarks.operators
+import benchmarks.seed
+
+
+class WorkerHere:
+    """In the place of :class:`benchmarks.workers.Worker`, whose own tests start real processes."""
+
+    def __init__(self, name, setup):
+        self.name, self._target = name, pickle.loads(pickle.dumps(setup))()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def call(self, method, *arguments):
+        answer = getattr(self._target, method)(*pickle.loads(pickle.dumps(arguments)))
+        return pickle.loads(pickle.dumps(answer))
+
+
+@pytest.fixture
+def no_processes(monkeypatch):
+    """Each costs seconds of imports."""
+    for module in (benchmarks.bench, benchmarks.operators, benchmarks.seed):
+        monkeypatch.setattr(module, "Worker", WorkerHere)
+
+
+@pytest.fixture
+def small_rates(monkeypatch):
+    """Of small matrices: no test compares a rate with anything but another of its run."""
+    monkeypatch.setattr("benchmarks.rates._SIZES", (1 << 20, 1 << 22))
+    monkeypatch.setattr("benchmarks.rates._PRODUCTS", ((64, 256, 256),))

@@ -1,0 +1,203 @@
+"""``run.py bench seed`` over a small model, on every row's own code; and its floors against counts by hand."""
+
+import json
+from functools import partial
+from importlib import import_module
+
+import pytest
+import torch
+
+from benchmarks import random_model, seed, seed_command, seed_contenders
+from benchmarks.random_model import SHAPES, config_of
+from benchmarks.rates import Rates
+from benchmarks.seed import Report, floor_of
+from benchmarks.seed_contenders import Ours, Transformers
+from benchmarks.seed_report import text
+from benchmarks.seed_rows import Plan, Row, plan_for
+from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.errors import BenchmarkError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 512,
+    "tie_word_embeddings": True,
+}
+PLAN = Plan(
+    (
+        Row("processor", "processor", "image", ((84, 112),) * 2, compared=True),
+        Row("vision", "vision", "image", ((84, 112), (140, 56)), compared=True),
+        Row("full model", "full", "sample", ((84, 112),), batch=2, compared=True),
+        Row("vision", "video", "video", ((56, 84),), frames=4, compared=True),
+        Row("decode", "decode", "token", batch=2, prompt=5, generate=3),
+        Row("requests", "requests", "request", ((56, 84),), batch=2, generate=2),
+    ),
+    slots=2,
+    reduced="reduced for this test",
+)
+
+
+@pytest.fixture
+def bench(no_processes, small_rates, monkeypatch, tmp_path, capsys):
+    """Run the command on a small model; gives the JSON and what else was printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SHAPES, "Qwen2.5-VL-3B", SMALL)
+    for name, value in (("hidden_size", 160), ("num_heads", 2), ("intermediate_size", 64)):
+        monkeypatch.setitem(random_model._COMMON["vision_config"], name, value)
+    monkeypatch.setattr(seed, "plan_for", lambda kind: PLAN)
+    monkeypatch.setattr(seed_contenders, "_SECONDS", 0.0)
+
+    def run(*arguments):
+        seed_command.main(["--device", "cpu", "--layers", "2", "--blocks", "2", *arguments, "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_every_row(bench, tmp_path):
+    found = bench("--plot", "seed.png")
+    assert (found["device"], found["reduced"]) == ("cpu", PLAN.reduced)
+    (model,) = found["models"]
+    assert (model["name"], model["layers"], model["blocks"]) == ("Qwen2.5-VL-3B-random-2-2", 2, 2)
+    rows = {row["title"]: row for row in model["rows"]}
+    assert list(rows) == [row.title for row in PLAN.rows]
+    for row in PLAN.rows:
+        measured = rows[row.title]
+        assert measured["errors"] == []
+        (ours,) = measured["ours"].values()
+        expected = {"decode": {"batched"}, "video": {"one at a time"}}
+        assert measured["transformers"].keys() == expected.get(row.title, {"one at a time", "batched"})
+        for how, theirs in measured["transformers"].items():
+            assert measured["ratios"][how] == pytest.approx(theirs["seconds_per_item"] / ours["seconds_per_item"])
+            assert theirs["peak_bytes"] >= theirs["bytes_at_rest"] > 0
+        assert measured["floor_seconds_per_item"] > 0
+        assert (measured["deviation_from_fp32"] is not None) == row.compared
+        if row.compared:  # the rounding of BF16 on both sides, so the same image, the same text and the same order
+            deviation = measured["deviation_from_fp32"]
+            assert 1e-4 < deviation["ours"] < 0.03
+            assert deviation["ours"] < 2 * deviation["theirs"]
+    assert (tmp_path / "seed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_that_fails_leaves_the_others_alone(bench, monkeypatch):
+    def fails(self, row):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def refuses(self, row):
+        raise ValueError("no\nvideos")
+
+    monkeypatch.setattr(Ours, "_decode", fails)
+    monkeypatch.setattr(Transformers, "_full_model", refuses)
+    (model,) = bench()["models"]
+    rows = {row["title"]: row for row in model["rows"]}
+    assert rows["decode"]["errors"] == ["ours: out of memory"]
+    assert rows["full"]["errors"] == ["Transformers: ValueError: no videos", "deviation: ValueError: no videos"]
+    assert rows["decode"]["ratios"] == rows["full"]["ratios"] == {}
+    assert [title for title, row in rows.items() if row["errors"]] == ["full", "decode"]
+    assert min(rows["vision"]["ratios"].values()) > 0
+
+
+def test_a_call_that_fails_is_its_ways_alone():
+    class One(seed_contenders.Contender):
+        def _ways(self, row):
+            return {
+                "batched": seed_contenders.Way(lambda: [][0], 1),
+                "one at a time": seed_contenders.Way(lambda: 0.5, 4),
+            }
+
+        def _output(self, row, result):
+            raise AssertionError
+
+    answer = One("cpu", torch.float32).run(PLAN.rows[4])
+    assert answer.timings["batched"].error == "IndexError: list index out of range"
+    assert (answer.timings["one at a time"].seconds, answer.timings["one at a time"].runs) == (0.125, 4)
+
+
+def test_a_process_that_dies_begins_again():
+    with seed._Restarted("os", partial(import_module, "os")) as worker:
+        with pytest.raises(BenchmarkError, match="killed by signal 6"):
+            worker.call("abort")
+        assert worker.call("getpid") > 0
+        answer = worker.run(PLAN.rows[0])  # os.run there is not
+        assert "AttributeError" in answer.error
+    with seed._Restarted("nothing", partial(import_module, "no_such_package")) as worker:
+        for _ in range(2):
+            assert "no_such_package is not installed" in worker.run(PLAN.rows[0]).error
+
+
+def test_the_plans():
+    gpu, cpu = plan_for("cuda"), plan_for("cpu")
+    assert not gpu.reduced
+    assert cpu.reduced
+    assert [row.published is not None for row in gpu.rows] == [True] * 3 + [False] * 8
+    assert [row.published.ratio for row in gpu.rows[:3]] == [28.3, 12.8, 1.49]
+    assert [len(row.sizes) for row in gpu.rows[:2]] == [64, 64]
+    assert gpu.rows[1].grids == ((1, 32, 32),) * 64
+    large, video = gpu.rows[4:6]
+    assert set(large.grids) == {(1, 78, 138)}  # not shrunk
+    assert video.grids == ((16, 32, 32),)
+    assert [row.batch for row in gpu.rows if row.kind == "decode"] == [1, 8, 32, 128]
+    assert gpu.rows[-1].batch == 64
+    assert max(row.batch for row in cpu.rows) == 8
+    for plan in (gpu, cpu):
+        assert max(row.batch for row in plan.rows) <= plan.slots
+
+
+def test_floors():
+    """The rates of an H200, and the figures that follow from them."""
+    rates = Rates(copy=4.3e12, read={1 << 30: 4.3e12}, gemm=790e12, fp8_gemm=None)
+    config = Qwen2VLConfig.from_dict(config_of("Qwen2.5-VL-7B"))
+    rows = plan_for("cuda").rows
+    assert floor_of(rows[0], config, rates, 0) == pytest.approx(0.7e-6, rel=0.02)
+    assert floor_of(rows[1], config, rates, 0) == pytest.approx(1.70e-3, rel=0.01)
+    decode = {row.batch: floor_of(row, config, rates, 0) for row in rows if row.kind == "decode"}
+    assert 1 / decode[1] == pytest.approx(304, rel=0.01)
+    assert decode[128] < decode[32] < decode[8] < decode[1] / 7
+    full, requests = rows[2], rows[-1]
+    assert floor_of(full, config, rates, 0) is None  # without the prompt's length
+    prompt = 2 * 290 * 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944) / 790e12
+    assert floor_of(full, config, rates, 290) == pytest.approx(1.70e-3 + prompt, rel=0.02)
+    assert floor_of(requests, config, rates, 290) > floor_of(full, config, rates, 290)
+
+
+def test_the_text(bench, monkeypatch):
+    reports = []
+    monkeypatch.setattr(seed_command, "run", lambda *arguments: reports.append(seed.run(*arguments)) or reports[0])
+    bench()
+    (report,) = reports
+    lines = list(text(report))
+    assert lines[1] == PLAN.reduced
+    (line,) = [line for line in lines if line.startswith("| decode") and "tokens/s" in line]
+    ours = report.models[0].results[4].seconds
+    assert f"{1 / ours:,.2f}" in line
+    empty = Report("cpu", PLAN, report.rates, [])
+    assert len(list(text(empty))) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--models", "72B"), "invalid choice: '72B'"),
+        (("--layers", "0"), "--layers"),
+        (("--device", "cuda:99"), "cuda:99"),
+        (("--plot", "none/p.png"), "there is no folder none"),
+    ],
+)
+def test_wrong_options(arguments, message, capsys, monkeypatch, tmp_path):
+    import sys
+
+    import run
+    from engines.command import run_command
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", "bench", "seed", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_command(run.main)
+    found = capsys.readouterr()
+    assert (ended.value.code, found.out, found.err.count("\n")) == (2, "", 1)
+    assert message in found.err
