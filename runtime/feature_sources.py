@@ -52,7 +52,7 @@ class VisionFeatures:
         preprocessor = Preprocessor(self._config, settings, engines.device, engines.dtype)
         self._media = MediaEmbedder(preprocessor, engines.vision, pipeline.profile, self._config)
 
-    def load(self, path: str, name: str) -> LoadedImage:
+    def load(self, path: str | bytes, name: str) -> LoadedImage:
         return self._media.load_image(path, name)
 
     def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
@@ -85,7 +85,7 @@ class DecoderFeatures:
         if layer is not None:
             end_decoder_after(pipeline.engines, layer)
 
-    def load(self, path: str, name: str) -> LoadedImage:
+    def load(self, path: str | bytes, name: str) -> LoadedImage:
         return self._vision.load(path, name)
 
     def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:

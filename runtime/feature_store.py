@@ -181,7 +181,7 @@ def open_store(
                 clear(folder)
             if not holds_features(folder):
                 write_durably(folder / _SETTINGS, json.dumps(settings, indent=2).encode())
-        _check_settings(folder, settings)
+        check_settings(folder, settings)
         store = FeatureStore(folder, shard_size)
         try:
             yield store
@@ -202,13 +202,19 @@ def clear(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """See that a run that goes on with a folder has the settings that its ``settings.json`` names.
+
+    Raises:
+        FeaturesError: naming the first that differs.
+    """
     try:
         found = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
         assert isinstance(found, dict)
     except (OSError, ValueError, AssertionError):
         raise FeaturesError(
-            f"{folder / _SETTINGS} cannot be read: nobody knows what the features there are; --overwrite starts again"
+            f"{folder / _SETTINGS} cannot be read: nobody knows of what settings the results there are;"
+            " --overwrite starts again"
         ) from None
     for name in sorted({*found, *settings}):
         if found.get(name) != settings.get(name):

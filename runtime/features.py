@@ -5,17 +5,39 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 
+from qwen2vl_trt.windows import Grid
+
 from .decode_ahead import Batching, decode_ahead
 from .feature_sources import IMAGE_FAULTS, FeatureSource
-from .feature_store import FeatureStore
 from .image_listing import ImageFile
 from .media import LoadedImage
 
 Pool = Literal["mean", "none"]
+
+
+class Store(Protocol):
+    """Where features go; :class:`runtime.feature_store.FeatureStore` is one."""
+
+    @property
+    def failed(self) -> int: ...
+
+    @property
+    def first_failure(self) -> str | None: ...
+
+    @property
+    def room(self) -> int: ...
+
+    def __contains__(self, key: str) -> bool: ...
+
+    def add(self, key: str, grid: Grid, features: Tensor) -> None: ...
+
+    def fail(self, key: str, reason: str) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 @dataclass
@@ -50,7 +72,7 @@ class Extraction:
 def extract_features(
     source: FeatureSource,
     images: Iterable[ImageFile],
-    store: FeatureStore,
+    store: Store,
     batching: Batching,
     pool: Pool = "none",
     stop: Callable[[], bool] = lambda: False,
@@ -120,7 +142,7 @@ def extract_features(
     return run
 
 
-def _missing(images: Iterable[ImageFile], store: FeatureStore, run: Extraction) -> Iterator[tuple[int, ImageFile]]:
+def _missing(images: Iterable[ImageFile], store: Store, run: Extraction) -> Iterator[tuple[int, ImageFile]]:
     for number, image in enumerate(images, start=1):
         if image.key in store:
             run.skipped += 1
