@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COMMANDS = """commands:
   run.py [generate] --prompt TEXT [--image FILE ...] [--video FILE ...]   answer on stdout
   run.py features --input DIR|GLOB --output DIR                           features of any number of images
+  run.py batch --input DIR|GLOB|URI --output DIR --task TASK              images or rows of tables, on many workers
   run.py eval                                                             accuracy of the tiny model
   run.py compare --engine-dir DIR                                         accuracy against Transformers
   run.py bench [vision|decoder|pipeline]                                  throughput, latency, memory
@@ -32,6 +33,7 @@ def main() -> None:
     commands = {
         "generate": generate,
         "features": features,
+        "batch": batch,
         "eval": evaluate,
         "compare": compare,
         "bench": bench,
@@ -96,6 +98,14 @@ def features(argv: list[str]) -> None:
     parser = _parser("features", "Write features of any number of images: vision tokens, or the decoder's states.")
     add_features_arguments(parser)
     run_features(parser.parse_args(argv), _pipeline)
+
+
+def batch(argv: list[str]) -> None:
+    from fleet.command import add_batch_arguments, run_batch
+
+    parser = _parser("batch", "Features of images or answers about them, on many workers: Parquet out.")
+    add_batch_arguments(parser)
+    run_batch(parser.parse_args(argv), _engine_folder)
 
 
 def evaluate(argv: list[str]) -> None:
@@ -168,23 +178,29 @@ def _parser(command: str, description: str) -> Parser:
     return parser
 
 
-def _pipeline(arguments: argparse.Namespace) -> Pipeline:
-    """The engines in --engine-dir as they are, unless a model is named too; else the model's, built where missing."""
+def _engine_folder(arguments: argparse.Namespace) -> Path:
+    """--engine-dir as it is, unless a model is named too; else the model's engines, built where missing."""
     from engines.arguments import built_folder, plan_build
     from engines.build import build_engines
-    from runtime.pipeline import Pipeline
     from runtime.quantized_model import quantize_first
     from runtime.runners import default_device
     from tiny.calibration import training_data
 
     folder = built_folder(arguments)
-    if folder is None:
-        plan = plan_build(arguments)
-        if arguments.device is None:
-            default_device(plan.backend.name)  # ends here, before the minutes of a build, where it cannot run
-        plan = quantize_first(plan, training_data)
-        build_engines(plan.model, plan.backend, plan.precision, plan.profile, plan.folder)
-        folder = plan.folder
+    if folder is not None:
+        return folder
+    plan = plan_build(arguments)
+    if arguments.device is None:
+        default_device(plan.backend.name)  # ends here, before the minutes of a build, where it cannot run
+    plan = quantize_first(plan, training_data)
+    build_engines(plan.model, plan.backend, plan.precision, plan.profile, plan.folder)
+    return plan.folder
+
+
+def _pipeline(arguments: argparse.Namespace) -> Pipeline:
+    from runtime.pipeline import Pipeline
+
+    folder = _engine_folder(arguments)
     return Pipeline.from_engine_dir(folder, arguments.device, arguments.min_pixels, arguments.max_pixels)
 
 

@@ -59,3 +59,7 @@ class MissingDependencyError(Qwen2VLError):
 
 class PlanError(Qwen2VLError):
     """A deployment cannot be planned as asked."""
+
+
+class BatchError(Qwen2VLError):
+    """A batch job cannot be run as asked, or cannot go on."""

@@ -1,0 +1,166 @@
+"""The command on a Ray of its own, with two workers: what is lost is done again, and nothing twice."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from runtime import Request, SamplingParams
+from tests.fleet.outputs import failures, rows, save_images, write_lines
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE = 600  # seconds; others may use the machine
+
+
+class Ray:
+    """Commands whose Ray processes are known by the folder that Ray keeps its sockets in."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def start(self, log, *options, path=ROOT):
+        environment = os.environ | {
+            "RAY_TMPDIR": self.folder,
+            "RAY_memory_monitor_refresh_ms": "0",  # the memory of others is no reason to end a worker
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(path),
+        }
+        command = [sys.executable, str(ROOT / "run.py"), "batch", "--device", "cpu", "--num-workers", "2"]
+        with log.open("w") as file:
+            return subprocess.Popen(
+                [*command, "--cpus-per-worker", "1", *map(str, options)],
+                env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def processes(self):
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("RAY_TMPDIR") == self.folder and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def workers(self):
+        found = []
+        for process in self.processes():
+            with suppress(psutil.Error):
+                if "MapWorker" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+
+@pytest.fixture
+def ray():
+    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # the path of a socket has at most 107 characters
+    ray = Ray(folder)
+    yield ray
+    for process in ray.processes():
+        with suppress(psutil.Error):
+            process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for(condition, process, log):
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+
+
+def done(output):
+    return len(list((output / "data").glob("*.parquet")))
+
+
+def test_a_lost_worker_and_a_lost_driver(ray, engine_dir, pipeline, tmp_path):
+    folder = save_images(tmp_path / "in", 2000, [(56, 56), (56, 84)])
+    bad = [f"{number:04d}.png" for number in range(13, 2000, 100)]
+    for name in bad:
+        (folder / name).write_bytes((folder / name).read_bytes()[:500])
+    output, log = tmp_path / "out", tmp_path / "log"
+    options = ("--engine-dir", engine_dir, "--input", folder, "--output", output, "--task", "features")
+    options += ("--pool", "mean", "--partition-rows", 50)
+    process = ray.start(log, *options)
+    wait_for(lambda: done(output) >= 4, process, log)
+    lost, other = ray.workers()
+    lost.kill()
+    other.suspend()  # or it might do all the rest before another is there
+    wait_for(lambda: len(ray.workers()) == 2 and lost not in ray.workers(), process, log)
+    other.resume()
+    before = done(output)
+    wait_for(lambda: done(output) > before, process, log)
+    process.kill()
+    process.wait()
+    before = done(output)
+    assert 4 < before < 40
+    process = ray.start(tmp_path / "again", *options, "--resume")
+    assert process.wait(DEADLINE) == 0, (tmp_path / "again").read_text()
+    said = (tmp_path / "again").read_text()
+    assert ", 1,980 rows" not in said
+    assert "were there" in said
+    assert "warning: 20 rows could not be used" in said
+    assert done(output) == 40
+    assert sorted(failures(output)) == bad
+    found = rows(output)
+    names = [f"{number:04d}.png" for number in range(2000) if f"{number:04d}.png" not in bad]
+    assert list(found) == names
+    expected = torch.stack([e.mean(0) for e in pipeline.embed_images([folder / name for name in names])])
+    features = torch.tensor([found[name]["features"] for name in names])
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+
+
+KILLER = '''
+"""A file system whose files end the process that reads them: an image that crashes its decoder."""
+import os, signal
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+class Kill(LocalFileSystem):
+    protocol = "kill"
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+fsspec.register_implementation("kill", Kill)
+'''
+
+
+def test_answers_and_a_row_that_kills_its_worker(ray, engine_dir, pipeline, tmp_path):
+    folder = save_images(tmp_path / "in", 24)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(KILLER)
+    values = [
+        {"image": f"in/{number:04d}.png", "prompt": f"What is {number}?", "id": f"row {number}"} for number in range(24)
+    ]
+    values[9]["image"] = "kill:///crash.png"
+    values[3]["image"] = f"file://{folder}/0003.png"
+    values[20]["image"] = "in/none.png"
+    table = write_lines(tmp_path / "rows.jsonl", values)
+    output, log = tmp_path / "out", tmp_path / "log"
+    options = ("--engine-dir", engine_dir, "--input", table, "--output", output, "--task", "generate")
+    options += ("--partition-rows", 6, "--max-tokens", 6, "--max-retries", 0)
+    process = ray.start(log, *options, path=f"{tmp_path / 'site'}{os.pathsep}{ROOT}")
+    assert process.wait(DEADLINE) == 0, log.read_text()
+    assert "out: 22 rows, " in log.read_text()
+    reasons = failures(output)
+    assert sorted(reasons) == ["row 20", "row 9"]
+    assert "no such file" in reasons["row 20"]
+    assert reasons["row 9"] == "row row 9: 3 workers were lost with it in hand (crashed or out of memory)"
+    good = [number for number in range(24) if number not in (9, 20)]
+    found = rows(output)
+    assert list(found) == [f"row {number}" for number in good]
+    requests = [Request(f"What is {number}?", [folder / f"{number:04d}.png"]) for number in good]
+    expected = pipeline.generate(requests, SamplingParams(max_tokens=6))
+    assert [found[f"row {number}"]["answer"] for number in good] == [answer.text for answer in expected]
+    deadline = time.monotonic() + DEADLINE
+    while ray.processes():  # the command leaves none behind
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
