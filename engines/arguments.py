@@ -13,12 +13,14 @@ from .backends import BACKENDS, DEFAULT_BACKEND, Backend, find_backend
 from .build import default_engine_dir
 from .precision import Precision
 from .profile import BuildConfig, BuildProfile, flag
+from .tensorrt_llm_options import VISION_BACKENDS, TensorRTLLMOptions
 from .tensorrt_options import HARDWARE_COMPATIBILITY, TensorRTOptions
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CALIBRATION_SIZE = 512
 _CALIBRATION = ("calibration_data", "calibration_size")
 _TENSORRT = tuple(field.name for field in fields(TensorRTOptions))
+_TENSORRT_LLM = tuple(field.name for field in fields(TensorRTLLMOptions))
 _HELP = {
     "min_hw_dims": "fewest patches h*w of one image",
     "max_hw_dims": "most patches h*w of one image",
@@ -80,6 +82,14 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     tensorrt.add_argument(
         "--compute-capabilities", nargs="+", metavar="CC", help="GPUs to build for: 8.9 12.0 (tensorrt-rtx)"
     )
+    tensorrt_llm = parser.add_argument_group("TensorRT-LLM")
+    tensorrt_llm.add_argument("--tp-size", type=int, metavar="N", help="GPUs that share each layer (default 1)")
+    tensorrt_llm.add_argument(
+        "--max-num-tokens", type=int, metavar="N", help="most tokens a step (default 8192, or --max-input-len)"
+    )
+    tensorrt_llm.add_argument(
+        "--vision-backend", metavar="NAME", help=f"of the vision engine: {', '.join(VISION_BACKENDS)} (default torch)"
+    )
 
 
 def built_folder(arguments: argparse.Namespace) -> Path | None:
@@ -90,7 +100,7 @@ def built_folder(arguments: argparse.Namespace) -> Path | None:
     """
     if arguments.engine_dir is None or arguments.model or arguments.config:
         return None
-    for name in ("revision", "backend", "precision", *BuildProfile.names(), *_CALIBRATION, *_TENSORRT):
+    for name in ("revision", "backend", "precision", *BuildProfile.names(), *_CALIBRATION, *_TENSORRT, *_TENSORRT_LLM):
         if getattr(arguments, name) is not None:
             raise BuildError(
                 f"{flag(name)} says how to build, but {arguments.engine_dir} runs as it was built; name the --model to"
@@ -100,14 +110,18 @@ def built_folder(arguments: argparse.Namespace) -> Path | None:
 
 
 def _with_options(backend: Backend, arguments: argparse.Namespace) -> Backend:
-    given = {name: value for name in _TENSORRT if (value := getattr(arguments, name)) is not None}
-    if not given:
-        return backend
-    if backend.options is None:
-        raise BuildError(f"{flag(next(iter(given)))} is for the TensorRT backends, not for {backend.name}")
-    if "compute_capabilities" in given:
-        given["compute_capabilities"] = tuple(given["compute_capabilities"])
-    return replace(backend, options=TensorRTOptions(**given))
+    for names, options, whose in (
+        (_TENSORRT, TensorRTOptions, "the TensorRT backends"),
+        (_TENSORRT_LLM, TensorRTLLMOptions, "backend tensorrt-llm"),
+    ):
+        given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+        if given and not isinstance(backend.options, options):
+            raise BuildError(f"{flag(next(iter(given)))} is for {whose}, not for {backend.name}")
+        if "compute_capabilities" in given:
+            given["compute_capabilities"] = tuple(given["compute_capabilities"])
+        if given:
+            backend = replace(backend, options=options(**given))
+    return backend
 
 
 def _calibration(precision: Precision, arguments: argparse.Namespace) -> CalibrationChoice | None:

@@ -14,9 +14,11 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, MissingDependencyError
 from qwen2vl_trt.quantization import fp8_layers
 
-from .precision import BF16, FP8, FP8_IN_FP32, FP16_DECODER, FP16_REFUSED, FP32, Precision
+from .precision import BF16, FP8, FP8_DECODER, FP8_IN_FP32, FP16_DECODER, FP16_REFUSED, FP32, Precision
 from .profile import BuildProfile
 from .progress import BuildSteps
+from .tensorrt_llm_api import EMBEDDINGS, MODULE, load_tensorrt_llm, vision_input
+from .tensorrt_llm_options import TensorRTLLMOptions
 from .tensorrt_module import TENSORRT, TENSORRT_RTX, Variant, load_tensorrt
 from .tensorrt_options import TensorRTOptions
 
@@ -31,7 +33,7 @@ class BuildJob:
     folder: Path
     precision: Precision
     profile: BuildProfile
-    options: TensorRTOptions | None
+    options: TensorRTOptions | TensorRTLLMOptions | None
     steps: BuildSteps
 
 
@@ -57,7 +59,7 @@ class Backend:
     steps: int = 3
     extra: str | None = None
     check: Callable[[], object] = lambda: None
-    options: TensorRTOptions | None = None
+    options: TensorRTOptions | TensorRTLLMOptions | None = None
 
     def precision(self, name: str) -> Precision:
         """One of the precisions, by its name.
@@ -115,7 +117,7 @@ def _tensorrt(variant: Variant) -> Backend:
     def build(job: BuildJob) -> list[Path]:
         from .tensorrt_build import build_plans
 
-        options = job.options or TensorRTOptions()
+        options = job.options if isinstance(job.options, TensorRTOptions) else TensorRTOptions()
         if job.precision.fp8:
             _check_fp8_hardware(options)
         return build_plans(variant, job.checkpoint, job.folder, job.precision, job.profile, job.steps, options)
@@ -132,6 +134,33 @@ def _tensorrt(variant: Variant) -> Backend:
     )
 
 
+def _build_tensorrt_llm(job: BuildJob) -> list[Path]:
+    """TensorRT-LLM loads the checkpoint itself; ``check_fit`` asks its own weight mapper for the names."""
+    options = job.options if isinstance(job.options, TensorRTLLMOptions) else TensorRTLLMOptions()
+    options.check_model(job.checkpoint.config.text)
+    options.tokens_per_step(job.profile)
+    _build_torch(job)
+    if options.vision_backend == "torch":
+        return []
+    if vision_input() != EMBEDDINGS:
+        raise BuildError(
+            f"--vision-backend {options.vision_backend} needs a TensorRT-LLM that takes embeddings; this one runs its"
+            " own vision tower. Leave the option out, or install a release with PreprocessedInputs."
+        )
+    from .tensorrt_build import build_plans
+
+    return build_plans(
+        TENSORRT,
+        job.checkpoint,
+        job.folder,
+        job.precision,
+        job.profile,
+        job.steps,
+        TensorRTOptions(),
+        engines=("vision",),
+    )
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
@@ -140,6 +169,16 @@ BACKENDS = {
         Backend("torch", (BF16, FP32, FP16_DECODER, FP8), ("torch",), _build_torch, steps=1),
         _tensorrt(TENSORRT),
         _tensorrt(TENSORRT_RTX),
+        Backend(
+            "tensorrt-llm",
+            (BF16, FP8_DECODER),
+            ("torch", MODULE),
+            _build_tensorrt_llm,
+            steps=1,
+            extra="tensorrt-llm",
+            check=load_tensorrt_llm,
+            options=TensorRTLLMOptions(),
+        ),
     )
 }
 DEFAULT_BACKEND = "onnxruntime" if find_spec("onnxruntime") else "torch"
@@ -178,10 +217,16 @@ def check_quantization(checkpoint: Checkpoint, precision: Precision) -> None:
         BuildError: an unquantised model for FP8, or a quantised one for anything else.
         CheckpointError: a quantisation that is not supported.
     """
-    quantised = bool(fp8_layers(checkpoint))
+    layers = fp8_layers(checkpoint)
+    quantised = bool(layers)
     if precision.fp8 and not quantised:
         raise BuildError(f"{checkpoint.folder} is not quantised; build_engines.py --precision fp8 does that first")
     if quantised and not precision.fp8:
         raise BuildError(
             f"{checkpoint.folder} is quantised to FP8 and cannot be built in {precision.name}: --precision fp8"
+        )
+    if quantised and not precision.fp8_vision and any(layer.startswith("visual.") for layer in layers):
+        raise BuildError(
+            f"{checkpoint.folder} has FP8 layers in its vision tower, where TensorRT-LLM takes none: give the"
+            " unquantised checkpoint with --precision fp8, which quantises the decoder alone, or one like that"
         )

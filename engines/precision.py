@@ -22,17 +22,21 @@ class Precision:
         vision: type of the vision tower, and of the pixels that it takes.
         decoder: type of the decoder, of the embeddings that it takes and of its cache.
         fp8: whether linear layers are quantised: they compute on FP8 numbers, everything between them in these types.
+        fp8_vision: whether those of the vision tower are too.
     """
 
     name: str
     vision: torch.dtype
     decoder: torch.dtype
     fp8: bool = False
+    fp8_vision: bool = True
 
 
 FP32 = Precision("fp32", torch.float32, torch.float32)
 BF16 = Precision("bf16", torch.bfloat16, torch.bfloat16)
 FP16_DECODER = Precision("fp16-decoder", torch.bfloat16, torch.float16)
 FP8 = Precision("fp8", torch.bfloat16, torch.bfloat16, fp8=True)
+FP8_DECODER = Precision("fp8", torch.bfloat16, torch.bfloat16, fp8=True, fp8_vision=False)
+"""What TensorRT-LLM loads: its vision tower takes no quantised weight."""
 FP8_IN_FP32 = Precision("fp8", torch.float32, torch.float32, fp8=True)
 """FP8 where there is no BF16 to compute in: ONNX Runtime on a CPU."""

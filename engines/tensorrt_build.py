@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,12 @@ def build_plans(
     profile: BuildProfile,
     steps: BuildSteps,
     options: TensorRTOptions,
+    engines: Collection[str] = ("vision", "decoder"),
 ) -> list[Path]:
-    """Export both graphs into a folder and build a plan from each; the graphs stay beside them.
+    """Export both graphs into a folder and build plans; the graphs stay beside them.
+
+    Args:
+        engines: those to build.
 
     Returns:
         The files: two graphs, two plans, and for each plan the layers that TensorRT made of it.
@@ -59,6 +64,8 @@ def build_plans(
     )
     files = list(graphs)
     for graph in graphs:
+        if graph.stem not in engines:
+            continue
         steps(f"building the {graph.stem} engine")
         files += _build_plan(trt, variant, graph, ranges[graph.stem], options, steps)
     return files

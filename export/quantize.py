@@ -31,18 +31,21 @@ from qwen2vl_trt.windows import Grid
 from .importable_torchvision import allow_torchvision
 
 _E4M3 = {"num_bits": (4, 3), "axis": None}
-FP8_CONFIG = {
-    "quant_cfg": [
-        {"quantizer_name": "*", "enable": False},
-        *(
-            {"quantizer_name": f"*{part}.*{what}_quantizer", "cfg": _E4M3}
-            for part in ("language_model.layers", "visual.blocks")
-            for what in ("weight", "input")
-        ),
-    ],
-    "algorithm": "max",
-}
-"""Model Optimizer's FP8_DEFAULT_CFG for the blocks of both towers; merger, patch embedding and lm_head stay."""
+_DECODER, _VISION = "language_model.layers", "visual.blocks"
+
+
+def fp8_config(vision: bool = True) -> dict[str, Any]:
+    """Model Optimizer's FP8_DEFAULT_CFG for the blocks; merger, patch embedding and lm_head stay.
+
+    Args:
+        vision: those of the vision tower too, not of the decoder alone.
+    """
+    quantizers = [
+        {"quantizer_name": f"*{part}.*{what}_quantizer", "cfg": _E4M3}
+        for part in ((_DECODER, _VISION) if vision else (_DECODER,))
+        for what in ("weight", "input")
+    ]
+    return {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *quantizers], "algorithm": "max"}
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def quantize_checkpoint(
     samples: Iterable[CalibrationSample],
     device: str = "cpu",
     on_sample: Callable[[], None] = lambda: None,
+    vision: bool = True,
 ) -> Checkpoint:
     """Calibrate a model and write it in FP8.
 
@@ -98,6 +102,7 @@ def quantize_checkpoint(
         samples: what to calibrate with.
         device: where the model runs. It is held whole: 17 GB for 7B.
         on_sample: called after each sample.
+        vision: quantise the vision tower too, not the decoder alone.
 
     Returns:
         The quantised checkpoint, whose scales are sound.
@@ -111,7 +116,7 @@ def quantize_checkpoint(
     try:
         allow_torchvision()
         with _quiet():
-            _run_model_optimizer(checkpoint, folder, samples, device, on_sample)
+            _run_model_optimizer(checkpoint, folder, samples, device, on_sample, vision)
         _restore_companions(checkpoint, folder)
     except OSError as error:
         raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None
@@ -131,6 +136,7 @@ def _run_model_optimizer(
     samples: Iterable[CalibrationSample],
     device: str,
     on_sample: Callable[[], None],
+    vision: bool,
 ) -> None:
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
@@ -146,7 +152,7 @@ def _run_model_optimizer(
             on_sample()
 
     with torch.no_grad():
-        mtq.quantize(model, FP8_CONFIG, calibrate)
+        mtq.quantize(model, fp8_config(vision), calibrate)
         export_hf_checkpoint(model, export_dir=folder)
 
 

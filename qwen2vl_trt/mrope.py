@@ -86,25 +86,29 @@ def rotary_angles(position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int
     return torch.cat([section[axis] for axis, section in enumerate(parts)], dim=-1)
 
 
-def mrope_config(position_ids: Tensor, delta: int, config: TextConfig) -> dict[str, Tensor]:
+def mrope_config(position_ids: Tensor, delta: int, config: TextConfig | None = None) -> dict[str, Tensor]:
     """TensorRT-LLM's ``mrope_config`` of one request, from the same positions.
 
     Args:
         position_ids: ``[3, S]`` of the prompt.
         delta: as :func:`rope_index` returns it.
+        config: for the table that releases before 1.1 take; the later ones compute it on the GPU.
 
     Returns:
+        ``mrope_position_ids [3, 1, S]`` int64 and ``mrope_position_deltas [1, 1]`` int32. With ``config`` also
         ``mrope_rotary_cos_sin [1, max_position_embeddings * D]`` FP32: for each position the cosine and sine of
-        every frequency, interleaved (cos, sin); positions beyond the prompt continue with the delta. And
-        ``mrope_position_deltas [1, 1]`` int32.
+        every frequency, interleaved (cos, sin); positions beyond the prompt continue with the delta.
     """
+    found = {
+        "mrope_position_ids": position_ids[:, None],
+        "mrope_position_deltas": torch.tensor([[delta]], dtype=torch.int32),
+    }
+    if config is None:
+        return found
     generated = torch.arange(position_ids.shape[1], config.max_position_embeddings) + delta
     angles = rotary_angles(
         torch.cat([position_ids, generated.expand(3, -1)], dim=1)[:, None],
         inverse_frequencies(config.head_dim, config.rope_theta),
         config.mrope_section,
     )
-    return {
-        "mrope_rotary_cos_sin": torch.stack([angles.cos(), angles.sin()], dim=-1).reshape(1, -1),
-        "mrope_position_deltas": torch.tensor([[delta]], dtype=torch.int32),
-    }
+    return found | {"mrope_rotary_cos_sin": torch.stack([angles.cos(), angles.sin()], dim=-1).reshape(1, -1)}

@@ -22,6 +22,7 @@ from .cached_media import CachedMedia
 from .counters import Counters
 from .detokenizer import AnswerStream
 from .embedding_cache import EmbeddingCache
+from .executor import Executor
 from .generation_config import GenerationConfig
 from .images import ImageSource
 from .media import MediaEmbedder
@@ -30,7 +31,7 @@ from .preparation import Prepared, Preparer
 from .preprocessor import Decode, Preprocessor
 from .preprocessor_settings import PreprocessorSettings
 from .request import Event, Output, Request
-from .runners import Engines, open_engines
+from .runners import Engines, SelfScheduling, open_engines
 from .sampler import SamplingParams, SequenceSampling
 from .scheduler import Scheduler, named
 from .sequence import NewToken, RunningSequence
@@ -193,7 +194,10 @@ class Pipeline:
         return output
 
     @cached_property
-    def _scheduler(self) -> Scheduler:
+    def _scheduler(self) -> Executor:
+        backend = self.engines.backend
+        if isinstance(backend, SelfScheduling):
+            return backend.load_executor(self.engines, self._reuse_prefixes, self._counters)
         return Scheduler(self.engines.decoder, self._max_num_tokens, self._reuse_prefixes, self._counters)
 
     @property
@@ -236,7 +240,7 @@ class Pipeline:
         if "_scheduler" in vars(self):  # not loaded for a look
             found.running = self._scheduler.running
             found.kept_prefix_tokens = self._scheduler.kept_tokens
-            found.kv_cache_bytes = self.engines.decoder.cache.nbytes
+            found.kv_cache_bytes = self._scheduler.cache_bytes
         return found
 
     def clear_caches(self) -> None:
@@ -273,6 +277,7 @@ class Pipeline:
         Raises:
             Qwen2VLError: what is wrong with a request, named by its number, from 1.
         """
+        _ = self.engines.decoder  # refused where the backend shows nothing of it
         while self.busy:  # the slots are needed
             self.step()
         self._scheduler.forget()  # the slots are about to be written
@@ -336,7 +341,7 @@ class Pipeline:
         """
         ahead = 1
         number = 0
-        while number < min(len(self._waiting), self._scheduler.free_slots + self.engines.decoder.slots):
+        while number < min(len(self._waiting), self._scheduler.free_slots + self._scheduler.slots):
             pending = self._waiting[number]
             if pending.prepared is None:
                 if number >= self._scheduler.free_slots:
@@ -376,7 +381,7 @@ class Pipeline:
         if not group:
             return
         try:
-            embeds, times = self._preparer.embed([prepared for _, prepared in group], self.engines.decoder.embed)
+            embeds, times = self._scheduler.embed(self._preparer, [prepared for _, prepared in group])
             sequences = [
                 self._sequence(pending, prepared, inputs_embeds)
                 for (pending, prepared), inputs_embeds in zip(group, embeds, strict=True)
@@ -407,6 +412,7 @@ class Pipeline:
                 pending.params, prepared.token_ids, self._config.text.vocab_size, self.engines.device
             ),
             keys=prepared.keys if self._reuse_prefixes else NO_KEYS,
+            prepared=prepared,
         )
 
     def _prepare_named(self, request: Request, name: str) -> Prepared:

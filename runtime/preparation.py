@@ -28,6 +28,7 @@ class Prepared:
 
     Attributes:
         token_ids: S of them.
+        text: the rendered chat template, one vision token an image or video.
         position_ids: ``[3, S]``.
         delta: position of a generated token minus its index.
         images: in the order of their tokens.
@@ -36,6 +37,7 @@ class Prepared:
     """
 
     token_ids: list[int]
+    text: str
     position_ids: Tensor
     delta: int
     images: list[Medium]
@@ -91,7 +93,7 @@ class Preparer:
                 for token_id, media in ((self._config.image_token_id, loaded), (self._config.video_token_id, clips))
             ],
         )
-        return Prepared(prompt.token_ids, position_ids, delta, loaded, clips, keys)
+        return Prepared(prompt.token_ids, prompt.text, position_ids, delta, loaded, clips, keys)
 
     def check_room(self, prompt_tokens: int, max_tokens: int) -> None:
         """See whether a prompt and its answer fit a slot of the cache.

@@ -55,6 +55,7 @@ def quantize_first(plan: BuildPlan, own_data: Callable[[int], CalibrationData]) 
     if plan.calibration is None or fp8_layers(checkpoint := Checkpoint(plan.model.folder)):
         return plan
     folder, size = plan.calibration.folder, plan.calibration.size
+    vision = plan.backend.precision(plan.precision).fp8_vision
     if folder is not None:
         data = CalibrationData.from_folder(folder, size)
     elif plan.model.name == "tiny":
@@ -63,18 +64,20 @@ def quantize_first(plan: BuildPlan, own_data: Callable[[int], CalibrationData]) 
         raise BuildError(
             f"quantising {plan.model.name} to FP8 needs images like those it will see: --calibration-data DIR"
         )
-    return replace(plan, model=replace(plan.model, folder=quantized_folder(plan.model, checkpoint, data)))
+    return replace(plan, model=replace(plan.model, folder=quantized_folder(plan.model, checkpoint, data, vision)))
 
 
-def quantized_folder(model: ResolvedModel, checkpoint: Checkpoint, data: CalibrationData) -> Path:
-    """The folder of a model's FP8 checkpoint; raises as :func:`quantize_first`."""
-    folder = Path("artifacts") / f"{model.name}-fp8"
+def quantized_folder(model: ResolvedModel, checkpoint: Checkpoint, data: CalibrationData, vision: bool = True) -> Path:
+    """The folder of a model's FP8 checkpoint, of the decoder alone without ``vision``; raises as
+    :func:`quantize_first`.
+    """
+    folder = Path("artifacts") / f"{model.name}-fp8{'' if vision else '-decoder'}"
     wanted = _Record(checkpoint.hash, data.identity, len(data.requests))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):  # two at once: the second finds the first one's work
             if not _is_made(wanted, folder):
-                _make(wanted, folder, checkpoint, data)
+                _make(wanted, folder, checkpoint, data, vision)
     except OSError as error:
         raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None
     return folder
@@ -92,7 +95,7 @@ def _is_made(wanted: _Record, folder: Path) -> bool:
         return False
 
 
-def _make(wanted: _Record, folder: Path, checkpoint: Checkpoint, data: CalibrationData) -> None:
+def _make(wanted: _Record, folder: Path, checkpoint: Checkpoint, data: CalibrationData, vision: bool) -> None:
     check_quantizer()
     calibration = Calibration(checkpoint, data)
     calibration.check()
@@ -101,7 +104,9 @@ def _make(wanted: _Record, folder: Path, checkpoint: Checkpoint, data: Calibrati
         with progress_bar() as progress:
             task = progress.add_task("calibrating", total=len(data.requests))
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            made = quantize_checkpoint(checkpoint, unfinished, calibration, device, lambda: progress.advance(task))
+            made = quantize_checkpoint(
+                checkpoint, unfinished, calibration, device, lambda: progress.advance(task), vision
+            )
         record = json.dumps(asdict(replace(wanted, quantized_hash=made.hash)), indent=2)
         (unfinished / RECORD).write_text(record, encoding="utf-8")
         if folder.exists():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,11 +20,16 @@ from qwen2vl_trt.windows import WindowLayout
 
 from .kv_cache import KVCache
 
+if TYPE_CHECKING:
+    from .counters import Counters
+    from .executor import Executor
+
 _BACKENDS = {
     "torch": "runtime.torch_runner",
     "onnxruntime": "runtime.onnxruntime_runner",
     "tensorrt": "runtime.tensorrt_runner",
     "tensorrt-rtx": "runtime.tensorrt_runner",
+    "tensorrt-llm": "runtime.tensorrt_llm_runner",
 }
 """Imported when an engine asks for it: a backend's package may not be installed."""
 
@@ -88,6 +93,15 @@ class Backend(Protocol):
     def load_vision(self, engines: Engines) -> VisionRunner: ...
 
     def load_decoder(self, engines: Engines) -> DecoderRunner: ...
+
+
+@runtime_checkable
+class SelfScheduling(Protocol):
+    """A backend whose engine schedules its requests itself: :class:`runtime.scheduler.Scheduler` is not in between."""
+
+    def load_executor(self, engines: Engines, reuse_prefixes: bool, counters: Counters) -> Executor:
+        """Raises EngineError where the engine does not load."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,12 @@ from torch import Tensor
 from qwen2vl_trt.errors import ExecutionError, Qwen2VLError
 
 from .counters import Counters
+from .media import StageTimes
+from .preparation import Prepared, Preparer
 from .request import Output
 from .runners import DecoderRunner
 from .sampler import sample
-from .sequence import NewToken, RunningSequence
+from .sequence import NewToken, RunningSequence, take_token
 from .slots import Placement, Slots, Wait
 
 __all__ = ["NewToken", "RunningSequence", "Scheduler"]
@@ -76,9 +78,22 @@ class Scheduler:
         return self.running > 0
 
     @property
+    def slots(self) -> int:
+        """Most requests that run together."""
+        return len(self._slots)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._decoder.cache.nbytes
+
+    @property
     def kept_tokens(self) -> int:
         """Tokens of ended requests that are still in the cache."""
         return sum(self._slots.kept_lengths)
+
+    def embed(self, preparer: Preparer, group: Sequence[Prepared]) -> tuple[list[Tensor], StageTimes]:
+        """Decoder inputs of each request, see :meth:`runtime.preparation.Preparer.embed`."""
+        return preparer.embed(group, self._decoder.embed)
 
     def add(self, sequence: RunningSequence) -> None:
         """Take in a sequence.
@@ -260,20 +275,12 @@ class Scheduler:
     def _push(self, sequences: Sequence[RunningSequence], tokens: Sequence[int]) -> list[NewToken]:
         new = []
         for sequence, token in zip(sequences, tokens, strict=True):
-            output = sequence.output
             try:
-                text = sequence.stream.push(token, "deadline" if output.expired else None)
-                sequence.token = token
-                output.append(token, text, sequence.stream.finish_reason)
+                new.append(take_token(sequence, token, self._counters))
             except Exception as error:
                 self._fail(sequence, error)
                 continue
-            self._counters.generated_tokens += 1
-            if len(sequence.stream.token_ids) == 1:
-                self._counters.first_tokens += 1
-                self._counters.time_to_first_token_seconds += output.timings.time_to_first_token
-            new.append(NewToken(sequence, token, text))
-            if output.finished:
+            if sequence.output.finished:
                 self._remove(sequence)
         return new
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from .counters import Counters
 from .detokenizer import AnswerStream
 from .prefix import NO_KEYS, token_keys
+from .preparation import Prepared
 from .request import Output
 from .sampler import SequenceSampling
 
@@ -25,6 +27,7 @@ class RunningSequence:
         stream: its answer's text and end.
         sampling: its settings and random state.
         keys: what the prompt's tokens are, see :func:`runtime.prefix.token_keys`; empty shares nothing.
+        prepared: the prompt itself, for an executor that embeds or tokenizes on its own.
         slot: its row of the cache; None before its prompt is begun.
         cached: tokens in its slot so far.
         token: the last token sampled, not yet in the slot; None while the prompt is read.
@@ -37,6 +40,7 @@ class RunningSequence:
     stream: AnswerStream
     sampling: SequenceSampling
     keys: np.ndarray = field(default_factory=lambda: NO_KEYS)
+    prepared: Prepared | None = None
     slot: int | None = None
     cached: int = 0
     token: int | None = None
@@ -67,3 +71,16 @@ class NewToken:
     sequence: RunningSequence
     token: int
     text: str
+
+
+def take_token(sequence: RunningSequence, token: int, counters: Counters) -> NewToken:
+    """Add a token to a running answer and count it; the answer may end with it."""
+    output = sequence.output
+    text = sequence.stream.push(token, "deadline" if output.expired else None)
+    sequence.token = token
+    output.append(token, text, sequence.stream.finish_reason)
+    counters.generated_tokens += 1
+    if len(sequence.stream.token_ids) == 1:
+        counters.first_tokens += 1
+        counters.time_to_first_token_seconds += output.timings.time_to_first_token
+    return NewToken(sequence, token, text)

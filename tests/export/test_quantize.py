@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import export.quantize
-from export.quantize import FP8_CONFIG, CalibrationSample, quantize_checkpoint
+from export.quantize import CalibrationSample, fp8_config, quantize_checkpoint
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.decoder import Decoder
 from qwen2vl_trt.errors import BuildError, CheckpointError, MissingDependencyError
@@ -86,7 +86,7 @@ def model_optimizers_own(samples):
             model(**export.quantize._arguments(sample, "cpu"), use_cache=False)
 
     with torch.no_grad():
-        mtq.quantize(model, FP8_CONFIG, calibrate)
+        mtq.quantize(model, fp8_config(), calibrate)
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
     return model

@@ -221,8 +221,10 @@ def test_mrope_config_is_tensorrt_llms(model, config):
     assert images
     assert videos
     positions, delta = rope_index(tokens, config, images, videos, seconds)
+    assert set(mrope_config(positions, delta)) == {"mrope_position_ids", "mrope_position_deltas"}
     found = mrope_config(positions, delta, config.text)
-    assert set(found) == {"mrope_rotary_cos_sin", "mrope_position_deltas"}
+    assert set(found) == {"mrope_position_ids", "mrope_rotary_cos_sin", "mrope_position_deltas"}
+    assert torch.equal(found["mrope_position_ids"], positions[:, None])  # [3, 1, S]
 
     deltas = found["mrope_position_deltas"]
     assert (deltas.dtype, deltas.shape, deltas.item()) == (torch.int32, (1, 1), delta)

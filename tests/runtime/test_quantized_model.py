@@ -26,7 +26,7 @@ def made(tmp_path, monkeypatch, fp8_checkpoint):
     """A folder to work in; quantising copies a checkpoint made before, and is counted."""
     calls = []
 
-    def quantize(checkpoint, folder, samples, device, on_sample):
+    def quantize(checkpoint, folder, samples, device, on_sample, vision):
         calls.append(checkpoint.folder)
         shutil.copytree(fp8_checkpoint, folder)
         return Checkpoint(folder)
