@@ -110,7 +110,12 @@ def _get(module: Any, name: str, found: list[str]) -> Any:
 
 
 def _parameters(callable_: Any) -> Any:
-    return () if callable_ is None else inspect.signature(callable_).parameters
+    if callable_ is None:
+        return ()
+    try:
+        return inspect.signature(callable_).parameters
+    except ValueError:  # bound from C++: its attributes are all that can be seen
+        return dir(callable_)
 
 
 def _compare(owner: str, wanted: Sequence[str], there: Any, found: list[str]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -37,12 +37,12 @@ _WAIT = 0.02
 
 @dataclass(eq=False)
 class _Running:
-    """A request under way; ``began`` on the output's clock, ``task`` in the event loop."""
+    """A request under way: ``began`` on the output's clock, its ``task`` in the event loop, the tokens ``taken``."""
 
     sequence: RunningSequence
     began: float
     task: Any = None
-    taken: int = field(default=0)
+    taken: int = 0
 
 
 class TensorRTLLMExecutor:
@@ -56,7 +56,7 @@ class TensorRTLLMExecutor:
         config: the model.
         ends: its end-of-sequence and padding tokens.
         slots: most requests together.
-        hidden: ``(C, dtype)`` of the vision embeddings to hand over; None where TensorRT-LLM runs its own tower.
+        embeds_dtype: of the vision embeddings to hand over; None where TensorRT-LLM runs its own tower.
         counters: where to count.
     """
 
