@@ -1,4 +1,4 @@
-"""Installs the stand-in for TensorRT-LLM in ``tests/fake_packages`` for one test."""
+"""Puts the stand-in for TensorRT-LLM of ``tests/fake_packages`` in its place, for one test."""
 
 import sys
 from importlib import import_module
@@ -7,14 +7,16 @@ from pathlib import Path
 FAKES = Path(__file__).parent / "fake_packages"
 
 
-def install(monkeypatch):
-    """Make ``import tensorrt_llm`` find the stand-in, fresh; returns it."""
-    forget(monkeypatch)
+def installed(monkeypatch):
+    """A fixture's body: ``import tensorrt_llm`` finds the stand-in, fresh, until the test ends."""
+    before = forget()
     monkeypatch.syspath_prepend(str(FAKES))
-    return import_module("tensorrt_llm")
+    yield import_module("tensorrt_llm")
+    forget()
+    sys.modules.update(before)
 
 
-def forget(monkeypatch):
-    """Undo imports of it at the end, and those of earlier tests now."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorrt_llm"]:
-        monkeypatch.delitem(sys.modules, name)
+def forget():
+    """Undo all imports of it; returns them."""
+    names = [name for name in sys.modules if name.partition(".")[0] == "tensorrt_llm"]
+    return {name: sys.modules.pop(name) for name in names}

@@ -1,11 +1,15 @@
 """Building for TensorRT-LLM: its release and its API, the options, and what the manifest says. A stand-in answers."""
 
+import os
+import subprocess
 import sys
 import types
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import torch
 
 from engines.arguments import add_build_arguments, plan_build
 from engines.backends import find_backend
@@ -25,7 +29,7 @@ TINY = resolve_model("tiny")
 
 @pytest.fixture
 def trtllm(monkeypatch):
-    return fake_tensorrt_llm.install(monkeypatch)
+    yield from fake_tensorrt_llm.installed(monkeypatch)
 
 
 def built(folder, model=TINY, precision=None, profile=None, **options):
@@ -48,14 +52,13 @@ class TestRelease:
             find_backend("tensorrt-llm", None)
 
     def test_without_its_libraries(self, monkeypatch, trtllm, tmp_path):
-        fake_tensorrt_llm.forget(monkeypatch)
+        fake_tensorrt_llm.forget()
         (tmp_path / "tensorrt_llm.py").write_text("raise OSError('libmpi.so.40: cannot open\\nshared object')")
         monkeypatch.syspath_prepend(str(tmp_path))
         with pytest.raises(
             MissingDependencyError, match=r"cannot be imported .libmpi.so.40: cannot open shared object"
         ):
             load_tensorrt_llm()
-        sys.modules.pop("tensorrt_llm", None)
 
     @pytest.mark.parametrize("version", ["1.2.0", "1.2.0rc5", "1.4.0rc1"])
     def test_supported(self, trtllm, monkeypatch, version):
@@ -142,8 +145,6 @@ class TestVision:
 
 class TestArguments:
     def test_of_the_model(self, trtllm):
-        import torch
-
         llm = make_llm(TINY.folder, 2, torch.bfloat16, 4, 100, 200, 300, False, 0.7)
         cache = llm.arguments.pop("kv_cache_config")
         assert (cache.enable_block_reuse, cache.free_gpu_memory_fraction) == (False, 0.7)
@@ -240,3 +241,38 @@ class TestBuild:
         model = replace(TINY, folder=fp8_checkpoint)
         with pytest.raises(BuildError, match="has FP8 layers in its vision tower, where TensorRT-LLM takes none"):
             built(tmp_path / "engines", model, "fp8")
+
+
+class TestCommands:
+    """As a user runs them, here on a machine without a GPU."""
+
+    ROOT = Path(__file__).parents[2]
+
+    def run(self, command, *arguments, fake=True, folder):
+        environment = os.environ | ({"PYTHONPATH": str(fake_tensorrt_llm.FAKES)} if fake else {})
+        return subprocess.run(
+            [sys.executable, self.ROOT / command, "--backend", "tensorrt-llm", *arguments],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+    @pytest.mark.skipif(find_spec("tensorrt_llm") is not None, reason="TensorRT-LLM is installed here")
+    def test_missing(self, tmp_path):
+        done = self.run("build_engines.py", "--tp-size", "4", fake=False, folder=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr == (
+            "error: backend tensorrt-llm needs tensorrt_llm, which is not installed:"
+            " pip install 'qwen2vl-trt[tensorrt-llm]'\n"
+        )
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the stand-in would seem to run on it")
+    def test_build_then_no_gpu(self, tmp_path):
+        done = self.run("build_engines.py", "--tp-size", "2", folder=tmp_path)
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "artifacts/tiny-tensorrt-llm-bf16: built")
+        for device in ((), ("--device", "cpu")):
+            done = self.run("run.py", "--tp-size", "2", "--prompt", "Hi", *device, folder=tmp_path)
+            assert done.returncode == 2
+            (line,) = done.stderr.splitlines()
+            assert "sees none here" in line if not device else "among 2 GPUs" in line

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,23 @@ def plan(model=None, size=2, folder=None, precision="fp8"):
     return BuildPlan(
         model or resolve_model("tiny"), BACKENDS["torch"], precision, BuildProfile(), Path("engines"), choice
     )
+
+
+def test_a_backend_that_takes_the_decoder_alone_has_a_folder_of_its_own(made, monkeypatch):
+    quantised = []
+
+    def quantize(checkpoint, folder, samples, device, on_sample, vision):
+        quantised.append(vision)
+        return original(checkpoint, folder, samples, device, on_sample, vision)
+
+    original = quantized_model.quantize_checkpoint
+    monkeypatch.setattr(quantized_model, "quantize_checkpoint", quantize)
+    folders = [
+        quantize_first(replace(plan(), backend=BACKENDS[name]), training_data).model.folder.name
+        for name in ("torch", "tensorrt-llm")
+    ]
+    assert folders == ["tiny-fp8", "tiny-fp8-decoder"]
+    assert quantised == [True, False]
 
 
 class TestFound:

@@ -13,12 +13,17 @@ from engines.backends import find_backend
 from engines.build import build_engines
 from engines.manifest import Manifest
 from engines.tensorrt_llm_options import TensorRTLLMOptions
+from export.quantize import quantize_checkpoint
+from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import DeadlineError, EngineError, ExecutionError, LimitError, SamplingError
 from qwen2vl_trt.hub import resolve_model
+from qwen2vl_trt.quantization import fp8_layers
 from runtime import Pipeline, Request, SamplingParams, tensorrt_llm_runner
+from runtime.calibration import Calibration
 from tests import fake_tensorrt_llm
 from tests.engine_folders import PROFILE, build
 from tests.runtime.test_pipeline import answers, clip, picture, random_request
+from tiny.calibration import training_data
 
 REQUESTS = [random_request(seed) for seed in range(10)]  # text alone, images, videos, mixed, in their own places
 LENGTHS = [SamplingParams(max_tokens=4 + 3 * seed, ignore_eos=seed == 3) for seed in range(10)]
@@ -27,7 +32,7 @@ LENGTHS = [SamplingParams(max_tokens=4 + 3 * seed, ignore_eos=seed == 3) for see
 @pytest.fixture
 def trtllm(monkeypatch):
     monkeypatch.setattr(tensorrt_llm_runner, "gpu_count", lambda: 2)
-    return fake_tensorrt_llm.install(monkeypatch)
+    yield from fake_tensorrt_llm.installed(monkeypatch)
 
 
 @pytest.fixture
@@ -138,10 +143,30 @@ class TestAnswers:
         pipeline.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def fp8_decoder(tmp_path_factory):
+    """The tiny model with its decoder alone in FP8, by Model Optimizer over two scenes."""
+    pytest.importorskip("modelopt", reason="NVIDIA Model Optimizer is not installed: the quantize extra")
+    tiny = Checkpoint(resolve_model("tiny").folder)
+    samples = list(Calibration(tiny, training_data(8)))[:2]
+    return quantize_checkpoint(tiny, tmp_path_factory.mktemp("fp8") / "tiny-fp8-decoder", samples, vision=False)
+
+
+def test_fp8_of_the_decoder(trtllm, fp8_decoder, tmp_path):
+    assert {layer.partition(".")[0] for layer in fp8_layers(fp8_decoder)} == {"model"}
+    both = [tmp_path / name for name in ("tensorrt-llm", "torch")]
+    found, wanted = (
+        Pipeline.from_engine_dir(build(fp8_decoder.folder, folder, folder.name, "fp8"), "cpu") for folder in both
+    )
+    settings = SamplingParams(max_tokens=8)
+    expected = [answers(wanted.generate(request, settings))[0] for request in REQUESTS[:3]]
+    assert answers(found.generate(REQUESTS[:3], settings)) == expected
+
+
 class TestOwnVision:
     """A release that runs its own vision tower; here Transformers' tower and processor stand in for it."""
 
-    def test_answers(self, own_vision, folder, trtllm, torch_pipeline, expected):
+    def test_answers(self, own_vision, folder, trtllm, torch_pipeline):
         pipeline = Pipeline.from_engine_dir(folder, "cpu")
         assert pipeline.engines.manifest.options["vision"] == "own"
         settings = SamplingParams(max_tokens=3)
