@@ -207,7 +207,7 @@ class TensorRTLLMExecutor:
         if progress.finish_reason == "stop":  # a release that leaves the end-of-sequence token out
             end = progress.stop_reason if isinstance(progress.stop_reason, int) else self._ends.eos_token_ids[0]
             new.append(take_token(sequence, end, self._counters))
-        elif progress.finish_reason is not None:
+        if progress.finish_reason is not None and not output.finished:
             raise ExecutionError(
                 f"TensorRT-LLM ended the answer after {running.taken:,} tokens ({progress.finish_reason})"
             )
