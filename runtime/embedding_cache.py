@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from threading import Lock
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ class CachedEmbedding:
 
 
 class EmbeddingCache:
-    """The most recently used embeddings, up to a number of bytes.
+    """The most recently used embeddings, up to a number of bytes. Any thread may use it.
 
     Args:
         limit: bytes of all embeddings together; 0 keeps nothing.
@@ -34,16 +35,18 @@ class EmbeddingCache:
         self.limit = limit
         self.nbytes = self.evictions = 0
         self._entries: OrderedDict[bytes, CachedEmbedding] = OrderedDict()
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def find(self, key: bytes) -> CachedEmbedding | None:
         """What is held under a key, which makes it the most recently used."""
-        entry = self._entries.get(key)
-        if entry is not None:
-            self._entries.move_to_end(key)
-        return entry
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None:
+                self._entries.move_to_end(key)
+            return entry
 
     def store(self, key: bytes, entry: CachedEmbedding) -> None:
         """Keep a copy, unless it alone exceeds the limit; the least recently used make room."""
@@ -51,14 +54,16 @@ class EmbeddingCache:
             return
         # A copy: a view would keep the whole batch that it was computed in.
         entry = CachedEmbedding(entry.embeds.clone(), entry.grid, entry.second_per_grid)
-        self._entries[key] = entry
-        self.nbytes += entry.embeds.nbytes
-        while self.nbytes > self.limit:
-            _, dropped = self._entries.popitem(last=False)
-            self.nbytes -= dropped.embeds.nbytes
-            self.evictions += 1
+        with self._lock:
+            self._entries[key] = entry
+            self.nbytes += entry.embeds.nbytes
+            while self.nbytes > self.limit:
+                _, dropped = self._entries.popitem(last=False)
+                self.nbytes -= dropped.embeds.nbytes
+                self.evictions += 1
 
     def clear(self) -> None:
         """Forget everything."""
-        self._entries.clear()
-        self.nbytes = 0
+        with self._lock:
+            self._entries.clear()
+            self.nbytes = 0

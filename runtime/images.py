@@ -35,6 +35,7 @@ _UPRIGHT = {
 }
 _SIXTEEN_BIT_AS_I = ("PNG", "PPM")
 _open_lock = threading.Lock()
+_shared_lock = threading.Lock()  # an open image reads its file when its pixels are wanted, whoever else wants them
 
 
 def load_image(source: ImageSource, *, name: str | None = None) -> Tensor:
@@ -66,7 +67,8 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Tensor:
             raise MediaError(f"{label}: empty (0 bytes)")
         return _decode(BytesIO(source), label)
     if isinstance(source, Image.Image):
-        return _from_pil(source, label)
+        with _shared_lock:
+            return _from_pil(source, label)
     if isinstance(source, (np.ndarray, Tensor)) and source.ndim > 3:
         raise MediaError(f"{label}: shape {list(source.shape)} holds more than one image")
     if isinstance(source, np.ndarray):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from .executor import Executor
 from .generation_config import GenerationConfig
 from .images import ImageSource
 from .media import MediaEmbedder
+from .media_ahead import Loading, MediaAhead
 from .prefix import NO_KEYS
 from .preparation import Prepared, Preparer
 from .preprocessor import Decode, Preprocessor
@@ -34,7 +36,9 @@ from .request import Event, Output, Request
 from .runners import Engines, SelfScheduling, open_engines
 from .sampler import SamplingParams, SequenceSampling
 from .scheduler import Scheduler, named
+from .sending import send
 from .sequence import NewToken, RunningSequence
+from .side_stream import Arrival, SideStream
 
 DEFAULT_MAX_NUM_TOKENS = 512
 DEFAULT_EMBEDDING_CACHE_BYTES = 256 << 20
@@ -43,11 +47,12 @@ DEFAULT_EMBEDDING_CACHE_BYTES = 256 << 20
 
 @dataclass(eq=False)
 class _Pending:
-    """A request that waits for a slot; ``prepared`` once its turn is near."""
+    """A request that waits for a slot; ``loading`` once its turn is near, ``prepared`` once its media are loaded."""
 
     request: Request
     params: SamplingParams
     output: Output
+    loading: Loading | None = None
     prepared: Prepared | None = None
 
 
@@ -67,8 +72,11 @@ class Pipeline:
             beginning from the cache. Answers stay the same, up to the rounding of sums taken in other pieces.
         embedding_cache_bytes: most bytes of vision embeddings kept for images and videos that come again, on the
             engines' device; 0 keeps none.
-        clock: seconds, for deadlines and all timings but ``vision`` and the packing of pixels; a simulation brings its
-            own.
+        clock: seconds, for deadlines and all timings but ``vision``, the packing of pixels and what threads load; a
+            simulation brings its own.
+        overlap: media of waiting requests are loaded on CPU threads, and the vision engine runs on a stream of its own,
+            while answers go on; False does one thing after the other, in the same order every time. JPEG files decoded
+            on the GPU are queued by the step either way.
 
     Raises:
         LimitError: ``max_num_tokens`` below 1, or ``embedding_cache_bytes`` below 0.
@@ -84,6 +92,7 @@ class Pipeline:
         reuse_prefixes: bool = True,
         embedding_cache_bytes: int = DEFAULT_EMBEDDING_CACHE_BYTES,
         clock: Callable[[], float] = time.perf_counter,
+        overlap: bool = True,
     ) -> None:
         if max_num_tokens < 1:
             raise LimitError(f"max_num_tokens is {max_num_tokens}; a step reads at least 1 token of a prompt")
@@ -105,6 +114,8 @@ class Pipeline:
         self._embeddings = EmbeddingCache(embedding_cache_bytes)
         self._cached_media = CachedMedia(self._media, self._embeddings)
         self._preparer = Preparer(self._cached_media, self._prompts, self._config, self.profile)
+        self._media_ahead = MediaAhead(self._preparer.load, overlap and decode == "cpu")
+        self._side = SideStream.beside(engines.device) if overlap else SideStream(engines.device, None)
         self._max_num_tokens, self._reuse_prefixes, self._clock = max_num_tokens, reuse_prefixes, clock
         self._counters = Counters()
         self._waiting: deque[_Pending] = deque()  # in the order of arrival; those in front may be prepared
@@ -121,6 +132,7 @@ class Pipeline:
         decode: Decode = "cpu",
         reuse_prefixes: bool = True,
         embedding_cache_bytes: int = DEFAULT_EMBEDDING_CACHE_BYTES,
+        overlap: bool = True,
     ) -> Pipeline:
         """Open an engine folder that ``build_engines.py`` wrote.
 
@@ -129,7 +141,16 @@ class Pipeline:
             MissingDependencyError: ``decode="gpu"``, and nvImageCodec is not installed.
         """
         engines = open_engines(folder, device)
-        return cls(engines, min_pixels, max_pixels, max_num_tokens, decode, reuse_prefixes, embedding_cache_bytes)
+        return cls(
+            engines,
+            min_pixels,
+            max_pixels,
+            max_num_tokens,
+            decode,
+            reuse_prefixes,
+            embedding_cache_bytes,
+            overlap=overlap,
+        )
 
     def generate(
         self,
@@ -208,14 +229,16 @@ class Pipeline:
     def step(self) -> list[NewToken]:
         """Take in waiting requests where slots are free, then run one step of every one that runs.
 
-        Deadlines are looked at here. What goes wrong with a request, in an engine too, ends that request alone.
+        Media that threads still load hold up nothing that can go on without them; where nothing can, it waits for the
+        first that are loaded, or the next deadline. Deadlines are looked at here. What goes wrong with a request, in an
+        engine too, ends that request alone.
         """
         if not self.busy:
             return []
         began = self._clock()
-        self._expire()
-        self._prepare()
-        self._admit()
+        self._take_in()
+        if not self._scheduler.busy and self._wait_for_media():
+            self._take_in()
         new = self._scheduler.step()
         self._counters.steps += 1
         self._counters.step_seconds += self._clock() - began
@@ -224,8 +247,19 @@ class Pipeline:
     def cancel(self, output: Output) -> None:
         """End a request, waiting or running, with ``finish_reason`` ``"cancelled"``; it keeps the tokens it has."""
         output.cancel()
-        self._waiting = deque(pending for pending in self._waiting if pending.output is not output)
+        self._drop_ended()
         self._scheduler.cancel(output)
+
+    def close(self) -> None:
+        """Cancel the waiting requests and end the threads that load media, once those have finished what they are at.
+
+        What runs can be stepped on, and new requests start new threads. A pipeline that nobody holds any longer ends
+        its threads as well, without waiting for them.
+        """
+        for pending in self._waiting:
+            pending.output.cancel()
+        self._drop_ended()
+        self._media_ahead.close()
 
     def counters(self) -> Counters:
         """What was done so far, and the present state; a copy that no longer changes."""
@@ -266,7 +300,10 @@ class Pipeline:
         for first in range(0, len(images), self.profile.max_batch_size):
             group = images[first : first + self.profile.max_batch_size]
             loaded = [self._media.load_image(source, f"image {n}") for n, source in enumerate(group, start=first + 1)]
-            embeddings += self._media.embed(loaded)[0]
+            with self._side.work(loaded) as arrival:
+                embeds = self._media.embed(loaded)[0]
+            arrival.take(*embeds)
+            embeddings += embeds
             if on_done is not None:
                 on_done(len(embeddings))
         return embeddings
@@ -287,7 +324,9 @@ class Pipeline:
                 self._prepare_named(request, f"request {number}: ")
                 for number, request in enumerate(requests[first : first + self.engines.decoder.slots], start=first + 1)
             ]
-            embeds, _ = self._preparer.embed(group, self.engines.decoder.embed)
+            with self._side.work(group) as arrival:
+                embeds, _ = self._preparer.embed(group, self.engines.decoder.embed)
+            arrival.take(*embeds)
             longest = max(len(item.token_ids) for item in group)
             # Rows are padded on the right; no token sees what follows it.
             inputs = torch.stack([pad(e, (0, 0, 0, longest - len(e))) for e in embeds])
@@ -324,6 +363,27 @@ class Pipeline:
                 if not output.finished:
                     self.cancel(output)
 
+    def _take_in(self) -> None:
+        self._expire()
+        self._prepare()
+        self._admit()
+
+    def _wait_for_media(self) -> bool:
+        """Wait until a waiting request's media are loaded, or for the next deadline; False if none are on their way."""
+        loadings = [p.loading for p in self._waiting if p.loading is not None and p.prepared is None]
+        if not loadings:
+            return False
+        seconds = max(0.0, self._next_deadline - self._clock())
+        Loading.wait_for_any(loadings, None if math.isinf(seconds) else min(seconds, threading.TIMEOUT_MAX))
+        return True
+
+    def _drop_ended(self) -> None:
+        """Forget waiting requests that have ended, and load nothing more for them."""
+        for pending in self._waiting:
+            if pending.output.finished and pending.loading is not None:
+                pending.loading.cancel()
+        self._waiting = deque(pending for pending in self._waiting if not pending.output.finished)
+
     def _expire(self) -> None:
         """End waiting requests whose deadline has passed."""
         if self._clock() < self._next_deadline:
@@ -331,45 +391,50 @@ class Pipeline:
         for pending in self._waiting:
             if pending.output.expired:
                 pending.output.expire("before its turn came")
-        self._waiting = deque(pending for pending in self._waiting if not pending.output.finished)
+        self._drop_ended()
         self._next_deadline = min((pending.output.expires for pending in self._waiting), default=math.inf)
 
     def _prepare(self) -> None:
         """Prepare as many waiting requests as there are free slots, and one more a step up to one for each slot.
 
         So a request that is wrong, or never fits, is told before its turn, and what is loaded ahead stays bounded.
+        Threads load the media of all these; a request whose are not there yet has its turn in a later step.
         """
         ahead = 1
         number = 0
         while number < min(len(self._waiting), self._scheduler.free_slots + self._scheduler.slots):
             pending = self._waiting[number]
             if pending.prepared is None:
-                if number >= self._scheduler.free_slots:
-                    if not ahead:
-                        return
-                    ahead -= 1
                 began = self._clock()
                 try:
-                    pending.prepared = self._preparer.prepare(pending.request)
+                    if pending.loading is None:
+                        pending.loading = self._media_ahead.start(self._preparer.sources(pending.request))
+                    late = not pending.loading.ahead and number >= self._scheduler.free_slots
+                    if not pending.loading.done or (late and not ahead):
+                        number += 1
+                        continue
+                    ahead -= late
+                    pending.prepared = self._preparer.prepare(pending.request, pending.loading.result())
                     self._preparer.check_room(len(pending.prepared.token_ids), pending.params.max_tokens)
                 except Exception as error:
                     pending.output.fail(named(error, "preparing the request"))
                     del self._waiting[number]
                     continue
-                pending.output.timings.preprocess = self._clock() - began
+                pending.output.timings.preprocess = pending.loading.seconds + self._clock() - began
+                pending.loading = None  # it holds what was given beside what was made of it
                 pending.output.prompt_tokens = len(pending.prepared.token_ids)
             number += 1
 
     def _admit(self) -> None:
-        """Give free slots to the requests in front; their media, about one engine call's worth, are embedded together.
+        """Give free slots to the first that are prepared; their media, about one engine call's, are embedded together.
 
-        The rest have their turn in the next step: the answers under way need not wait for all of them.
+        Those in front whose media are still loaded are passed over, until they are: nothing that comes later is then
+        before them. The rest have their turn in the next step: the answers under way need not wait for all of them.
         """
         group: list[tuple[_Pending, Prepared]] = []
         media = 0
-        for pending in list(islice(self._waiting, self._scheduler.free_slots)):
-            prepared = pending.prepared
-            assert prepared is not None  # _prepare has seen to it
+        prepared_ones = ((pending, pending.prepared) for pending in self._waiting if pending.prepared is not None)
+        for pending, prepared in list(islice(prepared_ones, self._scheduler.free_slots)):
             media += len(prepared.images) + len(prepared.videos)
             if group and media > self.profile.max_batch_size:
                 break
@@ -381,9 +446,10 @@ class Pipeline:
         if not group:
             return
         try:
-            embeds, times = self._scheduler.embed(self._preparer, [prepared for _, prepared in group])
+            with self._side.work(group) as arrival:
+                embeds, times = self._scheduler.embed(self._preparer, [prepared for _, prepared in group])
             sequences = [
-                self._sequence(pending, prepared, inputs_embeds)
+                self._sequence(pending, prepared, inputs_embeds, arrival)
                 for (pending, prepared), inputs_embeds in zip(group, embeds, strict=True)
             ]
         except Exception as error:
@@ -401,11 +467,13 @@ class Pipeline:
             self._waiting.remove(pending)
             self._scheduler.add(sequence)
 
-    def _sequence(self, pending: _Pending, prepared: Prepared, inputs_embeds: Tensor) -> RunningSequence:
+    def _sequence(
+        self, pending: _Pending, prepared: Prepared, inputs_embeds: Tensor, arrival: Arrival
+    ) -> RunningSequence:
         return RunningSequence(
             output=pending.output,
             inputs_embeds=inputs_embeds,
-            position_ids=prepared.position_ids,
+            position_ids=send(prepared.position_ids, self.engines.device),
             delta=prepared.delta,
             stream=AnswerStream(self._prompts.tokenizer, pending.params, self._eos),
             sampling=SequenceSampling(
@@ -413,6 +481,7 @@ class Pipeline:
             ),
             keys=prepared.keys if self._reuse_prefixes else NO_KEYS,
             prepared=prepared,
+            arrival=arrival,
         )
 
     def _prepare_named(self, request: Request, name: str) -> Prepared:

@@ -20,6 +20,24 @@ from .cached_media import CachedMedia, Medium
 from .media import StageTimes
 from .prefix import token_keys
 from .request import Request
+from .sending import send
+
+
+@dataclass(frozen=True)
+class MediaSources:
+    """What a request gives as images and videos, its messages' included, and each video's ``fps`` where they say."""
+
+    images: list[Any]
+    videos: list[Any]
+    fps: list[float | None]
+
+
+@dataclass(frozen=True)
+class LoadedMedia:
+    """Images and videos, each in the order of the request."""
+
+    images: list[Medium]
+    videos: list[Medium]
 
 
 @dataclass(frozen=True)
@@ -60,21 +78,48 @@ class Preparer:
     ) -> None:
         self._media, self._prompts, self._config, self._profile = media, prompts, config, profile
 
-    def prepare(self, request: Request) -> Prepared:
-        """Load a request's media and tokenize its prompt.
+    def sources(self, request: Request) -> MediaSources:
+        """Find a request's media.
 
         Raises:
-            MediaError: an image or a video cannot be read.
-            PromptError: the prompt does not fit them.
-            LimitError: something is outside the engines' profile.
+            MediaError: they are no list.
+            PromptError: the messages are wrong, or have other numbers of places.
         """
         images, videos = _listed(request.images, "images", 4), _listed(request.videos, "videos", 5)
         fps: list[float | None] = [None] * len(videos)
         if not isinstance(request.prompt, str):
             media = extract_media(request.prompt, images, videos)
             images, videos, fps = media.images, media.videos, media.video_fps
-        loaded = [self._media.load_image(source, f"image {n}") for n, source in enumerate(images, start=1)]
-        clips = [self._media.load_video(source, f"video {n}", fps[n - 1]) for n, source in enumerate(videos, start=1)]
+        return MediaSources(images, videos, fps)
+
+    def load(self, sources: MediaSources) -> LoadedMedia:
+        """Load them; any thread may.
+
+        Raises:
+            MediaError: an image or a video cannot be read.
+            LimitError: one is outside the engines' profile.
+        """
+        images = [self._media.load_image(source, f"image {n}") for n, source in enumerate(sources.images, start=1)]
+        videos = [
+            self._media.load_video(source, f"video {n}", fps)
+            for n, (source, fps) in enumerate(zip(sources.videos, sources.fps, strict=True), start=1)
+        ]
+        return LoadedMedia(images, videos)
+
+    def prepare(self, request: Request, media: LoadedMedia | None = None) -> Prepared:
+        """Tokenize a request's prompt around its media.
+
+        Args:
+            request: what is to be prepared.
+            media: where they are loaded already.
+
+        Raises:
+            PromptError: the prompt does not fit them.
+            LimitError: the prompt is outside the engines' profile.
+            MediaError: see :meth:`sources` and :meth:`load`, which load what is not given.
+        """
+        media = self.load(self.sources(request)) if media is None else media
+        loaded, clips = media.images, media.videos
         image_grids, video_grids = [image.grid for image in loaded], [clip.grid for clip in clips]
         prompt = self._prompts.build(request.prompt, image_grids, video_grids)
         if len(prompt.token_ids) > self._profile.max_input_len:
@@ -122,13 +167,15 @@ class Preparer:
         inputs = []
         for item in group:
             row = embed_tokens(item.token_ids)
-            tokens = torch.tensor(item.token_ids, device=row.device)
+            tokens = np.asarray(item.token_ids)
             for token_id, media in (
                 (self._config.image_token_id, item.images),
                 (self._config.video_token_id, item.videos),
             ):
                 if media:
-                    row[tokens == token_id] = torch.cat([next(following) for _ in media]).to(row.dtype)
+                    # Found on the host: a mask on a GPU would have to be counted, which waits for all before it.
+                    places = send(np.flatnonzero(tokens == token_id), row.device)
+                    row.index_copy_(0, places, torch.cat([next(following) for _ in media]).to(row.dtype))
             inputs.append(row)
         return inputs, times
 

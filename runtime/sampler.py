@@ -18,6 +18,8 @@ from torch import Tensor
 
 from qwen2vl_trt.errors import SamplingError
 
+from .sending import send
+
 # Lower temperatures count as this one: the likeliest token is all but certain, and nothing overflows to inf - inf.
 _COLDEST = 1e-6
 _CANDIDATES = 1024  # of top-p at first
@@ -119,7 +121,7 @@ class SequenceSampling:
         outside = [token for token in self._seen if not 0 <= token < vocab_size]
         if outside:
             raise ValueError(f"prompt token {outside[0]} is outside the vocabulary of {vocab_size}")
-        self.seen = torch.tensor(sorted(self._seen), dtype=torch.long, device=device)  # each token once
+        self.seen = send(sorted(self._seen), torch.device(device), torch.long)  # each token once
 
     def draw(self) -> float:
         """The next random number of this sequence, in [0, 1)."""
@@ -129,11 +131,14 @@ class SequenceSampling:
         """Note a token of the answer."""
         if self.params.penalised and token not in self._seen:
             self._seen.add(token)
-            self.seen = torch.cat([self.seen, self.seen.new_tensor([token])])
+            self.seen = torch.cat([self.seen, send([token], self.seen.device, torch.long)])
 
 
 def sample(logits: Tensor, sequences: Sequence[SequenceSampling]) -> list[int]:
     """Choose the next token of every row, and note it in the row's sequence.
+
+    The host waits for the logits' device once, for all tokens together; once more in the rare step where a row's top-p
+    reaches beyond the candidates that are looked at first.
 
     Args:
         logits: ``[B, V]`` FP32, any device; not changed.
@@ -148,16 +153,33 @@ def sample(logits: Tensor, sequences: Sequence[SequenceSampling]) -> list[int]:
     if len(sequences) != logits.shape[0]:
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(sequences)} sequences")
     scores = penalise(logits, sequences)
-    tokens = scores.argmax(dim=-1).tolist()
     drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
-    if drawn:
-        rows = [sequences[row] for row in drawn]
-        picked = scores if len(drawn) == len(sequences) else scores[drawn]
-        probabilities = distribution(picked, [row.params for row in rows])
-        for row, token in zip(drawn, _draw(probabilities, rows), strict=True):
-            tokens[row] = token
+    tokens = _choose(scores, sequences, drawn) if drawn else scores.argmax(dim=-1).tolist()
     for sequence, token in zip(sequences, tokens, strict=True):
         sequence.observe(token)
+    return tokens
+
+
+def _choose(scores: Tensor, sequences: Sequence[SequenceSampling], drawn: Sequence[int]) -> list[int]:
+    """Tokens of all rows, of which the ``drawn`` ones are not greedy."""
+    device = scores.device
+    params = [sequences[row].params for row in drawn]
+    points = [sequences[row].draw() for row in drawn]
+    picked = scores if len(drawn) == len(sequences) else scores[send(drawn, device)]
+    probabilities, enough = _distribution(picked, params, _CANDIDATES)
+    found = torch.stack([_draw(probabilities, points), enough.long()])
+    if picked is not scores:
+        likeliest = scores.argmax(dim=-1)
+        both = torch.stack([likeliest, torch.ones_like(likeliest)])
+        found = both.index_copy_(1, send(drawn, device), found)
+    tokens, known = found.tolist()
+    again = [index for index, row in enumerate(drawn) if not known[row]]
+    if again:
+        picked = picked[send(again, device)]
+        probabilities = distribution(picked, [params[index] for index in again])
+        wider = _draw(probabilities, [points[index] for index in again]).tolist()
+        for index, token in zip(again, wider, strict=True):
+            tokens[drawn[index]] = token
     return tokens
 
 
@@ -184,10 +206,15 @@ def distribution(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     Returns:
         ``[B, V]`` FP32; every row adds up to 1.
     """
+    return _distribution(scores, params, scores.shape[-1])[0]
+
+
+def _distribution(scores: Tensor, params: Sequence[SamplingParams], candidates: int) -> tuple[Tensor, Tensor]:
+    """The same, and for each row ``[B]`` whether so many candidates for top-p were enough: if not, it is wrong."""
     scores = scores / _column(scores, [max(row.temperature, _COLDEST) for row in params])
     scores = _keep_top_k(scores, params)
-    scores = _keep_top_p(scores, params)
-    return scores.softmax(dim=-1)
+    scores, enough = _keep_top_p(scores, params, min(candidates, scores.shape[-1]))
+    return scores.softmax(dim=-1), enough
 
 
 def _keep_top_k(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -196,26 +223,25 @@ def _keep_top_k(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     if not limited:
         return scores
     best = scores.topk(max(limited), dim=-1).values  # [B, K]
-    positions = torch.tensor([min(size, max(limited)) - 1 for size in sizes], device=scores.device)
+    positions = send([min(size, max(limited)) - 1 for size in sizes], scores.device)
     threshold = best.gather(-1, positions[:, None])  # [B, 1]
-    unlimited = torch.tensor([size == scores.shape[-1] for size in sizes], device=scores.device)
+    unlimited = send([size == scores.shape[-1] for size in sizes], scores.device)
     return scores.masked_fill((scores < threshold) & ~unlimited[:, None], -torch.inf)
 
 
-def _keep_top_p(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def _keep_top_p(scores: Tensor, params: Sequence[SamplingParams], candidates: int) -> tuple[Tensor, Tensor]:
     rows = [row for row, setting in enumerate(params) if setting.top_p < 1]
+    enough = torch.ones(len(params), dtype=torch.bool, device=scores.device)
     if not rows:
-        return scores
-    result = scores.clone()
-    top_p = torch.tensor([[params[row].top_p] for row in rows], dtype=torch.float64, device=scores.device)
-    kept, enough = _nucleus(scores[rows], top_p, min(_CANDIDATES, scores.shape[-1]))
-    for index, (row, done) in enumerate(zip(rows, enough, strict=True)):
-        mask = kept[index] if done else _nucleus(scores[[row]], top_p[[index]], scores.shape[-1])[0][0]
-        result[row].masked_fill_(~mask, -torch.inf)
-    return result
+        return scores, enough
+    places = send(rows, scores.device)
+    top_p = _column(scores, [params[row].top_p for row in rows], torch.float64)
+    limited = scores[places]
+    kept, known = _nucleus(limited, top_p, candidates)
+    return scores.index_copy(0, places, limited.masked_fill(~kept, -torch.inf)), enough.index_copy_(0, places, known)
 
 
-def _nucleus(scores: Tensor, top_p: Tensor, candidates: int) -> tuple[Tensor, list[bool]]:
+def _nucleus(scores: Tensor, top_p: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
     """Which tokens top-p keeps, looking at the likeliest ones only: sorting a whole vocabulary takes 20 times longer.
 
     A token stays if those before it have less than ``top_p`` together, so the likeliest always does. That is
@@ -227,7 +253,7 @@ def _nucleus(scores: Tensor, top_p: Tensor, candidates: int) -> tuple[Tensor, li
         candidates: how many tokens to look at.
 
     Returns:
-        The mask ``[R, V]``, and for each row whether the candidates were enough to know.
+        The mask ``[R, V]``, and for each row ``[R]`` whether the candidates were enough to know.
     """
     everything = candidates == scores.shape[-1]
     probabilities = scores.softmax(dim=-1)
@@ -238,18 +264,18 @@ def _nucleus(scores: Tensor, top_p: Tensor, candidates: int) -> tuple[Tensor, li
     enough = reached[:, -1:] >= top_p
     if everything:  # there are no others, even where rounding leaves the sum below top_p
         enough = torch.ones_like(enough)
-    return mask, enough[:, 0].tolist()
+    return mask, enough[:, 0]
 
 
-def _draw(probabilities: Tensor, sequences: Sequence[SequenceSampling]) -> list[int]:
-    """One token a row by the inverse of its cumulative distribution: one random number a token, on any device."""
+def _draw(probabilities: Tensor, points: Sequence[float]) -> Tensor:
+    """One token a row ``[B]`` by the inverse of its cumulative distribution: a random number each, on any device."""
     cumulative = probabilities.double().cumsum(dim=-1)  # [B, V]
     total = cumulative[:, -1:]
-    points = torch.tensor([[sequence.draw()] for sequence in sequences], dtype=torch.float64, device=total.device)
+    drawn = _column(total, points, torch.float64)
     # Strictly below the total, so that the first sum beyond it belongs to a token whose probability is not 0.
-    points = torch.minimum(points * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, points, right=True)[:, 0].tolist()
+    drawn = torch.minimum(drawn * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, drawn, right=True)[:, 0]
 
 
-def _column(like: Tensor, values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+def _column(like: Tensor, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
+    return send(values, like.device, dtype or like.dtype)[:, None]

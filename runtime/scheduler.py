@@ -8,14 +8,13 @@ Which prompts a step reads: the oldest gets at least half of the tokens, so that
 with the least left to read, so that a short prompt need not wait for a long one. With h = ceil(max_num_tokens / 2), a
 prompt of P tokens is read after at most the sum of ceil(P / h) + 1 steps over itself and the prompts before it. A
 prompt that begins like one being read waits for that one and copies what they share; where it is the oldest, its share
-goes there.
+goes there. A prompt whose images the vision engine is still at has no turn while answers or other prompts have one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from qwen2vl_trt.errors import ExecutionError, Qwen2VLError
@@ -26,6 +25,7 @@ from .preparation import Prepared, Preparer
 from .request import Output
 from .runners import DecoderRunner
 from .sampler import sample
+from .sending import send
 from .sequence import NewToken, RunningSequence, take_token
 from .slots import Placement, Slots, Wait
 
@@ -163,7 +163,7 @@ class Scheduler:
                 break
             most = left
             if not read:
-                others = sum(prompt.unread for prompt in self._prompts if prompt not in self._waits) - sequence.unread
+                others = sum(p.unread for p in self._embedded() if p not in self._waits) - sequence.unread
                 most = max(-(-left // 2), left - others)
             read.add(sequence)
             try:
@@ -177,15 +177,23 @@ class Scheduler:
 
     def _oldest(self) -> RunningSequence | None:
         """The prompt that came first, or the one that it waits for."""
-        if not self._prompts:
+        embedded = self._embedded()
+        if not embedded:
             return None
-        oldest = self._prompts[0]
+        oldest = embedded[0]
         return oldest if self._ready(oldest) else self._waits[oldest].leader
 
     def _shortest(self, read: set[RunningSequence]) -> RunningSequence | None:
         """The prompt with the least to read among those that this step has not read from and that wait for none."""
-        candidates = sorted((prompt for prompt in self._prompts if prompt not in read), key=lambda p: p.unread)
+        candidates = sorted((prompt for prompt in self._embedded() if prompt not in read), key=lambda p: p.unread)
         return next((prompt for prompt in candidates if self._ready(prompt)), None)
+
+    def _embedded(self) -> list[RunningSequence]:
+        """Prompts whose embeddings are there. Where nothing else is to be done, all: the stream waits for them."""
+        there = [prompt for prompt in self._prompts if prompt.slot is not None or prompt.arrival.there]
+        if there or any(sequence.token is not None for sequence in self._slots.occupied):
+            return there
+        return self._prompts
 
     def _ready(self, sequence: RunningSequence) -> bool:
         """Whether a prompt has a slot or can have one; else it is better to wait for another prompt."""
@@ -203,6 +211,7 @@ class Scheduler:
         place = self._slots.place(sequence)
         assert isinstance(place, Placement)  # _ready saw to that
         self._slots.occupy(place.slot, sequence)
+        sequence.arrival.take(sequence.inputs_embeds)
         sequence.output.start()
         self._counters.started += 1
         self._counters.queue_seconds += sequence.output.timings.queue
@@ -262,15 +271,16 @@ class Scheduler:
         # or keeps (test_kept_prefixes_survive_their_neighbours), and its next request overwrites it.
         rows = [taking_part.get(slot) for slot in slots]
         tokens = [0 if s is None or s.token is None else s.token for s in rows]
-        positions = torch.tensor([0 if s is None else s.cached + s.delta for s in rows])
+        embeds = self._decoder.embed(tokens)[:, None]
+        positions = send([0 if s is None else s.cached + s.delta for s in rows], embeds.device)
         step = self._decoder.step(
             slots[0],
-            self._decoder.embed(tokens)[:, None],
+            embeds,
             positions.expand(3, -1)[:, :, None],
             [self._slots.held(slot) for slot in slots],
         )
         own = [number for number, sequence in enumerate(rows) if sequence is not None]
-        return step.logits if len(own) == len(rows) else step.logits[own]
+        return step.logits if len(own) == len(rows) else step.logits[send(own, step.logits.device)]
 
     def _push(self, sequences: Sequence[RunningSequence], tokens: Sequence[int]) -> list[NewToken]:
         new = []

@@ -13,6 +13,7 @@ from .prefix import NO_KEYS, token_keys
 from .preparation import Prepared
 from .request import Output
 from .sampler import SequenceSampling
+from .side_stream import Arrival
 
 
 @dataclass(eq=False)
@@ -28,6 +29,7 @@ class RunningSequence:
         sampling: its settings and random state.
         keys: what the prompt's tokens are, see :func:`runtime.prefix.token_keys`; empty shares nothing.
         prepared: the prompt itself, for an executor that embeds or tokenizes on its own.
+        arrival: when ``inputs_embeds`` are there.
         slot: its row of the cache; None before its prompt is begun.
         cached: tokens in its slot so far.
         token: the last token sampled, not yet in the slot; None while the prompt is read.
@@ -41,6 +43,7 @@ class RunningSequence:
     sampling: SequenceSampling
     keys: np.ndarray = field(default_factory=lambda: NO_KEYS)
     prepared: Prepared | None = None
+    arrival: Arrival = field(default_factory=Arrival)
     slot: int | None = None
     cached: int = 0
     token: int | None = None

@@ -29,4 +29,4 @@ class TokenEmbedding:
 
     def __call__(self, token_ids: list[int]) -> Tensor:
         """n token ids to ``[n, C]``."""
-        return F.embedding(send(torch.tensor(token_ids), self._table.device), self._table).to(self._dtype)
+        return F.embedding(send(token_ids, self._table.device), self._table).to(self._dtype)

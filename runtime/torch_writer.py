@@ -20,6 +20,7 @@ from qwen2vl_trt.config import VisionConfig
 
 from .bicubic import bicubic_table
 from .frames import Frame, chunks, mean_and_std, region_patches, region_slots, regions, window_rows_and_columns
+from .sending import send
 from .staging import Staging, bytes_of
 
 _CHUNK = 1 << 25
@@ -55,7 +56,7 @@ class TorchWriter:
 
     def _write_alike(self, frames: Sequence[Frame], batch: Tensor, pixel_values: Tensor) -> None:
         config, frame = self._config, frames[0]
-        mean, std = (_to(batch.device, factor) for factor in mean_and_std(frame.settings, batch.dtype))
+        mean, std = (send(factor, batch.device) for factor in mean_and_std(frame.settings, batch.dtype))
         batch = resize(batch, frame.size)
         rows, columns = window_rows_and_columns(frame.size, config)
         times = len(range(config.temporal_patch_size)[frame.times])
@@ -71,7 +72,7 @@ class TorchWriter:
             empty.zero_()
         places = torch.tensor([frame.first for frame in frames])[:, None] + torch.arange(rows * columns)
         target = pixel_values.unflatten(-1, (config.in_chans, config.temporal_patch_size, area))
-        target[..., frame.times, :].index_copy_(0, _to(batch.device, places.flatten()), windows.flatten(0, 2))
+        target[..., frame.times, :].index_copy_(0, send(places.flatten(), batch.device), windows.flatten(0, 2))
 
 
 def resize(batch: Tensor, size: tuple[int, int]) -> Tensor:
@@ -89,8 +90,8 @@ def _resize_axis(batch: Tensor, axis: int, out: int) -> Tensor:
         return batch
     table = bicubic_table(source, out)
     places = torch.from_numpy(table.first).long() + torch.arange(table.taps)[:, None]
-    index = _to(batch.device, places.clamp_(max=source - 1))  # behind the source the weight is 0
-    weights = _to(batch.device, torch.from_numpy(table.weights))
+    index = send(places.clamp_(max=source - 1), batch.device)  # behind the source the weight is 0
+    weights = send(table.weights, batch.device)
     shape = list(batch.shape)
     shape[axis] = out
     total = torch.full(shape, table.half, dtype=torch.int32, device=batch.device)
@@ -98,8 +99,3 @@ def _resize_axis(batch: Tensor, axis: int, out: int) -> Tensor:
         picked = batch.index_select(axis, index[tap]).to(torch.int32)
         total.addcmul_(picked, weights[tap] if axis == 3 else weights[tap, :, None])
     return (total >> table.precision).clamp_(0, 255).to(torch.uint8)
-
-
-def _to(device: torch.device, values: Tensor) -> Tensor:
-    """A small tensor on a device, without waiting for it; from memory that is not pinned the host would."""
-    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from qwen2vl_trt.errors import SamplingError
+from runtime import sampler
 from runtime.sampler import SamplingParams, SequenceSampling, distribution, penalise, sample
 
 VOCAB = 300
@@ -71,7 +72,11 @@ def test_top_p_of_a_large_vocabulary_equals_transformers(temperature, top_k):
     torch.manual_seed(0)
     logits = torch.randn(4, 20_000) * 3
     params = [SamplingParams(temperature=temperature, top_k=top_k, top_p=p) for p in (0.9, 0.1, 1.0, 0.999)]
-    ours = distribution(logits, params)
+    ours, enough = sampler._distribution(logits, params, 1024)
+    exact = distribution(logits, params)
+    assert torch.equal(ours[enough], exact[enough])
+    assert bool(enough.all()) == (temperature < 1)  # what is looked at first is all, or is known to be too little
+    ours = exact
     for row, param in enumerate(params):
         expected = transformers_distribution(logits[row], [0], param)
         # Transformers adds 20,000 terms up in single precision: where its sum comes close to 1 - top_p, the last
@@ -82,6 +87,18 @@ def test_top_p_of_a_large_vocabulary_equals_transformers(temperature, top_k):
     assert sizes[1] < sizes[0] < sizes[3] <= sizes[2]
     if temperature == 100 and not top_k:
         assert sizes[0] > 10_000
+
+
+def test_rows_that_need_more_candidates_draw_what_they_would_have_drawn(monkeypatch):
+    torch.manual_seed(1)
+    logits = torch.randn(6, VOCAB)
+    settings_ = [SamplingParams(temperature=t, top_p=p, seed=5) for t in (0.0, 0.1, 3.0) for p in (0.5, 0.99)]
+    drawn = []
+    for candidates in (VOCAB, 3):
+        monkeypatch.setattr(sampler, "_CANDIDATES", candidates)
+        sequences = [SequenceSampling(setting, [], VOCAB) for setting in settings_]
+        drawn.append([sample(logits, sequences) for _ in range(40)])
+    assert drawn[0] == drawn[1]
 
 
 def test_ties_at_the_edge_of_top_k_are_kept_as_in_transformers():

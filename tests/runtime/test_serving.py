@@ -106,11 +106,12 @@ def test_the_same_beginning_is_read_once(make):
     total = sum(output.prompt_tokens for output in outputs)
     assert found.prompt_tokens_computed + found.prompt_tokens_reused == total
     assert found.prompt_tokens_reused == sum(output.reused_tokens for output in outputs)
-    ends = sum(output.prompt_tokens - output.reused_tokens for output in outputs[1:])
+    assert sorted(output.reused_tokens > 0 for output in outputs) == [False] + 4 * [True]  # whichever was loaded first
+    ends = sum(output.prompt_tokens - output.reused_tokens for output in outputs if output.reused_tokens)
     assert ends < 5 * 20  # of prompts of over 50 tokens each
     assert (found.embedding_hits, found.embedding_misses) == (4, 1)
     other = pipeline.generate([replace(requests[0], images=[picture(4, 140, 140)])], SamplingParams(max_tokens=3))[0]
-    before_image = outputs[1].reused_tokens - 25
+    before_image = min(output.reused_tokens for output in outputs if output.reused_tokens) - 25
     assert 0 < other.reused_tokens <= before_image  # up to the other picture, which looks the same as tokens
 
 
@@ -269,13 +270,13 @@ def test_what_never_fits_is_refused_while_all_slots_are_taken(make):
         pipeline.submit(Request("What?"), SamplingParams(max_tokens=PROFILE.max_seq_len - 5)),
         pipeline.submit(Request("What?", ["none.png"]), SamplingParams()),
     ]
-    for _ in soon:
+    while not all(output.finished for output in soon):
         pipeline.step()
+        assert not any(output.finished for output in long)
     with pytest.raises(LimitError, match="Lower max_tokens"):
         soon[0].text  # noqa: B018
     with pytest.raises(MediaError, match="no such file"):
         soon[1].text  # noqa: B018
-    assert not any(output.finished for output in long)
     drain(pipeline)
 
 

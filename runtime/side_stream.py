@@ -1,0 +1,87 @@
+"""Work that runs beside the decode steps: queued on a stream of its own, and waited for by streams, never by the host.
+
+Off CUDA there is no such stream: the work is done when it is asked for, and what it makes is there at once.
+
+Not run on a GPU yet; tests/gpu/test_streams.py will.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Arrival:
+    """When that which a side stream makes is there."""
+
+    def __init__(self) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._device: torch.device | None = None
+
+    @property
+    def there(self) -> bool:
+        """Whether it is; asking does not wait."""
+        return self._event is None or self._event.query()
+
+    def take(self, *tensors: Tensor) -> None:
+        """Let the current stream wait for it.
+
+        Args:
+            tensors: what the current stream will read; their memory goes to nobody else before it has.
+        """
+        if self._event is None:
+            return
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(self._event)
+        for tensor in tensors:
+            tensor.record_stream(current)
+
+    def _mark(self, event: torch.cuda.Event, device: torch.device) -> None:
+        self._event, self._device = event, device
+
+
+class SideStream:
+    """A stream beside the caller's.
+
+    Args:
+        device: its work's.
+        stream: to queue on; None does the work where the caller stands.
+    """
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+        self._device, self._stream = device, stream
+        self._reading: deque[tuple[torch.cuda.Event, object]] = deque()  # what queued work reads, oldest first
+
+    @classmethod
+    def beside(cls, device: torch.device) -> SideStream:
+        """One with a stream of its own on CUDA, without one elsewhere."""
+        return cls(device, torch.cuda.Stream(device) if device.type == "cuda" else None)
+
+    @contextmanager
+    def work(self, reads: object = None) -> Iterator[Arrival]:
+        """Queue work: after what the caller's stream holds, beside what it gets from now on.
+
+        Args:
+            reads: holds the tensors that the work reads and others may let go of meanwhile; kept until it has ended.
+
+        Yields:
+            When the work is done; valid once the context is left.
+        """
+        arrival = Arrival()
+        if self._stream is None:
+            yield arrival
+            return
+        while self._reading and self._reading[0][0].query():
+            self._reading.popleft()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        try:
+            with torch.cuda.stream(self._stream):
+                yield arrival
+        finally:  # what was queued before an error runs all the same
+            event = self._stream.record_event()
+            self._reading.append((event, reads))
+            arrival._mark(event, self._device)
