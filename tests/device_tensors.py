@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -39,6 +40,24 @@ class DeviceTensor(Tensor):
         raise AssertionError(f"{function} on a device tensor outside of the mode")
 
 
+class _Factories(TorchFunctionMode):
+    """``torch.tensor`` copies where no dispatch mode sees it."""
+
+    def __init__(self, counted):
+        super().__init__()
+        self.counted = counted
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is torch.tensor and torch.device(kwargs.get("device") or "cpu") == META:
+            self.counted.seen.append("torch.tensor from the host")
+            return DeviceTensor(torch.tensor(*args, **kwargs | {"device": "cpu"}))
+        if function is Tensor.new_tensor and isinstance(args[0], DeviceTensor):
+            self.counted.seen.append("new_tensor from the host")
+            return DeviceTensor(torch.tensor(*args[1:], dtype=args[0].dtype))
+        return function(*args, **kwargs)
+
+
 class Synchronisations(TorchDispatchMode):
     """Runs operations on device tensors; ``seen`` names each that makes the host wait."""
 
@@ -48,14 +67,13 @@ class Synchronisations(TorchDispatchMode):
         self.pinned = set()
 
     def __enter__(self):
-        # torch.tensor(..., device=...) then copies where this mode sees it, as FakeTensorMode has it.
-        self._before = torch._C._only_lift_cpu_tensors()
-        torch._C._set_only_lift_cpu_tensors(True)
+        self._factories = _Factories(self)
+        self._factories.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error):
-        torch._C._set_only_lift_cpu_tensors(self._before)
-        return super().__exit__(*error)
+        super().__exit__(*error)
+        self._factories.__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})

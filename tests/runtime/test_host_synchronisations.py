@@ -30,7 +30,7 @@ def device(monkeypatch):
 
 
 class DeviceDecoder(FakeDecoder):
-    """The fake decoder, whose embeddings and logits lie on the device; its host side is none of the count's business."""
+    """The fake decoder, whose embeddings and logits lie on the device; its own work does not count."""
 
     def embed(self, token_ids):
         return send(token_ids, META, torch.float32)[:, None]
