@@ -231,6 +231,7 @@ class TensorRTLLMExecutor:
         tokens = torch.tensor(prepared.token_ids)
         seen = torch.isin(tokens, torch.tensor([self._config.image_token_id, self._config.video_token_id])).cumsum(0)
         mrope = mrope_config(prepared.position_ids, prepared.delta)
+        sequence.arrival.take(sequence.inputs_embeds)
         embeds, sequence.inputs_embeds = sequence.inputs_embeds, sequence.inputs_embeds.new_empty(0)
         return api.embedding_inputs(prepared.token_ids, embeds, seen, mrope), salt
 

@@ -55,7 +55,7 @@ def folder(trtllm, checkpoint, tmp_path):
 
 @pytest.fixture
 def pipeline(folder):
-    found = Pipeline.from_engine_dir(folder, "cpu")
+    found = Pipeline.from_engine_dir(folder, "cpu", overlap=False)  # the order in which requests reach it is looked at
     yield found
     assert not found.busy, "the test left requests in the pipeline"
 
@@ -167,7 +167,7 @@ class TestOwnVision:
     """A release that runs its own vision tower; here Transformers' tower and processor stand in for it."""
 
     def test_answers(self, own_vision, folder, trtllm, torch_pipeline):
-        pipeline = Pipeline.from_engine_dir(folder, "cpu")
+        pipeline = Pipeline.from_engine_dir(folder, "cpu", overlap=False)
         assert pipeline.engines.manifest.options["vision"] == "own"
         settings = SamplingParams(max_tokens=3)
         requests = [Request("How many <image> digits?", [picture(3, 140, 100)]), Request("Hello")]
@@ -228,7 +228,7 @@ class TestEnds:
 
     def test_a_deadline_before_the_first_token(self, folder):
         now = [0.0]
-        pipeline = Pipeline(Pipeline.from_engine_dir(folder, "cpu").engines, clock=lambda: now[0])
+        pipeline = Pipeline(Pipeline.from_engine_dir(folder, "cpu").engines, clock=lambda: now[0], overlap=False)
         output = pipeline.submit(replace(REQUESTS[0], deadline=1.0), SamplingParams(max_tokens=5))
         pipeline._prepare()
         pipeline._admit()
