@@ -36,7 +36,6 @@ from .request import Event, Output, Request
 from .runners import Engines, SelfScheduling, open_engines
 from .sampler import SamplingParams, SequenceSampling
 from .scheduler import Scheduler, named
-from .sending import send
 from .sequence import NewToken, RunningSequence
 from .side_stream import Arrival, SideStream
 
@@ -473,7 +472,7 @@ class Pipeline:
         return RunningSequence(
             output=pending.output,
             inputs_embeds=inputs_embeds,
-            position_ids=send(prepared.position_ids, self.engines.device),
+            position_ids=prepared.position_ids,
             delta=prepared.delta,
             stream=AnswerStream(self._prompts.tokenizer, pending.params, self._eos),
             sampling=SequenceSampling(

@@ -72,7 +72,7 @@ class DecoderRunner(Protocol):
         Args:
             first_slot: the first of the B slots.
             inputs_embeds: ``[B, S, C]``.
-            position_ids: ``[3, B, S]`` int64.
+            position_ids: ``[3, B, S]`` int64, on the host.
             starts: B numbers of tokens that the slots hold so far.
             hidden: return the hidden states too.
         """

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from qwen2vl_trt.errors import ExecutionError, Qwen2VLError
@@ -271,11 +272,11 @@ class Scheduler:
         # or keeps (test_kept_prefixes_survive_their_neighbours), and its next request overwrites it.
         rows = [taking_part.get(slot) for slot in slots]
         tokens = [0 if s is None or s.token is None else s.token for s in rows]
-        embeds = self._decoder.embed(tokens)[:, None]
-        positions = send([0 if s is None else s.cached + s.delta for s in rows], embeds.device)
+        # On the host, like a prompt's: a runner puts them together with what else it sends.
+        positions = torch.tensor([0 if s is None else s.cached + s.delta for s in rows])
         step = self._decoder.step(
             slots[0],
-            embeds,
+            self._decoder.embed(tokens)[:, None],
             positions.expand(3, -1)[:, :, None],
             [self._slots.held(slot) for slot in slots],
         )
