@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.command import Parser, run_command
+from engines.command import Parser, run_command, whole_number
 
 if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
@@ -110,8 +110,8 @@ def batch(argv: list[str]) -> None:
 
 def evaluate(argv: list[str]) -> None:
     parser = _parser("eval", "Measure the tiny model on held-out digits.")
-    parser.add_argument("--cases", type=_count, default=1000, metavar="N", help="a task; default %(default)s")
-    parser.add_argument("--seed", type=_count, default=0, help="default %(default)s")
+    parser.add_argument("--cases", type=whole_number, default=1000, metavar="N", help="a task; default %(default)s")
+    parser.add_argument("--seed", type=whole_number, default=0, help="default %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args(argv)
     from tiny.report import print_accuracy
@@ -154,12 +154,6 @@ def plan(argv: list[str]) -> None:
     from planning.command import run_plan
 
     run_plan(argv, COMMANDS)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
 
 
 def _parser(command: str, description: str) -> Parser:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.command import FAILED, Parser
+from engines.command import FAILED, Parser, positive_number
 from qwen2vl_trt.errors import CompareError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _parser() -> Parser:
     parser.add_argument("--video", action="append", default=[], metavar="FILE", help="repeat for several")
     parser.add_argument("--prompt", help="with the images and videos; without, a fixed set of real pictures is asked")
     parser.add_argument(
-        "--max-tokens", type=_positive, default=32, metavar="N", help="of an answer; default %(default)s"
+        "--max-tokens", type=positive_number, default=32, metavar="N", help="of an answer; default %(default)s"
     )
     parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge smaller images; default the checkpoint's")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink larger images; default the checkpoint's")
@@ -260,9 +260,3 @@ def _check_file(path: Path | None) -> None:
         raise CompareError(f"{path} is a folder; a file is to be written there")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise CompareError(f"{path} cannot be written: {path.parent} is no folder that can be written")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)

@@ -30,6 +30,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"error: {message} (options: {self.prog} --help)\n")
 
 
+def whole_number(text: str) -> int:
+    """The type of an option that takes 0, 1, 2 and so on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def positive_number(text: str) -> int:
+    """The type of an option that takes 1, 2, 3 and so on."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's main function and exit.
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.command import INTERRUPTED, Parser
+from engines.command import INTERRUPTED, Parser, positive_number
 from qwen2vl_trt.errors import BatchError
 from runtime.sampler import SamplingParams
 
@@ -43,7 +43,11 @@ def add_batch_arguments(parser: Parser) -> None:
     asked.add_argument("--prompt-column", metavar="NAME", help="default prompt if there is one")
     asked.add_argument("--prompt", metavar="TEXT", help="of every row")
     table.add_argument(
-        "--partition-rows", type=_positive, default=1024, metavar="N", help="rows a file of output; default %(default)s"
+        "--partition-rows",
+        type=positive_number,
+        default=1024,
+        metavar="N",
+        help="rows a file of output; default %(default)s",
     )
     features = parser.add_argument_group("--task features")
     features.add_argument("--source", choices=("vision", "decoder"), default="vision", help="default %(default)s")
@@ -59,8 +63,10 @@ def add_batch_arguments(parser: Parser) -> None:
     answers.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     answers.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
     fleet = parser.add_argument_group("workers")
-    fleet.add_argument("--num-workers", type=_positive, default=1, metavar="N", help="default %(default)s")
-    fleet.add_argument("--cpus-per-worker", type=_positive, metavar="N", help="default: this machine's, shared out")
+    fleet.add_argument("--num-workers", type=positive_number, default=1, metavar="N", help="default %(default)s")
+    fleet.add_argument(
+        "--cpus-per-worker", type=positive_number, metavar="N", help="default: this machine's, shared out"
+    )
     fleet.add_argument(
         "--gpus-per-worker",
         type=float,
@@ -69,7 +75,7 @@ def add_batch_arguments(parser: Parser) -> None:
     )
     fleet.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster, auto or ray://...; default none")
     fleet.add_argument(
-        "--batch-tokens", type=_positive, metavar="N", help="most tokens together; default what the engines take"
+        "--batch-tokens", type=positive_number, metavar="N", help="most tokens together; default what the engines take"
     )
     fleet.add_argument(
         "--max-retries",
@@ -314,9 +320,3 @@ def _progress(total: int, done: int) -> Iterator[Callable[[int, float], None]]:
     with progress_bar(TextColumn("{task.fields[rate]}")) as progress:
         task = progress.add_task("rows", total=total, completed=done, rate="")
         yield lambda rows, rate: progress.update(task, completed=rows, rate=f"{rate:.1f} rows/s")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from engines.command import Parser
+from engines.command import Parser, positive_number, whole_number
 
 from .arithmetic import arithmetic, summary
 from .capacity import TP_SIZES, Assumptions, Load, plan
@@ -38,26 +38,30 @@ def run_plan(argv: list[str], epilog: str) -> None:
         "--images-per-second", type=float, required=True, metavar="N", help="the load, one image a request"
     )
     parser.add_argument(
-        "--output-tokens", type=_whole, required=True, metavar="N", help="of an answer; 0: vision features, no decoder"
+        "--output-tokens",
+        type=whole_number,
+        required=True,
+        metavar="N",
+        help="of an answer; 0: vision features, no decoder",
     )
     parser.add_argument(
         "--image-size", type=_size, default=(448, 448), metavar="HxW", help="in pixels; default 448x448"
     )
-    parser.add_argument("--max-pixels", type=_positive, metavar="N", help="shrink larger images; default 1003520")
+    parser.add_argument("--max-pixels", type=positive_number, metavar="N", help="shrink larger images; default 1003520")
     parser.add_argument(
-        "--prompt-tokens", type=_whole, default=32, metavar="N", help="text and template; default %(default)s"
+        "--prompt-tokens", type=whole_number, default=32, metavar="N", help="text and template; default %(default)s"
     )
     parser.add_argument("--precision", choices=("bf16", "fp8"), default="bf16", help="default %(default)s")
     parser.add_argument("--tp-size", type=int, choices=TP_SIZES, help="default: whichever needs fewest GPUs")
     parser.add_argument(
         "--max-seq-len",
-        type=_positive,
+        type=positive_number,
         metavar="N",
         help="tokens of a cache slot; default a request's, up to a multiple of 64",
     )
     parser.add_argument(
         "--max-batch-size",
-        type=_positive,
+        type=positive_number,
         default=256,
         metavar="N",
         help="most answers decoded together; default %(default)s",
@@ -112,15 +116,3 @@ def _size(text: str) -> tuple[int, int]:
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; 448x448 is height by width in pixels")
     return int(found[1]), int(found[2])
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not _whole(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)

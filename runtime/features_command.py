@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.command import INTERRUPTED, Parser
+from engines.command import INTERRUPTED, Parser, positive_number
 from qwen2vl_trt.errors import FeaturesError, MediaError
 
 if TYPE_CHECKING:
@@ -42,17 +42,17 @@ def add_features_arguments(parser: Parser) -> None:
     again.add_argument("--resume", action="store_true", help="go on where an earlier run stopped, if one did")
     again.add_argument("--overwrite", action="store_true", help="remove an earlier run's features first")
     parser.add_argument(
-        "--shard-size", type=_positive, default=1024, metavar="N", help="most images a shard; default %(default)s"
+        "--shard-size", type=positive_number, default=1024, metavar="N", help="most images a shard; default %(default)s"
     )
     parser.add_argument(
         "--batch-tokens",
-        type=_positive,
+        type=positive_number,
         metavar="N",
         help="most image tokens an engine call; default no limit but the engine's",
     )
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=positive_number,
         default=os.cpu_count() or 1,
         metavar="N",
         help="threads that decode; default %(default)s, one a core",
@@ -188,9 +188,3 @@ def _progress(count: Callable[[], int]) -> Iterator[Callable[[Extraction], None]
         yield lambda run: progress.update(
             task, completed=run.skipped + run.extracted + run.failed, rate=f"{run.images_per_second:.1f} images/s"
         )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
