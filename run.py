@@ -50,7 +50,7 @@ def main() -> None:
 
 def generate(argv: list[str]) -> None:
     from runtime.request import Request
-    from runtime.sampler import SamplingParams
+    from runtime.sampling_arguments import add_sampling_arguments, sampling_params
 
     parser = _parser("generate", "Answer a prompt about images and videos.")
     parser.add_argument("--prompt", required=True, help="<image> and <video> mark places; without, media come first")
@@ -59,19 +59,9 @@ def generate(argv: list[str]) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print answer, token_ids, finish_reason and timings")
     form.add_argument("--stream", action="store_true", help="print the answer as it comes")
-    defaults = SamplingParams()
-    parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens, help="default %(default)s")
-    parser.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy, the default")
-    parser.add_argument("--top-p", type=float, default=defaults.top_p, help="default %(default)s, off")
-    parser.add_argument("--top-k", type=int, default=defaults.top_k, help="default %(default)s, off")
-    parser.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty, help="default 1, off")
-    parser.add_argument("--seed", type=int, help="of the draws; by default another each time")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
+    add_sampling_arguments(parser)
     arguments = parser.parse_args(argv)
-    params = SamplingParams(
-        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(SamplingParams)}
-    )
+    params = sampling_params(arguments)
     request = Request(arguments.prompt, arguments.image, arguments.video)
     pipeline = _pipeline(arguments)
     if arguments.stream:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from engines.command import INTERRUPTED, Parser, positive_number
 from qwen2vl_trt.errors import BatchError
 from runtime.sampler import SamplingParams
+from runtime.sampling_arguments import add_sampling_arguments, sampling_params
 
 from .extra import check_extra
 
@@ -53,15 +54,7 @@ def add_batch_arguments(parser: Parser) -> None:
     features.add_argument("--source", choices=("vision", "decoder"), default="vision", help="default %(default)s")
     features.add_argument("--layer", type=int, metavar="N", help="output of layer N, from 1 (torch backend)")
     features.add_argument("--pool", choices=("mean", "none"), default="none", help="over an image's tokens")
-    answers, defaults = parser.add_argument_group("--task generate"), SamplingParams()
-    answers.add_argument("--max-tokens", type=int, default=defaults.max_tokens, help="default %(default)s")
-    answers.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy, the default")
-    answers.add_argument("--top-p", type=float, default=defaults.top_p, help="default %(default)s, off")
-    answers.add_argument("--top-k", type=int, default=defaults.top_k, help="default %(default)s, off")
-    answers.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty, help="default off")
-    answers.add_argument("--seed", type=int, help="of each answer's draws; by default another each time")
-    answers.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
-    answers.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
+    add_sampling_arguments(parser.add_argument_group("--task generate"))
     fleet = parser.add_argument_group("workers")
     fleet.add_argument("--num-workers", type=positive_number, default=1, metavar="N", help="default %(default)s")
     fleet.add_argument(
@@ -122,9 +115,7 @@ def run_batch(arguments: argparse.Namespace, find_engines: Callable[[argparse.Na
 
 
 def _checked(arguments: argparse.Namespace) -> SamplingParams:
-    params = SamplingParams(
-        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(SamplingParams)}
-    )
+    params = sampling_params(arguments)
     if arguments.task == "generate" and (arguments.layer or arguments.pool != "none" or arguments.source != "vision"):
         raise BatchError("--source, --layer and --pool are for --task features")
     if arguments.task == "features" and params != SamplingParams():
