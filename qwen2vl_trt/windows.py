@@ -48,6 +48,11 @@ class WindowLayout:
     merge_index: Tensor
     tokens_per_item: tuple[int, ...]
 
+    @property
+    def index_tensors(self) -> dict[str, Tensor]:
+        """Those that the graph takes, by name, in the order of its inputs after the patches."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
 
 @dataclass(frozen=True)
 class Gathering:

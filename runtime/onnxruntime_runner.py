@@ -82,15 +82,7 @@ class OrtVision:
 
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
         binding = self._session.io_binding()
-        inputs = {
-            "pixel_values": pixel_values,
-            "window_lengths": layout.window_lengths,
-            "position_ids": layout.position_ids,
-            "sequence_index": layout.sequence_index,
-            "sequence_lengths": layout.sequence_lengths,
-            "sequence_position": layout.sequence_position,
-            "merge_index": layout.merge_index,
-        }
+        inputs = {"pixel_values": pixel_values, **layout.index_tensors}
         inputs = {name: tensor.to(self._device).contiguous() for name, tensor in inputs.items()}
         for name, tensor in inputs.items():
             _bind(binding.bind_input, name, tensor)

@@ -113,16 +113,7 @@ class TensorRTVision:
         embeds = torch.empty(
             len(layout.merge_index), output.shape[1], dtype=output.dtype, device=self._engine.device.torch_device
         )
-        inputs = {
-            "pixel_values": pixel_values,
-            "window_lengths": layout.window_lengths,
-            "position_ids": layout.position_ids,
-            "sequence_index": layout.sequence_index,
-            "sequence_lengths": layout.sequence_lengths,
-            "sequence_position": layout.sequence_position,
-            "merge_index": layout.merge_index,
-        }
-        self._contexts.run(inputs, {"image_embeds": embeds}, {})
+        self._contexts.run({"pixel_values": pixel_values, **layout.index_tensors}, {"image_embeds": embeds}, {})
         return embeds
 
     def profile(self, report: ReportLayer) -> None:

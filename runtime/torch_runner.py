@@ -76,7 +76,7 @@ class TorchVision:
             return self.module.encode(
                 patches, unpadded.position_ids, unpadded.windows, unpadded.frames, unpadded.merge_index
             )
-        return self.module(pixel_values, *(send(index, self.device) for index in _indices(layout)))
+        return self.module(pixel_values, *(send(index, self.device) for index in layout.index_tensors.values()))
 
     def _speed_up(self, dtype: torch.dtype) -> None:
         _pack(self.module, dtype, self.device)
@@ -226,24 +226,12 @@ class CudaDecoder(TorchDecoder):
         _release(self.device)
 
 
-def _indices(layout: WindowLayout) -> tuple[Tensor, ...]:
-    """In the order of the tower's arguments."""
-    return (
-        layout.window_lengths,
-        layout.position_ids,
-        layout.sequence_index,
-        layout.sequence_lengths,
-        layout.sequence_position,
-        layout.merge_index,
-    )
-
-
 def _sent(
     layout: WindowLayout, config: VisionConfig, device: torch.device, packs: bool
 ) -> _Packed | tuple[Tensor, ...]:
     """What the tower needs to know of a layout, on the device."""
     if not packs:
-        return tuple(send(index, device) for index in _indices(layout))
+        return tuple(send(index, device) for index in layout.index_tensors.values())
     unpadded = unpad(layout, config)
     windows, frames = (
         PackedSequences(send(sequences.bounds, device), sequences.longest)
