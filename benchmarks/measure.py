@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from accuracy.machine import processor
+
 from .workers import Worker, peak_bytes
 
 Call = Callable[[], object]
@@ -83,13 +85,8 @@ class _Timed:
 
 def machine(*packages: str) -> dict[str, Any]:
     """Processor, cores and versions, for the head of a report."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
