@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError
 
+from .plan_file import whole_file
 from .profile import BuildProfile
 
 FILE = "manifest.json"
@@ -99,16 +99,8 @@ class Manifest:
         Raises:
             BuildError: the disk is full, or the folder cannot be written.
         """
-        temporary = folder / f".{FILE}.{os.getpid()}"
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(asdict(self), file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(folder / FILE)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise BuildError(f"{folder / FILE}: {error.strerror or error}; nothing that loads was left there") from None
+        with whole_file(folder / FILE) as file:
+            file.write(json.dumps(asdict(self), indent=2).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -231,7 +231,7 @@ class TestInterrupted:
             if step == "link":
                 patch.setattr(export.weights.os, "link", interrupt)
             if step == "manifest":
-                patch.setattr("engines.manifest.os.fsync", interrupt)
+                patch.setattr("engines.plan_file.os.fsync", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 build(checkpoint, tmp_path, "onnxruntime", profile=PROFILE)
         assert not (tmp_path / FILE).exists()
@@ -244,7 +244,7 @@ class TestInterrupted:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with monkeypatch.context() as patch:
-            patch.setattr("engines.manifest.os.fsync", full)
+            patch.setattr("engines.plan_file.os.fsync", full)
             with pytest.raises(BuildError, match="No space left on device; nothing that loads was left there"):
                 build(checkpoint, tmp_path)
         assert not loads(tmp_path)
