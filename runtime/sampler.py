@@ -134,7 +134,7 @@ class SequenceSampling:
             self.seen = torch.cat([self.seen, send([token], self.seen.device, torch.long)])
 
 
-def sample(logits: Tensor, sequences: Sequence[SequenceSampling]) -> list[int]:
+def sample(logits: Tensor, sequences: Sequence[SequenceSampling], greedy: Tensor | None = None) -> list[int]:
     """Choose the next token of every row, and note it in the row's sequence.
 
     The host waits for the logits' device once, for all tokens together; once more in the rare step where a row's top-p
@@ -143,6 +143,7 @@ def sample(logits: Tensor, sequences: Sequence[SequenceSampling]) -> list[int]:
     Args:
         logits: ``[B, V]`` FP32, any device; not changed.
         sequences: B of them, each with settings of its own.
+        greedy: ``[B]`` the likeliest tokens, where the engine has found them already.
 
     Returns:
         B token ids.
@@ -154,7 +155,12 @@ def sample(logits: Tensor, sequences: Sequence[SequenceSampling]) -> list[int]:
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(sequences)} sequences")
     scores = penalise(logits, sequences)
     drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
-    tokens = _choose(scores, sequences, drawn) if drawn else scores.argmax(dim=-1).tolist()
+    if drawn:
+        tokens = _choose(scores, sequences, drawn)
+    elif greedy is not None and scores is logits:
+        tokens = greedy.tolist()
+    else:
+        tokens = scores.argmax(dim=-1).tolist()
     for sequence, token in zip(sequences, tokens, strict=True):
         sequence.observe(token)
     return tokens

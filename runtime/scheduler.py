@@ -24,7 +24,7 @@ from .counters import Counters
 from .media import StageTimes
 from .preparation import Prepared, Preparer
 from .request import Output
-from .runners import DecoderRunner
+from .runners import DecoderRunner, Step
 from .sampler import sample
 from .sending import send
 from .sequence import NewToken, RunningSequence, take_token
@@ -247,7 +247,7 @@ class Scheduler:
         if not running:
             return []
         try:
-            logits = self._decode_rows(running)
+            step = self._decode_rows(running)
         except Exception as error:
             if len(running) == 1:
                 self._fail(running[0], error)
@@ -257,15 +257,15 @@ class Scheduler:
         for sequence in running:
             sequence.cached += 1
         try:
-            tokens = sample(logits, [sequence.sampling for sequence in running])
+            tokens = sample(step.logits, [sequence.sampling for sequence in running], step.greedy)
         except Exception as error:
             for sequence in running:
                 self._fail(sequence, error)
             return []
         return self._push(running, tokens)
 
-    def _decode_rows(self, running: Sequence[RunningSequence]) -> Tensor:
-        """Logits ``[len(running), V]``, of one call over the slots from the first to the last."""
+    def _decode_rows(self, running: Sequence[RunningSequence]) -> Step:
+        """A row for each that runs, of one call over the slots from the first to the last."""
         taking_part = {sequence.slot: sequence for sequence in running if sequence.slot is not None}
         slots = range(min(taking_part), max(taking_part) + 1)
         # A row between two running ones still takes part: what it writes lies beyond the tokens that its slot holds
@@ -281,7 +281,10 @@ class Scheduler:
             [self._slots.held(slot) for slot in slots],
         )
         own = [number for number, sequence in enumerate(rows) if sequence is not None]
-        return step.logits if len(own) == len(rows) else step.logits[send(own, step.logits.device)]
+        if len(own) == len(rows):
+            return step
+        taken = send(own, step.logits.device)
+        return step._replace(logits=step.logits[taken], greedy=None if step.greedy is None else step.greedy[taken])
 
     def _push(self, sequences: Sequence[RunningSequence], tokens: Sequence[int]) -> list[NewToken]:
         new = []

@@ -138,6 +138,19 @@ def test_greedy_is_argmax_and_leaves_logits_alone():
     assert torch.equal(logits, before)
 
 
+def test_likeliest_tokens_that_the_engine_found_are_taken_where_nothing_changes_the_logits():
+    logits = torch.zeros(2, VOCAB)
+    found = torch.tensor([7, 9])  # not what argmax gives, to see which one is taken
+
+    def tokens(**second):
+        sequences = [SequenceSampling(SamplingParams(**params), [1], VOCAB) for params in ({}, second)]
+        return sample(logits, sequences, found)
+
+    assert tokens() == [7, 9]
+    assert tokens(repetition_penalty=2.0) == [0, 0]
+    assert tokens(temperature=1.0, top_k=1)[0] == 0
+
+
 def test_draws_follow_the_distribution():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
     params = [SamplingParams(temperature=0.8, seed=seed) for seed in range(5000)]
