@@ -14,7 +14,7 @@ test: .venv/test
 # The preprocessor's Triton kernels, on the CPU. Triton lies apart: PyTorch for CUDA brings the version that it needs, and
 # beside a PyTorch for the CPU this one writes to stderr whenever a process ends.
 test-kernels: .venv/test .venv/kernels
-	PYTHONPATH=.venv/kernels $(BIN)/python -m pytest tests/runtime/test_triton_writer.py
+	PYTHONPATH=.venv/kernels $(BIN)/python -m pytest tests/runtime/preprocessing/test_triton_writer.py
 
 lint: .venv/test
 	$(BIN)/ruff check .

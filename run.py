@@ -83,7 +83,7 @@ def generate(argv: list[str]) -> None:
 
 
 def features(argv: list[str]) -> None:
-    from runtime.features_command import add_features_arguments, run_features
+    from runtime.features.command import add_features_arguments, run_features
 
     parser = _parser("features", "Write features of any number of images: vision tokens, or the decoder's states.")
     add_features_arguments(parser)
@@ -166,8 +166,8 @@ def _engine_folder(arguments: argparse.Namespace) -> Path:
     """--engine-dir as it is, unless a model is named too; else the model's engines, built where missing."""
     from engines.arguments import built_folder, plan_build
     from engines.build import build_engines
+    from runtime.backends.runners import default_device
     from runtime.quantized_model import quantize_first
-    from runtime.runners import default_device
     from tiny.calibration import training_data
 
     folder = built_folder(arguments)

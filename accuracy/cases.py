@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qwen2vl_trt.prompts import to_messages
-from runtime.images import ImageSource, load_image
-from runtime.preprocessor import PreprocessorSettings
-from runtime.video import Video, load_video
+from runtime.inputs.images import ImageSource, load_image
+from runtime.inputs.video import Video, load_video
+from runtime.preprocessing.preprocessor import PreprocessorSettings
 
 
 @dataclass(frozen=True)

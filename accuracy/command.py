@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner
 
     from qwen2vl_trt.checkpoint import Checkpoint
-    from runtime.preprocessor import PreprocessorSettings
-    from runtime.runners import Engines
+    from runtime.backends.runners import Engines
+    from runtime.preprocessing.preprocessor import PreprocessorSettings
 
     from .cases import Case
     from .report import Report
@@ -94,8 +94,8 @@ def _parser() -> Parser:
 
 def _report(arguments: argparse.Namespace, command: str) -> Report:
     from engines.progress import progress_bar
-    from runtime.preprocessor import PreprocessorSettings
-    from runtime.runners import open_engines
+    from runtime.backends.runners import open_engines
+    from runtime.preprocessing.preprocessor import PreprocessorSettings
 
     from .comparison import compare_inputs, compare_runners
     from .engine_runner import EngineRunner
@@ -162,7 +162,7 @@ def _runners(
     """The reference, the yardstick, and our modules in FP32 where they are neither the engine nor the reference."""
     import torch
 
-    from runtime.runners import parse_device
+    from runtime.backends.runners import parse_device
 
     from .engine_runner import EngineRunner, ModulesRunner
     from .transformers_runner import TransformersRunner
@@ -201,7 +201,7 @@ def _against(arguments: argparse.Namespace, engines: Engines) -> Engines | None:
 
 
 def _other(folder: Path, option: str, device: str | None, engines: Engines) -> Engines:
-    from runtime.runners import open_engines
+    from runtime.backends.runners import open_engines
 
     if not folder.is_dir():
         known = f"; besides folders there are {', '.join(REFERENCES)}" if option == "--against" else ""

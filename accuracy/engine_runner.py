@@ -20,11 +20,11 @@ from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import load_tokenizer
 from qwen2vl_trt.windows import WindowLayout, window_layout
-from runtime import onnxruntime_runner, torch_runner
+from runtime.backends import onnxruntime_runner, torch_runner
+from runtime.backends.kv_cache import KVCache
+from runtime.backends.runners import DecoderRunner, Engines, VisionRunner
+from runtime.backends.torch_runner import TorchDecoder, TorchVision
 from runtime.generation_config import GenerationConfig
-from runtime.kv_cache import KVCache
-from runtime.runners import DecoderRunner, Engines, VisionRunner
-from runtime.torch_runner import TorchDecoder, TorchVision
 
 from .inputs import FORCED, MAX_TOKENS, grids, input_metadata
 from .marking import RecordingSession, marked_graph

@@ -21,7 +21,7 @@ from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import CheckpointError, LimitError
 from qwen2vl_trt.prompts import PromptBuilder
 from qwen2vl_trt.windows import Grid, grids_of
-from runtime.preprocessor import Preprocessor, PreprocessorSettings
+from runtime.preprocessing.preprocessor import Preprocessor, PreprocessorSettings
 
 from .cases import Case, stacked
 from .tolerance import PIXELS, TOKENS

@@ -10,7 +10,7 @@ from polygraphy.json import save_json
 from torch import Tensor
 
 from qwen2vl_trt.errors import CompareError
-from runtime.runners import Engines
+from runtime.backends.runners import Engines
 
 
 class SavedInputs:

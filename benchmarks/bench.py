@@ -14,8 +14,8 @@ import torch
 
 from engines.progress import progress_bar
 from qwen2vl_trt.windows import window_layout
-from runtime.preprocessor import PreprocessorSettings
-from runtime.runners import Engines, open_engines
+from runtime.backends.runners import Engines, open_engines
+from runtime.preprocessing.preprocessor import PreprocessorSettings
 
 from .operators import Operator, profile_operators
 from .ours import DecoderSubject, EngineOptions, EngineSubject, PipelineSubject, VisionSubject

@@ -35,11 +35,11 @@ from benchmarks.rates import Floor, measure_rates
 from benchmarks.transformers_subjects import load_model
 from benchmarks.work import count_work, decoder_call
 from export.importable_torchvision import allow_torchvision
+from runtime.backends.runners import open_engines
 from runtime.detokenizer import AnswerStream
 from runtime.request import Output
-from runtime.runners import open_engines
 from runtime.sampler import SamplingParams, SequenceSampling
-from runtime.scheduler import RunningSequence, Scheduler
+from runtime.scheduling.scheduler import RunningSequence, Scheduler
 
 PROMPT, TOKENS = 64, 32
 WORDS = range(1000, 150_000)

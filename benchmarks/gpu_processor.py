@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks.measure import Call, Contender, Result, compete, report
 from export.importable_torchvision import allow_torchvision
 from qwen2vl_trt.config import VisionConfig
-from runtime.preprocessor import Kernels, Preprocessor
-from runtime.triton_writer import triton_is_installed
+from runtime.preprocessing.preprocessor import Kernels, Preprocessor
+from runtime.preprocessing.triton_writer import triton_is_installed
 
 IMAGES = 64
 _SIDES = random.Random(0)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.windows import WindowLayout, window_layout
+from runtime.backends.runners import Engines, Step, VisionRunner, open_engines
 from runtime.pipeline import DEFAULT_MAX_NUM_TOKENS, Pipeline
 from runtime.request import Output, Request
-from runtime.runners import Engines, Step, VisionRunner, open_engines
 from runtime.sampler import SamplingParams
 
 from .shapes import Case

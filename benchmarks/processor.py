@@ -24,7 +24,7 @@ from benchmarks.measure import Call, Contender, Result, compete, heading, machin
 from benchmarks.ours import picture
 from export.importable_torchvision import allow_torchvision
 from qwen2vl_trt.config import VisionConfig
-from runtime.preprocessor import Preprocessor
+from runtime.preprocessing.preprocessor import Preprocessor
 
 _SIDES = random.Random(0)
 CASES = {

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from runtime import onednn
+from runtime.backends import onednn
 
 from .work import Work
 

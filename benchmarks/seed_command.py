@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engines.command import Parser
-from runtime.runners import parse_device
+from runtime.backends.runners import parse_device
 
 from . import seed_report
 from .command import positive_count

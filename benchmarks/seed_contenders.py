@@ -20,9 +20,9 @@ from torch import Tensor
 from accuracy.recorder import in_patch_order, pack
 from export.importable_torchvision import allow_torchvision
 from qwen2vl_trt.windows import window_layout
-from runtime.preprocessor import Preprocessor, PreprocessorSettings
+from runtime.backends.runners import open_engines
+from runtime.preprocessing.preprocessor import Preprocessor, PreprocessorSettings
 from runtime.request import Request
-from runtime.runners import open_engines
 from runtime.sampler import SamplingParams
 
 from .ours import PROMPT, DecoderSubject, EngineOptions, different_requests, forgetful_pipeline, picture

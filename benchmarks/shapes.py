@@ -16,7 +16,7 @@ from engines.profile import BuildProfile
 from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.errors import BenchmarkError, LimitError
 from qwen2vl_trt.windows import Grid
-from runtime.preprocessor import Preprocessor, PreprocessorSettings
+from runtime.preprocessing.preprocessor import Preprocessor, PreprocessorSettings
 
 STAGES = ("vision", "decoder", "pipeline")
 _NAMES = {  # what each stage can be told

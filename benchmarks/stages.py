@@ -15,10 +15,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from runtime import scheduler
-from runtime.media import MediaEmbedder
-from runtime.preprocessor import Preprocessor
-from runtime.runners import Engines, VisionRunner
+from runtime.backends.runners import Engines, VisionRunner
+from runtime.media.embedder import MediaEmbedder
+from runtime.preprocessing.preprocessor import Preprocessor
+from runtime.scheduling import scheduler
 
 from .rates import synchronize
 

@@ -29,7 +29,7 @@ from benchmarks.random_model import prepare
 from benchmarks.transformers_subjects import load_model
 from export.importable_torchvision import allow_torchvision
 from qwen2vl_trt.windows import Grid, window_layout
-from runtime.runners import open_engines
+from runtime.backends.runners import open_engines
 
 CASES: dict[str, list[Grid]] = {
     "4 images of 448x448": [(1, 32, 32)] * 4,

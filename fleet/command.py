@@ -147,7 +147,7 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
 def _settings(arguments: argparse.Namespace, given: Input, params: SamplingParams, engine_dir: Path) -> dict[str, Any]:
     """What the output depends on; a resumed run must have the same. JSON values only."""
     from engines.manifest import Manifest
-    from runtime.preprocessor import PreprocessorSettings
+    from runtime.preprocessing.preprocessor import PreprocessorSettings
 
     from .filesystem import is_uri
 
@@ -181,8 +181,8 @@ def _opened(
     """The output's partitions and a fresh folder for attempts; no other run can use the output while it lasts."""
     from filelock import FileLock, Timeout
 
-    from runtime.feature_shards import write_durably, writing
-    from runtime.feature_store import check_settings
+    from runtime.features.shards import write_durably, writing
+    from runtime.features.store import check_settings
 
     from .inputs import divide, read_partitions
     from .partition_file import DATA, ERRORS

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from qwen2vl_trt.errors import ExecutionError
-from runtime.decode_ahead import Batching, decode_ahead
+from runtime.features.decode_ahead import Batching, decode_ahead
 from runtime.pipeline import Pipeline
 from runtime.request import Output, Request
 from runtime.sampler import SamplingParams

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwen2vl_trt.errors import BatchError, MediaError
-from runtime.feature_shards import writing
-from runtime.image_listing import IMAGE_SUFFIXES, list_images
+from runtime.features.shards import writing
+from runtime.inputs.image_listing import IMAGE_SUFFIXES, list_images
 
 from .filesystem import is_uri, open_filesystem
 from .rows import JSON_LINES, TABLES, Columns, Partition, generated_id, parse_line

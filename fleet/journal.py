@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from qwen2vl_trt.errors import BatchError
-from runtime.feature_shards import writing
+from runtime.features.shards import writing
 
 _LOST_TOGETHER = 2
 """Losses after which a row is taken alone."""

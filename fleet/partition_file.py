@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qwen2vl_trt.errors import BatchError
 from qwen2vl_trt.windows import Grid
-from runtime.feature_shards import write_durably, writing
+from runtime.features.shards import write_durably, writing
 
 from .journal import Journal
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from qwen2vl_trt.errors import LimitError, MediaError, PromptError
-from runtime.decode_ahead import Batching
-from runtime.feature_sources import DecoderFeatures, VisionFeatures
-from runtime.image_listing import ImageFile
-from runtime.media import LoadedImage
+from runtime.features.decode_ahead import Batching
+from runtime.features.sources import DecoderFeatures, VisionFeatures
+from runtime.inputs.image_listing import ImageFile
+from runtime.media.embedder import LoadedImage
 from runtime.request import Request
 
 from .filesystem import is_uri, open_filesystem

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 
 from qwen2vl_trt.errors import BatchError, Qwen2VLError
-from runtime.decode_ahead import Batching
-from runtime.feature_shards import writing
-from runtime.feature_sources import DecoderFeatures, VisionFeatures
-from runtime.features import Pool, extract_features
+from runtime.features.decode_ahead import Batching
+from runtime.features.extraction import Pool, extract_features
+from runtime.features.shards import writing
+from runtime.features.sources import DecoderFeatures, VisionFeatures
 from runtime.pipeline import Pipeline
-from runtime.preprocessor import PreprocessorSettings
+from runtime.preprocessing.preprocessor import PreprocessorSettings
 from runtime.sampler import SamplingParams
 
 from .generation import Generation

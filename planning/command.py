@@ -80,7 +80,7 @@ def run_plan(argv: list[str], epilog: str) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of the arithmetic")
     arguments = parser.parse_args(argv)
 
-    from runtime.preprocessor import PreprocessorSettings, smart_resize
+    from runtime.preprocessing.preprocessor import PreprocessorSettings, smart_resize
 
     config, gpu = find_config(arguments.model), find_gpu(arguments.gpu)
     folder = Path(arguments.model)

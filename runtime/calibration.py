@@ -22,10 +22,10 @@ from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import PromptBuilder
 from qwen2vl_trt.windows import Grid
 
-from .images import load_image
-from .preprocessor import PackedPixels, Preprocessor, PreprocessorSettings
+from .inputs.images import load_image
+from .inputs.video import Video, load_video
+from .preprocessing.preprocessor import PackedPixels, Preprocessor, PreprocessorSettings
 from .request import Request
-from .video import Video, load_video
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 PROMPTS_FILE = "prompts.jsonl"

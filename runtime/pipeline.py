@@ -19,25 +19,25 @@ from torch.nn.functional import pad
 from qwen2vl_trt.errors import CheckpointError, LimitError, Qwen2VLError, SamplingError
 from qwen2vl_trt.prompts import PromptBuilder
 
-from .cached_media import CachedMedia
-from .counters import Counters
+from .backends.runners import Engines, SelfScheduling, open_engines
 from .detokenizer import AnswerStream
-from .embedding_cache import EmbeddingCache
-from .executor import Executor
 from .generation_config import GenerationConfig
-from .images import ImageSource
-from .media import MediaEmbedder
-from .media_ahead import Loading, MediaAhead
-from .prefix import NO_KEYS
-from .preparation import Prepared, Preparer
-from .preprocessor import Decode, Preprocessor
-from .preprocessor_settings import PreprocessorSettings
+from .inputs.images import ImageSource
+from .media.cached_media import CachedMedia
+from .media.embedder import MediaEmbedder
+from .media.embedding_cache import EmbeddingCache
+from .preprocessing.preprocessor import Decode, Preprocessor
+from .preprocessing.settings import PreprocessorSettings
 from .request import Event, Output, Request
-from .runners import Engines, SelfScheduling, open_engines
 from .sampler import SamplingParams, SequenceSampling
-from .scheduler import Scheduler, named
-from .sequence import NewToken, RunningSequence
-from .side_stream import Arrival, SideStream
+from .scheduling.counters import Counters
+from .scheduling.executor import Executor
+from .scheduling.media_ahead import Loading, MediaAhead
+from .scheduling.prefix import NO_KEYS
+from .scheduling.preparation import Prepared, Preparer
+from .scheduling.scheduler import Scheduler, named
+from .scheduling.sequence import NewToken, RunningSequence
+from .scheduling.side_stream import Arrival, SideStream
 
 DEFAULT_MAX_NUM_TOKENS = 512
 DEFAULT_EMBEDDING_CACHE_BYTES = 256 << 20
@@ -62,7 +62,7 @@ class Pipeline:
     in docs/runtime.md.
 
     Args:
-        engines: see :func:`runtime.runners.open_engines`.
+        engines: see :func:`runtime.backends.runners.open_engines`.
         min_pixels: smallest image area; smaller ones are enlarged. By default the checkpoint's.
         max_pixels: largest image area; larger ones are shrunk. By default the checkpoint's.
         max_num_tokens: most prompt tokens that run before the answers under way get their next token.

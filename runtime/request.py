@@ -13,9 +13,9 @@ from torch import Tensor
 from qwen2vl_trt.errors import DeadlineError, PromptError, Qwen2VLError
 
 from .detokenizer import FinishReason
-from .images import ImageSource, split_batch
+from .inputs.images import ImageSource, split_batch
+from .inputs.video import VideoSource
 from .sampler import SamplingParams
-from .video import VideoSource
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Request:
     Attributes:
         prompt: text, with ``<image>`` and ``<video>`` at their places or without (images first, then videos); or
             messages in OpenAI's or Qwen's form, whose parts may carry the media themselves.
-        images: see :func:`runtime.images.load_image` for what is taken.
-        videos: see :func:`runtime.video.load_video`.
+        images: see :func:`runtime.inputs.images.load_image` for what is taken.
+        videos: see :func:`runtime.inputs.video.load_video`.
         deadline: seconds from its submission after which the answer is no longer wanted. One that has begun then ends
             with the token it has just got and ``finish_reason`` ``"deadline"``; one that has no token yet fails with
             DeadlineError.

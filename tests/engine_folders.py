@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig
 
-import runtime.tensorrt_engine
-import runtime.tensorrt_runner
+import runtime.backends.tensorrt_engine
+import runtime.backends.tensorrt_runner
 from engines.backends import BACKENDS, Backend, find_backend
 from engines.build import build_engines
 from engines.manifest import BuiltFile, Manifest
@@ -85,6 +85,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def use_fake_tensorrt(monkeypatch: pytest.MonkeyPatch, name: str = "tensorrt") -> type:
     """Put the fake runtime in the place of TensorRT, or TensorRT for RTX, and of the GPU; returns its module."""
     module = fake_tensorrt.module(name)
-    monkeypatch.setattr(runtime.tensorrt_engine, "load_tensorrt", lambda variant: module)
-    monkeypatch.setattr(runtime.tensorrt_runner, "CudaDevice", fake_tensorrt.CpuDevice)
+    monkeypatch.setattr(runtime.backends.tensorrt_engine, "load_tensorrt", lambda variant: module)
+    monkeypatch.setattr(runtime.backends.tensorrt_runner, "CudaDevice", fake_tensorrt.CpuDevice)
     return module

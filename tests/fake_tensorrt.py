@@ -1,8 +1,8 @@
 """TensorRT's runtime API over ONNX Runtime, on the CPU: what the runner binds, aliases and enqueues is really computed.
 
-Names, arguments and demands are those of the real bindings (``tests/runtime/test_tensorrt_api.py`` compares them): a
-context runs only in a profile, with every shape set and within it, every tensor at an address, memory for the shapes it
-has, and an aliased output where its input is. Addresses are of CPU tensors.
+Names, arguments and demands are those of the real bindings (``tests/runtime/backends/test_tensorrt_api.py`` compares
+them): a context runs only in a profile, with every shape set and within it, every tensor at an address, memory for the
+shapes it has, and an aliased output where its input is. Addresses are of CPU tensors.
 """
 
 import ctypes
@@ -303,7 +303,7 @@ def module(name="tensorrt", version=VERSION):
 
 
 class CpuDevice:
-    """In the place of :class:`runtime.tensorrt_device.CudaDevice`."""
+    """In the place of :class:`runtime.backends.tensorrt_device.CudaDevice`."""
 
     alignment = 1
     name, compute_capability = "a GPU", "8.9"

@@ -13,7 +13,7 @@ CONTEXT = multiprocessing.get_context("forkserver") if hasattr(os, "fork") else 
 def start(arguments, log: Path):
     """Start the command; its stderr goes to a file."""
     CONTEXT.set_forkserver_preload(
-        ["runtime.features", "runtime.feature_output", "runtime.torch_runner", "rich.progress"]
+        ["runtime.features.extraction", "runtime.features.output", "runtime.backends.torch_runner", "rich.progress"]
     )
     process = CONTEXT.Process(target=_main, args=([str(argument) for argument in arguments], str(log)))
     process.start()

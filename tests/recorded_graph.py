@@ -23,7 +23,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class RecordedGraphs:
-    """A ``Capture`` of :mod:`runtime.torch_decode_graphs` that counts what it did."""
+    """A ``Capture`` of :mod:`runtime.backends.torch_decode_graphs` that counts what it did."""
 
     def __init__(self):
         self.captures = self.replays = 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from runtime.calibration import CalibrationData
+from runtime.inputs.video import Video
 from runtime.request import Request
-from runtime.video import Video
 
 from .curriculum import ROWS_UNTIL, training_scenes
 

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from engines.progress import progress_bar
+from runtime.inputs.video import Video
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.sampler import SamplingParams
-from runtime.video import Video
 
 from .evaluation import Score, evaluate
 from .scenes import TASKS, Scene

@@ -7,7 +7,7 @@ import torch
 
 from accuracy.marking import marked_graph
 from qwen2vl_trt.errors import EngineError
-from runtime.onnxruntime_runner import open_session
+from runtime.backends.onnxruntime_runner import open_session
 
 
 @pytest.mark.parametrize(

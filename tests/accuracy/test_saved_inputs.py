@@ -13,7 +13,7 @@ from polygraphy.json import load_json
 from accuracy.saved_inputs import SavedInputs
 from qwen2vl_trt.errors import CompareError
 from runtime import Pipeline, Request
-from runtime.runners import open_engines
+from runtime.backends.runners import open_engines
 from tests.models import relative_error
 
 PICTURE = str(Path(__file__).resolve().parent.parent.parent / "docs" / "digits.png")

@@ -5,8 +5,8 @@ import pytest
 from benchmarks.operators import ITERATIONS, _Profiled
 from benchmarks.ours import DecoderSubject, EngineOptions, PipelineSubject, VisionSubject
 from benchmarks.shapes import Limits, Shape, cases
-from runtime.preprocessor import PreprocessorSettings
-from runtime.runners import open_engines
+from runtime.backends.runners import open_engines
+from runtime.preprocessing.preprocessor import PreprocessorSettings
 from tests.engine_folders import PROFILE, build_fake_tensorrt, use_fake_tensorrt, write_checkpoint
 
 pytest.importorskip("onnxruntime", reason="it computes what the engines would")

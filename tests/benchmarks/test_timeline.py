@@ -18,7 +18,7 @@ from engines.backends import find_backend
 from engines.build import build_engines
 from engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
-from runtime.runners import open_engines
+from runtime.backends.runners import open_engines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -30,7 +30,7 @@ def test_calls_and_errors():
 
 
 def test_an_error_of_this_project_arrives_as_it_is(tmp_path):
-    with module("runtime.runners") as worker, pytest.raises(EngineError, match="holds no engine"):
+    with module("runtime.backends.runners") as worker, pytest.raises(EngineError, match="holds no engine"):
         worker.call("open_engines", tmp_path)
 
 

@@ -23,7 +23,7 @@ from engines.profile import BuildProfile
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError, MissingDependencyError
 from qwen2vl_trt.hub import ResolvedModel
-from runtime.runners import open_engines
+from runtime.backends.runners import open_engines
 from tests.engine_folders import installed_backends
 from tests.models import model_config, random_model, save_model
 

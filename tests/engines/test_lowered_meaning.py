@@ -30,7 +30,7 @@ def exported(trt, tmp_path_factory):
 
 def with_onnxruntime(path, feeds):
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # see runtime/onnxruntime_runner.py
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # see runtime/backends/onnxruntime_runner.py
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     found = session.run(names, {name: tensor.numpy() for name, tensor in feeds.items()})

@@ -10,7 +10,7 @@ from engines.build import build_engines
 from engines.manifest import Manifest
 from qwen2vl_trt.hub import ResolvedModel
 from qwen2vl_trt.windows import window_layout
-from runtime.runners import open_engines
+from runtime.backends.runners import open_engines
 from tests.models import IMAGE, our_config, pack_windows, prompt_positions, random_patches, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")

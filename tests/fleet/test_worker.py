@@ -12,7 +12,7 @@ from fleet.journal import Journal
 from fleet.partition_file import data_path, errors_path, read_done
 from qwen2vl_trt.errors import BatchError, FeaturesError
 from runtime import Request, SamplingParams
-from runtime.features_command import add_features_arguments, run_features
+from runtime.features.command import add_features_arguments, run_features
 from tests.fleet.outputs import failures, rows, save_images, write_lines
 
 PROMPT = "What digits are in the image?"
@@ -29,7 +29,7 @@ def single_process(pipeline, folder, output, *options):
     from safetensors.torch import load_file
 
     from engines.command import Parser
-    from runtime.feature_shards import shard_paths
+    from runtime.features.shards import shard_paths
 
     parser = Parser()
     add_features_arguments(parser)

@@ -14,8 +14,8 @@ from engines.tensorrt_options import TensorRTOptions
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.hub import resolve_model
 from runtime import Pipeline, Request, SamplingParams
-from runtime.runners import open_engines
-from runtime.tensorrt_runner import TensorRTDecoder, _load
+from runtime.backends.runners import open_engines
+from runtime.backends.tensorrt_runner import TensorRTDecoder, _load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 
@@ -154,7 +154,8 @@ def test_streamed_weights_answer_as_resident_ones(tmp_path, monkeypatch):
     """With hardly any room on the GPU for them."""
     whole, streamed = (build(tmp_path / str(on), "tensorrt", "bf16", weight_streaming=on) for on in (False, True))
     expected = Pipeline.from_engine_dir(whole).generate(requests(4))
-    monkeypatch.setattr("runtime.tensorrt_engine.streaming_budget", lambda streamable, free, needed: streamable // 8)
+    budget = "runtime.backends.tensorrt_engine.streaming_budget"
+    monkeypatch.setattr(budget, lambda streamable, free, needed: streamable // 8)
     found = Pipeline.from_engine_dir(streamed).generate(requests(4))
     assert [output.token_ids for output in found] == [output.token_ids for output in expected]
 

@@ -13,8 +13,8 @@ from qwen2vl_trt.layers import FP8Linear
 from qwen2vl_trt.ops import has_fp8_product
 from qwen2vl_trt.pinned_reader import PinnedReader
 from qwen2vl_trt.windows import window_layout
-from runtime.torch_caches import NewTokenCache, NewTokens
-from runtime.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
+from runtime.backends.torch_caches import NewTokenCache, NewTokens
+from runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
 from tests.models import relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")

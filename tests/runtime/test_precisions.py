@@ -10,7 +10,7 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.windows import window_layout
 from runtime import Pipeline
-from runtime.runners import open_engines
+from runtime.backends.runners import open_engines
 from tests.engine_folders import build
 from tiny.evaluation import held_out_scenes, score
 from tiny.report import answer_scenes
@@ -67,7 +67,7 @@ def test_onnxruntime_and_torch_compute_the_same_fp8(folders):
 def test_onnxruntime_equals_torch_in_fp32_between(folders, fp8_checkpoint):
     """The same modules in FP32: what is left is a sum that rounds to the next FP8 number here and there."""
     from engines.precision import FP8_IN_FP32
-    from runtime.torch_runner import TorchDecoder, TorchVision
+    from runtime.backends.torch_runner import TorchDecoder, TorchVision
 
     engines = open_engines(folders("onnxruntime", "fp8"), "cpu")
     checkpoint, cpu = Checkpoint(fp8_checkpoint), torch.device("cpu")

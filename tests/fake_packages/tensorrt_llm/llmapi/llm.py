@@ -9,7 +9,7 @@ import torch
 from engines.profile import BuildProfile
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.mrope import rope_index
-from runtime.torch_runner import TorchDecoder
+from runtime.backends.torch_runner import TorchDecoder
 
 from ..inputs.multimodal import MultimodalParams
 

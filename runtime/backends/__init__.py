@@ -1,0 +1,1 @@
+"""What runs the engines: one runner a backend."""

@@ -1,0 +1,150 @@
+"""The ONNX Runtime backend: the exported graphs, on the CPU or through its CUDA provider.
+
+The decoder's caches are bound as input and output at once, so ``TensorScatter`` writes in place; unbound it would
+copy every cache at every step (and warn of it).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from engines.profile import BuildProfile
+from export.graphs import cache_names
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.windows import WindowLayout
+
+from .kv_cache import KVCache
+from .runners import Engines, Step
+from .token_embedding import TokenEmbedding
+
+_NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
+
+
+def default_device() -> str:
+    """A GPU where both ONNX Runtime and torch can use one; torch holds the tensors that are bound."""
+    return "cuda" if "CUDAExecutionProvider" in ort.get_available_providers() and torch.cuda.is_available() else "cpu"
+
+
+def load_vision(engines: Engines, session: ort.InferenceSession | None = None) -> OrtVision:
+    """Open the vision graph, unless a session of it is given.
+
+    Raises:
+        EngineError: it does not load, or the device is not available.
+    """
+    return OrtVision(session or open_session(engines.folder / "vision.onnx", engines.device), engines.device)
+
+
+def load_decoder(engines: Engines, session: ort.InferenceSession | None = None) -> OrtDecoder:
+    """Open the decoder graph, unless a session of it is given; raises as :func:`load_vision`."""
+    session = session or open_session(engines.folder / "decoder.onnx", engines.device)
+    return OrtDecoder(session, engines.checkpoint, engines.manifest.profile, engines.precision.decoder, engines.device)
+
+
+def open_session(path: Path, device: torch.device, model: bytes | None = None) -> ort.InferenceSession:
+    """Open a graph; ``model`` is used instead of the file's content, with the weights that lie beside the file.
+
+    Raises:
+        EngineError: it does not load, or the device is not available.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # From BF16 weights to FP32 ones once, at load, however large: by default one of over 1 GB (3B's embedding) would be
+    # converted again at every step.
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(2**63 - 1))
+    # Its fusions of QDQ patterns are for INT8: they turn FP8 graphs into ones that it then refuses as invalid.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    providers: list = ["CPUExecutionProvider"]
+    if device.type == "cuda":
+        if default_device() != "cuda":
+            raise EngineError(
+                f"device {device}: this ONNX Runtime ({', '.join(ort.get_available_providers())}) has none"
+            )
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    try:
+        return ort.InferenceSession(model or path, options, providers=providers)
+    except Exception as error:  # pybind exceptions without a common public base
+        raise EngineError(f"{path} does not load in ONNX Runtime: {' '.join(str(error).split())}") from None
+
+
+class OrtVision:
+    """See :class:`runtime.backends.runners.VisionRunner`."""
+
+    def __init__(self, session: ort.InferenceSession, device: torch.device) -> None:
+        self._session, self._device = session, device
+        self._width: int = session.get_outputs()[0].shape[1]
+
+    def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
+        binding = self._session.io_binding()
+        inputs = {"pixel_values": pixel_values, **layout.index_tensors}
+        inputs = {name: tensor.to(self._device).contiguous() for name, tensor in inputs.items()}
+        for name, tensor in inputs.items():
+            _bind(binding.bind_input, name, tensor)
+        embeds = torch.empty(len(layout.merge_index), self._width, dtype=pixel_values.dtype, device=self._device)
+        _bind(binding.bind_output, "image_embeds", embeds)
+        self._session.run_with_iobinding(binding)
+        return embeds
+
+
+class OrtDecoder:
+    """See :class:`runtime.backends.runners.DecoderRunner`."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        checkpoint: Checkpoint,
+        profile: BuildProfile,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        text = checkpoint.config.text
+        self._session, self._device, self._dtype = session, device, dtype
+        self._vocab_size = text.vocab_size
+        self.embed = TokenEmbedding(checkpoint, dtype, device)
+        self._cache_names = cache_names(text.num_hidden_layers)
+        self.slots = profile.max_batch_size
+        self.cache = KVCache(text, self.slots, profile.max_seq_len, dtype, device)
+
+    def step(
+        self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], hidden: bool = False
+    ) -> Step:
+        batch, length, _ = inputs_embeds.shape
+        self.cache.reserve(max(starts) + length)
+        start = torch.tensor(starts)
+        inputs = {
+            "inputs_embeds": inputs_embeds,
+            "position_ids": position_ids,
+            "cache_start": start,
+            "kv_lengths": start + length,
+            "last_token": torch.full((batch,), length - 1),
+        }
+        inputs = {name: tensor.to(self._device).contiguous() for name, tensor in inputs.items()}
+        logits = torch.empty(batch, self._vocab_size, device=self._device)
+        states = torch.empty_like(inputs["inputs_embeds"]) if hidden else None
+
+        binding = self._session.io_binding()
+        for name, tensor in inputs.items():
+            _bind(binding.bind_input, name, tensor)
+        _bind(binding.bind_output, "logits", logits)
+        if states is not None:
+            _bind(binding.bind_output, "hidden_states", states)
+        for names, caches in zip(self._cache_names, self.cache.rows(first_slot, batch)):
+            for name, cache in zip(names, caches):
+                _bind(binding.bind_input, name, cache)
+                _bind(binding.bind_output, f"new_{name}", cache)
+        self._session.run_with_iobinding(binding)
+        return Step(logits, states)
+
+    def reset(self) -> None:
+        self.cache.reset()
+
+
+def _bind(bind: object, name: str, tensor: Tensor) -> None:
+    device = tensor.device
+    bind(name, device.type, device.index or 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())  # type: ignore[operator]

@@ -1,0 +1,184 @@
+"""What the pipeline asks of a backend, and how an engine folder becomes one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from engines.backends import BACKENDS
+from engines.manifest import Manifest
+from engines.precision import Precision
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.errors import BuildError, EngineError
+from qwen2vl_trt.windows import WindowLayout
+
+from .kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from ..scheduling.counters import Counters
+    from ..scheduling.executor import Executor
+
+_BACKENDS = {
+    "torch": "runtime.backends.torch_runner",
+    "onnxruntime": "runtime.backends.onnxruntime_runner",
+    "tensorrt": "runtime.backends.tensorrt_runner",
+    "tensorrt-rtx": "runtime.backends.tensorrt_runner",
+    "tensorrt-llm": "runtime.tensorrt_llm.runner",
+}
+"""Imported when an engine asks for it: a backend's package may not be installed."""
+
+
+class VisionRunner(Protocol):
+    """Runs the vision engine."""
+
+    def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
+        """Embed one packed batch: ``[W, S, qwen2_vl_dim]`` on the runner's device to ``[T, C]``."""
+        ...
+
+
+class Step(NamedTuple):
+    """``logits [B, V]`` FP32 of each row's last token; ``hidden_states [B, S, C]`` where asked for.
+
+    ``greedy [B]`` int64 are the likeliest tokens, on the logits' device, where the backend computed them with the step.
+    All may be buffers that the next step overwrites.
+    """
+
+    logits: Tensor
+    hidden_states: Tensor | None
+    greedy: Tensor | None = None
+
+
+class DecoderRunner(Protocol):
+    """Runs the decoder engine over its own cache."""
+
+    slots: int
+    cache: KVCache
+
+    def embed(self, token_ids: list[int]) -> Tensor:
+        """Text embeddings ``[n, C]``."""
+        ...
+
+    def step(
+        self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], hidden: bool = False
+    ) -> Step:
+        """Append S tokens to each of B neighbouring slots.
+
+        Args:
+            first_slot: the first of the B slots.
+            inputs_embeds: ``[B, S, C]``.
+            position_ids: ``[3, B, S]`` int64, on the host.
+            starts: B numbers of tokens that the slots hold so far.
+            hidden: return the hidden states too.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Release the cache's memory; only while no slot is in use."""
+        ...
+
+
+class Backend(Protocol):
+    """A module that runs engines, ``runtime.backends.torch_runner`` for one."""
+
+    def default_device(self) -> str:
+        """Raises EngineError where the backend runs on no device of this machine."""
+        ...
+
+    def load_vision(self, engines: Engines) -> VisionRunner: ...
+
+    def load_decoder(self, engines: Engines) -> DecoderRunner: ...
+
+
+@runtime_checkable
+class SelfScheduling(Protocol):
+    """A backend whose engine schedules its requests itself, without :mod:`runtime.scheduling.scheduler`."""
+
+    def load_executor(self, engines: Engines, reuse_prefixes: bool, counters: Counters) -> Executor:
+        """Raises EngineError where the engine does not load."""
+        ...
+
+
+@dataclass(frozen=True)
+class Engines:
+    """An opened engine folder. Each engine is loaded when it is first used: features of images need no decoder."""
+
+    folder: Path
+    manifest: Manifest
+    checkpoint: Checkpoint
+    device: torch.device
+    precision: Precision
+    backend: Backend
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of pixels, and of all that the vision engine computes; the decoder's is ``precision.decoder``."""
+        return self.precision.vision
+
+    @cached_property
+    def vision(self) -> VisionRunner:
+        """Raises EngineError where the engine does not load."""
+        return self.backend.load_vision(self)
+
+    @cached_property
+    def decoder(self) -> DecoderRunner:
+        """Raises EngineError where the engine does not load."""
+        return self.backend.load_decoder(self)
+
+
+def parse_device(name: str) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        EngineError: unknown, or a GPU that is not there.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise EngineError(f"unknown device {name!r}; known: cpu, cuda, cuda:0 and so on")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EngineError(f"device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def default_device(backend: str) -> str:
+    """The device that a backend runs on unless told otherwise.
+
+    Args:
+        backend: its name; imports its package.
+
+    Raises:
+        EngineError: it runs on none of this machine.
+    """
+    return cast(Backend, import_module(_BACKENDS[backend])).default_device()
+
+
+def open_engines(folder: str | Path, device: str | None = None) -> Engines:
+    """Check an engine folder against its manifest and load it.
+
+    Args:
+        folder: as ``build_engines.py`` wrote it.
+        device: ``cpu``, ``cuda``, ``cuda:1``; by default a GPU where the backend can use one here.
+
+    Raises:
+        EngineError: no engine, damaged, of another format, or not runnable here.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    checkpoint = manifest.verify(folder)
+    try:
+        precision = BACKENDS[manifest.backend].precision(manifest.precision)
+        module = _BACKENDS[manifest.backend]
+    except (KeyError, BuildError):
+        kind = f"backend {manifest.backend!r} in {manifest.precision!r}"
+        raise EngineError(f"{folder} is for {kind}, which this release cannot run") from None
+    backend = cast(Backend, import_module(module))
+    chosen = parse_device(device or backend.default_device())
+    return Engines(folder, manifest, checkpoint, chosen, precision, backend)

@@ -1,0 +1,190 @@
+"""``run.py features``: its options, its progress, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engines.command import INTERRUPTED, Parser, positive_number
+from qwen2vl_trt.errors import FeaturesError, MediaError
+
+if TYPE_CHECKING:
+    from ..inputs.image_listing import ImageFile
+    from ..pipeline import Pipeline
+    from ..preprocessing.preprocessor import PreprocessorSettings
+    from .extraction import Extraction
+
+
+def add_features_arguments(parser: Parser) -> None:
+    """Add the options that :func:`run_features` reads."""
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument(
+        "--input", metavar="DIR|GLOB", help="all images of a folder and those below, or of a glob with **"
+    )
+    given.add_argument("--image", action="append", metavar="FILE", help="one image; repeat for several")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR|FILE", help="a folder, or a .safetensors file for small sets"
+    )
+    parser.add_argument("--source", choices=("vision", "decoder"), default="vision", help="default %(default)s")
+    parser.add_argument("--prompt", metavar="TEXT", help="of --source decoder: what the decoder reads with each image")
+    parser.add_argument(
+        "--layer", type=int, metavar="N", help="output of layer N, from 1 (torch backend); default last"
+    )
+    parser.add_argument("--pool", choices=("mean", "none"), default="none", help="over an image's tokens; default none")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on where an earlier run stopped, if one did")
+    again.add_argument("--overwrite", action="store_true", help="remove an earlier run's features first")
+    parser.add_argument(
+        "--shard-size", type=positive_number, default=1024, metavar="N", help="most images a shard; default %(default)s"
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=positive_number,
+        metavar="N",
+        help="most image tokens an engine call; default no limit but the engine's",
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive_number,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="threads that decode; default %(default)s, one a core",
+    )
+
+
+def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespace], Pipeline]) -> None:
+    """Extract features as the options say.
+
+    Ends with 0 even if some images could not be used (a warning counts them), with 130 after Ctrl-C, which first
+    saves what is done.
+
+    Raises:
+        FeaturesError: the output is in the way or cannot be written, the options do not fit, or no image could be
+            used.
+        MediaError: no images.
+    """
+    from .output import Output
+
+    if (arguments.source == "decoder") != (arguments.prompt is not None):
+        raise FeaturesError("--source decoder needs a --prompt, and --prompt is for --source decoder")
+    output = Output(arguments.output)
+    if_exists: Any = "resume" if arguments.resume else "overwrite" if arguments.overwrite else "refuse"
+    output.check(if_exists)  # before the minutes that a build may take
+    images, count = _images(arguments)
+    pipeline = open_pipeline(arguments)
+    from ..preprocessing.preprocessor import PreprocessorSettings
+    from .decode_ahead import Batching
+    from .extraction import extract_features
+    from .sources import DecoderFeatures, VisionFeatures
+
+    checkpoint, profile = pipeline.engines.checkpoint, pipeline.profile
+    pixels = PreprocessorSettings.from_folder(checkpoint.folder).with_limits(arguments.min_pixels, arguments.max_pixels)
+    source = (
+        VisionFeatures(pipeline, pixels, arguments.layer)
+        if arguments.source == "vision"
+        else DecoderFeatures(pipeline, pixels, arguments.prompt, arguments.layer)
+    )
+    unit = checkpoint.config.vision.merge_unit
+    tokens = arguments.batch_tokens or profile.max_batch_size * profile.max_hw_dims // unit
+    batching = Batching(profile.max_batch_size, tokens, unit, arguments.workers)
+    with output.open(_settings(arguments, pipeline, pixels), if_exists, arguments.shard_size) as store:
+        with _stop_on_interrupt() as stop, _progress(count) as show:
+            run = extract_features(source, images, store, batching, arguments.pool, stop, show)
+        saved = store.saved
+        if not run.stopped:
+            output.finish(store)
+    if run.stopped:
+        print(f"interrupted: {saved:,} images are saved; run again with --resume to go on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    if run.failed and not saved:
+        raise FeaturesError(f"none of the {run.failed:,} images could be used; the first: {run.first_failure}")
+    skipped = f", {run.skipped:,} were there" if run.skipped else ""
+    print(
+        f"{output.path}: {run.extracted:,} images{skipped}, {run.images_per_second:.1f} images/s"
+        f" (engine busy {run.engine / run.seconds:.0%} of the time, waiting for images {run.waited / run.seconds:.0%})",
+        file=sys.stderr,
+    )
+    if run.failed:
+        print(
+            f"warning: images that could not be used and were skipped: {run.failed:,}, see {output.errors}",
+            file=sys.stderr,
+        )
+
+
+def _images(arguments: argparse.Namespace) -> tuple[Iterator[ImageFile], Callable[[], int]]:
+    """The images, and what counts them, which may take as long as listing them."""
+    from ..inputs.image_listing import given_images, list_images
+
+    if arguments.image:
+        given = given_images(arguments.image)
+        return iter(given), lambda: len(given)
+    first = next(list_images(arguments.input), None)  # before the minutes that a build may take
+    if first is None:
+        raise MediaError(f"{arguments.input}: no image there; run.py features --help says which files are taken")
+    return list_images(arguments.input), lambda: sum(1 for _ in list_images(arguments.input))
+
+
+def _settings(arguments: argparse.Namespace, pipeline: Pipeline, pixels: PreprocessorSettings) -> dict[str, Any]:
+    """What the features depend on; a resumed run must have the same. JSON values only."""
+    from ..inputs.image_listing import input_root
+
+    manifest = pipeline.engines.manifest
+    return {
+        "input": str(input_root(arguments.input).resolve()) if arguments.input else None,
+        "model": manifest.model,
+        "model_hash": manifest.model_hash,
+        "precision": manifest.precision,
+        "min_pixels": pixels.image.min_pixels,
+        "max_pixels": pixels.image.max_pixels,
+        "source": arguments.source,
+        "prompt": arguments.prompt,
+        "layer": arguments.layer,
+        "pool": arguments.pool,
+    }
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C asks for a stop after the batch, a second one interrupts at once."""
+    before = signal.getsignal(signal.SIGINT)
+    asked = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    if before is signal.SIG_IGN:  # a background job ignores it
+        yield asked.is_set
+        return
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _progress(count: Callable[[], int]) -> Iterator[Callable[[Extraction], None]]:
+    from rich.progress import TextColumn
+
+    from engines.progress import progress_bar
+
+    with progress_bar(TextColumn("{task.fields[rate]}")) as progress:
+        task = progress.add_task("images", total=None, rate="")
+
+        def find_total() -> None:
+            with suppress(MediaError):  # the run itself meets it, and says so
+                progress.update(task, total=count())
+
+        if not progress.disable:
+            threading.Thread(target=find_total, daemon=True).start()
+        yield lambda run: progress.update(
+            task, completed=run.skipped + run.extracted + run.failed, rate=f"{run.images_per_second:.1f} images/s"
+        )

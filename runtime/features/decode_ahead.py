@@ -1,0 +1,102 @@
+"""Images decoded on CPU threads while the engine works on those before."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from qwen2vl_trt.errors import MediaError
+
+from ..inputs.image_listing import ImageFile
+from ..media.embedder import LoadedImage
+from .sources import IMAGE_FAULTS, FeatureSource
+
+_AHEAD_BYTES = 1 << 30
+"""Decoded pixels that may wait for the engine; one not decoded yet counts as much as the largest of late."""
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Bounds of what is held at once.
+
+    Attributes:
+        max_batch_size: most images in an engine call.
+        max_tokens: most merged image tokens in one, unless a single image has more.
+        merge_unit: patches to a token.
+        workers: threads that decode.
+    """
+
+    max_batch_size: int
+    max_tokens: int
+    merge_unit: int
+    workers: int
+
+    def tokens(self, image: LoadedImage) -> int:
+        return image.grid[1] * image.grid[2] // self.merge_unit
+
+    @property
+    def ahead(self) -> int:
+        """Most images decoded or being decoded: a batch for the engine, and the next."""
+        return 2 * max(self.max_batch_size, self.workers)
+
+
+_Decoded = tuple[str, LoadedImage | Exception]
+
+
+@contextmanager
+def decode_ahead(
+    source: FeatureSource, images: Iterator[tuple[int, ImageFile]], batching: Batching
+) -> Iterator[Iterator[_Decoded]]:
+    """Decode images in order on threads that work ahead within the bounds.
+
+    Args:
+        images: each with the number that error messages give it.
+
+    Yields:
+        An iterator over each image's key and its pixels, or what is wrong with it.
+    """
+
+    def load(number: int, image: ImageFile) -> LoadedImage | Exception:
+        try:
+            image.key.encode()  # the names of a shard's tensors are Unicode
+            return source.load(image.path, f"image {number}")
+        except UnicodeEncodeError:
+            return MediaError(f"image {number} ({image.path!r}): its name is not valid UTF-8; rename it")
+        except IMAGE_FAULTS as error:
+            return error
+
+    def items() -> Iterator[_Decoded]:
+        ahead: deque[tuple[str, Future[LoadedImage | Exception]]] = deque()
+        last = size = 0  # bytes of the last image, and of the largest of late; 0 before the first is known
+        while True:
+            ready = [image.pixels.nbytes for image in _done(ahead) if isinstance(image, LoadedImage)]
+            size = max([*ready, last])
+            most = batching.ahead if size else batching.workers
+            while not ahead or (
+                len(ahead) < most and sum(ready) + (len(ahead) - len(ready) + 1) * size <= _AHEAD_BYTES
+            ):
+                following = next(images, None)
+                if following is None:
+                    break
+                number, file = following
+                ahead.append((file.key, executor.submit(load, number, file)))
+            if not ahead:
+                return
+            key, future = ahead.popleft()
+            image = future.result()
+            last = image.pixels.nbytes if isinstance(image, LoadedImage) else last
+            yield key, image
+
+    executor = ThreadPoolExecutor(batching.workers, thread_name_prefix="decode")
+    try:
+        yield items()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _done(ahead: Iterable[tuple[str, Future[Any]]]) -> Iterator[Any]:
+    return (future.result() for _, future in ahead if future.done())

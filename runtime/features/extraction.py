@@ -1,0 +1,160 @@
+"""Features of any number of images: decoded on CPU threads ahead of the engine, saved in shards that survive a kill."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from qwen2vl_trt.windows import Grid
+
+from ..inputs.image_listing import ImageFile
+from ..media.embedder import LoadedImage
+from .decode_ahead import Batching, decode_ahead
+from .sources import IMAGE_FAULTS, FeatureSource
+
+Pool = Literal["mean", "none"]
+
+
+class Store(Protocol):
+    """Where features go; :class:`runtime.features.store.FeatureStore` is one."""
+
+    @property
+    def failed(self) -> int: ...
+
+    @property
+    def first_failure(self) -> str | None: ...
+
+    @property
+    def room(self) -> int: ...
+
+    def __contains__(self, key: str) -> bool: ...
+
+    def add(self, key: str, grid: Grid, features: Tensor) -> None: ...
+
+    def fail(self, key: str, reason: str) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+@dataclass
+class Extraction:
+    """How a run went.
+
+    Attributes:
+        extracted: images whose features this run made.
+        skipped: images whose features were there.
+        failed: images that could not be used.
+        first_failure: why, of the first.
+        seconds: the whole run.
+        waited: of these, for images to be decoded.
+        engine: of these, in the preprocessor and the engines.
+        stopped: whether it ended early because it was told to.
+    """
+
+    extracted: int = 0
+    skipped: int = 0
+    failed: int = 0
+    first_failure: str | None = None
+    seconds: float = 0.0
+    waited: float = 0.0
+    engine: float = 0.0
+    stopped: bool = False
+
+    @property
+    def images_per_second(self) -> float:
+        return self.extracted / self.seconds if self.seconds else 0.0
+
+
+def extract_features(
+    source: FeatureSource,
+    images: Iterable[ImageFile],
+    store: Store,
+    batching: Batching,
+    pool: Pool = "none",
+    stop: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[Extraction], None] = lambda state: None,
+) -> Extraction:
+    """Add the features of every image that the store does not hold yet.
+
+    Memory does not grow with the number of images. An image that cannot be used is noted in the store and skipped.
+    Batches and shards follow from the order of the images alone, so a run that was killed and resumed computes the
+    same batches as one that was not.
+
+    Args:
+        pool: ``mean`` over an image's tokens (in FP32), or all of them.
+        stop: asked between batches; once true, what is done is saved and the run ends.
+        on_progress: told after each batch.
+
+    Raises:
+        FeaturesError: the store cannot be written.
+        MediaError: the images cannot be listed.
+        PromptError: the prompt is wrong, whatever the image.
+    """
+    run, began = Extraction(), time.perf_counter()
+    batch: list[tuple[str, LoadedImage]] = []
+    tokens = 0
+
+    def finish_batch() -> None:
+        nonlocal tokens
+        started = time.perf_counter()
+        results = _extract_each(source, [image for _, image in batch]) if batch else []
+        run.engine += time.perf_counter() - started
+        for (key, image), features in zip(batch, results):
+            if isinstance(features, Tensor):
+                features = features.float().mean(0).to(features.dtype) if pool == "mean" else features
+                store.add(key, image.grid, features.contiguous().cpu())
+                run.extracted += 1
+            else:
+                store.fail(key, str(features))
+        batch.clear()
+        tokens = 0
+        run.failed, run.first_failure = store.failed, store.first_failure
+        run.seconds = time.perf_counter() - began
+        on_progress(run)
+
+    with decode_ahead(source, _missing(images, store, run), batching) as decoded:
+        while True:
+            started = time.perf_counter()
+            item = next(decoded, None)
+            run.waited += time.perf_counter() - started
+            if item is None or stop():
+                break
+            key, image = item
+            if isinstance(image, Exception):
+                store.fail(key, str(image))
+                continue
+            if tokens + batching.tokens(image) > batching.max_tokens:
+                finish_batch()
+            batch.append((key, image))
+            tokens += batching.tokens(image)
+            if len(batch) == min(batching.max_batch_size, store.room):
+                finish_batch()
+    run.stopped = stop()
+    if not run.stopped:
+        finish_batch()
+    store.flush()
+    run.failed, run.first_failure = store.failed, store.first_failure
+    run.seconds = time.perf_counter() - began
+    return run
+
+
+def _missing(images: Iterable[ImageFile], store: Store, run: Extraction) -> Iterator[tuple[int, ImageFile]]:
+    for number, image in enumerate(images, start=1):
+        if image.key in store:
+            run.skipped += 1
+        else:
+            yield number, image
+
+
+def _extract_each(source: FeatureSource, images: list[LoadedImage]) -> list[Tensor | Exception]:
+    """Features of each image or what is wrong with it; the neighbours of a faulty one are not lost."""
+    try:
+        return list(source.extract(images))
+    except IMAGE_FAULTS as error:
+        if len(images) == 1:
+            return [error]
+        return [result for image in images for result in _extract_each(source, [image])]

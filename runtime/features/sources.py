@@ -1,0 +1,92 @@
+"""What makes features of images: the vision engine, or the decoder over a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from qwen2vl_trt.errors import LimitError, MediaError
+
+from ..backends.layer_output import end_decoder_after, end_vision_after, patches_in_raster_order
+from ..media.embedder import LoadedImage, MediaEmbedder
+from ..pipeline import Pipeline
+from ..preprocessing.preprocessor import Preprocessor, PreprocessorSettings
+from ..request import Request
+
+IMAGE_FAULTS = (MediaError, LimitError)
+"""What can be wrong with one image; every other error ends the run."""
+
+
+class FeatureSource(Protocol):
+    """One way to make features of images."""
+
+    def load(self, path: str, name: str) -> LoadedImage:
+        """Decode and check an image; on any thread. Raises MediaError and LimitError."""
+        ...
+
+    def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
+        """Features ``[tokens, width]`` of each of at most ``max_batch_size`` images."""
+        ...
+
+
+class VisionFeatures:
+    """What the vision engine gives: merged tokens ``[h * w / 4, hidden]`` in raster order, as the decoder sees them.
+
+    Args:
+        pipeline: whose vision engine to use; with ``layer``, to be used for nothing else.
+        settings: limits of the pixels.
+        layer: of the torch backend, the block from 1 whose output to take instead: patches ``[h * w, width]`` in
+            raster order.
+
+    Raises:
+        FeaturesError: no such layer, or not of this backend.
+    """
+
+    def __init__(self, pipeline: Pipeline, settings: PreprocessorSettings, layer: int | None = None) -> None:
+        engines = pipeline.engines
+        self._config, self._layer = engines.checkpoint.config.vision, layer
+        if layer is not None:
+            end_vision_after(engines, layer)
+        preprocessor = Preprocessor(self._config, settings, engines.device, engines.dtype)
+        self._media = MediaEmbedder(preprocessor, engines.vision, pipeline.profile, self._config)
+
+    def load(self, path: str | bytes, name: str) -> LoadedImage:
+        return self._media.load_image(path, name)
+
+    def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
+        embeds, _, _ = self._media.embed(images)
+        if self._layer is None:
+            return embeds
+        merge = self._config.spatial_merge_size
+        return [patches_in_raster_order(groups, image.grid, merge) for groups, image in zip(embeds, images)]
+
+
+class DecoderFeatures:
+    """The decoder's hidden states ``[S, hidden]`` over a prompt with one image, after the final norm.
+
+    Args:
+        pipeline: whose engines to use; with ``layer``, to be used for nothing else.
+        settings: limits of the pixels, the pipeline's own.
+        prompt: what is asked about each image; ``<image>`` marks its place, in front without.
+        layer: of the torch backend, the layer from 1 whose output to take instead, as Transformers counts its
+            ``hidden_states``.
+
+    Raises:
+        FeaturesError: no such layer, or not of this backend.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, settings: PreprocessorSettings, prompt: str, layer: int | None = None
+    ) -> None:
+        self._vision = VisionFeatures(pipeline, settings)
+        self._pipeline, self._prompt = pipeline, prompt
+        if layer is not None:
+            end_decoder_after(pipeline.engines, layer)
+
+    def load(self, path: str | bytes, name: str) -> LoadedImage:
+        return self._vision.load(path, name)
+
+    def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
+        return self._pipeline.hidden_states([Request(self._prompt, [image.pixels]) for image in images])

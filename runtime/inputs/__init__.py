@@ -1,0 +1,1 @@
+"""Pictures and videos, from whatever a caller names."""

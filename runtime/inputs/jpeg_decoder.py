@@ -1,0 +1,67 @@
+"""JPEG files decoded on the GPU by nvImageCodec, an optional package; all other images as ever, by Pillow.
+
+A GPU's decoder does not round as libjpeg does (inverse cosine transform, chroma upsampling), so its pixels differ from
+Pillow's by a level or so, and answers may follow: hence an option. torchvision's decoder for CUDA, which would do too,
+is deprecated since 0.29 and leaves the EXIF orientation to the caller.
+
+Against nvImageCodec 0.9 only the names and signatures are checked: no decode has run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen2vl_trt.errors import MissingDependencyError
+
+from .images import ImageSource, file_bytes, is_plain_jpeg, load_image
+
+
+class JpegDecoder:
+    """Loads images whose JPEG files it decodes on a device.
+
+    Raises:
+        MissingDependencyError: nvImageCodec is not installed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        try:
+            self._codec: Any = importlib.import_module("nvidia.nvimgcodec")
+        except ImportError as error:
+            raise MissingDependencyError(
+                f'decode="gpu" needs nvImageCodec ({error}); pip install "qwen2vl-trt[gpu-decode]",'
+                ' or decode on the CPU (decode="cpu")'
+            ) from None
+        self._device = device
+        # Chroma is interpolated, as libjpeg does by default, not repeated.
+        number = -1 if device.index is None else device.index  # -1 is the current one
+        self._decoder = self._codec.Decoder(device_id=number, options=":fancy_upsampling=1")
+
+    def load(self, sources: Sequence[ImageSource], names: Sequence[str]) -> list[Tensor]:
+        """:func:`~runtime.inputs.images.load_image` for many, all their plain JPEG files decoded in one call.
+
+        A file that the decoder gives up is left to Pillow, which decodes it or says what is wrong with it.
+        """
+        contents = [file_bytes(source, name=name) for source, name in zip(sources, names, strict=True)]
+        decoded = self._decode({i: data for i, data in enumerate(contents) if data and is_plain_jpeg(data)})
+        return [
+            decoded[i] if i in decoded else load_image(source, name=name)
+            for i, (source, name) in enumerate(zip(sources, names))
+        ]
+
+    def _decode(self, files: dict[int, bytes]) -> dict[int, Tensor]:
+        if not files:
+            return {}
+        codec = self._codec
+        params = codec.DecodeParams(apply_exif_orientation=True, color_spec=codec.ColorSpec.SRGB)
+        stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
+        images = self._decoder.decode(list(files.values()), params=params, cuda_stream=stream)
+        return {
+            i: torch.from_dlpack(image).permute(2, 0, 1)  # [H, W, 3] in memory
+            for i, image in zip(files, images, strict=True)
+            if image is not None
+        }

@@ -1,0 +1,214 @@
+"""Images and videos become the vision graph's input: patches in window order, straight from the pixels.
+
+Resize, normalise and patchify follow Transformers' ``Qwen2VLImageProcessor`` and ``Qwen2VLVideoProcessor``; only
+the order of the patches differs, which is that of :func:`qwen2vl_trt.windows.window_layout`. How depends on the device:
+:mod:`~runtime.preprocessing.host_writer` on a CPU; on CUDA :mod:`~runtime.preprocessing.triton_writer`, or
+:mod:`~runtime.preprocessing.torch_writer` where Triton is missing. From 8-bit pixels all three give the same patches,
+bit for bit.
+
+Letters: S slots of a window, W windows, D values of a patch (``qwen2_vl_dim``); H and W after a 3 are the sides in
+pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qwen2vl_trt.config import VisionConfig
+from qwen2vl_trt.errors import EngineError, MediaError
+from qwen2vl_trt.windows import Grid, WindowLayout, window_layout
+
+from ..inputs.images import ImageSource, load_image
+from ..inputs.jpeg_decoder import JpegDecoder
+from ..inputs.video import VideoSource, load_video
+from .frames import Frame, FrameWriter, window_rows_and_columns
+from .host_writer import HostWriter
+from .settings import PixelSettings, PreprocessorSettings, smart_resize
+from .staging import DEFAULT_LIMIT, Staging
+from .torch_writer import TorchWriter
+from .triton_writer import TritonWriter, triton_is_installed
+
+_log = logging.getLogger(__name__)
+
+Kernels = Literal["auto", "triton", "torch"]
+"""What a GPU preprocesses with: Triton's kernels, PyTorch's operations, or the former where they are installed."""
+
+Decode = Literal["cpu", "gpu"]
+"""Where JPEG files are decoded."""
+
+
+@dataclass(frozen=True)
+class PackedPixels:
+    """One batch, ready for the vision graph.
+
+    Attributes:
+        pixel_values: ``[W, S, D]`` windows of all images, then of all videos; empty slots are zero.
+        grids: ``(t, h, w)`` of each image, then of each video.
+        layout: index tensors in the same order.
+        second_per_grid_ts: seconds between temporal patches, one value a video.
+    """
+
+    pixel_values: Tensor
+    grids: tuple[Grid, ...]
+    layout: WindowLayout
+    second_per_grid_ts: tuple[float, ...] = ()
+
+
+class Preprocessor:
+    """Turns images and videos into :class:`PackedPixels`.
+
+    On a CUDA device the work is queued on the current stream and nothing waits for it; images of the host go there as
+    8 bits, once, through pinned buffers; images already there are read where they are, whatever their strides. One
+    thread at a time: the buffers take turns.
+
+    Args:
+        config: the checkpoint's vision tower.
+        settings: limits and normalisation, see :meth:`PreprocessorSettings.from_folder`.
+        device: where the work is done and the output lies; pixels already there are not copied.
+        dtype: of the output, torch.float32 or torch.bfloat16 (the FP32 values, rounded).
+        kernels: what a GPU works with; a CPU has its own way.
+        decode: ``"gpu"`` decodes JPEG files by nvImageCodec, whose pixels differ from Pillow's by a level or so.
+        memory_limit: bytes of pixels brought and resized at a time on a GPU, which is also what each of two pinned
+            buffers, and its twin on the device, keeps.
+
+    Raises:
+        MissingDependencyError: Triton or nvImageCodec is asked for and not installed.
+        EngineError: Triton is asked for and cannot compile here.
+        MediaError: ``decode="gpu"`` without a GPU.
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        settings: PreprocessorSettings | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        kernels: Kernels = "auto",
+        decode: Decode = "cpu",
+        memory_limit: int = DEFAULT_LIMIT,
+    ) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype {dtype} is neither torch.float32 nor torch.bfloat16")
+        self.config = config
+        self.settings = settings or PreprocessorSettings()
+        self.device = torch.device(device)
+        self.dtype = dtype
+        if decode == "gpu" and self.device.type != "cuda":
+            raise MediaError(f'decode="gpu" needs a GPU, and the engines run on {self.device}; leave it at "cpu"')
+        self._decoder = JpegDecoder(self.device) if decode == "gpu" else None
+        self._writer = self._choose_writer(kernels, memory_limit)
+
+    def image_grid(self, height: int, width: int, *, name: str = "image") -> Grid:
+        """Grid ``(1, h, w)`` that an image of this size will have; no pixel is needed.
+
+        Raises:
+            MediaError: a side of 0 pixels, or an aspect ratio over 200.
+        """
+        return self._grid(1, height, width, self.settings.image, name)
+
+    def video_grid(self, frames: int, height: int, width: int, *, name: str = "video") -> Grid:
+        """Grid ``(t, h, w)`` that this many frames of this size will have; raises as :meth:`image_grid`."""
+        return self._grid(-(-frames // self.config.temporal_patch_size), height, width, self.settings.video, name)
+
+    def load_images(self, sources: Sequence[ImageSource], names: Sequence[str]) -> list[Tensor]:
+        """Decode images, JPEG files where ``decode`` says, see :func:`~runtime.inputs.images.load_image`.
+
+        Args:
+            sources: any mix.
+            names: what error messages call each.
+        """
+        if self._decoder is not None:
+            return self._decoder.load(sources, names)
+        return [load_image(source, name=name) for source, name in zip(sources, names, strict=True)]
+
+    def preprocess(
+        self,
+        images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
+        *,
+        out: Tensor | None = None,
+    ) -> PackedPixels:
+        """Resize, normalise and patchify a batch of any mix of sizes.
+
+        Args:
+            images: see :func:`~runtime.inputs.images.load_image`, which costs nothing for tensors it has loaded.
+            videos: see :func:`~runtime.inputs.video.load_video`; files are sampled as ``settings.sampling`` says.
+            out: flat memory of the output's type and device to write into, if it is large enough. On a CPU most of
+                the time goes into the pages of fresh memory, so a caller that is done with a batch passes it on.
+
+        Raises:
+            MediaError: what the loaders and :meth:`image_grid` refuse, as ``image 2`` or ``video 1``.
+            ValueError: nothing to preprocess.
+        """
+        if not images and not videos:
+            raise ValueError("preprocess() needs at least one image or video")
+        items: list[tuple[list[Tensor], Grid, PixelSettings]] = []
+        seconds = []
+        names = [f"image {number}" for number in range(1, len(images) + 1)]
+        for number, image in enumerate(self.load_images(images, names), start=1):
+            grid = self.image_grid(image.shape[1], image.shape[2], name=f"image {number}")
+            items.append(([image], grid, self.settings.image))
+        for number, clip in enumerate(videos, start=1):
+            video = load_video(clip, sampling=self.settings.sampling, name=f"video {number}")
+            frames = [load_image(frame) for frame in video.frames]
+            grid = self.video_grid(len(frames), frames[0].shape[1], frames[0].shape[2], name=f"video {number}")
+            frames += frames[-1:] * (-len(frames) % self.config.temporal_patch_size)
+            items.append((frames, grid, self.settings.video))
+            seconds.append(self.config.temporal_patch_size / video.fps)
+        grids = tuple(grid for _, grid, _ in items)
+        layout = window_layout(grids, self.config)
+        shape = torch.Size((len(layout.window_lengths), self.config.window_slots, self.config.qwen2_vl_dim))
+        if out is None or out.numel() < shape.numel():
+            out = torch.empty(shape.numel(), dtype=self.dtype, device=self.device)
+        pixel_values = out[: shape.numel()].view(shape)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            self._writer.write(list(self._frames(items)), pixel_values)
+        return PackedPixels(pixel_values, grids, layout, tuple(seconds))
+
+    def _grid(self, frames: int, height: int, width: int, settings: PixelSettings, name: str) -> Grid:
+        try:
+            size = smart_resize(height, width, self.config.image_factor, settings.min_pixels, settings.max_pixels)
+        except MediaError as error:
+            raise MediaError(f"{name}: {error}") from None
+        return frames, size[0] // self.config.patch_size, size[1] // self.config.patch_size
+
+    def _choose_writer(self, kernels: Kernels, memory_limit: int) -> FrameWriter:
+        if self.device.type == "cpu":
+            return HostWriter(self.config)
+        staging = Staging(self.device, memory_limit)
+        plain = TorchWriter(self.config, staging)
+        if kernels == "torch" or (kernels == "auto" and not triton_is_installed()):
+            return plain
+        fused = TritonWriter(self.config, staging, floats=plain)
+        try:
+            with torch.cuda.device(self.device):
+                fused.warm_up(self.device, self.dtype)
+        except Exception as error:  # Triton and the compilers that it calls raise nearly anything
+            reason = str(error).strip().split("\n")[0]
+            if kernels == "triton":
+                raise EngineError(
+                    f'kernels="triton": Triton cannot compile for this GPU: {reason}; leave it at "auto"'
+                ) from error
+            _log.warning("Triton cannot compile for this GPU (%s); PyTorch preprocesses instead", reason)
+            return plain
+        return fused
+
+    def _frames(self, items: list[tuple[list[Tensor], Grid, PixelSettings]]) -> Iterator[Frame]:
+        first = 0
+        for frames, (patches, rows, columns), settings in items:
+            length = len(frames) // patches  # frames of a temporal patch: T, or the one of an image
+            size = (rows * self.config.patch_size, columns * self.config.patch_size)
+            down, across = window_rows_and_columns(size, self.config)
+            for number, frame in enumerate(frames):
+                time = number % length
+                yield Frame(frame, size, first, slice(None) if length == 1 else slice(time, time + 1), settings)
+                if time == length - 1:
+                    first += down * across

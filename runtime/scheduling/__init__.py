@@ -1,0 +1,1 @@
+"""Requests that share a decoder."""

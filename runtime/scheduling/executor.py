@@ -1,0 +1,68 @@
+"""What the pipeline asks of whoever runs the decoder's requests together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from ..media.embedder import StageTimes
+from ..request import Output
+from .preparation import Prepared, Preparer
+from .sequence import NewToken, RunningSequence
+
+
+class Executor(Protocol):
+    """In-flight batching of requests: :mod:`runtime.scheduling.scheduler`, or an engine that schedules itself.
+
+    A request that fails ends with the error in its output and leaves the others alone. One thread at a time.
+    """
+
+    @property
+    def slots(self) -> int:
+        """Most requests that run together."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Requests that were added and have not ended."""
+        ...
+
+    @property
+    def free_slots(self) -> int:
+        """How many requests can be added."""
+        ...
+
+    @property
+    def busy(self) -> bool: ...
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens of ended requests that are still in the cache, where that is known."""
+        ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the key-value cache, where that is known."""
+        ...
+
+    def embed(self, preparer: Preparer, group: Sequence[Prepared]) -> tuple[list[Tensor], StageTimes]:
+        """What it takes as ``inputs_embeds`` of each request, and the time that media took."""
+        ...
+
+    def add(self, sequence: RunningSequence) -> None:
+        """Take in a sequence; raises ValueError where there is no free slot."""
+        ...
+
+    def cancel(self, output: Output) -> None:
+        """End an answer that nobody waits for."""
+        ...
+
+    def forget(self) -> None:
+        """Let go of what ended requests left in the cache."""
+        ...
+
+    def step(self) -> list[NewToken]:
+        """Go on with every running answer; returns the tokens that they got."""
+        ...

@@ -1,0 +1,1 @@
+"""TensorRT-LLM's executor, which schedules its requests itself."""

@@ -1,0 +1,293 @@
+"""Requests that TensorRT-LLM schedules: it batches them in flight over its paged key-value cache."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engines import tensorrt_llm_api as api
+from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.errors import ExecutionError, LimitError, SamplingError
+from qwen2vl_trt.mrope import mrope_config
+
+from ..generation_config import GenerationConfig
+from ..media.cached_media import Medium
+from ..media.embedder import LoadedImage, StageTimes
+from ..request import Output
+from ..sampler import SamplingParams
+from ..scheduling.counters import Counters
+from ..scheduling.preparation import Prepared, Preparer
+from ..scheduling.scheduler import named
+from ..scheduling.sequence import NewToken, RunningSequence, take_token
+
+_WAIT = 0.02
+"""Seconds that a step waits for a token; new requests and deadlines are looked at in between."""
+
+
+@dataclass(eq=False)
+class _Running:
+    """A request under way: ``began`` on the output's clock, its ``task`` in the event loop, the tokens ``taken``."""
+
+    sequence: RunningSequence
+    began: float
+    task: Any = None
+    taken: int = 0
+
+
+class TensorRTLLMExecutor:
+    """See :class:`runtime.scheduling.executor.Executor`.
+
+    TensorRT-LLM's interface is asynchronous: its requests live in an event loop on a thread of their own, which puts
+    what they get into a queue, and :meth:`step` empties the queue.
+
+    Args:
+        llm: see :func:`engines.tensorrt_llm_api.make_llm`; this executor's alone.
+        config: the model.
+        ends: its end-of-sequence and padding tokens.
+        slots: most requests together.
+        embeds_dtype: of the vision embeddings to hand over; None where TensorRT-LLM runs its own tower.
+        counters: where to count.
+    """
+
+    def __init__(
+        self,
+        llm: Any,
+        config: Qwen2VLConfig,
+        ends: GenerationConfig,
+        slots: int,
+        embeds_dtype: torch.dtype | None,
+        counters: Counters,
+    ) -> None:
+        self._llm, self._config, self._ends, self._embeds_dtype = llm, config, ends, embeds_dtype
+        self._counters = counters
+        self._slots = slots
+        self._running: dict[Output, _Running] = {}
+        self._events: SimpleQueue[tuple[_Running, api.Progress | Exception]] = SimpleQueue()
+        self._loop = _EventLoop()
+
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def free_slots(self) -> int:
+        return self._slots - self.running
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._running)
+
+    @property
+    def kept_tokens(self) -> int:
+        """0: TensorRT-LLM keeps blocks of ended requests, and does not say how many."""
+        return 0
+
+    @property
+    def cache_bytes(self) -> int:
+        """0: the cache is in the memory of TensorRT-LLM's processes."""
+        return 0
+
+    def embed(self, preparer: Preparer, group: Sequence[Prepared]) -> tuple[list[Tensor], StageTimes]:
+        """Vision embeddings ``[T, C]`` of each request in the order of its T vision tokens; empty with its own tower.
+
+        Raises:
+            LimitError: a video, with its own tower.
+        """
+        if self._embeds_dtype is None:
+            if any(item.videos for item in group):
+                # It would sample the frames again and guess their rate, on which M-RoPE depends.
+                raise LimitError(
+                    "this release of TensorRT-LLM runs its own vision tower, and gets images alone from here; give a"
+                    " video's frames as images, or install a release with PreprocessedInputs and build again"
+                )
+            return [torch.empty(0)] * len(group), StageTimes()
+        vision = {self._config.image_token_id, self._config.video_token_id}
+        shortened = [replace(item, token_ids=[t for t in item.token_ids if t in vision]) for item in group]
+        return preparer.embed(shortened, self._empty_rows)
+
+    def add(self, sequence: RunningSequence) -> None:
+        """Hand a sequence over; one whose sampling TensorRT-LLM does not have fails.
+
+        Raises:
+            ValueError: there is no free slot.
+        """
+        if not self.free_slots:
+            raise ValueError(f"all {self._slots} slots are taken")
+        output, params = sequence.output, sequence.sampling.params
+        try:
+            check_sampling(params)
+            inputs, salt = self._inputs(sequence)
+            chosen = api.sampling_params(
+                params.max_tokens,
+                params.temperature,
+                params.top_k,
+                params.top_p,
+                params.ignore_eos,
+                self._ends.eos_token_ids,
+                self._ends.pad_token_id,
+            )
+        except Exception as error:
+            output.fail(named(error, "preparing the request for TensorRT-LLM"))
+            return
+        running = self._running[output] = _Running(sequence, output.clock())
+        output.start()
+        self._counters.started += 1
+        self._counters.queue_seconds += output.timings.queue
+        running.task = self._loop.start(_follow(self._llm, inputs, chosen, salt, partial(self._put, running)))
+
+    def cancel(self, output: Output) -> None:
+        running = self._running.get(output)
+        if running is not None:
+            output.cancel()
+            self._end(running)
+
+    def forget(self) -> None:
+        """Nothing: TensorRT-LLM drops the blocks of ended requests when it needs them."""
+
+    def step(self) -> list[NewToken]:
+        """Tokens that came since the last step; waits a moment for the first."""
+        for running in [running for running in self._running.values() if running.sequence.output.expired]:
+            if not running.taken:
+                running.sequence.output.expire("before the answer's first token")
+                self._end(running)
+        new: list[NewToken] = []
+        timeout = _WAIT
+        while self._running:
+            try:
+                running, event = self._events.get(timeout=timeout) if timeout else self._events.get_nowait()
+            except Empty:
+                break
+            timeout = 0
+            if running.sequence.output not in self._running:
+                continue  # it has ended here; what was under way no longer counts
+            try:
+                if isinstance(event, Exception):
+                    raise event
+                self._take(running, event, new)
+            except Exception as error:
+                running.sequence.output.fail(named(error, "TensorRT-LLM"))
+            if running.sequence.output.finished:
+                self._end(running)
+        return new
+
+    def _take(self, running: _Running, progress: api.Progress, new: list[NewToken]) -> None:
+        sequence, output = running.sequence, running.sequence.output
+        assert sequence.prepared is not None
+        if not running.taken:
+            if progress.prompt_token_ids != sequence.prepared.token_ids:
+                raise ExecutionError(
+                    f"TensorRT-LLM read another prompt ({len(progress.prompt_token_ids):,} tokens instead of"
+                    f" {len(sequence.prepared.token_ids):,}): its processor resizes images otherwise. Leave"
+                    " --min-pixels and --max-pixels at the checkpoint's"
+                )
+            if progress.token_ids:
+                output.timings.prefill = output.clock() - running.began
+                self._counters.prompt_tokens_computed += len(progress.prompt_token_ids)
+        tokens = progress.token_ids[running.taken :]
+        for token in tokens:
+            running.taken += 1
+            new.append(take_token(sequence, token, self._counters))
+            if output.finished:
+                return
+        if progress.finish_reason == "stop":  # a release that leaves the end-of-sequence token out
+            end = progress.stop_reason if isinstance(progress.stop_reason, int) else self._ends.eos_token_ids[0]
+            new.append(take_token(sequence, end, self._counters))
+        if progress.finish_reason is not None and not output.finished:
+            raise ExecutionError(
+                f"TensorRT-LLM ended the answer after {running.taken:,} tokens ({progress.finish_reason})"
+            )
+
+    def _end(self, running: _Running) -> None:
+        del self._running[running.sequence.output]
+        self._loop.cancel(running.task)
+
+    def _put(self, running: _Running, event: api.Progress | Exception) -> None:
+        self._events.put((running, event))
+
+    def _inputs(self, sequence: RunningSequence) -> tuple[Any, str | None]:
+        """The prompt as TensorRT-LLM takes it, and the salt of its blocks."""
+        prepared = sequence.prepared
+        assert prepared is not None
+        media = [*prepared.images, *prepared.videos]
+        # Blocks are found again by token ids, and every image has the same: the salt says which images they are.
+        salt = hashlib.sha256(b"".join(medium.key for medium in media)).hexdigest() if media else None
+        if self._embeds_dtype is None:
+            return api.pixel_inputs(prepared.text, [self._picture(image) for image in prepared.images]), salt
+        tokens = torch.tensor(prepared.token_ids)
+        seen = torch.isin(tokens, torch.tensor([self._config.image_token_id, self._config.video_token_id])).cumsum(0)
+        mrope = mrope_config(prepared.position_ids, prepared.delta)
+        sequence.arrival.take(sequence.inputs_embeds)
+        embeds, sequence.inputs_embeds = sequence.inputs_embeds, sequence.inputs_embeds.new_empty(0)
+        return api.embedding_inputs(prepared.token_ids, embeds, seen, mrope), salt
+
+    def _picture(self, image: Medium) -> Image.Image:
+        """In the size that the vision tower sees, so that its processor has nothing left to resize."""
+        assert isinstance(image.content, LoadedImage)  # nothing was embedded here, so nothing is cached
+        _, rows, columns = image.grid
+        patch = self._config.vision.patch_size
+        picture = Image.fromarray(np.ascontiguousarray(image.content.pixels.permute(1, 2, 0).cpu().numpy()))
+        return picture.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC)
+
+    def _empty_rows(self, token_ids: list[int]) -> Tensor:
+        return torch.zeros(len(token_ids), self._config.text.hidden_size, dtype=self._embeds_dtype)
+
+
+def check_sampling(params: SamplingParams) -> None:
+    """Refuse settings that TensorRT-LLM does not follow as they are meant here.
+
+    Raises:
+        SamplingError: one of them, by name.
+    """
+    if params.penalised:
+        # Its sampler has penalties in some releases alone, and leaves them out without a word in the others.
+        raise SamplingError(
+            f"repetition_penalty {params.repetition_penalty:g} is not for backend tensorrt-llm; leave it at 1, or run"
+            " the model with another backend"
+        )
+    if params.seed is not None and not params.greedy:
+        # One generator draws for the whole batch: an answer depends on what runs beside it.
+        raise SamplingError(
+            f"seed {params.seed} is not for backend tensorrt-llm, which draws for all requests together; leave it out,"
+            " set temperature to 0, or run the model with another backend"
+        )
+
+
+async def _follow(
+    llm: Any, inputs: Any, params: Any, salt: str | None, put: Callable[[api.Progress | Exception], None]
+) -> None:
+    try:
+        async for progress in api.generate(llm, inputs, params, salt):
+            put(progress)
+    except Exception as error:
+        put(error)
+
+
+class _EventLoop:
+    """An event loop on its own thread, which ends with the process."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="tensorrt-llm", daemon=True).start()
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> Any:
+        """Run a coroutine; returns what :meth:`cancel` takes."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def cancel(self, task: Any) -> None:
+        """Stop one; nothing happens to one that has ended."""
+        task.cancel()

@@ -1,0 +1,306 @@
+"""Every form of image, and every bad one."""
+
+import contextlib
+import io
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from qwen2vl_trt.errors import MediaError
+from runtime.inputs.images import load_image, split_batch
+
+
+def picture(height=24, width=36, channels=3, seed=0):
+    """Smooth colours, so that JPEG keeps them nearly; every corner differs, so that a wrong turn shows."""
+    y, x = np.mgrid[0:height, 0:width]
+    planes = [255 * x / width, 255 * y / height, 255 * (x + y) / (height + width), 255 * (1 - x / width)]
+    return np.stack(planes[:channels], -1).astype(np.uint8)
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def expect(pixels, image):
+    """``pixels`` are those of a PIL image in RGB."""
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape == (3, image.height, image.width)
+    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image))
+
+
+class TestSources:
+    """One picture, every way to hand it over."""
+
+    def test_path_bytes_pil_numpy_and_tensor_agree(self, tmp_path):
+        image = Image.fromarray(picture())
+        path = tmp_path / "a.png"
+        image.save(path)
+        array = np.asarray(image)
+        tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+        for source in (path, str(path), path.read_bytes(), bytearray(path.read_bytes()), image, array, tensor):
+            expect(load_image(source), image)
+
+    def test_views_of_memory_are_not_copied(self):
+        array = picture()
+        assert load_image(array).data_ptr() == array.ctypes.data
+        tensor = torch.zeros(3, 8, 8, dtype=torch.uint8)
+        assert load_image(tensor).data_ptr() == tensor.data_ptr()
+
+    def test_reversed_and_readonly_arrays(self):
+        array = picture()
+        mirrored = array[:, ::-1]
+        array.flags.writeable = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns of memory that is not writable
+            expect(load_image(array), Image.fromarray(array))
+        expect(load_image(mirrored), Image.fromarray(np.ascontiguousarray(mirrored)))
+
+    def test_greyscale_arrays(self):
+        grey = picture(channels=1)
+        image = Image.fromarray(grey[..., 0]).convert("RGB")
+        for source in (grey, grey[..., 0], torch.from_numpy(grey[..., 0]), torch.from_numpy(grey).permute(2, 0, 1)):
+            expect(load_image(source), image)
+
+    def test_float_tensor_stays_float(self):
+        image = torch.rand(3, 5, 7)
+        assert torch.equal(load_image(image), image)
+        assert load_image(image.double()).dtype == torch.float32
+
+    def test_float_transparency_is_over_white(self):
+        image = torch.rand(4, 5, 7)
+        expected = image[:3] * image[3] + (1 - image[3])
+        assert torch.allclose(load_image(image), expected)
+
+    def test_gradients_do_not_follow(self):
+        assert not load_image(torch.rand(3, 4, 4, requires_grad=True)).requires_grad
+
+
+class TestFiles:
+    """Real files, written by Pillow."""
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+    def test_exif_orientation(self, orientation, kind, tmp_path):
+        image = Image.fromarray(picture())
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"a.{kind.lower()}"
+        image.save(path, kind, exif=exif)
+        with Image.open(path) as stored:
+            upright = ImageOps.exif_transpose(stored).convert("RGB")
+        expect(load_image(path), upright)
+        with Image.open(path) as stored:
+            expect(load_image(stored), upright)
+        assert (upright.height > upright.width) == (orientation >= 5)
+
+    def test_broken_exif_is_ignored(self):
+        image = Image.fromarray(picture())
+        data = encoded(image, exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\xff\xff\xff\xff\xff\xff\xff\xff")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about the EXIF
+            expect(load_image(data), image)
+
+    @pytest.mark.parametrize(("alpha", "colour"), [(0, (255, 255, 255)), (255, (200, 0, 100)), (128, (227, 127, 177))])
+    def test_transparency_is_over_white(self, alpha, colour):
+        image = Image.new("RGBA", (4, 3), (200, 0, 100, alpha))
+        array = np.asarray(image)
+        for source in (image, encoded(image), array, torch.from_numpy(array.copy()).permute(2, 0, 1)):
+            assert load_image(source)[:, 1, 1].tolist() == list(colour)
+
+    def test_transparency_as_pillow_composites(self):
+        image = Image.fromarray(picture(channels=4))
+        white = Image.new("RGBA", image.size, "white")
+        expected = np.asarray(Image.alpha_composite(white, image).convert("RGB")).astype(int)
+        assert abs(load_image(image).permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
+
+    def test_palette(self):
+        image = Image.fromarray(picture()).quantize(16)
+        expect(load_image(encoded(image)), image.convert("RGB"))
+
+    def test_palette_with_transparency(self):
+        image = Image.new("P", (4, 2), 1)
+        image.putpalette([0, 0, 0, 10, 20, 30])
+        image.putpixel((0, 0), 0)
+        pixels = load_image(encoded(image, transparency=0))
+        assert pixels[:, 0, 0].tolist() == [255, 255, 255]
+        assert pixels[:, 0, 1].tolist() == [10, 20, 30]
+
+    def test_grey_with_alpha_and_colour_key(self):
+        pixels = load_image(encoded(Image.new("LA", (2, 2), (40, 0))))
+        assert pixels[:, 0, 0].tolist() == [255, 255, 255]
+        pixels = load_image(encoded(Image.new("RGB", (2, 2), (9, 8, 7)), transparency=(9, 8, 7)))
+        assert pixels[:, 0, 0].tolist() == [255, 255, 255]
+
+    @pytest.mark.parametrize("mode", ["L", "1", "CMYK", "YCbCr"])
+    def test_other_modes(self, mode):
+        image = Image.fromarray(picture()).convert(mode)
+        expect(load_image(image), image.convert("RGB"))
+        data = encoded(image, "TIFF")
+        with Image.open(io.BytesIO(data)) as stored:
+            expect(load_image(data), stored.convert("RGB"))
+
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+    def test_sixteen_bits_are_scaled_not_clipped(self, kind):
+        values = np.linspace(0, 65535, 24 * 36).reshape(24, 36).round().astype(np.uint16)
+        pixels = load_image(encoded(Image.fromarray(values), kind))
+        expected = np.round(values / 257).astype(np.uint8)
+        assert np.array_equal(pixels[0].numpy(), expected)
+        assert torch.equal(pixels[0], pixels[2])
+        assert pixels.max() == 255
+        assert len(pixels.unique()) == 256
+
+    def test_sixteen_bits_turned_by_exif(self):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        values = np.arange(6, dtype=np.uint16).reshape(2, 3) * 257
+        pixels = load_image(encoded(Image.fromarray(values), exif=exif))
+        assert pixels[0].tolist() == [[3, 0], [4, 1], [5, 2]]
+
+    def test_first_frame_of_an_animation(self):
+        frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
+        data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+        assert load_image(data)[:, 0, 0].tolist() == [255, 0, 0]
+
+
+class TestBadInput:
+    """Each is one line that names the thing."""
+
+    def refused(self, source, *words, name=None):
+        with pytest.raises(MediaError) as caught:
+            load_image(source, name=name)
+        message = str(caught.value)
+        assert "\n" not in message
+        for word in words:
+            assert word in message, message
+        return message
+
+    def test_no_such_file(self, tmp_path):
+        path = tmp_path / "none.png"
+        assert self.refused(path, "no such file") == f"{path}: no such file"
+        self.refused(path, "image 3", "none.png", name="image 3")
+
+    def test_directory(self, tmp_path):
+        self.refused(tmp_path, str(tmp_path), "directory")
+
+    @pytest.mark.parametrize("path", ["a\0b", "x" * 5000])
+    def test_impossible_path(self, path):
+        self.refused(path, "cannot be read")
+
+    def test_address(self):
+        self.refused("https://example.org/a.png", "https://example.org/a.png", "not fetched")
+
+    def test_zero_bytes(self, tmp_path):
+        path = tmp_path / "empty.png"
+        path.write_bytes(b"")
+        self.refused(path, "empty.png", "empty (0 bytes)")
+        self.refused(b"", "image 2", "empty (0 bytes)", name="image 2")
+
+    def test_no_image(self, tmp_path):
+        path = tmp_path / "notes.png"
+        path.write_text("not an image at all")
+        self.refused(path, "notes.png", "not an image")
+        self.refused(b"\x89PNG\r\n\x1a\n", "not an image")
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+    @pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+    def test_truncated(self, kind, share):
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        data = encoded(Image.fromarray(noise), kind)
+        load_image(data)
+        self.refused(data[: int(len(data) * share)], "image 1", "truncated or corrupt", name="image 1")
+
+    def test_truncated_image_opened_by_the_caller(self):
+        data = encoded(Image.fromarray(picture(256, 256)), "JPEG", quality=95)
+        self.refused(Image.open(io.BytesIO(data[: len(data) // 2])), "truncated or corrupt")
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.data())
+    def test_damaged_files_give_pixels_or_media_errors(self, data):
+        kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"]))
+        content = bytearray(encoded(Image.fromarray(picture(9, 7)), kind))
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        with warnings.catch_warnings(), contextlib.suppress(MediaError):  # anything else fails the test
+            warnings.simplefilter("ignore")
+            assert load_image(bytes(content)).shape[0] == 3
+
+    @pytest.mark.parametrize(("factor", "refused"), [(0.9, True), (0.4, True), (1.1, False)])
+    def test_decompression_bomb(self, factor, refused, monkeypatch):
+        data = encoded(Image.fromarray(picture(40, 50)))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(2000 * factor))  # 0.9 only warns in Pillow, 0.4 raises
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            if refused:
+                self.refused(data, "decompression bomb", f"{int(2000 * factor):,}")
+            else:
+                load_image(data)
+        assert not seen  # one line, the error's
+
+    def test_no_pixels(self):
+        self.refused(Image.new("RGB", (0, 5)), "0x5 has no pixels")
+        self.refused(np.zeros((4, 0, 3), np.uint8), "0x4 has no pixels")
+        self.refused(torch.zeros(3, 0, 4, dtype=torch.uint8), "4x0 has no pixels")
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.int64, bool])
+    def test_numpy_dtype(self, dtype):
+        self.refused(np.zeros((4, 4, 3), dtype), np.dtype(dtype).name)
+
+    @pytest.mark.parametrize("shape", [(4,), (3, 8, 8), (8, 8, 2), (8, 8, 5)])
+    def test_numpy_shape(self, shape):
+        self.refused(np.zeros(shape, np.uint8), "numpy shape", str(list(shape)))
+
+    def test_a_batch_is_no_image(self):
+        self.refused(np.zeros((2, 8, 8, 3), np.uint8), "[2, 8, 8, 3]", "more than one image")
+        self.refused(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "[1, 3, 8, 8]", "more than one image")
+
+    @pytest.mark.parametrize("shape", [(4,), (8, 8, 3), (2, 8, 8)])
+    def test_tensor_shape(self, shape):
+        self.refused(torch.zeros(shape, dtype=torch.uint8), "tensor shape", str(list(shape)))
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.int8])
+    def test_tensor_dtype(self, dtype):
+        self.refused(torch.zeros(3, 4, 4, dtype=dtype), str(dtype))
+
+    @pytest.mark.parametrize("value", [-0.01, 1.01, 255.0, float("nan"), float("inf")])
+    def test_float_range(self, value):
+        image = torch.rand(3, 4, 4)
+        image[1, 2, 3] = value
+        self.refused(image, "0..1")
+
+    def test_unknown_range(self):
+        self.refused(Image.fromarray(np.ones((4, 4), np.float32)), "mode 'F'")
+        self.refused(Image.fromarray(np.ones((4, 4), np.int32)), "mode 'I'")
+
+    def test_other_types(self):
+        self.refused(None, "NoneType")
+        self.refused([1, 2], "list", "image 7", name="image 7")
+
+
+class TestSplitBatch:
+    """The batch form ``[B, n_cameras, 3, H, W]``."""
+
+    def test_views_in_order(self):
+        batch = torch.randint(0, 256, (2, 3, 3, 8, 10), dtype=torch.uint8)
+        samples = split_batch(batch)
+        assert [len(sample) for sample in samples] == [3, 3]
+        for sample, images in zip(batch, samples, strict=True):
+            for expected, image in zip(sample, images, strict=True):
+                assert torch.equal(image, expected)
+                assert image.data_ptr() == expected.data_ptr()
+
+    @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (0, 2, 3, 8, 8), (2, 0, 3, 8, 8), (1, 1, 2, 8, 8)])
+    def test_bad_shapes(self, shape):
+        with pytest.raises(MediaError, match=re.escape(str(list(shape)))):
+            split_batch(torch.zeros(shape, dtype=torch.uint8))
+
+    def test_bad_values(self):
+        with pytest.raises(MediaError, match=r"0\.\.1"):
+            split_batch(torch.full((1, 1, 3, 4, 4), 255.0))

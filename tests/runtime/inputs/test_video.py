@@ -1,0 +1,291 @@
+"""Every form of video, sampling as Transformers samples, and every bad one."""
+
+import contextlib
+import math
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+from transformers.video_utils import VideoMetadata
+from transformers.video_utils import load_video as transformers_load_video
+
+from qwen2vl_trt.errors import MediaError
+from runtime.inputs.video import DEFAULT_FPS, FrameSampling, Video, load_video
+
+
+def frames(count=6, height=32, width=48):
+    """Frame n is grey of level 10 n, its left half brighter."""
+    video = np.zeros((count, height, width, 3), np.uint8)
+    video += np.arange(count, dtype=np.uint8)[:, None, None, None] * 10
+    video[:, :, : width // 2] += 90
+    return video
+
+
+def write(path, video, rate=10, rotation=None, codec="mpeg4", **options):
+    with av.open(path, "w", **options) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = video.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.bit_rate = 4_000_000
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for image in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Two seconds at 10 frames a second."""
+    return write(str(tmp_path_factory.mktemp("video") / "clip.mp4"), frames(20))
+
+
+def noise():
+    return np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def noise_clip(tmp_path_factory):
+    """Noise does not compress, so the frames are most of the file and the header, at its end, is little."""
+    return write(str(tmp_path_factory.mktemp("video") / "noise.mp4"), noise())
+
+
+class TestMemory:
+    """Frames given in memory are all kept."""
+
+    def test_every_form_agrees(self):
+        video = frames()
+        tensor = torch.from_numpy(video).permute(0, 3, 1, 2)
+        forms = [video, np.moveaxis(video, 3, 1), tensor, tensor.permute(0, 2, 3, 1), list(video), list(tensor)]
+        forms += [tuple(Image.fromarray(frame) for frame in video)]
+        for form in forms:
+            loaded = load_video(form, fps=3)
+            assert loaded.fps == 3
+            assert len(loaded.frames) == 6
+            assert all(torch.equal(frame, expected) for frame, expected in zip(loaded.frames, tensor, strict=True))
+
+    def test_mixed_sources(self, tmp_path):
+        path = tmp_path / "a.png"
+        image = Image.fromarray(frames()[2])
+        image.save(path)
+        loaded = load_video([path, image, path.read_bytes()])
+        assert torch.equal(loaded.frames[0], loaded.frames[1])
+        assert torch.equal(loaded.frames[0], loaded.frames[2])
+
+    def test_rates(self):
+        video = list(frames())
+        assert load_video(video).fps == DEFAULT_FPS == VideoMetadata(total_num_frames=6).sampled_fps
+        assert load_video(Video(video, fps=5)).fps == 5
+        assert load_video(Video(video, fps=5), fps=2).fps == 2
+
+    def test_grey_and_transparent_arrays(self):
+        grey = frames()[..., :1]
+        assert load_video(grey).frames[0].shape == (3, 32, 48)
+        clear = np.zeros((2, 4, 6, 4), np.uint8)
+        assert load_video(clear).frames[1].unique().tolist() == [255]
+
+    def test_float_tensor(self):
+        video = torch.rand(2, 3, 8, 8)
+        assert torch.equal(torch.stack(list(load_video(video).frames)), video)
+
+
+class TestSampling:
+    """``FrameSampling.indices`` against ``Qwen2VLVideoProcessor.sample_frames``."""
+
+    processor = Qwen2VLVideoProcessor()
+
+    @settings(max_examples=300, deadline=None)
+    @given(
+        st.integers(2, 5000),
+        st.floats(1, 240),
+        st.floats(0.1, 30),
+        st.integers(0, 20),
+        st.integers(2, 800),
+        st.sampled_from([1, 2, 4]),
+    )
+    def test_equals_transformers(self, total, rate, fps, fewest, most, unit):
+        sampling = FrameSampling(fps, fewest, most, unit)
+        kept = sampling.indices(total, rate)
+        assert kept == sorted(set(kept))
+        assert kept[0] >= 0
+        assert kept[-1] < total
+        metadata = VideoMetadata(total_num_frames=total, fps=rate)
+        try:
+            expected = self.processor.sample_frames(
+                metadata, temporal_patch_size=unit, min_frames=fewest, max_frames=most, fps=fps
+            )
+        except ZeroDivisionError:  # too short for one temporal patch
+            assert kept == list(range(min(total, unit)))
+        else:
+            assert kept == [index for index in expected.tolist() if index < total]
+
+    def test_typical(self):
+        assert FrameSampling().indices(100, 25.0) == [0, 12, 25, 37, 50, 62, 75, 87]
+        assert FrameSampling().indices(3, 30.0) == [0, 1]
+        assert FrameSampling().indices(1, 30.0) == [0]
+
+
+class TestFiles:
+    """Real files, through PyAV."""
+
+    def test_as_transformers(self, clip):
+        sampling = FrameSampling(fps=4, min_frames=2)
+        loaded = load_video(clip, sampling=sampling)
+        choose = partial(TestSampling.processor.sample_frames, fps=4, min_frames=2)
+        expected, metadata = transformers_load_video(
+            clip, backend="pyav", sample_indices_fn=lambda metadata: choose(metadata)
+        )
+        assert np.array_equal(torch.stack(list(loaded.frames)).permute(0, 2, 3, 1).numpy(), expected)
+        assert loaded.fps == pytest.approx(metadata.sampled_fps)
+        assert len(loaded.frames) == 8
+
+    def test_default_sampling_and_content(self, clip):
+        loaded = load_video(clip)
+        assert loaded.fps == pytest.approx(2)
+        levels = [frame[:, 16, 40].float().mean().item() for frame in loaded.frames]
+        assert levels == pytest.approx([0, 50, 100, 150], abs=6)
+
+    def test_bytes_and_path_objects(self, clip, tmp_path):
+        path = tmp_path / "copy.mp4"
+        path.write_bytes(Path(clip).read_bytes())
+        from_path, from_bytes = load_video(path), load_video(path.read_bytes())
+        assert all(torch.equal(a, b) for a, b in zip(from_path.frames, from_bytes.frames, strict=True))
+
+    def test_rate_of_the_caller_replaces_the_header(self, clip):
+        loaded = load_video(clip, fps=5)  # 20 frames are then 4 seconds
+        assert len(loaded.frames) == 8
+        assert loaded.fps == pytest.approx(2)
+
+    def test_container_without_a_frame_count(self, tmp_path):
+        path = write(str(tmp_path / "a.mkv"), frames(20))
+        with av.open(path) as container:
+            assert container.streams.video[0].frames == 0
+        assert len(load_video(path).frames) == 4
+
+    @pytest.mark.parametrize("rotation", [90, 180, 270])
+    def test_rotation(self, rotation, tmp_path):
+        upright = frames(4)
+        stored = np.ascontiguousarray(np.rot90(upright, -rotation // 90, axes=(1, 2)))
+        loaded = load_video(write(str(tmp_path / "a.mp4"), stored, rotation=rotation), fps=10)
+        difference = loaded.frames[0].permute(1, 2, 0).numpy().astype(int) - upright[0]
+        assert abs(difference).mean() < 5
+
+    def test_one_frame(self, tmp_path):
+        assert len(load_video(write(str(tmp_path / "a.mp4"), frames(1))).frames) == 1
+
+
+class TestBadInput:
+    """Each is one line that names the thing."""
+
+    def refused(self, source, *words, **options):
+        with pytest.raises(MediaError) as caught:
+            load_video(source, **options)
+        message = str(caught.value)
+        assert "\n" not in message
+        for word in words:
+            assert word in message, message
+
+    @pytest.mark.parametrize("fps", [0, -1, math.nan, math.inf, "2"])
+    def test_rate(self, fps, clip):
+        self.refused(frames(), "video 1: fps", "above 0", fps=fps, name="video 1")
+        self.refused(Video(frames(), fps), "above 0")
+        self.refused(clip, "above 0", fps=fps)
+
+    def test_no_frames(self):
+        self.refused([], "video: no frames")
+        self.refused(np.zeros((0, 4, 4, 3), np.uint8), "no frames")
+
+    def test_sizes_differ(self):
+        self.refused([np.zeros((4, 6, 3), np.uint8), np.zeros((4, 8, 3), np.uint8)], "frame 2 is 8x4", "frame 1 is 6x4")
+
+    def test_kinds_differ(self):
+        self.refused([torch.rand(3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.uint8)], "frame 2 is torch.uint8")
+
+    def test_a_bad_frame_is_named(self, tmp_path):
+        self.refused([np.zeros((4, 6, 3), np.uint8), tmp_path / "b.png"], "video 2, frame 2", "b.png", name="video 2")
+
+    @pytest.mark.parametrize("shape", [(4, 4, 3), (2, 5, 4, 6)])
+    def test_shape(self, shape):
+        self.refused(np.zeros(shape, np.uint8), str(list(shape)))
+        self.refused(torch.zeros(shape, dtype=torch.uint8), str(list(shape)))
+
+    def test_values(self):
+        self.refused(torch.full((2, 3, 4, 4), 2.0), "0..1")
+        self.refused(np.zeros((2, 4, 4, 3)), "float64")
+
+    def test_no_such_file(self, tmp_path):
+        self.refused(tmp_path / "none.mp4", "none.mp4: no such file")
+        self.refused(str(tmp_path / "none.mp4"), "video 3 (", "none.mp4): no such file", name="video 3")
+
+    def test_directory_address_and_empty(self, tmp_path):
+        self.refused(tmp_path, "directory")
+        self.refused("https://example.org/a.mp4", "not fetched")
+        self.refused("a\0b", "cannot be read")
+        path = tmp_path / "empty.mp4"
+        path.touch()
+        self.refused(path, "empty.mp4: empty (0 bytes)")
+        self.refused(b"", "empty (0 bytes)")
+
+    def test_not_a_video(self, tmp_path):
+        path = tmp_path / "notes.mp4"
+        path.write_text("no video at all " * 100)
+        self.refused(path, "notes.mp4", "not a video, truncated or corrupt")
+        self.refused(path.read_bytes(), "not a video, truncated or corrupt")
+
+    def test_no_video_stream(self, tmp_path):
+        path = str(tmp_path / "sound.wav")
+        with av.open(path, "w") as container:
+            stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+            sound.sample_rate = 8000
+            container.mux(stream.encode(sound))
+            container.mux(stream.encode())
+        self.refused(path, "sound.wav: no video stream")
+
+    @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+    def test_truncated(self, share, noise_clip):
+        data = Path(noise_clip).read_bytes()
+        self.refused(data[: int(len(data) * share)], "truncated or corrupt")
+
+    @pytest.mark.parametrize("share", [0.4, 0.7])
+    def test_truncated_behind_its_header(self, share, tmp_path):
+        """A file made for streaming has its header in front, so it opens, and ends too early."""
+        path = write(str(tmp_path / "a.mp4"), noise(), options={"movflags": "+faststart"})
+        data = Path(path).read_bytes()
+        load_video(data)
+        self.refused(data[: int(len(data) * share)], "truncated or corrupt")
+
+    def test_header_that_claims_a_few_frames_too_many(self, clip, monkeypatch):
+        """Sampled again from what there is; edit lists make such files."""
+        from runtime.inputs import video as module
+
+        decode = module._decode
+        kept = []
+
+        def one_short(container, wanted, label):
+            kept.append(list(wanted))
+            found, decoded = decode(container, wanted, label)
+            return (found[:-1], 19) if len(kept) == 1 else (found, decoded)
+
+        monkeypatch.setattr(module, "_decode", one_short)
+        loaded = load_video(clip)
+        assert kept == [[0, 5, 10, 15], FrameSampling().indices(19, 10)]
+        assert len(loaded.frames) == len(kept[1])
+
+    def test_damaged_bytes_give_frames_or_media_errors(self, clip):
+        data = Path(clip).read_bytes()
+        generator = np.random.default_rng(0)
+        for _ in range(40):
+            damaged = bytearray(data)
+            for position in generator.integers(0, len(data), 6):
+                damaged[position] = generator.integers(0, 256)
+            with contextlib.suppress(MediaError):  # anything else fails the test
+                assert load_video(bytes(damaged)).frames

@@ -1,0 +1,144 @@
+"""A picture that comes again is neither decoded nor embedded again, and nothing else is taken for it."""
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qwen2vl_trt.errors import LimitError, MediaError
+from runtime import Video
+from runtime.media import embedder as embedder_module
+from runtime.media.cached_media import CachedMedia
+from runtime.media.embedding_cache import EmbeddingCache
+from tests.runtime.media.test_embedder import embedder, picture
+
+
+def cached(limit=1 << 20, **settings):
+    media, engine = embedder(**settings)
+    return CachedMedia(media, EmbeddingCache(limit)), engine
+
+
+def png(array):
+    file = BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_duplicates_in_a_batch_are_embedded_once():
+    for limit in (0, 1 << 20):
+        media, engine = cached(limit)
+        loaded = [media.load_image(picture(number), "image") for number in (0, 1, 0, 0)]
+        embeds, _ = media.embed(loaded)
+        assert engine.calls == [2]
+        assert (media.hits, media.misses) == (2, 2)
+        assert torch.equal(embeds[0], embeds[2])
+        assert not torch.equal(embeds[0], embeds[1])
+        media.embed([media.load_image(picture(0), "image")])
+        assert engine.calls == ([2, 1] if limit == 0 else [2])
+
+
+def test_a_file_in_the_cache_is_not_even_decoded(tmp_path, monkeypatch):
+    media, engine = cached()
+    path = tmp_path / "a.png"
+    path.write_bytes(png(picture(0)))
+    first = media.embed([media.load_image(path, "image 1")])[0][0]
+    monkeypatch.setattr(embedder_module, "load_image", None)
+    for source in (path, str(path), path.read_bytes(), bytearray(path.read_bytes())):
+        again = media.load_image(source, "image 1")
+        assert again.grid == (1, 4, 6)
+        assert torch.equal(media.embed([again])[0][0], first)
+    assert engine.calls == [1]
+    monkeypatch.undo()
+    path.write_bytes(png(picture(1)))  # the same name, another picture
+    assert not torch.equal(media.embed([media.load_image(path, "image 1")])[0][0], first)
+
+
+def test_the_same_pixels_in_any_form_of_array_are_one_picture():
+    media, engine = cached()
+    array = picture(0)
+    forms = [array, Image.fromarray(array), torch.from_numpy(array).movedim(-1, 0), array[:, ::-1][:, ::-1]]
+    media.embed([media.load_image(form, "image") for form in forms])
+    assert engine.calls == [1]
+
+
+def test_other_sizes_and_types_are_other_pictures():
+    media, engine = cached()
+    grey = np.zeros((56, 84), np.uint8)
+    forms = [grey, grey.T, torch.zeros(3, 56, 84), picture(0)]
+    media.embed([media.load_image(form, "image") for form in forms])
+    assert sum(engine.calls) == 4
+
+
+def test_videos():
+    media, engine = cached()
+    frames = [picture(number) for number in range(4)]
+    clip = media.load_video(frames, "video 1", 2.0)
+    assert clip.second_per_grid == 1.0
+    embeds = media.embed([clip, media.load_image(frames[0], "image 1"), clip])[0]
+    calls = len(engine.calls)
+    again = media.load_video(Video(frames, fps=4.0), "video 1")
+    assert again.second_per_grid == 0.5  # a rate moves positions, not pixels
+    found = media.embed([again])[0][0]
+    assert torch.equal(found, embeds[0])
+    assert torch.equal(embeds[2], embeds[0])
+    assert len(engine.calls) == calls
+    media.embed([media.load_video(frames[::-1], "video 1", 2.0)])
+    assert len(engine.calls) == calls + 1
+
+
+def test_video_files(tmp_path, monkeypatch):
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 84, 56, "yuv420p"
+        for number in range(60):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(number))))
+        container.mux(stream.encode())
+    media, engine = cached()
+    first = media.load_video(path, "video 1")
+    often, seldom = media.embed([first, media.load_video(path, "video 1", 1.0)])[0]
+    assert len(often) == 2 * len(seldom)
+    calls = len(engine.calls)
+    monkeypatch.setattr(embedder_module, "load_video", None)
+    for source in (path, str(path), path.read_bytes()):
+        again = media.load_video(source, "video 1")
+        assert (again.grid, again.second_per_grid) == (first.grid, first.second_per_grid)
+        media.embed([again, media.load_video(source, "video 1", 1.0)])
+    assert len(engine.calls) == calls
+
+
+def test_errors_are_those_of_loading(tmp_path):
+    media, _ = cached()
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("no image")
+    for name, message in (("none.png", "no such file"), ("empty.png", "empty"), ("text.png", "not an image")):
+        with pytest.raises(MediaError, match=rf"image 2 \(.*{name}\): .*{message}"):
+            media.load_image(tmp_path / name, "image 2")
+    with pytest.raises(MediaError, match="addresses are not fetched"):
+        media.load_image("https://x/y.png", "image 2")
+    large = tmp_path / "large.png"
+    large.write_bytes(png(picture(0, 600, 700)))
+    media, _ = cached(min_pixels=1, max_pixels=10**6)
+    with pytest.raises(LimitError, match=r"image 3, .*large.png \(700x600\)"):
+        media.load_image(large, "image 3")
+    with pytest.raises(MediaError, match=r"video 1 \(.*none.mp4\): no such file"):
+        media.load_video(tmp_path / "none.mp4", "video 1")
+
+
+def test_an_engine_that_fails_leaves_nothing_in_the_cache():
+    media, engine = cached()
+    loaded = [media.load_image(picture(number), "image") for number in range(2)]
+
+    def broken(pixel_values, layout):
+        raise RuntimeError("engine")
+
+    runner, media._media._runner = media._media._runner, broken
+    with pytest.raises(RuntimeError, match="engine"):
+        media.embed(loaded)
+    media._media._runner = runner
+    assert (media.hits, media.misses) == (0, 0)
+    media.embed(loaded)
+    assert engine.calls == [2]

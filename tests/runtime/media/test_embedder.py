@@ -1,0 +1,121 @@
+"""Media within the engine's limits: names, sizes, rates, and how many frames an engine call takes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engines.profile import BuildProfile
+from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.errors import LimitError, MediaError
+from runtime import Video
+from runtime.media.embedder import MediaEmbedder
+from runtime.preprocessing.preprocessor import Preprocessor, PreprocessorSettings
+from tests.models import model_config
+
+CONFIG = Qwen2VLConfig.from_dict(model_config().to_dict()).vision
+PROFILE = BuildProfile(min_hw_dims=16, max_hw_dims=400, max_batch_size=3)
+
+
+class FakeEngine:
+    """Gives every merged token the mean of the window that it comes from, and notes the calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, pixel_values, layout):
+        self.calls.append(len(layout.sequence_lengths))
+        assert len(pixel_values) == len(layout.window_lengths)
+        groups = pixel_values.shape[1] // CONFIG.merge_unit
+        return pixel_values.mean((1, 2))[layout.merge_index // groups][:, None]
+
+
+def embedder(min_pixels=3136, max_pixels=100_000):
+    settings = PreprocessorSettings().with_limits(min_pixels, max_pixels)
+    settings = replace(settings, video=replace(settings.video, min_pixels=3136, max_pixels=100_000))
+    engine = FakeEngine()
+    return MediaEmbedder(Preprocessor(CONFIG, settings), engine, PROFILE, CONFIG), engine
+
+
+def picture(number, height=56, width=84):
+    return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_images_are_embedded_as_many_at_a_time_as_the_engine_takes():
+    media, engine = embedder()
+    images = [media.load_image(picture(n, 56 + 28 * n, 84), f"image {n}") for n in range(7)]
+    together, videos, times = media.embed(images)
+    assert engine.calls == [3, 3, 1]
+    assert videos == []
+    assert times.preprocess > 0
+    assert times.vision > 0
+    for image, embedding in zip(images, together):
+        assert len(embedding) == image.grid[1] * image.grid[2] // CONFIG.merge_unit
+        assert torch.equal(embedding, media.embed([image])[0][0])
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 6, 7, 14])
+def test_a_long_video_takes_several_calls(frames):
+    media, engine = embedder()
+    video = media.load_video([picture(n) for n in range(frames)], "video 1", 2.0)
+    _, [embedding], _ = media.embed([], [video])
+    patches = -(-frames // 2)
+    assert video.grid == (patches, 4, 6)
+    assert engine.calls == [3] * (patches // 3) + [patches % 3] * (patches % 3 > 0)
+    assert len(embedding) == patches * 6
+    packed = media._preprocessor.preprocess(videos=[video.video])
+    assert torch.equal(embedding, media._runner(packed.pixel_values, packed.layout))
+
+
+def test_images_and_videos_together():
+    media, _ = embedder()
+    images = [media.load_image(picture(n), "image") for n in range(2)]
+    videos = [media.load_video([picture(n)] * 4, "video", 4.0) for n in range(2)]
+    image_embeds, video_embeds, _ = media.embed(images, videos)
+    assert [len(embedding) for embedding in image_embeds] == [6, 6]
+    assert [len(embedding) for embedding in video_embeds] == [12, 12]
+    assert [video.second_per_grid for video in videos] == [0.5, 0.5]
+    assert media.embed([])[0] == []
+
+
+def test_what_the_engine_does_not_take_is_named():
+    media, _ = embedder(min_pixels=1, max_pixels=10**6)
+    with pytest.raises(LimitError, match=r"image 3 \(700x600\) needs .*16 to 400 .*--max-pixels 78400"):
+        media.load_image(picture(0, 600, 700), "image 3")
+    with pytest.raises(LimitError, match=r"image 1 \(28x28\) needs 4 patches.*--min-pixels 3136"):
+        media.load_image(picture(0, 28, 28), "image 1")
+    with pytest.raises(LimitError, match=r"video 2 \(700x600\)"):
+        media.load_video([picture(0, 600, 700)] * 2, "video 2")
+
+
+def test_the_rate_of_a_message_samples_a_file_and_describes_frames(tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 84, 56, "yuv420p"
+        for number in range(60):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(number))))
+        container.mux(stream.encode())
+    media, _ = embedder()
+    for source in (path, str(path), path.read_bytes()):
+        assert len(media.load_video(source, "video 1").video.frames) == 12  # 6 s at 2 frames/s
+        assert len(media.load_video(source, "video 1", 1.0).video.frames) == 6
+        assert media.load_video(source, "video 1", 1.0).second_per_grid == pytest.approx(2.0)
+    frames = [picture(number) for number in range(6)]
+    assert len(media.load_video(frames, "video 1", 1.0).video.frames) == 6
+    assert media.load_video(frames, "video 1", 1.0).second_per_grid == 2.0
+    assert media.load_video(Video(frames, fps=4.0), "video 1").second_per_grid == 0.5
+    for fps in (0, -1, float("nan"), float("inf"), "fast"):
+        for source in (path, frames):
+            with pytest.raises(MediaError, match=r"video 1.*fps"):
+                media.load_video(source, "video 1", fps)
+
+
+def test_what_is_no_video():
+    media, _ = embedder()
+    for source in (None, 3, Image.fromarray(picture(0))):
+        with pytest.raises(MediaError, match=r"video 1: a .* is no video"):
+            media.load_video(source, "video 1")

@@ -1,0 +1,145 @@
+"""Limits, normalisation and sizes as Transformers reads and computes them."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.qwen2_vl import image_processing_qwen2_vl
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+from qwen2vl_trt.errors import CheckpointError, LimitError, MediaError
+from runtime.inputs.video import FrameSampling
+from runtime.preprocessing.settings import PixelSettings, PreprocessorSettings, smart_resize
+
+DEFAULT = image_processing_qwen2_vl.Qwen2VLImageProcessor
+
+
+class TestSmartResize:
+    """The same answer as Transformers, which has no limit below the aspect ratio."""
+
+    sides = st.integers(1, 6000)
+
+    @settings(max_examples=500, deadline=None)
+    @given(sides, sides, st.sampled_from([4, 28, 32]), st.integers(1, 10**6), st.integers(0, 10**7))
+    def test_equals_transformers(self, height, width, factor, low, extra):
+        try:
+            expected = image_processing_qwen2_vl.smart_resize(height, width, factor, low, low + extra)
+        except ValueError:
+            with pytest.raises(MediaError, match=f"{width}x{height}"):
+                smart_resize(height, width, factor, low, low + extra)
+            return
+        assert smart_resize(height, width, factor, low, low + extra) == expected
+
+    @settings(max_examples=300, deadline=None)
+    @given(sides, sides)
+    def test_invariants(self, height, width):
+        if max(height, width) > 200 * min(height, width):
+            return
+        rows, columns = smart_resize(height, width, 28, 3136, 1003520)
+        assert rows % 28 == columns % 28 == 0
+        assert min(rows, columns) >= 28
+        assert 3136 <= rows * columns <= 1003520
+        assert max(rows, columns) > 5600 or smart_resize(rows, columns, 28, 3136, 1003520) == (rows, columns)
+
+    def test_an_area_at_its_limit_stays(self):
+        assert smart_resize(50, 60, 28, 3136, 1003520) == (56, 56)
+        assert smart_resize(50, 60, 28, 100, 3136) == (56, 56)
+
+    def test_aspect_ratio_of_200_is_the_last(self):
+        assert smart_resize(10, 2000, 28, 3136, 1003520)[0] == 28
+        with pytest.raises(MediaError, match=r"2001x10 has an aspect ratio of 200\.1"):
+            smart_resize(10, 2001, 28, 3136, 1003520)
+
+    @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+    def test_no_pixels(self, size):
+        with pytest.raises(MediaError, match="no pixels"):
+            smart_resize(*size, 28, 3136, 1003520)
+
+
+class TestSettings:
+    """``from_folder`` reads what Transformers reads."""
+
+    def write(self, folder, name, **content):
+        (folder / name).write_text(json.dumps(content))
+
+    def test_defaults_are_transformers(self, tmp_path):
+        settings = PreprocessorSettings.from_folder(tmp_path)
+        assert settings == PreprocessorSettings()
+        # The class attributes are shared and mutable, so the sizes are written out.
+        assert (settings.image.min_pixels, settings.image.max_pixels) == (56 * 56, 28 * 28 * 1280)
+        assert (settings.video.min_pixels, settings.video.max_pixels) == (128 * 28 * 28, 28 * 28 * 768)
+        for pixels, reference in ((settings.image, DEFAULT()), (settings.video, Qwen2VLVideoProcessor())):
+            assert list(pixels.image_mean) == list(reference.image_mean)
+            assert list(pixels.image_std) == list(reference.image_std)
+            assert pixels.rescale_factor == reference.rescale_factor
+        reference = Qwen2VLVideoProcessor()
+        assert settings.sampling == FrameSampling(
+            2.0, reference.min_frames, reference.max_frames, reference.temporal_patch_size
+        )
+
+    def test_published_checkpoint(self, tmp_path):
+        """One file with the old keys serves images and videos."""
+        mean = [0.1, 0.2, 0.3]
+        self.write(tmp_path, "preprocessor_config.json", min_pixels=3136, max_pixels=12845056, image_mean=mean)
+        settings = PreprocessorSettings.from_folder(tmp_path)
+        for pixels in (settings.image, settings.video):
+            assert (pixels.min_pixels, pixels.max_pixels, pixels.image_mean) == (3136, 12845056, (0.1, 0.2, 0.3))
+
+    @pytest.mark.parametrize(
+        "size",
+        [{"shortest_edge": 4000, "longest_edge": 90000}, {"min_pixels": 4000, "max_pixels": 90000}],
+    )
+    def test_size_forms_and_own_video_file(self, size, tmp_path):
+        self.write(tmp_path, "preprocessor_config.json", size=size)
+        self.write(tmp_path, "video_preprocessor_config.json", max_pixels=200000, fps=4, max_frames=16)
+        settings = PreprocessorSettings.from_folder(tmp_path)
+        assert (settings.image.min_pixels, settings.image.max_pixels) == (4000, 90000)
+        assert (settings.video.min_pixels, settings.video.max_pixels) == (128 * 28 * 28, 200000)
+        assert settings.sampling == FrameSampling(fps=4, max_frames=16)
+
+    def test_saved_by_transformers(self, tmp_path):
+        size = {"shortest_edge": 4000, "longest_edge": 90000}
+        DEFAULT(size=size, image_std=[0.5, 0.5, 0.5]).save_pretrained(tmp_path)
+        settings = PreprocessorSettings.from_folder(tmp_path)
+        assert settings.image == PixelSettings(4000, 90000, image_std=(0.5, 0.5, 0.5))
+
+    def test_nested_file_wins(self, tmp_path):
+        self.write(tmp_path, "preprocessor_config.json", min_pixels=1, max_pixels=2)
+        self.write(
+            tmp_path,
+            "processor_config.json",
+            image_processor={"size": {"shortest_edge": 5000, "longest_edge": 6000}},
+            video_processor={"size": {"shortest_edge": 7000, "longest_edge": 8000}},
+        )
+        settings = PreprocessorSettings.from_folder(tmp_path)
+        assert (settings.image.min_pixels, settings.image.max_pixels) == (5000, 6000)
+        assert (settings.video.min_pixels, settings.video.max_pixels) == (7000, 8000)
+
+    def test_overrides(self):
+        settings = PreprocessorSettings().with_limits(max_pixels=50_000)
+        assert (settings.image.min_pixels, settings.image.max_pixels) == (3136, 50_000)
+        assert (settings.video.min_pixels, settings.video.max_pixels) == (50_000, 50_000)
+        settings = PreprocessorSettings().with_limits(min_pixels=50_000, max_pixels=10**7)
+        assert settings.video == PreprocessorSettings().video
+        assert PreprocessorSettings().with_limits() == PreprocessorSettings()
+
+    @pytest.mark.parametrize("limits", [{"min_pixels": 0}, {"max_pixels": 0}, {"min_pixels": 10, "max_pixels": 9}])
+    def test_impossible_limits(self, limits):
+        with pytest.raises(LimitError, match="min_pixels"):
+            PreprocessorSettings().with_limits(**limits)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", "cannot be read"),
+            ("[]", "no JSON object"),
+            ('{"do_resize": false}', "do_resize"),
+            ('{"resample": 2}', "bicubic"),
+            ('{"min_pixels": 0}', "min_pixels"),
+        ],
+    )
+    def test_bad_files(self, content, message, tmp_path):
+        (tmp_path / "preprocessor_config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            PreprocessorSettings.from_folder(tmp_path)

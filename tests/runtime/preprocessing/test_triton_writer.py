@@ -1,0 +1,203 @@
+"""Triton's kernels, run on the CPU by its interpreter and compiled for GPUs that are not there.
+
+Where there is a GPU, tests/gpu/test_preprocessor.py runs them compiled.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+from qwen2vl_trt.errors import EngineError, MissingDependencyError
+from runtime.preprocessing import preprocessor as module
+from runtime.preprocessing import triton_writer
+from runtime.preprocessing.preprocessor import Preprocessor
+from runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
+from runtime.preprocessing.staging import Slot, Staging
+from runtime.preprocessing.torch_writer import TorchWriter
+from runtime.preprocessing.triton_writer import Tiles, TritonWriter, triton_is_installed
+from tests.pictures import CONFIG, TINY, TINY_SETTINGS, in_form, merge_order, mixes, natural, noise
+
+CPU = torch.device("cpu")
+installed = pytest.mark.skipif(not triton_is_installed(), reason="Triton is not installed")
+
+
+def interpreter_runs() -> str:
+    """Why not, where it does not."""
+    if not triton_is_installed():
+        return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "a GPU is here, and runs the compiled kernels (tests/gpu/test_preprocessor.py)"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        return f"the interpreter of Triton {triton.__version__} cannot loop with NumPy 2.4"
+    return ""
+
+
+interpreted = pytest.mark.skipif(bool(interpreter_runs()), reason=interpreter_runs() or "it runs")
+
+
+def preprocessor(config=CONFIG, settings=None, dtype=torch.float32, limit=1 << 28, tiles=None):
+    staging = Staging(CPU, limit)
+    result = Preprocessor(config, settings, dtype=dtype)
+    # Few programs and little padding: the interpreter takes milliseconds for each, however small.
+    tiles = tiles or (Tiles(64, 32, 1024) if config is TINY else Tiles(128, 256, 1 << 16))
+    result._writer = TritonWriter(config, staging, TorchWriter(config, staging), tiles)
+    return result
+
+
+@interpreted
+class TestInterpreted:
+    """The same patches as the CPU's own way, bit for bit."""
+
+    @settings(max_examples=15, deadline=None)
+    @given(mixes(), st.sampled_from([torch.float32, torch.bfloat16]))
+    def test_mixes(self, mix, dtype):
+        expected = Preprocessor(TINY, TINY_SETTINGS, dtype=dtype).preprocess(mix.images, mix.videos).pixel_values
+        memory = torch.full((expected.numel(),), torch.nan, dtype=dtype)
+        packed = preprocessor(TINY, TINY_SETTINGS, dtype).preprocess(mix.images, mix.videos, out=memory)
+        assert packed.pixel_values.data_ptr() == memory.data_ptr()
+        assert torch.equal(packed.pixel_values, expected)
+
+    def test_as_transformers(self):
+        sizes = [(333, 71), (112, 140), (20, 20), (1, 200), (150, 164)]
+        images = [natural(*size, seed) for seed, size in enumerate(sizes)]
+        expected = Qwen2VLImageProcessor()(images=images, return_tensors="pt")["pixel_values"]
+        assert torch.equal(merge_order(preprocessor().preprocess(images)), expected)
+
+    def test_4k(self):
+        images = [natural(2160, 3840), natural(30, 40)]
+        small = PreprocessorSettings(image=PixelSettings(max_pixels=28 * 28 * 16))
+        expected = Preprocessor(CONFIG, small).preprocess(images).pixel_values
+        assert torch.equal(preprocessor(settings=small).preprocess(images).pixel_values, expected)
+
+    @pytest.mark.parametrize("tiles", [Tiles(1, 16, 256), Tiles(2, 64, 512), Tiles(8, 32, 1 << 13)])
+    def test_tiles_change_nothing(self, tiles):
+        images = [natural(17, 31), in_form(natural(20, 20), "hwc"), natural(9, 12)]
+        small = PreprocessorSettings(image=PixelSettings(60, 300))
+        expected = Preprocessor(TINY, small).preprocess(images).pixel_values
+        assert torch.equal(preprocessor(TINY, small, tiles=tiles).preprocess(images).pixel_values, expected)
+
+    @pytest.mark.parametrize("form", ["hwc", "grey", "crop"])
+    def test_images_of_the_device_are_read_where_they_are(self, form, monkeypatch):
+        """Of any strides: nothing gathers them first."""
+        images = [in_form(natural(70, 50), form), in_form(natural(32, 64), form)]
+        expected = Preprocessor(TINY, TINY_SETTINGS).preprocess(images).pixel_values
+        monkeypatch.setattr(Slot, "send", lambda slot, tensors: list(tensors))
+        assert torch.equal(preprocessor(TINY, TINY_SETTINGS).preprocess(images).pixel_values, expected)
+
+    def test_floats_among_them(self):
+        images = [natural(37, 91), torch.rand(3, 50, 60), natural(32, 32)]
+        expected = Preprocessor(TINY, TINY_SETTINGS).preprocess(images).pixel_values
+        assert torch.equal(preprocessor(TINY, TINY_SETTINGS).preprocess(images).pixel_values, expected)
+
+    @pytest.mark.parametrize(("limit", "most", "parts"), [(1 << 28, 128, 1), (1, 128, 9), (1 << 28, 4, 3)])
+    def test_launches(self, limit, most, parts, monkeypatch):
+        """Two for a batch of mixed sizes, unless memory or the number of frames takes several."""
+        images = [noise(4 + 4 * (i % 3), 5 + i % 7, i) for i in range(9)]
+        small = PreprocessorSettings(image=PixelSettings(16, 64))
+        expected = Preprocessor(TINY, small).preprocess(images).pixel_values
+        monkeypatch.setattr(triton_writer, "_MAX_FRAMES", most)
+        launches = []
+        launch = triton_writer.TritonBatch.locate
+        monkeypatch.setattr(
+            triton_writer.TritonBatch, "locate", lambda *arguments: (launches.append(1), launch(*arguments))
+        )
+        found = preprocessor(TINY, small, limit=limit).preprocess(images).pixel_values
+        assert torch.equal(found, expected)
+        assert len(launches) == parts
+
+    def test_no_horizontal_pass_where_every_width_fits(self, monkeypatch):
+        images = [natural(50, 40), natural(40, 40)]
+        settings = PreprocessorSettings(image=PixelSettings(16, 10**4))
+        expected = Preprocessor(TINY, settings).preprocess(images).pixel_values
+        kernels = preprocessor(TINY)._writer._kernels
+        monkeypatch.setattr(kernels, "resize_rows", None)
+        assert torch.equal(preprocessor(TINY, settings).preprocess(images).pixel_values, expected)
+
+    def test_warm_up(self):
+        preprocessor(TINY)._writer.warm_up(CPU, torch.bfloat16)
+
+
+COMPILE = """
+import itertools
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from runtime.preprocessing import triton_kernels as kernels
+from runtime.preprocessing.triton_writer import Tiles, _MAX_FRAMES
+
+tiles, pointers = Tiles(), {"records": "*i64", "starts": "*i32", "tables": "*i32", "count": "i32"}
+for bits, capability in itertools.product(("*i16", "*i32"), map(int, sys.argv[1:])):
+    for kernel, arguments, constants in (
+        (kernels.resize_rows, pointers, {"TILE_ROWS": tiles.rows, "TILE_COLUMNS": tiles.columns}),
+        (
+            kernels.write_windows,
+            pointers | {"levels": bits, "output": bits},
+            {"PATCH": 14, "TIMES": 2, "MERGE": 2, "SIDE": 4, "BLOCK": tiles.block},
+        ),
+    ):
+        constants |= {"FRAMES": _MAX_FRAMES}
+        source = ASTSource(kernel, arguments | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        print(len(compiled.asm["cubin"]))
+"""
+
+
+@installed
+def test_compiles_for_ampere_hopper_and_blackwell(tmp_path):
+    """To machine code, by the assembler that Triton brings. In a process of its own: here it interprets."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE, "80", "90", "120"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [int(size) > 1000 for size in result.stdout.split()] == [True] * 12
+
+
+class TestChoice:
+    """Which writer a GPU gets. The device is named only: nothing runs on it."""
+
+    @pytest.fixture(autouse=True)
+    def no_device(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device", lambda device: module.nullcontext())
+
+    def writer(self, **options):
+        return Preprocessor(CONFIG, device="cuda:0", **options)._writer
+
+    def test_a_cpu_has_its_own(self):
+        assert type(Preprocessor(CONFIG, kernels="torch")._writer) is module.HostWriter
+
+    def test_torch_on_request(self):
+        assert type(self.writer(kernels="torch")) is TorchWriter
+
+    def test_torch_where_triton_is_missing(self, monkeypatch):
+        for place in (module, triton_writer):
+            monkeypatch.setattr(place, "triton_is_installed", lambda: False)
+        assert type(self.writer()) is TorchWriter
+        with pytest.raises(MissingDependencyError, match="pip install triton"):
+            self.writer(kernels="triton")
+
+    @installed
+    def test_triton_where_it_compiles(self, monkeypatch):
+        monkeypatch.setattr(TritonWriter, "warm_up", lambda *arguments: None)
+        assert type(self.writer()) is TritonWriter
+
+    @installed
+    def test_torch_where_it_does_not(self, monkeypatch, caplog):
+        def fail(*arguments):
+            raise RuntimeError("Failed to find C compiler.\nDetails")
+
+        monkeypatch.setattr(TritonWriter, "warm_up", fail)
+        assert type(self.writer()) is TorchWriter
+        assert [record.getMessage() for record in caplog.records] == [
+            "Triton cannot compile for this GPU (Failed to find C compiler.); PyTorch preprocesses instead"
+        ]
+        with pytest.raises(EngineError, match="Failed to find C compiler"):
+            self.writer(kernels="triton")

@@ -1,0 +1,255 @@
+"""Media loaded on threads while others are answered: equal answers, order, errors, cancellation, deadlines, threads."""
+
+import gc
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from qwen2vl_trt.errors import DeadlineError, MediaError
+from runtime import Pipeline, Request, SamplingParams, Video
+from runtime.backends.runners import open_engines
+from runtime.scheduling.media_ahead import _THREADS, MediaAhead
+from runtime.scheduling.preparation import MediaSources
+from tests.runtime.test_pipeline import answers, picture, random_params, random_request
+
+PATIENCE = 60  # seconds after which a test that hangs fails
+
+
+@pytest.fixture(scope="module")
+def engines(engine_dirs):
+    return open_engines(engine_dirs["torch"], "cpu")
+
+
+class Gate:
+    """Holds up the loading of requests with an image of a marked height until it is opened."""
+
+    def __init__(self, pipeline, height):
+        self.opened, self.begun, self.threads = threading.Event(), 0, set()
+        loader, self.height = pipeline._media_ahead, height
+        self._load, loader._load = loader._load, self.load
+
+    def load(self, sources):
+        if any(isinstance(image, np.ndarray) and image.shape[0] == self.height for image in sources.images):
+            self.threads.add(threading.current_thread())
+            self.begun += 1
+            assert self.opened.wait(PATIENCE)
+        return self._load(sources)
+
+
+def held(text="What?", **options):
+    return Request(text, [picture(1, 99, 60)], **options)
+
+
+@pytest.fixture
+def gated(engines):
+    """A pipeline whose requests of :func:`held` wait for the gate."""
+    pipeline = Pipeline(engines)
+    gate = Gate(pipeline, 99)
+    yield pipeline, gate
+    gate.opened.set()
+    pipeline.close()
+
+
+def step_until(pipeline, condition):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        pipeline.step()
+        assert time.monotonic() < end
+
+
+def loading_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("load-media")]
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seeds=st.lists(st.integers(0, 10_000), min_size=4, max_size=14), data=st.data())
+def test_answers_are_those_of_the_serial_order(engines, seeds, data):
+    requests, params = [random_request(seed) for seed in seeds], [random_params(seed) for seed in seeds]
+    delays = data.draw(st.lists(st.sampled_from([0.0, 0.0, 0.002, 0.02]), min_size=14, max_size=14))
+    expected = answers(Pipeline(engines, overlap=False).generate(requests, params))
+    pipeline = Pipeline(engines)
+    load = pipeline._media_ahead._load
+    following = iter(delays * len(seeds))
+
+    def slow(sources):
+        time.sleep(next(following))
+        return load(sources)
+
+    pipeline._media_ahead._load = slow
+    for _ in range(2):  # the second time embeddings and prefixes are there
+        assert answers(pipeline.generate(requests, params)) == expected
+    assert pipeline.counters().embedding_hits > 0 or not any(r.images or r.videos for r in requests)
+    pipeline.close()
+
+
+def test_answers_under_way_do_not_wait_for_a_picture(gated):
+    pipeline, gate = gated
+    running = pipeline.submit(Request("Who are you?"), SamplingParams(max_tokens=40, ignore_eos=True))
+    step_until(pipeline, lambda: running.token_ids)
+    late = pipeline.submit(held(), SamplingParams(max_tokens=3))
+    step_until(pipeline, lambda: running.finished)  # would fail in the gate
+    assert gate.begun == 1
+    assert not late.token_ids
+    assert threading.current_thread() not in gate.threads
+    gate.opened.set()
+    step_until(pipeline, lambda: late.finished)
+    assert late.token_ids
+    assert late.timings.preprocess > 0
+
+
+def test_the_loaded_pass_those_still_loading_and_are_passed_by_nobody_later(gated):
+    """All slots are taken while the first is held up; once it is there the next free slot is its."""
+    pipeline, gate = gated
+    slots = pipeline.engines.decoder.slots
+    first = pipeline.submit(held(), SamplingParams(max_tokens=2))
+    ready = [pipeline.submit(random_request(seed, images=1), SamplingParams(max_tokens=9 + seed)) for seed in range(9)]
+    step_until(pipeline, lambda: sum(bool(output.token_ids) for output in ready) == slots)
+    waiting = [pending.output for pending in pipeline._waiting]
+    assert waiting[0] is first
+    assert not first.finished
+    gate.opened.set()
+    loading = pipeline._waiting[0].loading
+    loading.wait_for_any([loading], PATIENCE)
+    while True:
+        assert [pending.output for pending in pipeline._waiting] == waiting  # nobody else has gone in before it
+        pipeline.step()
+        if len(pipeline._waiting) < len(waiting):
+            assert first not in [pending.output for pending in pipeline._waiting]
+            break
+    step_until(pipeline, lambda: not pipeline.busy)
+    assert all(output.finish_reason is not None for output in (first, *ready))
+
+
+def test_an_idle_pipeline_waits_in_one_step(gated):
+    pipeline, gate = gated
+    output = pipeline.submit(held(), SamplingParams(max_tokens=2))
+    threading.Timer(0.2, gate.opened.set).start()
+    pipeline.step()
+    assert output.token_ids
+    assert pipeline.counters().steps == 1
+
+
+def test_a_fault_ends_its_own_request(gated):
+    pipeline, gate = gated
+    gate.opened.set()
+    requests = [
+        Request("What?", ["none.png"]),
+        random_request(3, images=1),
+        Request("What?", [b"no picture"]),
+        Request("What?", "letters"),
+        Request([{"role": "user", "content": "<image>"}], []),
+    ]
+    outputs = pipeline.generate(requests, SamplingParams(max_tokens=3))
+    assert [type(output.error).__name__ for output in outputs] == [
+        "MediaError",
+        "NoneType",
+        "MediaError",
+        "MediaError",
+        "PromptError",
+    ]
+    serial = Pipeline(pipeline.engines, overlap=False).generate(requests, SamplingParams(max_tokens=3))
+    assert [str(output.error) for output in outputs] == [str(output.error) for output in serial]
+    with pytest.raises(MediaError, match=r"image 1.*none\.png.*no such file"):
+        outputs[0].text  # noqa: B018
+
+
+def test_cancelled_while_loading(gated):
+    pipeline, gate = gated
+    outputs = [pipeline.submit(held(), SamplingParams(max_tokens=2)) for _ in range(_THREADS + 2)]
+    pipeline._prepare()
+    time.sleep(0.05)  # as many as there are threads begin
+    for output in outputs:
+        pipeline.cancel(output)
+    assert not pipeline.busy
+    gate.opened.set()
+    pipeline.close()
+    assert gate.begun <= _THREADS  # those in the queue were never begun with
+    assert [output.finish_reason for output in outputs] == ["cancelled"] * len(outputs)
+
+
+def test_a_deadline_passes_while_loading(gated):
+    pipeline, _ = gated
+    output = pipeline.submit(held(deadline=0.05))
+    step_until(pipeline, lambda: output.finished)  # the gate is shut
+    assert isinstance(output.error, DeadlineError)
+    assert not pipeline.busy
+
+
+def test_a_clock_that_stands_still(gated):
+    pipeline, gate = gated
+    pipeline._clock = lambda: 0.0
+    output = pipeline.submit(held(deadline=3600))
+    threading.Timer(0.05, gate.opened.set).start()
+    step_until(pipeline, lambda: output.finished)
+    assert output.finish_reason is not None
+    assert output.timings.total == 0
+
+
+def test_close_leaves_no_thread_and_the_pipeline_goes_on(gated):
+    pipeline, gate = gated
+    before = len(loading_threads())
+    waiting = pipeline.submit(held(), SamplingParams(max_tokens=2))
+    pipeline._prepare()
+    assert len(loading_threads()) > before
+    threading.Timer(0.05, gate.opened.set).start()
+    pipeline.close()
+    assert len(loading_threads()) == before
+    assert waiting.finish_reason == "cancelled"
+    assert pipeline.generate(held(), SamplingParams(max_tokens=2))[0].token_ids
+    pipeline.close()
+    pipeline.close()
+    assert len(loading_threads()) == before
+
+
+def test_a_pipeline_that_is_let_go_ends_its_threads(engines):
+    gc.collect()
+    pipeline = Pipeline(engines)
+    pipeline.generate(random_request(1, images=2), SamplingParams(max_tokens=1))
+    threads = list(pipeline._media_ahead._threads._threads)
+    assert threads
+    del pipeline
+    gc.collect()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+def test_no_thread_without_overlap(engines):
+    pipeline = Pipeline(engines, overlap=False)
+    pipeline.generate(random_request(1, images=2), SamplingParams(max_tokens=1))
+    assert pipeline._media_ahead._threads is None
+
+
+def test_only_what_lies_on_the_host_is_loaded_on_threads():
+    seen = []
+    loader = MediaAhead(lambda sources: seen.append(threading.current_thread()), overlap=True)
+    image, there = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8, device="meta")
+    for videos in ([Video([there])], [[there, there]], [there[None]]):
+        assert not loader.start(MediaSources([], videos, [None])).ahead
+    assert not loader.start(MediaSources([image, there], [], [])).ahead
+    assert not loader.start(MediaSources([], [], [])).ahead
+    for media in ([image], ["a.png"], [b"..."], [np.zeros((4, 4, 3), np.uint8)]):
+        loading = loader.start(MediaSources(media, [media], [None]))
+        assert loading.ahead
+        loading.result()
+    assert len(seen) == 4
+    assert threading.current_thread() not in seen
+    loader.close()
+
+
+def test_one_opened_image_in_many_requests(engines, tmp_path):
+    """Pillow reads an open file when its pixels are wanted: two threads that both want them would read it at once."""
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 500, 3), dtype=np.uint8)).save(path)
+    pipeline, params = Pipeline(engines, max_pixels=35280), SamplingParams(max_tokens=2)
+    for _ in range(5):
+        image = Image.open(path)
+        outputs = pipeline.generate([Request("What?", [image])] * 8, params)
+        assert len({output.text for output in outputs}) == 1
+    pipeline.close()
