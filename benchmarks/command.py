@@ -12,11 +12,11 @@ from engines.build import build_engines
 from engines.command import Parser
 from qwen2vl_trt.errors import BenchmarkError
 
-from . import summary
-from .bench import PRECISIONS, Options, Until, run
-from .ours import EngineOptions, check_options
+from .bench import summary
+from .bench.run import PRECISIONS, Options, Until, run
 from .random_model import SHAPES, random_checkpoint
-from .shapes import STAGES, Shape
+from .subjects.engines import EngineOptions, check_options
+from .subjects.shapes import STAGES, Shape
 
 _EPILOG = """run.py bench seed --help                             the seed implementation's comparisons, random weights
 
@@ -31,7 +31,7 @@ Latency is of the host's clock on a CPU; on a GPU it is H2D + GPU compute + D2H,
 def main(argv: list[str]) -> None:
     """Measure engines and print what was found."""
     if argv[:1] == ["seed"]:
-        from .seed_command import main as seed
+        from .seed.command import main as seed
 
         return seed(argv[1:])
     arguments = _parse(argv)
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         if path is not None:
             summary.check_target(path)
     if arguments.plot is not None:
-        from .plot import require_matplotlib
+        from .bench.plot import require_matplotlib
 
         require_matplotlib()
     stages = (arguments.stage,) if arguments.stage else STAGES
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     if arguments.trace is not None:
         summary.write_json(arguments.trace, report.trace)
     if arguments.plot is not None:
-        from .plot import save_plot
+        from .bench.plot import save_plot
 
         save_plot(report, arguments.plot)
 

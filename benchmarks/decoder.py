@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench import load_graph
+from benchmarks.bench.run import load_graph
+from benchmarks.floors.rates import Floor, measure_rates
+from benchmarks.floors.work import count_work, decoder_call
 from benchmarks.measure import (
     Call,
     Contender,
@@ -31,9 +33,7 @@ from benchmarks.measure import (
     work_folder,
 )
 from benchmarks.random_model import prepare
-from benchmarks.rates import Floor, measure_rates
-from benchmarks.transformers_subjects import load_model
-from benchmarks.work import count_work, decoder_call
+from benchmarks.subjects.transformers import load_model
 from export.importable_torchvision import allow_torchvision
 from runtime.backends.runners import open_engines
 from runtime.detokenizer import AnswerStream

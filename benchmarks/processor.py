@@ -21,7 +21,7 @@ from PIL import Image
 
 from benchmarks import gpu_processor
 from benchmarks.measure import Call, Contender, Result, compete, heading, machine, option_parser, report, save
-from benchmarks.ours import picture
+from benchmarks.subjects.engines import picture
 from export.importable_torchvision import allow_torchvision
 from qwen2vl_trt.config import VisionConfig
 from runtime.preprocessing.preprocessor import Preprocessor

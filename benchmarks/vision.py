@@ -26,7 +26,7 @@ from benchmarks.measure import (
     work_folder,
 )
 from benchmarks.random_model import prepare
-from benchmarks.transformers_subjects import load_model
+from benchmarks.subjects.transformers import load_model
 from export.importable_torchvision import allow_torchvision
 from qwen2vl_trt.windows import Grid, window_layout
 from runtime.backends.runners import open_engines

@@ -4,9 +4,9 @@ import pickle
 
 import pytest
 
-import benchmarks.bench
-import benchmarks.operators
-import benchmarks.seed
+import benchmarks.bench.operators
+import benchmarks.bench.run
+import benchmarks.seed.run
 
 
 class WorkerHere:
@@ -29,12 +29,12 @@ class WorkerHere:
 @pytest.fixture
 def no_processes(monkeypatch):
     """Each costs seconds of imports."""
-    for module in (benchmarks.bench, benchmarks.operators, benchmarks.seed):
+    for module in (benchmarks.bench.run, benchmarks.bench.operators, benchmarks.seed.run):
         monkeypatch.setattr(module, "Worker", WorkerHere)
 
 
 @pytest.fixture
 def small_rates(monkeypatch):
     """Of small matrices: no test compares a rate with anything but another of its run."""
-    monkeypatch.setattr("benchmarks.rates._SIZES", (1 << 20, 1 << 22))
-    monkeypatch.setattr("benchmarks.rates._PRODUCTS", ((64, 256, 256),))
+    monkeypatch.setattr("benchmarks.floors.rates._SIZES", (1 << 20, 1 << 22))
+    monkeypatch.setattr("benchmarks.floors.rates._PRODUCTS", ((64, 256, 256),))

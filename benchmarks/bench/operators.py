@@ -15,9 +15,9 @@ from unittest import mock
 
 import torch
 
-from .ours import EngineSubject
-from .shapes import Case
-from .workers import Worker
+from ..subjects.engines import EngineSubject
+from ..subjects.shapes import Case
+from ..workers import Worker
 
 ITERATIONS = 3
 

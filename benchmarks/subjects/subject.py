@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .rates import synchronize
+from ..floors.rates import synchronize
+from ..workers import forget_peak, peak_bytes
 from .shapes import Case
-from .workers import forget_peak, peak_bytes
 
 Sample = dict[str, list[float]]
 """Seconds of one iteration by what they are, most of them one value: see :data:`FIGURES`."""

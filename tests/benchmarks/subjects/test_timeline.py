@@ -9,11 +9,11 @@ from itertools import count
 import pytest
 import torch
 
-from benchmarks import ours
-from benchmarks.ours import EngineOptions, PipelineSubject
-from benchmarks.shapes import Limits, Shape, cases
-from benchmarks.stages import Stage
-from benchmarks.timeline import GPU, HOST, REQUESTS, SLOTS, Timeline
+from benchmarks.subjects import engines as our_engines
+from benchmarks.subjects.engines import EngineOptions, PipelineSubject
+from benchmarks.subjects.shapes import Limits, Shape, cases
+from benchmarks.subjects.stages import Stage
+from benchmarks.subjects.timeline import GPU, HOST, REQUESTS, SLOTS, Timeline
 from engines.backends import find_backend
 from engines.build import build_engines
 from engines.profile import BuildProfile
@@ -70,8 +70,8 @@ def trace(tmp_path_factory):
     )
     subject = PipelineSubject(EngineOptions(folder, "cpu"))
     with pytest.MonkeyPatch.context() as patch:
-        whole = ours.Pipeline
-        patch.setattr(ours, "Pipeline", lambda engines, **options: whole(engines, max_num_tokens=16, **options))
+        whole = our_engines.Pipeline
+        patch.setattr(our_engines, "Pipeline", lambda engines, **options: whole(engines, max_num_tokens=16, **options))
         return subject.trace(case)
 
 

@@ -17,8 +17,8 @@ from export.importable_torchvision import allow_torchvision
 from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.windows import Grid
 
-from .ours import PROMPT, jpeg
-from .rates import synchronize
+from ..floors.rates import synchronize
+from .engines import PROMPT, jpeg
 from .shapes import Case
 from .subject import Sample, Subject
 

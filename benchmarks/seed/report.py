@@ -11,10 +11,10 @@ import torch
 
 from qwen2vl_trt.errors import BenchmarkError
 
-from .measure import machine
-from .seed import DTYPE, ModelResults, Report, Result
-from .seed_contenders import BATCHED, ONE, Answer, Timing
-from .seed_rows import Row
+from ..measure import machine
+from .contenders import BATCHED, ONE, Answer, Timing
+from .rows import Row
+from .run import DTYPE, ModelResults, Report, Result
 
 _GB, _MB = 1e9, 1e6
 _COLORS = {ONE: "#1b6ca8", BATCHED: "#7db3d8"}

@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks.operators import ITERATIONS, _Profiled
-from benchmarks.ours import DecoderSubject, EngineOptions, PipelineSubject, VisionSubject
-from benchmarks.shapes import Limits, Shape, cases
+from benchmarks.bench.operators import ITERATIONS, _Profiled
+from benchmarks.subjects.engines import DecoderSubject, EngineOptions, PipelineSubject, VisionSubject
+from benchmarks.subjects.shapes import Limits, Shape, cases
 from runtime.backends.runners import open_engines
 from runtime.preprocessing.preprocessor import PreprocessorSettings
 from tests.engine_folders import PROFILE, build_fake_tensorrt, use_fake_tensorrt, write_checkpoint

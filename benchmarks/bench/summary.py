@@ -10,10 +10,10 @@ from typing import Any
 
 from qwen2vl_trt.errors import BenchmarkError
 
-from .bench import Measurement, Report, Result
-from .measure import machine
+from ..measure import machine
+from ..subjects.subject import FIGURES
 from .percentiles import Statistics
-from .subject import FIGURES
+from .run import Measurement, Report, Result
 
 _GPU_FIGURES = ("enqueue", "h2d", "compute", "d2h")
 _COLUMNS = ("min", "max", "mean", "median", "p90", "p95", "p99")

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.percentiles import PERCENTILES, Statistics, percentile
+from benchmarks.bench.percentiles import PERCENTILES, Statistics, percentile
 
 
 def trtexec(ordered, number):

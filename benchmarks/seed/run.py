@@ -36,11 +36,11 @@ from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import BenchmarkError, Qwen2VLError
 from qwen2vl_trt.hub import ResolvedModel
 
-from .random_model import random_checkpoint
-from .rates import Rates, measure_rates
-from .seed_contenders import Answer, Ours, Transformers
-from .seed_rows import Plan, Row, plan_for
-from .workers import Worker
+from ..floors.rates import Rates, measure_rates
+from ..random_model import random_checkpoint
+from ..workers import Worker
+from .contenders import Answer, Ours, Transformers
+from .rows import Plan, Row, plan_for
 
 DTYPE = torch.bfloat16
 CPU_DEPTH = 4

@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.shapes import STAGES, Limits, Shape, cases
+from benchmarks.subjects.shapes import STAGES, Limits, Shape, cases
 from engines.profile import BuildProfile
 from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.errors import BenchmarkError, LimitError, MediaError

@@ -10,11 +10,11 @@ import torch
 from engines.command import Parser
 from runtime.backends.runners import parse_device
 
-from . import seed_report
-from .command import positive_count
-from .random_model import SHAPES
-from .seed import CPU_DEPTH, run
-from .summary import check_target
+from ..bench.summary import check_target
+from ..command import positive_count
+from ..random_model import SHAPES
+from . import report as seed_report
+from .run import CPU_DEPTH, run
 
 _FAMILY = "Qwen2.5-VL-"
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="how many times faster than Transformers")
     arguments = parser.parse_args(argv)
     if arguments.plot is not None:
-        from .plot import require_matplotlib
+        from ..bench.plot import require_matplotlib
 
         check_target(arguments.plot)
         require_matplotlib()

@@ -8,8 +8,8 @@ from typing import Any
 
 from qwen2vl_trt.errors import BenchmarkError, MissingDependencyError
 
-from .bench import Report, Result
 from .percentiles import Statistics
+from .run import Report, Result
 
 _PANELS = {
     "vision": ("latency",),

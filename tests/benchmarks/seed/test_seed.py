@@ -7,13 +7,15 @@ from importlib import import_module
 import pytest
 import torch
 
-from benchmarks import random_model, seed, seed_command, seed_contenders
+from benchmarks import random_model
+from benchmarks.floors.rates import Rates
 from benchmarks.random_model import SHAPES, config_of
-from benchmarks.rates import Rates
-from benchmarks.seed import Report, floor_of
-from benchmarks.seed_contenders import Ours, Transformers
-from benchmarks.seed_report import text
-from benchmarks.seed_rows import Plan, Row, plan_for
+from benchmarks.seed import command, contenders
+from benchmarks.seed import run as seed
+from benchmarks.seed.contenders import Ours, Transformers
+from benchmarks.seed.report import text
+from benchmarks.seed.rows import Plan, Row, plan_for
+from benchmarks.seed.run import Report, floor_of
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import BenchmarkError
 
@@ -50,10 +52,10 @@ def bench(no_processes, small_rates, monkeypatch, tmp_path, capsys):
     for name, value in (("hidden_size", 160), ("num_heads", 2), ("intermediate_size", 64)):
         monkeypatch.setitem(random_model._COMMON["vision_config"], name, value)
     monkeypatch.setattr(seed, "plan_for", lambda kind: PLAN)
-    monkeypatch.setattr(seed_contenders, "_SECONDS", 0.0)
+    monkeypatch.setattr(contenders, "_SECONDS", 0.0)
 
     def run(*arguments):
-        seed_command.main(["--device", "cpu", "--layers", "2", "--blocks", "2", *arguments, "--json"])
+        command.main(["--device", "cpu", "--layers", "2", "--blocks", "2", *arguments, "--json"])
         return json.loads(capsys.readouterr().out)
 
     return run
@@ -103,11 +105,11 @@ def test_a_row_that_fails_leaves_the_others_alone(bench, monkeypatch):
 
 
 def test_a_call_that_fails_is_its_ways_alone():
-    class One(seed_contenders.Contender):
+    class One(contenders.Contender):
         def _ways(self, row):
             return {
-                "batched": seed_contenders.Way(lambda: [][0], 1),
-                "one at a time": seed_contenders.Way(lambda: 0.5, 4),
+                "batched": contenders.Way(lambda: [][0], 1),
+                "one at a time": contenders.Way(lambda: 0.5, 4),
             }
 
         def _output(self, row, result):
@@ -167,7 +169,7 @@ def test_floors():
 
 def test_the_text(bench, monkeypatch):
     reports = []
-    monkeypatch.setattr(seed_command, "run", lambda *arguments: reports.append(seed.run(*arguments)) or reports[0])
+    monkeypatch.setattr(command, "run", lambda *arguments: reports.append(seed.run(*arguments)) or reports[0])
     bench()
     (report,) = reports
     lines = list(text(report))

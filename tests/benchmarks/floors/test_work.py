@@ -7,9 +7,9 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from benchmarks.floors.rates import Floor, Rates
+from benchmarks.floors.work import Call, Work, count_work, decoder_call, vision_call
 from benchmarks.random_model import config_of
-from benchmarks.rates import Floor, Rates
-from benchmarks.work import Call, Work, count_work, decoder_call, vision_call
 from export.graphs import decoder_graph, vision_graph
 from export.trace import trace
 from qwen2vl_trt.config import Qwen2VLConfig

@@ -25,12 +25,12 @@ from runtime.preprocessing.preprocessor import Preprocessor, PreprocessorSetting
 from runtime.request import Request
 from runtime.sampler import SamplingParams
 
-from .ours import PROMPT, DecoderSubject, EngineOptions, different_requests, forgetful_pipeline, picture
-from .rates import synchronize
-from .seed_rows import Row
-from .shapes import Case
-from .transformers_subjects import TransformersDecoder, TransformersPipeline, load_model
-from .workers import forget_peak, peak_bytes
+from ..floors.rates import synchronize
+from ..subjects.engines import PROMPT, DecoderSubject, EngineOptions, different_requests, forgetful_pipeline, picture
+from ..subjects.shapes import Case
+from ..subjects.transformers import TransformersDecoder, TransformersPipeline, load_model
+from ..workers import forget_peak, peak_bytes
+from .rows import Row
 
 BATCHED, ONE = "batched", "one at a time"
 _SECONDS, _RUNS = 2.0, 5  # of a way, whichever is reached first; a first run that is longer is the only one

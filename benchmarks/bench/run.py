@@ -17,15 +17,15 @@ from qwen2vl_trt.windows import window_layout
 from runtime.backends.runners import Engines, open_engines
 from runtime.preprocessing.preprocessor import PreprocessorSettings
 
+from ..floors.rates import Floor, Rates, measure_rates
+from ..floors.work import Work, count_work, decoder_call, vision_call
+from ..subjects.engines import DecoderSubject, EngineOptions, EngineSubject, PipelineSubject, VisionSubject
+from ..subjects.shapes import Case, Limits, Shape, cases
+from ..subjects.subject import FIGURES, Memory, Sample, Subject, Turn
+from ..subjects.transformers import TransformersDecoder, TransformersPipeline, TransformersVision
+from ..workers import Worker
 from .operators import Operator, profile_operators
-from .ours import DecoderSubject, EngineOptions, EngineSubject, PipelineSubject, VisionSubject
 from .percentiles import Statistics
-from .rates import Floor, Rates, measure_rates
-from .shapes import Case, Limits, Shape, cases
-from .subject import FIGURES, Memory, Sample, Subject, Turn
-from .transformers_subjects import TransformersDecoder, TransformersPipeline, TransformersVision
-from .work import Work, count_work, decoder_call, vision_call
-from .workers import Worker
 
 _TURN = 0.25  # seconds that one contender runs before the next has its turn
 
@@ -83,7 +83,7 @@ class Measurement:
             self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
     def milliseconds(self, figure: str) -> list[float]:
-        """All samples of a key of :data:`~benchmarks.subject.FIGURES`; none where there are none."""
+        """All samples of a key of :data:`~benchmarks.subjects.subject.FIGURES`; none where there are none."""
         return [1e3 * value for sample in self.samples for value in sample.get(figure, ())]
 
     @property
@@ -152,7 +152,7 @@ class Options:
 
     Attributes:
         engines: which, and how.
-        stages: of :data:`~benchmarks.shapes.STAGES`.
+        stages: of :data:`~benchmarks.subjects.shapes.STAGES`.
         shapes: what ``--shapes`` says.
         until: when to stop.
         against: precision in which Transformers runs beside us; None alone.

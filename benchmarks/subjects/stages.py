@@ -20,7 +20,7 @@ from runtime.media.embedder import MediaEmbedder
 from runtime.preprocessing.preprocessor import Preprocessor
 from runtime.scheduling import scheduler
 
-from .rates import synchronize
+from ..floors.rates import synchronize
 
 STAGES_OF_A_REQUEST = ("preprocess", "vision", "prefill", "decode", "sampling", "host")
 """Where a request's time goes; ``host`` is all the rest: chat template, tokens to text, scheduling, embeddings."""

@@ -38,7 +38,7 @@ class _Span:
 
 
 class Timeline:
-    """Records stages; an :data:`~benchmarks.stages.Observer`.
+    """Records stages; an :data:`~benchmarks.subjects.stages.Observer`.
 
     Attributes:
         requests: those that ran meanwhile, in the order in which they ended.

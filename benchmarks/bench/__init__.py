@@ -1,0 +1,1 @@
+"""``run.py bench``: any engine folder, in trtexec's figures."""

@@ -1,0 +1,1 @@
+"""``run.py bench seed``: the seed implementation's comparisons, on this machine."""
