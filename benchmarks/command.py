@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
+import math
 from pathlib import Path
 
 from engines.arguments import add_build_arguments, built_folder, plan_build
 from engines.build import build_engines
-from engines.command import Parser
+from engines.command import Parser, positive_number
 from qwen2vl_trt.errors import BenchmarkError
 
 from .bench import summary
 from .bench.run import PRECISIONS, Options, Until, run
+from .files import check_plot, check_target, write_json
 from .random_model import SHAPES, random_checkpoint
 from .subjects.engines import EngineOptions, check_options
 from .subjects.shapes import STAGES, Shape
@@ -35,13 +36,11 @@ def main(argv: list[str]) -> None:
 
         return seed(argv[1:])
     arguments = _parse(argv)
-    for path in (arguments.export_times, arguments.export_profile, arguments.trace, arguments.plot):
+    for path in (arguments.export_times, arguments.export_profile, arguments.trace):
         if path is not None:
-            summary.check_target(path)
+            check_target(path)
     if arguments.plot is not None:
-        from .bench.plot import require_matplotlib
-
-        require_matplotlib()
+        check_plot(arguments.plot)
     stages = (arguments.stage,) if arguments.stage else STAGES
     if arguments.trace is not None and "pipeline" not in stages:
         raise BenchmarkError(f"--trace is a timeline of the pipeline; bench {arguments.stage} has none")
@@ -66,11 +65,11 @@ def main(argv: list[str]) -> None:
     else:
         print("\n".join(summary.text(report)))
     if arguments.export_times is not None:
-        summary.write_json(arguments.export_times, summary.times(report))
+        write_json(arguments.export_times, summary.times(report))
     if arguments.export_profile is not None:
-        summary.write_json(arguments.export_profile, summary.operators(report))
+        write_json(arguments.export_profile, summary.operators(report))
     if arguments.trace is not None:
-        summary.write_json(arguments.trace, report.trace)
+        write_json(arguments.trace, report.trace)
     if arguments.plot is not None:
         from .bench.plot import save_plot
 
@@ -88,15 +87,21 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add_build_arguments(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where the backend can use one")
     group = parser.add_argument_group("measuring")
-    seconds, count = partial(_number, float), positive_count
     group.add_argument("--shapes", nargs="+", default=[], metavar="SHAPE", help="what to run; see below")
     group.add_argument(
-        "--warm-up", "--warmUp", type=seconds, default=200.0, metavar="MS", help="default %(default)g ms"
+        "--warm-up", "--warmUp", type=_seconds, default=200.0, metavar="MS", help="default %(default)g ms"
     )
-    group.add_argument("--duration", type=seconds, default=3.0, metavar="S", help="at least; default %(default)g s")
-    group.add_argument("--iterations", type=count, default=10, metavar="N", help="at least; default %(default)s")
+    group.add_argument("--duration", type=_seconds, default=3.0, metavar="S", help="at least; default %(default)g s")
     group.add_argument(
-        "--streams", "--infStreams", type=count, default=1, metavar="N", help="vision calls at a time; default 1"
+        "--iterations", type=positive_number, default=10, metavar="N", help="at least; default %(default)s"
+    )
+    group.add_argument(
+        "--streams",
+        "--infStreams",
+        type=positive_number,
+        default=1,
+        metavar="N",
+        help="vision calls at a time; default 1",
     )
     group.add_argument("--use-cuda-graph", "--useCudaGraph", action="store_true", help="replay the vision call (GPU)")
     group.add_argument(
@@ -107,8 +112,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument(
         "--random-weights", action="store_true", help=f"of {' or '.join(SHAPES)} (--model), for want of a hub"
     )
-    group.add_argument("--layers", type=count, metavar="N", help="of the decoder, with --random-weights")
-    group.add_argument("--blocks", type=count, metavar="N", help="of the vision tower, with --random-weights")
+    group.add_argument("--layers", type=positive_number, metavar="N", help="of the decoder, with --random-weights")
+    group.add_argument("--blocks", type=positive_number, metavar="N", help="of the vision tower, with --random-weights")
     group = parser.add_argument_group("results")
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     group.add_argument("--export-times", "--exportTimes", type=Path, metavar="FILE.json", help="every sample")
@@ -120,18 +125,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def positive_count(text: str) -> int:
-    """An option's whole number above 0."""
-    return int(_number(int, text))
-
-
-def _number(kind: type, text: str) -> float:
+def _seconds(text: str) -> float:
     try:
-        value = kind(text)
+        value = float(text)
     except ValueError:
-        value = -1
-    if not 0 <= value < float("inf") or (kind is int and value == 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number above 0")
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return value
 
 

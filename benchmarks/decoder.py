@@ -10,7 +10,7 @@ the same run measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from operator import truediv
 from pathlib import Path
@@ -20,21 +20,9 @@ import torch
 from benchmarks.bench.run import load_graph
 from benchmarks.floors.rates import Floor, measure_rates
 from benchmarks.floors.work import count_work, decoder_call
-from benchmarks.measure import (
-    Call,
-    Contender,
-    Result,
-    compete,
-    heading,
-    machine,
-    option_parser,
-    report,
-    save,
-    work_folder,
-)
+from benchmarks.measure import Call, Contender, Sheet, option_parser, work_folder
 from benchmarks.random_model import prepare
 from benchmarks.subjects.transformers import load_model
-from export.importable_torchvision import allow_torchvision
 from runtime.backends.runners import open_engines
 from runtime.detokenizer import AnswerStream
 from runtime.request import Output
@@ -52,9 +40,8 @@ def random_prompts(batch: int) -> torch.Tensor:
     return torch.randint(WORDS.start, WORDS.stop, (batch, PROMPT), generator=generator)
 
 
-def transformers_generate(checkpoint: Path, dtype: str, batch: int) -> Call:
-    allow_torchvision()
-    model = load_model(checkpoint, getattr(torch, dtype), torch.device("cpu"))
+def transformers_generate(checkpoint: Path, dtype: torch.dtype, batch: int) -> Call:
+    model = load_model(checkpoint, dtype, torch.device("cpu"))
     del model.model.visual
     prompt = random_prompts(batch)
 
@@ -117,34 +104,29 @@ def our_scheduler(folder: Path, batch: int) -> Call:
 
 def main() -> None:
     options = option_parser(__doc__, repetitions=5, work_dir=True).parse_args()
-    facts = machine("transformers", "onnxruntime")
-    heading(facts)
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    sheet = Sheet(options, "transformers", "onnxruntime")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     rates = {name: measure_rates(torch.device("cpu"), dtype) for name, dtype in dtypes.items()}
     print(" · ".join(f"{name} {rate.memory(max(rate.read)) / 1e9:.1f} GB/s" for name, rate in rates.items()))
-    tables: dict[str, Sequence[Result]] = {}
     with work_folder(options) as folder:
         paths = prepare(folder)
         graphs = {name: load_graph(open_engines(paths[f"torch {name}"], "cpu"), "decoder") for name in dtypes}
         for batch in (1, 8):
             contenders = [
                 Contender(f"Transformers {name}", partial(transformers_generate, paths["checkpoint"], dtype, batch))
-                for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))
+                for name, dtype in dtypes.items()
             ]
             contenders += [
                 Contender(name, partial(our_scheduler, paths[name], batch))
                 for name in ("torch bf16", "torch fp32", "onnxruntime fp32")
             ]
-            title = f"decode, batch {batch}"
-            tables[title] = compete(contenders, options.repetitions)
-            report(title, tables[title], "tokens/s", partial(truediv, batch))
-            for result in tables[title]:
+            for result in sheet.compare(f"decode, batch {batch}", contenders, "tokens/s", partial(truediv, batch)):
                 precision = "bf16" if "bf16" in result.name else "fp32"
                 work = count_work(graphs[precision], decoder_call([PROMPT + TOKENS // 2] * batch, 1))
                 floor = Floor.of(work, rates[precision]).seconds  # type: ignore[union-attr]  # no FP8, so never None
                 share = f"{floor / result.seconds:.2f} of the {precision} floor ({floor * 1e3:.1f} ms a token)"
                 print(f"  {result.name:<42}{share}")
-    save(options.json, facts, tables)
+    sheet.save()
 
 
 if __name__ == "__main__":

@@ -8,36 +8,35 @@ measures the same as the real 16 GB. The memory is the peak of a fresh process, 
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.measure import heading, machine, option_parser, print_figures
+from benchmarks.measure import heading, option_parser, print_figures
 from benchmarks.random_model import config_of, write_sparse_checkpoint
-from benchmarks.workers import peak_bytes
+from benchmarks.workers import Worker, peak_bytes
 from engines.precision import BF16, FP32
 from qwen2vl_trt.checkpoint import Checkpoint
 
 _PRECISIONS = {precision.name: precision for precision in (FP32, BF16)}
 
 
-def export_here(checkpoint: Path, folder: Path, precision: str) -> dict[str, float]:
-    """Export in this process and say what it took; seconds without the imports."""
-    from export.onnx_model import export_onnx
+class Exporter:
+    """Lives in a fresh process, so that its memory is an export's."""
 
-    before = peak_bytes() / 1e6
-    began = time.perf_counter()
-    files = export_onnx(Checkpoint(checkpoint), folder, _PRECISIONS[precision].vision)
-    return {
-        "seconds": time.perf_counter() - began,
-        "imported_mb": before,
-        "peak_mb": peak_bytes() / 1e6,
-        "written_kb": sum(file.stat().st_size for file in files) / 1e3,
-    }
+    def export(self, checkpoint: Path, folder: Path, precision: str) -> dict[str, float]:
+        """Export and say what it took; seconds without the imports."""
+        from export.onnx_model import export_onnx
+
+        before = peak_bytes() / 1e6
+        began = time.perf_counter()
+        files = export_onnx(Checkpoint(checkpoint), folder, _PRECISIONS[precision].vision)
+        return {
+            "seconds": time.perf_counter() - began,
+            "imported_mb": before,
+            "peak_mb": peak_bytes() / 1e6,
+            "written_kb": sum(file.stat().st_size for file in files) / 1e3,
+        }
 
 
 def measure(layers: int, blocks: int, precision: str) -> dict[str, float]:
@@ -47,34 +46,17 @@ def measure(layers: int, blocks: int, precision: str) -> dict[str, float]:
         checkpoint.mkdir()
         engines.mkdir()
         weights = write_sparse_checkpoint(checkpoint, config_of("Qwen2.5-VL-7B", layers, blocks))
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.export",
-            "--precision",
-            precision,
-            "--child",
-            str(checkpoint),
-            str(engines),
-        ]
         began = time.perf_counter()
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        figures = json.loads(done.stdout.splitlines()[-1])
+        with Worker("the export", Exporter) as worker:
+            figures = worker.call("export", checkpoint, engines, precision)
         return {"weights_mb": weights / 1e6, "process_seconds": time.perf_counter() - began, **figures}
 
 
 def main() -> None:
-    parser = option_parser(__doc__)
-    parser.add_argument("--layers", type=int, default=28, help="of the decoder (default 28)")
-    parser.add_argument("--blocks", type=int, default=32, help="of the vision tower (default 32)")
+    parser = option_parser(__doc__, depth=(28, 32))
     parser.add_argument("--precision", choices=_PRECISIONS, default="fp32", help="of the graphs (default fp32)")
-    parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        checkpoint, folder = options.child
-        print(json.dumps(export_here(checkpoint, folder, options.precision)))
-        return
-    heading(machine("onnx", "onnxscript"))
+    heading("onnx", "onnxscript")
     figures = measure(options.layers, options.blocks, options.precision)
     rows = {
         "weights (BF16, sparse)": f"{figures['weights_mb']:,.0f} MB",

@@ -83,6 +83,13 @@ class _Timed:
         return peak_bytes() / 2**20
 
 
+def gpu(device: torch.device) -> dict[str, Any]:
+    """The GPU, for the head of a report; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+
+
 def machine(*packages: str) -> dict[str, Any]:
     """Processor, cores and versions, for the head of a report."""
     return {
@@ -94,46 +101,73 @@ def machine(*packages: str) -> dict[str, Any]:
     }
 
 
-def report(title: str, results: Sequence[Result], unit: str, figure: Callable[[float], float]) -> None:
-    """Print a table; the fastest Transformers row is what ratios compare with.
+class Sheet:
+    """What one command compares: prints the machine, then a table a case; keeps all for ``--json``.
 
     Args:
-        unit: of the figure column.
-        figure: from a call's seconds to it.
+        options: of :func:`option_parser`.
+        *packages: whose versions belong to the figures.
     """
-    rivals = [result.seconds for result in results if "Transformers" in result.name]
-    print(f"\n{title:<44}{unit:>12}{'vs best Transformers':>24}{'peak memory':>14}")
-    for result in results:
-        ratio = f"{min(rivals) / result.seconds:.2f}x" if rivals else ""
-        print(f"  {result.name:<42}{figure(result.seconds):>12.2f}{ratio:>24}{result.peak_mb:>11,.0f} MB")
+
+    def __init__(self, options: argparse.Namespace, *packages: str) -> None:
+        self._options = options
+        self._facts = heading(*packages)
+        self._tables: dict[str, list[Result]] = {}
+
+    def compare(
+        self, title: str, contenders: Sequence[Contender], unit: str, figure: Callable[[float], float]
+    ) -> list[Result]:
+        """Time contenders in turn and print a table; the fastest Transformers row is what ratios compare with.
+
+        Args:
+            title: of the table.
+            contenders: its rows.
+            unit: of the figure column.
+            figure: from a call's seconds to it.
+        """
+        results = self._tables[title] = compete(contenders, self._options.repetitions)
+        rivals = [result.seconds for result in results if "Transformers" in result.name]
+        print(f"\n{title:<44}{unit:>12}{'vs best Transformers':>24}{'peak memory':>14}")
+        for result in results:
+            ratio = f"{min(rivals) / result.seconds:.2f}x" if rivals else ""
+            print(f"  {result.name:<42}{figure(result.seconds):>12.2f}{ratio:>24}{result.peak_mb:>11,.0f} MB")
+        return results
+
+    def save(self) -> None:
+        """Write all tables as JSON where asked for."""
+        if self._options.json is not None:
+            rows = {title: [asdict(result) for result in results] for title, results in self._tables.items()}
+            self._options.json.write_text(json.dumps({"machine": self._facts, "seconds a call": rows}, indent=2))
 
 
-def save(path: Path | None, facts: dict[str, Any], tables: Mapping[str, Sequence[Result]]) -> None:
-    """Write the figures as JSON where asked for."""
-    if path is not None:
-        rows = {title: [asdict(result) for result in results] for title, results in tables.items()}
-        path.write_text(json.dumps({"machine": facts, "seconds a call": rows}, indent=2))
-
-
-def heading(facts: dict[str, Any]) -> None:
-    """Print the machine and the command."""
+def heading(*packages: str) -> dict[str, Any]:
+    """Print the machine and the command; returns what :func:`machine` found."""
+    facts = machine(*packages)
     print(" · ".join(f"{name} {value}" for name, value in facts.items()))
     print("$ python -m benchmarks." + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]))
+    return facts
 
 
-def option_parser(doc: str, repetitions: int | None = None, work_dir: bool = False) -> argparse.ArgumentParser:
+def option_parser(
+    doc: str, repetitions: int | None = None, work_dir: bool = False, depth: tuple[int, int] | None = None
+) -> argparse.ArgumentParser:
     """The options that the benchmarks have in common.
 
     Args:
         doc: of the benchmark's module; its first line describes the command.
         repetitions: by default; without, there is no such option.
         work_dir: whether there is a folder that may be kept, see :func:`work_folder`.
+        depth: layers of the decoder and blocks of the vision tower by default; without, there are no such options.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     if work_dir:
         parser.add_argument("--work-dir", type=Path, help="keeps what is written; by default a temporary folder")
     if repetitions is not None:
         parser.add_argument("--repetitions", type=int, default=repetitions, help="default %(default)s")
+    if depth is not None:
+        layers, blocks = depth
+        parser.add_argument("--layers", type=int, default=layers, help="of the decoder (default %(default)s)")
+        parser.add_argument("--blocks", type=int, default=blocks, help="of the vision tower (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     return parser
 

@@ -9,7 +9,6 @@ Each contender gets the images in the form in which it is fastest (torch CHW, nu
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,19 +19,11 @@ import torch
 from PIL import Image
 
 from benchmarks import gpu_processor
-from benchmarks.measure import Call, Contender, Result, compete, heading, machine, option_parser, report, save
+from benchmarks.measure import Call, Contender, Sheet, option_parser
 from benchmarks.subjects.engines import picture
-from export.importable_torchvision import allow_torchvision
-from qwen2vl_trt.config import VisionConfig
-from runtime.preprocessing.preprocessor import Preprocessor
+from benchmarks.subjects.processors import Process, Size, batches, ours, transformers
 
-_SIDES = random.Random(0)
-CASES = {
-    "16 images of 448x448": [(448, 448)] * 16,
-    "16 images of mixed sizes, 200 to 1500 px": [
-        (_SIDES.randint(200, 1500), _SIDES.randint(200, 1500)) for _ in range(16)
-    ],
-}
+IMAGES = 16
 FORMS: dict[str, Callable[[np.ndarray], Any]] = {
     "numpy": lambda array: array,
     "torch": lambda array: torch.from_numpy(array).permute(2, 0, 1).contiguous(),
@@ -40,30 +31,7 @@ FORMS: dict[str, Callable[[np.ndarray], Any]] = {
 }
 
 
-def ours() -> Callable[[list[Any]], Any]:
-    """At default settings, FP32, writing over its last result as the pipeline has it do."""
-    preprocessor = Preprocessor(VisionConfig(32, 1280, 16, 3420, 3584, (7, 15, 23, 31)))
-    memory: list[torch.Tensor] = [torch.empty(0)]
-
-    def process(images: list[Any]) -> torch.Tensor:
-        packed = preprocessor.preprocess(images, out=memory[0])
-        memory[0] = max(memory[0], packed.pixel_values.view(-1), key=torch.Tensor.numel)
-        return packed.pixel_values
-
-    return process
-
-
-def transformers(backend: str) -> Callable[[list[Any]], Any]:
-    """At default settings, FP32; ``backend`` is torchvision (its default) or pillow."""
-    allow_torchvision()
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
-
-    processor: Any = Qwen2VLImageProcessorPil() if backend == "pillow" else Qwen2VLImageProcessor()
-    return lambda images: processor(images=images, return_tensors="pt")
-
-
-def in_its_fastest_form(make: Callable[[], Callable[[list[Any]], Any]], sizes: list[tuple[int, int]]) -> Call:
+def in_its_fastest_form(make: Callable[[], Process], sizes: Sequence[Size]) -> Call:
     process, arrays = make(), [np.array(picture(size, seed)) for seed, size in enumerate(sizes)]
     seconds = {}
     for form, convert in FORMS.items():
@@ -78,23 +46,19 @@ def in_its_fastest_form(make: Callable[[], Callable[[list[Any]], Any]], sizes: l
 
 def main() -> None:
     options = option_parser(__doc__, repetitions=15).parse_args()
-    facts = machine("torchvision", "transformers", "pillow", "numpy")
-    heading(facts)
-    tables: dict[str, Sequence[Result]] = {}
-    for title, sizes in CASES.items():
-        contenders = [
-            Contender("qwen2vl-trt", partial(in_its_fastest_form, ours, sizes)),
-            Contender(
-                "Transformers, torchvision", partial(in_its_fastest_form, partial(transformers, "torchvision"), sizes)
-            ),
-            Contender("Transformers, Pillow", partial(in_its_fastest_form, partial(transformers, "pillow"), sizes)),
-        ]
-        tables[title] = compete(contenders, options.repetitions)
-        report(title, tables[title], "ms/image", lambda seconds: seconds * 1e3 / 16)
+    sheet = Sheet(options, "torchvision", "transformers", "pillow", "numpy")
+    rows: dict[str, Callable[[], Process]] = {
+        "qwen2vl-trt": ours,
+        "Transformers, torchvision": transformers,
+        "Transformers, Pillow": partial(transformers, "pillow"),
+    }
+    for title, sizes in batches(IMAGES).items():
+        contenders = [Contender(name, partial(in_its_fastest_form, make, sizes)) for name, make in rows.items()]
+        sheet.compare(title, contenders, "ms/image", lambda seconds: seconds * 1e3 / IMAGES)
     if torch.cuda.is_available():
         print(f"\n{torch.cuda.get_device_name()}")
-        tables |= gpu_processor.compare(options.repetitions)
-    save(options.json, facts, tables)
+        gpu_processor.compare(sheet)
+    sheet.save()
 
 
 if __name__ == "__main__":

@@ -15,19 +15,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.measure import heading, machine, option_parser, print_figures
+from benchmarks.measure import heading, option_parser, print_figures
 from benchmarks.random_model import config_of, write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    parser = option_parser(__doc__)
-    parser.add_argument("--layers", type=int, default=36, help="of the decoder (default 36)")
-    parser.add_argument("--blocks", type=int, default=32, help="of the vision tower (default 32)")
+    parser = option_parser(__doc__, depth=(36, 32))
     parser.add_argument("--folder", type=Path, help="on a disk with 15 GB free; default the system's temporary one")
     options = parser.parse_args()
-    heading(machine("onnx", "tensorrt_rtx_cu13"))
+    heading("onnx", "tensorrt_rtx_cu13")
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         checkpoint, engines = Path(temporary) / "checkpoint", Path(temporary) / "engines"
         checkpoint.mkdir()

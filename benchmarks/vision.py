@@ -7,27 +7,14 @@ The work directory (2 GB) keeps the random checkpoint between runs. Pixels are p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import (
-    Call,
-    Contender,
-    Result,
-    compete,
-    heading,
-    machine,
-    option_parser,
-    report,
-    save,
-    work_folder,
-)
+from benchmarks.measure import Call, Contender, Sheet, option_parser, work_folder
 from benchmarks.random_model import prepare
 from benchmarks.subjects.transformers import load_model
-from export.importable_torchvision import allow_torchvision
 from qwen2vl_trt.windows import Grid, window_layout
 from runtime.backends.runners import open_engines
 
@@ -37,10 +24,9 @@ CASES: dict[str, list[Grid]] = {
 }
 
 
-def transformers_tower(checkpoint: Path, dtype: str, grids: list[Grid], batched: bool) -> Call:
+def transformers_tower(checkpoint: Path, dtype: torch.dtype, grids: list[Grid], batched: bool) -> Call:
     """The tower alone, in patches as its own processor orders them; random pixels serve, the work is the same."""
-    allow_torchvision()
-    model = load_model(checkpoint, getattr(torch, dtype), torch.device("cpu"))
+    model = load_model(checkpoint, dtype, torch.device("cpu"))
     tower = model.model.visual
     del model.model.language_model, model.lm_head
     batches = [grids] if batched else [[grid] for grid in grids]
@@ -76,9 +62,8 @@ def our_tower(folder: Path, grids: list[Grid], batched: bool) -> Call:
 
 def main() -> None:
     options = option_parser(__doc__, repetitions=3, work_dir=True).parse_args()
-    facts = machine("transformers", "onnxruntime")
-    heading(facts)
-    tables: dict[str, Sequence[Result]] = {}
+    sheet = Sheet(options, "transformers", "onnxruntime")
+    ways = {"one at a time": False, "batched": True}
     with work_folder(options) as folder:
         paths = prepare(folder)
         for title, grids in CASES.items():
@@ -87,17 +72,16 @@ def main() -> None:
                     f"Transformers {name}, {how}",
                     partial(transformers_tower, paths["checkpoint"], dtype, grids, batched),
                 )
-                for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))
-                for how, batched in (("one at a time", False), ("batched", True))
+                for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+                for how, batched in ways.items()
             ]
             contenders += [
                 Contender(f"{name}, {how}", partial(our_tower, paths[name], grids, batched))
                 for name in ("torch bf16", "torch fp32", "onnxruntime fp32")
-                for how, batched in (("one at a time", False), ("batched", True))
+                for how, batched in ways.items()
             ]
-            tables[title] = compete(contenders, options.repetitions)
-            report(title, tables[title], "ms/image", lambda seconds: seconds * 1e3 / 4)
-    save(options.json, facts, tables)
+            sheet.compare(title, contenders, "ms/image", lambda seconds: seconds * 1e3 / 4)
+    sheet.save()
 
 
 if __name__ == "__main__":

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qwen2vl_trt.errors import BenchmarkError, MissingDependencyError
-
+from ..files import write_plot
 from .percentiles import Statistics
 from .run import Report, Result
 
@@ -26,14 +24,6 @@ _MARKS = (("median", "o"), ("p90", "|"), ("p95", "|"), ("p99", "D"))
 _OURS, _RIVAL, _FLOOR = "#1b6ca8", "#d1711b", "#7a7a7a"
 _ROW = 0.42  # inches
 _GAP = 0.35  # rows between cases
-
-
-def require_matplotlib() -> None:
-    """Raises MissingDependencyError without it, naming the extra."""
-    if find_spec("matplotlib") is None:
-        raise MissingDependencyError(
-            "--plot needs matplotlib, which is not installed: pip install 'qwen2vl-trt[bench]'"
-        )
 
 
 def save_plot(report: Report, path: Path) -> None:
@@ -65,10 +55,7 @@ def save_plot(report: Report, path: Path) -> None:
         x=0.01,
         ha="left",
     )
-    try:
-        drawing.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture's
-        raise BenchmarkError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    write_plot(path, drawing)
 
 
 def _rival_figures(result: Result) -> dict[str, Statistics]:

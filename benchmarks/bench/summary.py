@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from qwen2vl_trt.errors import BenchmarkError
-
-from ..measure import machine
+from ..measure import gpu, machine
 from ..subjects.subject import FIGURES
 from .percentiles import Statistics
 from .run import Measurement, Report, Result
@@ -26,11 +22,7 @@ def text(report: Report) -> Iterator[str]:
     engines, rates = report.engines, report.rates
     yield f"{engines.folder}: {engines.manifest.model}, {engines.manifest.backend} {engines.manifest.precision}"
     yield " · ".join(f"{name} {value}" for name, value in machine_of(report).items())
-    read = rates.read[max(rates.read)]
-    yield (
-        f"measured in this run, {_dtype(report)}: copy {rates.copy / _GB:,.1f} GB/s, matrix-vector product"
-        f" {read / _GB:,.1f} GB/s, matrix product {rates.gemm / _GB:,.0f} GFLOP/s{_fp8(report)}"
-    )
+    yield f"measured in this run, {_dtype(report)}: {rates}{_fp8(report)}"
     for result in report.results:
         yield ""
         yield from _case(result)
@@ -102,13 +94,7 @@ def as_dict(report: Report, command: list[str]) -> dict[str, Any]:
             "device": str(engines.device),
             "profile": engines.manifest.profile.as_dict(),
         },
-        "rates": {
-            "dtype": _dtype(report),
-            "copy_bytes_per_second": report.rates.copy,
-            "read_bytes_per_second": {str(size): rate for size, rate in report.rates.read.items()},
-            "gemm_flops_per_second": report.rates.gemm,
-            "fp8_gemm_flops_per_second": report.rates.fp8_gemm,
-        },
+        "rates": {"dtype": _dtype(report), **report.rates.as_dict()},
         "results": [_result(result) for result in report.results],
     }
 
@@ -160,14 +146,11 @@ def _statistics(values: Statistics | None) -> dict[str, float] | None:
 
 def machine_of(report: Report) -> dict[str, Any]:
     """Processor, GPU where it ran on one, and versions."""
-    device, versions = report.engines.device, report.engines.manifest.versions
-    gpu: dict[str, Any] = {}
-    if device.type == "cuda":
-        import torch
-
-        gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    versions = report.engines.manifest.versions
     rivals = ["transformers"] if any(result.rival for result in report.results) else []
-    return gpu | machine(*rivals) | {name: versions[name] for name in versions if name not in ("torch",)}
+    return (
+        gpu(report.engines.device) | machine(*rivals) | {name: versions[name] for name in versions if name != "torch"}
+    )
 
 
 def _dtype(report: Report) -> str:
@@ -221,29 +204,3 @@ def operators(report: Report) -> list[dict[str, Any]]:
         }
         for result in report.results
     ]
-
-
-def check_target(path: Path) -> None:
-    """Refuse a file that cannot be written, before minutes of measuring.
-
-    Raises:
-        BenchmarkError: no such folder, or a folder itself.
-    """
-    if path.is_dir():
-        raise BenchmarkError(f"{path} is a folder; give a file")
-    if not path.absolute().parent.is_dir():
-        raise BenchmarkError(f"{path}: there is no folder {path.parent}")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        BenchmarkError: the disk is full, or the file cannot be written.
-    """
-    try:
-        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    except OSError as error:
-        if path.is_file():
-            path.unlink()
-        raise BenchmarkError(f"{path}: {error.strerror or error}") from None

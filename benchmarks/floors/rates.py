@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +41,22 @@ class Rates:
     read: dict[int, float]
     gemm: float
     fp8_gemm: float | None
+
+    def __str__(self) -> str:
+        read = self.read[max(self.read)]
+        return (
+            f"copy {self.copy / 1e9:,.1f} GB/s, matrix-vector product {read / 1e9:,.1f} GB/s, matrix product"
+            f" {self.gemm / 1e9:,.0f} GFLOP/s"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "copy_bytes_per_second": self.copy,
+            "read_bytes_per_second": {str(size): rate for size, rate in self.read.items()},
+            "gemm_flops_per_second": self.gemm,
+            "fp8_gemm_flops_per_second": self.fp8_gemm,
+        }
 
     def memory(self, size: int) -> float:
         """Bytes a second of what reads ``size`` bytes, the best known: a floor divides by what the device can do.
@@ -79,7 +96,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Measure a device in the type of an engine's activations; a second or two."""
     cuda = device.type == "cuda"
     sizes = _CUDA_SIZES if cuda else _SIZES
-    copy = _copy_rate(sizes[-1], device)
+    copy = copy_rate(sizes[-1], device)
     read = {}
     for size in sizes:
         matrix = nn.Linear(_COLUMNS, size // _COLUMNS // dtype.itemsize, bias=False, device=device, dtype=dtype)
@@ -104,29 +121,31 @@ def _fp8_rate(device: torch.device) -> float | None:
         scale = torch.ones((), device=device)
         product = partial(torch._scaled_mm, x, weight.t(), scale, scale, out_dtype=torch.bfloat16)
         try:
-            best = max(best, 2 * m * k * n / _best(product, device))
+            best = max(best, 2 * m * k * n / best_seconds(product, device))
         except (RuntimeError, NotImplementedError):  # compute capability below 8.9
             return None
     return best
 
 
-def _copy_rate(size: int, device: torch.device) -> float:
+def copy_rate(size: int, device: torch.device) -> float:
+    """Bytes read and written a second by a copy of ``size`` bytes within the device."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / _best(lambda: target.copy_(source), device)
+    return 2 * size / best_seconds(lambda: target.copy_(source), device)
 
 
 @torch.no_grad()
 def _best_form(layer: nn.Linear, x: torch.Tensor, device: torch.device) -> float:
     """Seconds of a product, plain or, on a CPU, with the weight packed by oneDNN as the torch backend keeps it."""
-    best = _best(lambda: layer(x), device)
+    best = best_seconds(lambda: layer(x), device)
     if device.type == "cpu" and onednn.available():
         packed = onednn.PackedLinear(layer)
-        best = min(best, _best(lambda: packed(x), device))
+        best = min(best, best_seconds(lambda: packed(x), device))
     return best
 
 
-def _best(call: Callable[[], object], device: torch.device) -> float:
+def best_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of several calls after one that does not count, each waited for."""
     call()
     best = math.inf
     for _ in range(_REPETITIONS):

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from engines.command import Parser
+from engines.command import Parser, positive_number
 from runtime.backends.runners import parse_device
 
-from ..bench.summary import check_target
-from ..command import positive_count
+from ..files import check_plot
 from ..random_model import SHAPES
 from . import report as seed_report
 from .run import CPU_DEPTH, run
@@ -30,15 +29,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--models", nargs="+", choices=sizes, help="by default all on a GPU, the first on a CPU")
     for name, of in (("--layers", "the decoder"), ("--blocks", "the vision tower")):
         help_text = f"of {of}; by default all on a GPU, {CPU_DEPTH} on a CPU"
-        parser.add_argument(name, type=positive_count, metavar="N", help=help_text)
+        parser.add_argument(name, type=positive_number, metavar="N", help=help_text)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="how many times faster than Transformers")
     arguments = parser.parse_args(argv)
     if arguments.plot is not None:
-        from ..bench.plot import require_matplotlib
-
-        check_target(arguments.plot)
-        require_matplotlib()
+        check_plot(arguments.plot)
     device = parse_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     models = arguments.models or (sizes if device.type == "cuda" else sizes[:1])
     names = [_FAMILY + size for size in dict.fromkeys(models)]

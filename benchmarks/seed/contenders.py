@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from accuracy.recorder import in_patch_order, pack
-from export.importable_torchvision import allow_torchvision
 from qwen2vl_trt.windows import window_layout
 from runtime.backends.runners import open_engines
 from runtime.preprocessing.preprocessor import Preprocessor, PreprocessorSettings
@@ -223,11 +222,10 @@ class Transformers(Contender):
 
     def __init__(self, checkpoint: Path, device: str, dtype: torch.dtype) -> None:
         super().__init__(device, dtype)
-        allow_torchvision()
-        from transformers import AutoProcessor
-
         self._checkpoint = checkpoint
         self._model = load_model(checkpoint, dtype, self._device)
+        from transformers import AutoProcessor
+
         self._processor_of_both = AutoProcessor.from_pretrained(checkpoint)
 
     def turn_to_fp32(self) -> None:

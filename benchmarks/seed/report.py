@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from qwen2vl_trt.errors import BenchmarkError
-
-from ..measure import machine
+from ..files import write_plot
+from ..measure import gpu, machine
 from .contenders import BATCHED, ONE, Answer, Timing
 from .rows import Row
 from .run import DTYPE, ModelResults, Report, Result
 
-_GB, _MB = 1e9, 1e6
+_MB = 1e6
 _COLORS = {ONE: "#1b6ca8", BATCHED: "#7db3d8"}
 _SEED = "#d1711b"
 
@@ -26,11 +25,7 @@ def text(report: Report) -> Iterator[str]:
     yield " · ".join(f"{name} {value}" for name, value in _machine(report).items())
     if report.plan.reduced:
         yield report.plan.reduced
-    rates = report.rates
-    yield (
-        f"measured in this run, bfloat16: copy {rates.copy / _GB:,.1f} GB/s, matrix-vector product"
-        f" {rates.read[max(rates.read)] / _GB:,.1f} GB/s, matrix product {rates.gemm / _GB:,.0f} GFLOP/s"
-    )
+    yield f"measured in this run, bfloat16: {report.rates}"
     for model in report.models:
         yield ""
         yield f"{model.name}: {_depth(model)}, random weights, BF16, torch backend"
@@ -119,10 +114,7 @@ def _table(rows: Iterator[Sequence[str]]) -> Iterator[str]:
 
 
 def _machine(report: Report) -> dict[str, Any]:
-    gpu: dict[str, Any] = {}
-    if torch.device(report.device).type == "cuda":
-        gpu = {"gpu": torch.cuda.get_device_name(report.device), "cuda": torch.version.cuda}
-    return {**gpu, **machine("transformers", "torchvision", "qwen2vl-trt")}
+    return gpu(torch.device(report.device)) | machine("transformers", "torchvision", "qwen2vl-trt")
 
 
 def as_dict(report: Report, command: list[str]) -> dict[str, Any]:
@@ -132,12 +124,7 @@ def as_dict(report: Report, command: list[str]) -> dict[str, Any]:
         "machine": _machine(report),
         "device": report.device,
         "reduced": report.plan.reduced or None,
-        "rates": {
-            "dtype": str(DTYPE).removeprefix("torch."),
-            "copy_bytes_per_second": report.rates.copy,
-            "read_bytes_per_second": {str(size): rate for size, rate in report.rates.read.items()},
-            "gemm_flops_per_second": report.rates.gemm,
-        },
+        "rates": {"dtype": str(DTYPE).removeprefix("torch."), **report.rates.as_dict()},
         "models": [
             {
                 "name": model.name,
@@ -192,10 +179,7 @@ def save_plot(report: Report, path: Path) -> None:
         _draw(axis, model)
     where = _machine(report).get("gpu") or _machine(report)["cpu"]
     drawing.suptitle(f"times faster than Transformers, BF16, {where}{', reduced' * bool(report.plan.reduced)}")
-    try:
-        drawing.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture's
-        raise BenchmarkError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    write_plot(path, drawing)
 
 
 def _draw(axis: Any, model: ModelResults) -> None:

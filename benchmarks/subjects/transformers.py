@@ -29,6 +29,7 @@ def load_model(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> An
     Raises:
         BenchmarkError: it cannot read the checkpoint.
     """
+    allow_torchvision()
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.utils import logging
 
@@ -45,7 +46,6 @@ class _TransformersSubject(Subject):
 
     def __init__(self, checkpoint: Path, precision: str, dtype: torch.dtype, device: str, model: Any = None) -> None:
         super().__init__(torch.device(device))
-        allow_torchvision()
         self.name = f"Transformers {precision}"
         self._checkpoint, self._dtype = checkpoint, dtype
         self._model = model

@@ -234,7 +234,7 @@ def test_wrong_options_are_one_line(bench, engines, arguments, message):
 
 
 def test_a_missing_package_names_its_extra(bench, engines, monkeypatch):
-    monkeypatch.setattr("benchmarks.bench.plot.find_spec", lambda name: None)
+    monkeypatch.setattr("benchmarks.files.find_spec", lambda name: None)
     assert_one_line(bench("--engine-dir", engines / "torch", "--plot", "p.png"), "pip install 'qwen2vl-trt[bench]'")
 
 

@@ -1,0 +1,62 @@
+"""Files that a benchmark leaves: refused before minutes of measuring, then written or named in the error."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qwen2vl_trt.errors import BenchmarkError, MissingDependencyError
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that cannot be written.
+
+    Raises:
+        BenchmarkError: no such folder, or a folder itself.
+    """
+    if path.is_dir():
+        raise BenchmarkError(f"{path} is a folder; give a file")
+    if not path.absolute().parent.is_dir():
+        raise BenchmarkError(f"{path}: there is no folder {path.parent}")
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a picture that cannot be drawn or written.
+
+    Raises:
+        BenchmarkError: as :func:`check_target`.
+        MissingDependencyError: Matplotlib is not installed; it names the extra.
+    """
+    check_target(path)
+    if find_spec("matplotlib") is None:
+        raise MissingDependencyError(
+            "--plot needs matplotlib, which is not installed: pip install 'qwen2vl-trt[bench]'"
+        )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        BenchmarkError: the disk is full, or the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    except OSError as error:
+        if path.is_file():
+            path.unlink()
+        raise BenchmarkError(f"{path}: {error.strerror or error}") from None
+
+
+def write_plot(path: Path, figure: Any) -> None:
+    """Write a Matplotlib figure.
+
+    Raises:
+        BenchmarkError: the file cannot be written, or its suffix is no picture's.
+    """
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:  # ValueError: the suffix
+        raise BenchmarkError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
