@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from accuracy.machine import processor
+from qwen2vl_trt import __version__
 
 from .workers import Worker, peak_bytes
 
@@ -91,13 +92,17 @@ def gpu(device: torch.device) -> dict[str, Any]:
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """Processor, cores and versions, for the head of a report."""
+    """Processor, cores and versions, for the head of a report; a package that is not installed is left out."""
+    versions = {"qwen2vl-trt": __version__, "torch": torch.__version__}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", *packages)},
+        **versions,
     }
 
 

@@ -1,19 +1,20 @@
-"""Attention over sequences of different lengths in one call, without padding: FlashAttention's varlen kernels.
+"""FlashAttention as PyTorch brings it: sequences of different lengths in one call, and keys where a cache holds them.
 
-PyTorch offers them since 2.10 as ``torch.nn.attention.varlen.varlen_attn``, and takes keys of a cache since its
-``seqused_k`` came. They need an NVIDIA GPU from Ampere on, FP16 or BF16, and a head size that is a multiple of 8.
-Whether a machine has them is found out by asking them for something small, whose answer is known.
+One operator, ``aten::_flash_attention_forward``, which is beneath both ``scaled_dot_product_attention`` and
+``torch.nn.attention.varlen.varlen_attn``. The former prefers cuDNN on Hopper and Blackwell, which builds a plan for
+every new length of a prompt; the latter takes neither a cache's lengths nor grouped queries in PyTorch 2.11. The
+operator needs an NVIDIA GPU from Ampere on, FP16 or BF16, and a head size that is a multiple of 8. PyTorch does not
+promise to keep it, so whether a machine has it is found out by asking for something small, whose answer is known.
 
-Letters: P tokens of all sequences, B sequences, M cache capacity, H query heads, Hkv key-value heads, D head size.
+Letters: P tokens of all sequences, B sequences, S new tokens, M cache capacity, N keys, H query heads, Hkv key-value
+heads, D head size.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +23,32 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-def kernel() -> Callable[..., Any] | None:
-    """PyTorch's ``varlen_attn``; None where it has none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
+def flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: tuple[Tensor, Tensor] | None,
+    longest: tuple[int, int],
+    causal: bool = False,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """The operator.
+
+    Args:
+        q: ``[P, H, D]`` with bounds, else ``[B, S, H, D]``; of any stride but the last.
+        k: ``[tokens, Hkv, D]`` or ``[B, N, Hkv, D]``; H is a multiple of Hkv.
+        v: as ``k``.
+        bounds: ``[B + 1]`` int32 each, where each sequence of q and of k begins, and their ends.
+        longest: tokens of the longest sequence of q and of k.
+        causal: lower-right: the last query of a sequence sees all its keys.
+        lengths: ``[B]`` int32, keys of each sequence, from its beginning; by default all.
+
+    Returns:
+        As ``q``.
+    """
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, *(bounds or (None, None)), *longest, 0.0, causal, False, seqused_k=lengths
+    )[0]
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
@@ -44,9 +64,22 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: i
     Returns:
         ``[P, H, D]``.
     """
-    attend = kernel()
-    assert attend is not None
-    return attend(q, k, v, bounds, bounds, longest, longest)
+    return flash(q, k, v, (bounds, bounds), (longest, longest))
+
+
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of a chunk of every row to all its keys up to itself.
+
+    Args:
+        q: ``[B, H, S, D]``, the last tokens of each row.
+        k: ``[B, Hkv, N, D]``; as q and v, of any stride but the last.
+        v: as ``k``.
+
+    Returns:
+        ``[B, H, S, D]``.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return flash(q, k, v, None, (q.shape[1], k.shape[1]), causal=True).transpose(1, 2)
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int) -> Tensor:
@@ -65,56 +98,52 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: 
     Returns:
         ``[B, H, D]``.
     """
-    attend = kernel()
-    assert attend is not None
     batch, heads, capacity, size = k.shape
     shape = ((batch - 1) * heads * capacity + capacity, heads, size)
     keys, values = (t.as_strided(shape, (size, capacity * size, 1)) for t in (k, v))
     rows = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-    begin = rows * (heads * capacity)
-    grouped = q.shape[1] != heads
-    return attend(q, keys, values, rows, begin, 1, longest, enable_gqa=grouped, seqused_k=lengths)
+    return flash(q, keys, values, (rows, rows * (heads * capacity)), (1, longest), lengths=lengths)
 
 
 @lru_cache(maxsize=64)
 def can_pack(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> bool:
     """Whether :func:`packed_attention` runs here, and right."""
-    if kernel() is None or not _fits(dtype, head_dim):
+    if not _fits(dtype, head_dim):
         return False
 
-    def differs() -> float:
+    def differs() -> Tensor:
         q, k, v = _noise((3, 5, heads, head_dim), dtype, device).unbind(0)
         bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
         found = packed_attention(q, k, v, bounds, 3)
         expected = []
         for part in (slice(0, 2), slice(2, 5)):
-            queries, keys, values = (t[part].transpose(0, 1) for t in (q, k, v))
+            queries, keys, values = (t[part].transpose(0, 1).float() for t in (q, k, v))
             expected.append(F.scaled_dot_product_attention(queries, keys, values).transpose(0, 1))
-        return float((found - torch.cat(expected)).abs().max())
+        return (found - torch.cat(expected)).abs().max()
 
     return _holds("packed attention", device, differs)
 
 
 @lru_cache(maxsize=64)
 def can_read_cache(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
-    """Whether :func:`cached_attention` runs here, and right."""
-    attend = kernel()
-    if attend is None or not _fits(dtype, head_dim):
-        return False
-    if not {"seqused_k", "enable_gqa"} <= set(inspect.signature(attend).parameters):
+    """Whether :func:`cached_attention` and :func:`chunk_attention` run here, and right."""
+    if not _fits(dtype, head_dim):
         return False
 
-    def differs() -> float:
-        q = _noise((2, heads, head_dim), dtype, device)
+    def differs() -> Tensor:
         k, v = _noise((2, 2, kv_heads, 130, head_dim), dtype, device).unbind(0)
-        found = cached_attention(q, k, v, torch.tensor([3, 129], dtype=torch.int32, device=device), 130)
-        expected = [
-            F.scaled_dot_product_attention(
-                q[row, :, None], k[row, :, :length], v[row, :, :length], enable_gqa=heads != kv_heads
-            )[:, 0]
-            for row, length in enumerate((3, 129))
-        ]
-        return float((found - torch.stack(expected)).abs().max())
+        q = _noise((2, heads, 3, head_dim), dtype, device)
+        lengths = (3, 129)
+        step = cached_attention(q[:, :, 2], k, v, torch.tensor(lengths, dtype=torch.int32, device=device), 130)
+        errors = []
+        for row, length in enumerate(lengths):
+            query, key, value = q[row : row + 1], k[row : row + 1, :, :length], v[row : row + 1, :, :length]
+            mask = torch.ones(3, length, dtype=torch.bool, device=device).tril(length - 3)
+            expected = F.scaled_dot_product_attention(
+                query.float(), key.float(), value.float(), attn_mask=mask, enable_gqa=heads != kv_heads
+            )
+            errors += [chunk_attention(query, key, value) - expected, (step[row] - expected[0, :, 2])]
+        return torch.stack([error.abs().max() for error in errors]).max()
 
     return _holds("attention to the cache", device, differs)
 
@@ -131,10 +160,10 @@ _TOLERANCE = 0.05
 """Of values around 1 in BF16; a wrong key or a wrong length differs by several times that."""
 
 
-def _holds(what: str, device: torch.device, differs: Callable[[], float]) -> bool:
+def _holds(what: str, device: torch.device, differs: Callable[[], Tensor]) -> bool:
     try:
         with torch.no_grad():
-            difference = differs()
+            difference = float(differs())
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
         logger.info("no fused %s on %s: %s", what, device, " ".join(str(error).split())[:200])
         return False

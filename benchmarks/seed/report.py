@@ -114,7 +114,7 @@ def _table(rows: Iterator[Sequence[str]]) -> Iterator[str]:
 
 
 def _machine(report: Report) -> dict[str, Any]:
-    return gpu(torch.device(report.device)) | machine("transformers", "torchvision", "qwen2vl-trt")
+    return gpu(torch.device(report.device)) | machine("transformers", "torchvision")
 
 
 def as_dict(report: Report, command: list[str]) -> dict[str, Any]:

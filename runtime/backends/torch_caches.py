@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from qwen2vl_trt.varlen import cached_attention
+from qwen2vl_trt.varlen import cached_attention, chunk_attention
 
 
 class ChunkCache(NamedTuple):
@@ -24,12 +24,14 @@ class ChunkCache(NamedTuple):
         v: likewise.
         start: tokens in each row so far.
         end: ``start + S``.
+        fused: use :func:`qwen2vl_trt.varlen.chunk_attention`.
     """
 
     k: Tensor
     v: Tensor
     start: int
     end: int
+    fused: bool
 
     def append(self, k: Tensor, v: Tensor) -> ChunkCache:
         self.k[:, :, self.start : self.end] = k
@@ -38,6 +40,8 @@ class ChunkCache(NamedTuple):
 
     def attend(self, q: Tensor) -> Tensor:
         k, v = self.k[:, :, : self.end], self.v[:, :, : self.end]
+        if self.fused:
+            return chunk_attention(q, k, v)
         bias = causal_lower_right(self.end - self.start, self.end)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped)

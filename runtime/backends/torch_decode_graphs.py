@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from qwen2vl_trt.decoder import Decoder
-from qwen2vl_trt.varlen import can_read_cache
 
 from ..sending import send
 from .decode_buckets import graph_length, graph_rows, graph_size
@@ -54,16 +53,20 @@ class DecodeGraphs:
         dtype: of activations and cache.
         device: of both.
         capture: None runs every step as it is.
+        fused: use :func:`qwen2vl_trt.varlen.cached_attention`.
     """
 
     def __init__(
-        self, module: Decoder, cache: KVCache, dtype: torch.dtype, device: torch.device, capture: Capture | None
+        self,
+        module: Decoder,
+        cache: KVCache,
+        dtype: torch.dtype,
+        device: torch.device,
+        capture: Capture | None,
+        fused: bool,
     ) -> None:
-        self._module, self._cache, self._capture = module, cache, capture
+        self._module, self._cache, self._capture, self._fused = module, cache, capture, fused
         config, slots = module.config, cache.slots
-        self._fused = can_read_cache(
-            device, dtype, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        )
         self._replays: dict[tuple[int, int], Callable[[], None]] = {}
         self._numbers = torch.zeros(slots, 5, dtype=torch.int64, device=device)  # 3 positions, start, length
         self._inputs_embeds = torch.zeros(slots, 1, config.hidden_size, dtype=dtype, device=device)

@@ -18,7 +18,7 @@ from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.decoder import Decoder
 from qwen2vl_trt.fused import fuse_attention, fuse_mlp
 from qwen2vl_trt.quantization import fp8_layers, use_fp8
-from qwen2vl_trt.varlen import can_pack
+from qwen2vl_trt.varlen import can_pack, can_read_cache
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import PackedSequences, WindowLayout, unpad
@@ -192,8 +192,10 @@ class CudaDecoder(TorchDecoder):
     ) -> None:
         super().__init__(checkpoint, profile, dtype, device)
         self._held = [0] * self.slots  # tokens in each slot
+        text = checkpoint.config.text
+        self._fused = can_read_cache(device, dtype, text.num_attention_heads, text.num_key_value_heads, text.head_dim)
         capture = (capture or GraphCapture(device)) if cuda_graphs else None
-        self._graphs = DecodeGraphs(self.module, self.cache, dtype, device, capture)
+        self._graphs = DecodeGraphs(self.module, self.cache, dtype, device, capture, self._fused)
 
     @torch.no_grad()
     def step(
@@ -211,7 +213,8 @@ class CudaDecoder(TorchDecoder):
 
     def _chunk(self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, start: int) -> Step:
         batch, length, _ = inputs_embeds.shape
-        caches = [ChunkCache(k, v, start, start + length) for k, v in zip(*self.cache.rows(first_slot, batch))]
+        rows = zip(*self.cache.rows(first_slot, batch))
+        caches = [ChunkCache(k, v, start, start + length, self._fused) for k, v in rows]
         hidden_states, _ = self.module.model(inputs_embeds, send(position_ids, self.device), caches)
         logits = self.module.lm_head(hidden_states[:, -1]).float()
         return Step(logits, hidden_states, logits.argmax(-1))

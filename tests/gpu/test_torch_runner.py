@@ -13,7 +13,7 @@ from qwen2vl_trt.layers import FP8Linear
 from qwen2vl_trt.ops import has_fp8_product
 from qwen2vl_trt.pinned_reader import PinnedReader
 from qwen2vl_trt.windows import window_layout
-from runtime.backends.torch_caches import NewTokenCache, NewTokens
+from runtime.backends.torch_caches import ChunkCache, NewTokenCache, NewTokens
 from runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
 from tests.models import relative_error
 
@@ -37,10 +37,14 @@ def ampere():
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
-@pytest.mark.skipif(not ampere(), reason="the varlen kernels need Ampere or later")
-@pytest.mark.skipif(varlen.kernel() is None, reason=f"PyTorch {torch.__version__} has no varlen_attn")
-def test_the_published_head_sizes_have_kernels():
-    assert varlen.can_pack(GPU, torch.bfloat16, 16, 80), "the vision tower's"
+@pytest.mark.skipif(not ampere(), reason="FlashAttention needs Ampere or later")
+def test_the_published_sizes_have_kernels(caplog):
+    caplog.set_level("INFO")  # why not
+    for question in (varlen.can_pack, varlen.can_read_cache):
+        question.cache_clear()
+    assert varlen.can_pack(GPU, torch.bfloat16, 16, 80), caplog.text  # the vision tower's
+    for heads, kv_heads in ((16, 2), (28, 4)):
+        assert varlen.can_read_cache(GPU, torch.bfloat16, heads, kv_heads, 128), caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,11 +95,9 @@ def test_graphs_are_captured(checkpoint, caplog):
     assert not caplog.records
 
 
-@pytest.mark.skipif(not ampere(), reason="the varlen kernels need Ampere or later")
+@pytest.mark.skipif(not ampere(), reason="FlashAttention needs Ampere or later")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(28, 4), (16, 2)])
 def test_the_fused_kernel_equals_the_masked_one(heads, kv_heads):
-    if not varlen.can_read_cache(GPU, torch.bfloat16, heads, kv_heads, 128):
-        pytest.skip(f"the varlen_attn of PyTorch {torch.__version__} does not read a cache here")
     q, k, v = noise(3, heads, 1, 128), noise(3, kv_heads, 1000, 128), noise(3, kv_heads, 1000, 128)
     q, k, v = (t.bfloat16() for t in (q, k, v))
     lengths = torch.tensor([1, 700, 512], device=GPU)
@@ -103,6 +105,16 @@ def test_the_fused_kernel_equals_the_masked_one(heads, kv_heads):
         NewTokenCache(k, v, NewTokens.of(lengths - 1, lengths, 1000, q.dtype, use)).attend(q) for use in (True, False)
     )
     assert relative_error(fused, masked) < 2e-2
+
+
+@pytest.mark.skipif(not ampere(), reason="FlashAttention needs Ampere or later")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(28, 4), (16, 2)])
+@pytest.mark.parametrize("start", [0, 1, 300])
+def test_the_fused_chunk_equals_the_masked_one(heads, kv_heads, start):
+    q, k, v = noise(1, heads, 200, 128), noise(1, kv_heads, 1000, 128), noise(1, kv_heads, 1000, 128)
+    end = start + q.shape[2]
+    fused = ChunkCache(k.bfloat16(), v.bfloat16(), start, end, True).attend(q.bfloat16())
+    assert relative_error(fused, ChunkCache(k, v, start, end, False).attend(q)) < 2e-2
 
 
 def test_a_step_never_waits_for_the_gpu(checkpoint):

@@ -1,8 +1,9 @@
-"""Varlen attention with a stand-in for the CUDA kernel: what it is asked, and that a wrong kernel is found out."""
+"""FlashAttention with a stand-in for the CUDA kernel: what it is asked, and that a wrong kernel is found out."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qwen2vl_trt import varlen
 from qwen2vl_trt.windows import PackedSequences
@@ -33,7 +34,7 @@ def test_bounds():
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 1), (3, 3)])
 def test_a_cache_is_read_through_its_strides(monkeypatch, heads, kv_heads):
-    monkeypatch.setattr(varlen, "kernel", lambda: varlen_reference.varlen_attn)
+    monkeypatch.setattr(varlen, "flash", varlen_reference.flash)
     q, k, v = noise(3, heads, 16), noise(3, kv_heads, 10, 16), noise(4, kv_heads, 10, 16)[1:]
     k[1, :, 4:] = torch.nan  # not to be read
     lengths = torch.tensor([10, 4, 1], dtype=torch.int32)
@@ -45,44 +46,63 @@ def test_a_cache_is_read_through_its_strides(monkeypatch, heads, kv_heads):
         assert torch.allclose(found[row], expected[:, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 1), (3, 3)])
+@pytest.mark.parametrize("chunk", [1, 4, 10])
+def test_a_chunk_sees_its_row_up_to_itself(monkeypatch, heads, kv_heads, chunk):
+    monkeypatch.setattr(varlen, "flash", varlen_reference.flash)
+    q, k, v = noise(2, heads, 10, 16), noise(2, kv_heads, 10, 16), noise(3, kv_heads, 10, 16)[1:]
+    whole = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert torch.allclose(varlen.chunk_attention(q[:, :, -chunk:], k, v), whole[:, :, -chunk:], atol=1e-6)
+
+
+def test_pytorch_has_the_operator():
+    """What is called, on this release: shapes of the published models, by PyTorch's own description of its output."""
+    with FakeTensorMode():
+        q, k = (torch.empty(3, heads, 128, dtype=torch.bfloat16, device="cuda") for heads in (16, 2))
+        cache = torch.empty(3, 2, 1000, 128, dtype=torch.bfloat16, device="cuda")
+        lengths = torch.ones(3, dtype=torch.int32, device="cuda")
+        assert varlen.cached_attention(q, cache, cache, lengths, 512).shape == q.shape
+        chunk = torch.empty(3, 16, 7, 128, dtype=torch.bfloat16, device="cuda")
+        assert varlen.chunk_attention(chunk, cache, cache).shape == chunk.shape
+        assert varlen.packed_attention(k, k, k, torch.arange(3, dtype=torch.int32, device="cuda"), 2).shape == k.shape
+
+
 def test_no_kernel_here():
-    """PyTorch has the function; on a CPU it raises, and that is an answer."""
+    """PyTorch has the operator; on a CPU it raises, and that is an answer."""
     assert not varlen.can_pack(CPU, torch.bfloat16, 4, 32)
     assert not varlen.can_read_cache(CPU, torch.bfloat16, 4, 2, 32)
 
 
 def test_what_a_kernel_can(monkeypatch):
-    monkeypatch.setattr(varlen, "kernel", lambda: varlen_reference.varlen_attn)
+    monkeypatch.setattr(varlen, "flash", varlen_reference.flash)
     assert varlen.can_pack(CPU, torch.bfloat16, 16, 80)
     assert varlen.can_read_cache(CPU, torch.float16, 28, 4, 128)
     assert not varlen.can_pack(CPU, torch.float32, 16, 80), "FlashAttention has no FP32"
     assert not varlen.can_pack(CPU, torch.bfloat16, 16, 84), "its head sizes are multiples of 8"
 
 
-def test_pytorch_2_10_packs_and_reads_no_cache(monkeypatch):
-    monkeypatch.setattr(varlen, "kernel", lambda: varlen_reference.varlen_attn_2_10)
-    assert varlen.can_pack(CPU, torch.bfloat16, 4, 32)
-    assert not varlen.can_read_cache(CPU, torch.bfloat16, 4, 2, 32)
-
-
 def test_pytorch_without(monkeypatch):
-    monkeypatch.setattr(varlen, "kernel", lambda: None)
+    def flash(*args):
+        return torch.ops.aten._flash_attention_forward(*args, a_later_argument=1)
+
+    monkeypatch.setattr(varlen, "flash", flash)
     assert not varlen.can_pack(CPU, torch.bfloat16, 4, 32)
     assert not varlen.can_read_cache(CPU, torch.bfloat16, 4, 2, 32)
 
 
-@pytest.mark.parametrize("wrong", ["ignores lengths", "mixes heads"])
+@pytest.mark.parametrize("wrong", ["ignores lengths", "mixes heads", "sees too much", "leaves rows out"])
 def test_a_wrong_kernel_is_left_out(monkeypatch, caplog, wrong):
-    def kernel(query, key, value, *args, seqused_k=None, enable_gqa=False, **others):
-        if wrong == "ignores lengths" and seqused_k is not None:
-            seqused_k = torch.full_like(seqused_k, 130)
+    def flash(q, k, v, bounds, longest, causal=False, lengths=None):
+        if wrong == "ignores lengths" and lengths is not None:
+            lengths = torch.full_like(lengths, 130)
         if wrong == "mixes heads":
-            value = value.flip(1)
-        return varlen_reference.varlen_attn(
-            query, key, value, *args, seqused_k=seqused_k, enable_gqa=enable_gqa, **others
-        )
+            v = v.flip(1)
+        out = varlen_reference.flash(q, k, v, bounds, longest, causal and wrong != "sees too much", lengths)
+        if wrong == "leaves rows out" and lengths is not None:
+            out[-1] = torch.nan
+        return out
 
-    monkeypatch.setattr(varlen, "kernel", lambda: kernel)
+    monkeypatch.setattr(varlen, "flash", flash)
     assert not varlen.can_read_cache(CPU, torch.bfloat16, 4, 2, 32)
     assert "is wrong by" in caplog.text
-    assert varlen.can_pack(CPU, torch.bfloat16, 4, 32) == (wrong == "ignores lengths")
+    assert varlen.can_pack(CPU, torch.bfloat16, 4, 32) == (wrong != "mixes heads")

@@ -1,4 +1,4 @@
-"""What the torch backend does on a GPU, run on the CPU: stand-ins for the varlen kernels and for CUDA graphs.
+"""What the torch backend does on a GPU, run on the CPU: stand-ins for the fused kernels and for CUDA graphs.
 
 Compared with the plain runners on the same weights. tests/gpu/test_torch_runner.py compares on a GPU.
 """
@@ -15,13 +15,13 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.fused import FusedSwiGLU
 from qwen2vl_trt.windows import window_layout
 from runtime import Pipeline, Request, SamplingParams
-from runtime.backends import torch_decode_graphs, torch_runner
+from runtime.backends import torch_runner
 from runtime.backends.runners import open_engines
 from runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
 from tests.engine_folders import PROFILE, build
 from tests.models import edit_checkpoint, in_fp8, relative_error, write_quantization
 from tests.recorded_graph import RecordedGraphs
-from tests.varlen_reference import varlen_attn
+from tests.varlen_reference import flash
 
 CPU = torch.device("cpu")
 MIXES = [((1, 2, 2),), ((1, 4, 10), (3, 6, 4), (1, 10, 18), (1, 2, 30)), ((1, 8, 8), (1, 8, 16)), ((2, 8, 8),)]
@@ -29,10 +29,10 @@ MIXES = [((1, 2, 2),), ((1, 4, 10), (3, 6, 4), (1, 10, 18), (1, 2, 30)), ((1, 8,
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The varlen kernels, in FP32 as well: rounding would hide small errors."""
-    monkeypatch.setattr(varlen, "kernel", lambda: varlen_attn)
+    """The fused kernels, in FP32 as well: rounding would hide small errors."""
+    monkeypatch.setattr(varlen, "flash", flash)
     monkeypatch.setattr(torch_runner, "can_pack", lambda *args: True)
-    monkeypatch.setattr(torch_decode_graphs, "can_read_cache", lambda *args: True)
+    monkeypatch.setattr(torch_runner, "can_read_cache", lambda *args: True)
 
 
 def in_fp8_as_shared(tensors):
