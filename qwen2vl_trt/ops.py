@@ -61,6 +61,32 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causal: b
     return _masked_attention(q, k, v, lengths, causal)
 
 
+def full_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Attention over keys that are all valid; causal is lower-right, as in :func:`ragged_attention`.
+
+    Args:
+        q: ``[B, H, S, D]``.
+        k: ``[B, Hkv, N, D]``; H is a multiple of Hkv.
+        v: as ``k``.
+        causal: query i of S sees keys up to ``N - S + i``.
+
+    Returns:
+        ``[B, H, S, D]``.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+    if queries == 1:
+        # The query heads that share a key-value head become its queries: each key is read once, not once a head.
+        shared = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        return F.scaled_dot_product_attention(shared, k, v).reshape(q.shape)
+    if not causal:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+    if queries == keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding over the whole head, halves paired (not interleaved), computed in FP32.
 
@@ -153,28 +179,13 @@ def _attention_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causa
     """Rows of equal length attend together over just that length; on a CPU this costs less than a mask."""
     distinct = lengths.unique().tolist()
     if len(distinct) == 1:
-        return _attend(q, k[:, :, : distinct[0]], v[:, :, : distinct[0]], causal)
+        return full_attention(q, k[:, :, : distinct[0]], v[:, :, : distinct[0]], causal)
     out = torch.empty_like(q)
     for length in distinct:
         rows = (lengths == length).nonzero().squeeze(1)
         # Queries beyond a vision window's length are padding; attending with them as well is harmless.
-        out[rows] = _attend(q[rows], k[rows, :, :length], v[rows, :, :length], causal)
+        out[rows] = full_attention(q[rows], k[rows, :, :length], v[rows, :, :length], causal)
     return out
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    queries, keys = q.shape[2], k.shape[2]
-    grouped = q.shape[1] != k.shape[1]
-    if queries == 1:
-        # The query heads that share a key-value head become its queries: each key is read once, not once a head.
-        shared = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-        return F.scaled_dot_product_attention(shared, k, v).reshape(q.shape)
-    if not causal:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
-    if queries == keys:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
 @torch.library.custom_op("qwen2vl_trt::update_cache", mutates_args=())

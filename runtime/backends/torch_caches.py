@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
+from qwen2vl_trt.ops import full_attention
 from qwen2vl_trt.varlen import cached_attention, chunk_attention
 
 
@@ -42,9 +42,7 @@ class ChunkCache(NamedTuple):
         k, v = self.k[:, :, : self.end], self.v[:, :, : self.end]
         if self.fused:
             return chunk_attention(q, k, v)
-        bias = causal_lower_right(self.end - self.start, self.end)
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped)
+        return full_attention(q, k, v, causal=True)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class TorchDecoder:
             use_fp8(self.module, "", fp8_layers(checkpoint))
         load_weights(self.module, checkpoint, "", dtype, device)
         table = self.module.model.embed_tokens.weight
-        self.embed = TokenEmbedding(checkpoint, dtype, device, table if device.type == "cuda" else None)
+        self.embed = TokenEmbedding(checkpoint, dtype, device, table if device.type != "cpu" else None)
         del self.module.model.embed_tokens, table
         self.module.model.inv_freq = self.module.model.inv_freq.to(device)
         self.slots = profile.max_batch_size

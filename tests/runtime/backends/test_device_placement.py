@@ -1,0 +1,153 @@
+"""Where everything lies on a GPU: the torch backend over fake tensors, which have a device and a shape and no values.
+
+They raise where a tensor of the host meets one of the device in arithmetic, and where the host reads a value. The
+widths are the published 3B's. On a PyTorch for the CPU the device is named meta, on one for CUDA cuda; it is not there.
+"""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.random_model import config_of
+from engines.profile import BuildProfile
+from qwen2vl_trt import ops
+from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.windows import window_layout
+from runtime.backends import token_embedding, torch_decode_graphs, torch_runner
+from runtime.backends.torch_runner import CudaDecoder, CudaVision
+
+DEVICE = torch.device("cuda", 0) if torch.version.cuda else torch.device("meta")
+CONFIG = Qwen2VLConfig.from_dict(config_of("Qwen2.5-VL-3B", 2, 8))
+PROFILE = BuildProfile(4, 16384, 8, 4096, 8192)
+GRIDS = ((1, 4, 10), (3, 6, 4), (1, 10, 18), (1, 2, 30))
+
+
+class Apart(TorchDispatchMode):
+    """No operator takes from the host what it gives to the device, or the other way round."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        assert len({x.device.type for x in tensors}) < 2, f"{function} crosses between the host and the device"
+        return result
+
+
+class OnDevice(TorchDispatchMode):
+    """Every tensor of every operator is the device's, as a captured graph has it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        assert all(x.device.type == DEVICE.type for x in tensors), f"{function} touches the host in a capture"
+        return result
+
+
+class Device:
+    """The fake device, and the one way there.
+
+    Attributes:
+        sent: tensors that went.
+        captures: bodies of graphs.
+    """
+
+    def __init__(self):
+        self.mode = FakeTensorMode()
+        self.sent = self.captures = 0
+
+    def empty(self, shape, dtype):
+        with self.mode:
+            return torch.empty(shape, dtype=dtype, device=DEVICE)
+
+    @contextmanager
+    def running(self):
+        """Where tensors are made they are fake, the host's too."""
+        with self.mode, Apart():
+            yield
+
+    def send(self, values, device, dtype=None):
+        tensor = torch.as_tensor(values, dtype=dtype)
+        if tensor.device.type == DEVICE.type:
+            return tensor
+        self.sent += 1
+        return self.empty(tensor.shape, tensor.dtype)
+
+    def capture(self, body):
+        self.captures += 1
+        with OnDevice():
+            body()
+        return body
+
+    def load_weights(self, module, checkpoint, prefix, dtype, device):
+        for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+            owner, _, leaf = name.rpartition(".")
+            kept = parameter.dtype == torch.float8_e4m3fn or leaf.endswith("_scale")
+            loaded = self.empty(parameter.shape, parameter.dtype if kept else dtype)
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(loaded, requires_grad=False))
+
+
+@pytest.fixture(params=["fused", "masked", "fp8"])
+def device(request, monkeypatch):
+    device = Device()
+    for module in (torch_runner, torch_decode_graphs, token_embedding):
+        monkeypatch.setattr(module, "send", device.send)
+    for question in ("can_pack", "can_read_cache"):
+        monkeypatch.setattr(torch_runner, question, lambda *args: request.param != "masked")
+    monkeypatch.setattr(torch_runner, "load_weights", device.load_weights)
+    monkeypatch.setattr(torch_runner, "_release", lambda device: None)
+    monkeypatch.setattr(ops, "has_fp8_product", lambda device: True)
+    monkeypatch.setattr(torch, "equal", lambda one, other: True)  # of scales, when layers are joined
+    layers = frozenset()
+    if request.param == "fp8":
+        with torch.device("meta"):
+            whole = {"visual.": torch_runner.VisionTransformer(CONFIG.vision), "": torch_runner.Decoder(CONFIG.text)}
+        layers = frozenset(
+            prefix + name
+            for prefix, module in whole.items()
+            for name, child in module.named_modules()
+            if isinstance(child, nn.Linear) and name != "lm_head"
+        )
+    monkeypatch.setattr(torch_runner, "fp8_layers", lambda checkpoint: layers)
+    return device
+
+
+def test_vision(device):
+    with device.mode:
+        vision = CudaVision(SimpleNamespace(config=CONFIG), torch.bfloat16, DEVICE)
+    for grids in (((1, 32, 32),), GRIDS):
+        layout = window_layout(grids, CONFIG.vision)
+        vision._indices(layout)  # from values that the host knows
+        pixels = device.empty((*layout.sequence_position.shape, 1176), torch.bfloat16)
+        with device.running():
+            embeds = vision(pixels, layout)
+        assert embeds.device == DEVICE
+        assert embeds.shape == (sum(layout.tokens_per_item), CONFIG.text.hidden_size)
+
+
+def test_decoder(device):
+    with device.mode:
+        decoder = CudaDecoder(SimpleNamespace(config=CONFIG), PROFILE, torch.bfloat16, DEVICE, True, device.capture)
+
+    def step(first, rows, tokens, starts):
+        inputs_embeds = device.empty((rows, tokens, CONFIG.text.hidden_size), torch.bfloat16)
+        with device.running():
+            position_ids = torch.zeros(3, rows, tokens, dtype=torch.int64)
+            before = device.sent
+            found = decoder.step(first, inputs_embeds, position_ids, starts, hidden=True)
+        assert (found.logits.device, found.hidden_states.device) == (DEVICE, DEVICE)
+        assert found.logits.shape == (rows, CONFIG.text.vocab_size)
+        return device.sent - before
+
+    assert step(0, 1, 300, [0]) == 1, "positions"
+    assert step(0, 1, 17, [300]) == 1
+    assert step(0, 2, 17, [317, 40]) == 2, "positions and starts"
+    for written in range(3):
+        assert step(2, 3, 1, [10 + written, 200 + written, 30 + written]) == 1, "positions, starts and lengths together"
+    assert device.captures == 1
+    with device.running():
+        assert decoder.embed([1, 2, 3]).device == DEVICE
