@@ -9,6 +9,7 @@ from pathlib import Path
 from qwen2vl_trt.errors import BuildError
 from qwen2vl_trt.hub import ResolvedModel, resolve_model
 
+from .attention_mask import ATTENTION_MASKS
 from .backends import BACKENDS, DEFAULT_BACKEND, Backend, find_backend
 from .build import default_engine_dir
 from .precision import Precision
@@ -81,6 +82,11 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tensorrt.add_argument(
         "--compute-capabilities", nargs="+", metavar="CC", help="GPUs to build for: 8.9 12.0 (tensorrt-rtx)"
+    )
+    tensorrt.add_argument(
+        "--attention-mask",
+        metavar="KIND",
+        help=f"{', '.join(ATTENTION_MASKS)} (default {ATTENTION_MASKS[0]}; see docs/tensorrt.md)",
     )
     tensorrt_llm = parser.add_argument_group("TensorRT-LLM")
     tensorrt_llm.add_argument("--tp-size", type=int, metavar="N", help="GPUs that share each layer (default 1)")

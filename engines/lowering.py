@@ -2,7 +2,8 @@
 
 The parser (seen in TensorRT-RTX 1.7.1) imports the operator ``Attention``
 
-- without its lengths (``nonpad_kv_seqlen``), and causal in the upper-left corner: with a cache, wrong answers;
+- without its lengths (``nonpad_kv_seqlen``), and causal in the upper-left corner: with a cache, wrong answers; here it
+  gets a mask (:mod:`engines.attention_mask`), or TensorRT's own lengths and the lower-right corner;
 - with queries and keys each multiplied by the root of the softmax scale *in the network's type*: in BF16 that scale
   is 0.3 % off for heads of 128, and both are rounded once more;
 - without leave to decompose, and FP32 has no fused kernel.
@@ -23,14 +24,26 @@ import onnx
 
 from qwen2vl_trt.errors import BuildError
 
+from .attention_mask import ATTENTION_MASKS, MaskMaker, mask_name
+
 
 @dataclass(frozen=True)
 class AttentionNode:
-    """What the ONNX file says of one ``Attention``: its name, the input with its lengths, whether it is causal."""
+    """What the ONNX file says of one ``Attention``.
+
+    Attributes:
+        name: its own.
+        lengths: the graph's input with the number of keys.
+        starts: of a causal one, the graph's input with the position of the first query: where the cache is written to.
+    """
 
     name: str
     lengths: str
-    causal: bool
+    starts: str | None
+
+    @property
+    def causal(self) -> bool:
+        return self.starts is not None
 
 
 def attention_nodes(path: Path) -> dict[str, AttentionNode]:
@@ -41,6 +54,7 @@ def attention_nodes(path: Path) -> dict[str, AttentionNode]:
     """
     graph = onnx.load(path, load_external_data=False).graph
     inputs = {value.name for value in graph.input}
+    written = {node.output[0]: node.input[2] for node in graph.node if node.op_type == "TensorScatter"}
     nodes = {}
     for node in graph.node:
         if node.op_type != "Attention":
@@ -50,9 +64,12 @@ def attention_nodes(path: Path) -> dict[str, AttentionNode]:
             attribute.name for attribute in node.attribute if attribute.name != "is_causal" and _is_set(attribute)
         }
         given = dict(enumerate(node.input))
+        starts = written.get(node.input[1]) if causal else None
         if others or any(given.get(i) for i in (3, 4, 5)) or given.get(6) not in inputs:
             raise BuildError(f"{path.name}: {node.name} is not plain attention with lengths from a graph input")
-        nodes[node.name] = AttentionNode(node.name, given[6], causal)
+        if causal and starts not in inputs:
+            raise BuildError(f"{path.name}: {node.name} is causal, and its keys are no cache that is written to")
+        nodes[node.name] = AttentionNode(node.name, given[6], starts)
     return nodes
 
 
@@ -60,13 +77,14 @@ def _is_set(attribute: onnx.AttributeProto) -> bool:
     return bool(onnx.helper.get_attribute_value(attribute))
 
 
-def lower(trt: Any, network: Any, path: Path) -> list[Any]:
+def lower(trt: Any, network: Any, path: Path, attention_mask: str = ATTENTION_MASKS[0]) -> list[Any]:
     """Repair every attention of a parsed network.
 
     Args:
         trt: the TensorRT module.
         network: as parsed from ``path``, the whole of it.
         path: the ONNX file.
+        attention_mask: how attention is told what to see, one of :data:`engines.attention_mask.ATTENTION_MASKS`.
 
     Returns:
         Arrays that the network points to; keep them until it is built.
@@ -77,34 +95,40 @@ def lower(trt: Any, network: Any, path: Path) -> list[Any]:
     nodes = attention_nodes(path)
     inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
     producers = _producers(network)
-    lengths = {}
-    for name in sorted({node.lengths for node in nodes.values()}):  # one cast each, shared by all layers
-        lengths[name] = network.add_cast(inputs[name], trt.int32).get_output(0)
-        lengths[name].name = f"{name}_int32"
-    rotary = _ScaledRotary(trt, network)
+    rotary, masks = _ScaledRotary(trt, network), MaskMaker(trt, network)
+    lengths: dict[str, Any] = {}
     for attention in list(_attentions(trt, network)):
         if attention.name not in nodes:
             raise BuildError(f"{path.name}: TensorRT made an attention {attention.name!r} that the graph does not have")
         node = nodes[attention.name]
-        attention.causal_kind = _causal_kind(trt, node)
-        attention.key_value_lengths = lengths[node.lengths]
-        attention.decomposable = attention.get_input(0).dtype == trt.float32
         for index in (0, 1):
             attention.set_input(index, _unscaled(trt, producers, attention, index))
+        attention.causal_kind = _causal_kind(trt, node, attention_mask)
+        if attention_mask == "lengths":
+            if node.lengths not in lengths:  # one cast each, shared by all layers
+                lengths[node.lengths] = network.add_cast(inputs[node.lengths], trt.int32).get_output(0)
+                lengths[node.lengths].name = f"{node.lengths}_int32"
+            attention.key_value_lengths = lengths[node.lengths]
+        else:
+            queries, keys = attention.get_input(0), attention.get_input(1)
+            starts = inputs[node.starts] if node.starts is not None else None
+            attention.mask = masks.mask(queries, keys, inputs[node.lengths], starts)
+        attention.decomposable = attention.get_input(0).dtype == trt.float32
         rotary.scale(_rotary_of(trt, producers, attention, 0), int(attention.get_input(0).shape[-1]) ** -0.5)
-    faults = find_faults(trt, network, path)
+    faults = find_faults(trt, network, path, attention_mask)
     if faults:
         raise BuildError(f"{path.name}: {faults[0]} ({trt.__name__} {trt.__version__}); no engine was built from it")
-    return rotary.arrays
+    return [*rotary.arrays, *masks.arrays]
 
 
-def find_faults(trt: Any, network: Any, path: Path) -> list[str]:
+def find_faults(trt: Any, network: Any, path: Path, attention_mask: str = ATTENTION_MASKS[0]) -> list[str]:
     """What in a network would make an engine that answers wrongly or that needs more than TensorRT itself.
 
     Args:
         trt: the TensorRT module.
         network: parsed from ``path`` and lowered.
         path: the ONNX file.
+        attention_mask: as for :func:`lower`.
     """
     nodes, producers = attention_nodes(path), _producers(network)
     attentions = {attention.name: attention for attention in _attentions(trt, network)}
@@ -112,7 +136,8 @@ def find_faults(trt: Any, network: Any, path: Path) -> list[str]:
     faults += [f"attention {name} is not in the graph" for name in attentions.keys() - nodes.keys()]
     for name in sorted(nodes.keys() & attentions.keys()):
         faults += [
-            f"attention {name} {fault}" for fault in _attention_faults(trt, producers, attentions[name], nodes[name])
+            f"attention {name} {fault}"
+            for fault in _attention_faults(trt, producers, attentions[name], nodes[name], attention_mask)
         ]
     faults += _cache_faults(trt, network, path)
     outputs = {network.get_output(i).name: network.get_output(i) for i in range(network.num_outputs)}
@@ -122,15 +147,24 @@ def find_faults(trt: Any, network: Any, path: Path) -> list[str]:
     return faults
 
 
-def _attention_faults(trt: Any, producers: dict[str, Any], attention: Any, node: AttentionNode) -> Iterator[str]:
-    if attention.causal_kind != _causal_kind(trt, node):
-        yield f"is {attention.causal_kind.name}, not {_causal_kind(trt, node).name}"
-    lengths = attention.key_value_lengths
-    source = producers.get(lengths.name) if lengths is not None else None
-    if source is None or source.get_input(0).name != node.lengths or lengths.dtype != trt.int32:
-        yield f"does not take its lengths from {node.lengths}"
-    if attention.mask is not None:
-        yield "has a mask beside its lengths"
+def _attention_faults(
+    trt: Any, producers: dict[str, Any], attention: Any, node: AttentionNode, attention_mask: str
+) -> Iterator[str]:
+    wanted = _causal_kind(trt, node, attention_mask)
+    if attention.causal_kind != wanted:
+        yield f"is {attention.causal_kind.name}, not {wanted.name}"
+    lengths, mask = attention.key_value_lengths, attention.mask
+    if attention_mask == "lengths":
+        source = producers.get(lengths.name) if lengths is not None else None
+        if source is None or source.get_input(0).name != node.lengths or lengths.dtype != trt.int32:
+            yield f"does not take its lengths from {node.lengths}"
+        if mask is not None:
+            yield "has a mask beside its lengths"
+    else:
+        if mask is None or mask.name != mask_name(node.lengths) or mask.dtype != trt.bool:
+            yield f"has no mask made from {node.lengths}"
+        if lengths is not None:
+            yield "has lengths beside its mask"
     if attention.get_input(0).dtype == trt.float32 and not attention.decomposable:
         yield "is FP32, which has no fused kernel, and may not be decomposed"
     for index, what in enumerate(("queries", "keys")):
@@ -182,8 +216,9 @@ class _ScaledRotary:
         return scaled
 
 
-def _causal_kind(trt: Any, node: AttentionNode) -> Any:
-    return trt.CausalMaskKind.LOWER_RIGHT if node.causal else trt.CausalMaskKind.NONE
+def _causal_kind(trt: Any, node: AttentionNode, attention_mask: str) -> Any:
+    implied = node.causal and attention_mask == "lengths"  # TensorRT takes it beside lengths, not beside a mask
+    return trt.CausalMaskKind.LOWER_RIGHT if implied else trt.CausalMaskKind.NONE
 
 
 def _layers(network: Any) -> Iterator[Any]:

@@ -13,6 +13,7 @@ import torch
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError
 
+from .attention_mask import ATTENTION_MASKS
 from .lowering import lower
 from .plan_file import stream_writer, whole_file
 from .precision import Precision
@@ -103,8 +104,13 @@ class ParsedNetwork:
     arrays: list[Any]
 
 
-def parse(trt: Any, path: Path) -> ParsedNetwork:
+def parse(trt: Any, path: Path, attention_mask: str = ATTENTION_MASKS[0]) -> ParsedNetwork:
     """Parse an ONNX file, whose weights lie beside it, and repair what the parser gets wrong.
+
+    Args:
+        trt: the TensorRT module.
+        path: the ONNX file.
+        attention_mask: see :func:`engines.lowering.lower`.
 
     Raises:
         BuildError: with TensorRT's own reason and the node's name.
@@ -121,7 +127,7 @@ def parse(trt: Any, path: Path) -> ParsedNetwork:
             f"{path}: {trt.__name__} {trt.__version__} cannot parse it: {reason}. Another release may; the onnxruntime"
             " and torch backends run the same model."
         )
-    return ParsedNetwork(builder, network, parser, lower(trt, network, path))
+    return ParsedNetwork(builder, network, parser, lower(trt, network, path, attention_mask))
 
 
 def _parser_reason(error: Any) -> str:
@@ -139,7 +145,7 @@ def _build_plan(
 ) -> list[Path]:
     log = tensorrt_log(trt)
     with deferred_interrupt() as interrupted:
-        parsed = parse(trt, path)
+        parsed = parse(trt, path, options.attention_mask)
         config = _configure(trt, parsed.builder, path, profiles, options)
         if options.strip_weights:
             strip_weights(trt, parsed.network, config, path)
@@ -171,6 +177,13 @@ def _build_plan(
 def _configure(trt: Any, builder: Any, path: Path, profiles: tuple[Ranges, ...], options: TensorRTOptions) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and FP32 here means FP32, as it does in PyTorch
+    # Without it a context asks for the memory of its profile's largest shapes, whatever shapes it is given.
+    config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+    if hasattr(
+        trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"
+    ):  # TensorRT for RTX: what it allocates itself, it cannot capture
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.builder_optimization_level is not None:
         config.builder_optimization_level = options.builder_optimization_level
     if options.weight_streaming:

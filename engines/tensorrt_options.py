@@ -8,6 +8,8 @@ from typing import Any
 
 from qwen2vl_trt.errors import BuildError
 
+from .attention_mask import ATTENTION_MASKS
+
 HARDWARE_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
 
 
@@ -21,6 +23,7 @@ class TensorRTOptions:
         weight_streaming: let the runner keep part of the weights in host memory.
         hardware_compatibility: GPUs other than the one that builds; TensorRT only.
         compute_capabilities: GPUs to build for, ``8.9``; TensorRT for RTX only, its own default where empty.
+        attention_mask: how attention is told which keys there are, see :mod:`engines.attention_mask`.
 
     Raises:
         BuildError: a value that TensorRT has no meaning for.
@@ -31,6 +34,7 @@ class TensorRTOptions:
     weight_streaming: bool = False
     hardware_compatibility: str = "none"
     compute_capabilities: tuple[str, ...] = ()
+    attention_mask: str = ATTENTION_MASKS[0]
 
     def __post_init__(self) -> None:
         level = self.builder_optimization_level
@@ -41,6 +45,8 @@ class TensorRTOptions:
                 f"unknown --hardware-compatibility {self.hardware_compatibility!r}; known:"
                 f" {', '.join(HARDWARE_COMPATIBILITY)}"
             )
+        if self.attention_mask not in ATTENTION_MASKS:
+            raise BuildError(f"unknown --attention-mask {self.attention_mask!r}; known: {', '.join(ATTENTION_MASKS)}")
         for capability in self.compute_capabilities:
             if not re.fullmatch(r"\d+\.\d", capability):
                 raise BuildError(f"--compute-capabilities {capability!r} is not of the form 8.9")

@@ -53,7 +53,7 @@ class _Layers:
         needed = [layer.get_input(i) for i in range(layer.num_inputs)]
         if kind == "ATTENTION_OUTPUT":
             attention = layer.attention
-            needed = [*(attention.get_input(i) for i in range(3)), attention.key_value_lengths]
+            needed = [*(attention.get_input(i) for i in range(3)), attention.key_value_lengths, attention.mask]
         if any(tensor is not None and tensor.name not in known for tensor in needed):
             return False
         values = [known[tensor.name] if tensor is not None else None for tensor in needed]
@@ -131,6 +131,8 @@ class _Layers:
             operation.FLOOR_DIV: torch.floor_divide,
             operation.MAX: torch.maximum,
             operation.MIN: torch.minimum,
+            operation.LESS: torch.lt,
+            operation.AND: torch.logical_and,
         }
         return known[layer.op](x, y)
 
@@ -190,9 +192,11 @@ class _Layers:
     def attention_input(self, layer, q, *others):
         return q
 
-    def attention_output(self, layer, q, k, v, lengths):
-        """TensorRT's attention does not scale; keys beyond the length are not seen."""
+    def attention_output(self, layer, q, k, v, lengths, mask):
+        """TensorRT's attention does not scale; keys beyond the length, or that the mask leaves out, are not seen."""
         kind, queries, keys = self.trt.CausalMaskKind, q.shape[2], k.shape[2]
+        assert mask is None or (mask.dtype, mask.shape[1:]) == (torch.bool, (1, queries, keys))
+        assert mask is None or (len(mask) == len(q) and layer.attention.causal_kind == kind.NONE)
         lengths = lengths.long() if lengths is not None else torch.full((len(k),), keys)
         seen = torch.arange(keys) < lengths[:, None, None]
         row = torch.arange(queries)[:, None]
@@ -200,7 +204,8 @@ class _Layers:
             seen = seen & (torch.arange(keys) <= row)
         elif layer.attention.causal_kind == kind.LOWER_RIGHT:
             seen = seen & (torch.arange(keys) <= lengths[:, None, None] - queries + row)
+        seen = seen[:, None] if mask is None else seen[:, None] & mask
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = (q @ k.mT).masked_fill(~seen[:, None], -math.inf)
+        scores = (q @ k.mT).masked_fill(~seen, -math.inf)
         return scores.softmax(-1) @ v

@@ -6,6 +6,7 @@ import onnxruntime
 import pytest
 import torch
 
+from engines.attention_mask import ATTENTION_MASKS
 from engines.tensorrt_build import parse
 from export.onnx_model import export_onnx
 from qwen2vl_trt.checkpoint import Checkpoint
@@ -67,13 +68,14 @@ def decoder_feeds(config, sequence):
 CASES = {"vision": None, "prefill": 7, "decode": 1}
 
 
+@pytest.mark.parametrize("attention_mask", ATTENTION_MASKS)
 @pytest.mark.parametrize("case", CASES)
-def test_meaning(trt, exported, case):
+def test_meaning(trt, exported, case, attention_mask):
     sequence = CASES[case]
     path = exported.folder / f"{'decoder' if sequence else 'vision'}.onnx"
     feeds = decoder_feeds(exported.config, sequence) if sequence else vision_feeds(exported.config)
     expected = with_onnxruntime(path, feeds)
-    lowered, parsed = parse(trt, path), parse_only(trt, path)
+    lowered, parsed = parse(trt, path, attention_mask), parse_only(trt, path)
     found = run_network(trt, lowered.network, feeds)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():

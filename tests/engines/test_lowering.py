@@ -8,6 +8,7 @@ import onnx
 import pytest
 
 from engines import lowering
+from engines.attention_mask import ATTENTION_MASKS
 from engines.lowering import attention_nodes, find_faults, lower
 from engines.tensorrt_build import parse
 from engines.tensorrt_log import tensorrt_log
@@ -44,9 +45,14 @@ def config(rtx_checkpoint):
     return Checkpoint(rtx_checkpoint).config
 
 
+@pytest.fixture(params=ATTENTION_MASKS)
+def attention_mask(request):
+    return request.param
+
+
 @pytest.fixture
-def lowered(trt, path):
-    return parse(trt, path)
+def lowered(trt, path, attention_mask):
+    return parse(trt, path, attention_mask)
 
 
 class TestWithoutTheLowering:
@@ -55,11 +61,14 @@ class TestWithoutTheLowering:
     def test_every_attention_is_wrong(self, trt, path):
         faults = find_faults(trt, parse_only(trt, path).network, path)
         for node in attention_nodes(path).values():
-            assert f"attention {node.name} does not take its lengths from {node.lengths}" in faults
+            assert f"attention {node.name} has no mask made from {node.lengths}" in faults
             assert f"attention {node.name} scales its keys in the network's type" in faults
             assert f"attention {node.name} scales its queries in the network's type" in faults
             assert f"attention {node.name} has no softmax scale" in faults
-            assert (f"attention {node.name} is UPPER_LEFT, not LOWER_RIGHT" in faults) == node.causal
+            assert (f"attention {node.name} is UPPER_LEFT, not NONE" in faults) == node.causal
+            with_lengths = find_faults(trt, parse_only(trt, path).network, path, "lengths")
+            assert f"attention {node.name} does not take its lengths from {node.lengths}" in with_lengths
+            assert (f"attention {node.name} is UPPER_LEFT, not LOWER_RIGHT" in with_lengths) == node.causal
 
     def test_no_engine_is_built_when_a_repair_is_missing(self, trt, path, monkeypatch):
         monkeypatch.setattr(lowering._ScaledRotary, "scale", lambda *arguments: None)
@@ -70,8 +79,28 @@ class TestWithoutTheLowering:
 class TestLowered:
     """Walks the network by itself: it does not ask ``find_faults``."""
 
+    def test_attention_has_a_mask_of_its_kind(self, trt, rtx_engines, config):
+        """What it says is in test_lowered_meaning.py."""
+        full = config.vision.fullatt_block_indexes
+        expected = {
+            "vision": {
+                f"blocks.{i}.attn.Attention": "sequence_lengths_mask" if i in full else "window_lengths_mask"
+                for i in range(config.vision.depth)
+            },
+            "decoder": {
+                f"model.layers.{i}.self_attn.Attention": "kv_lengths_mask" for i in range(config.text.num_hidden_layers)
+            },
+        }
+        for graph in GRAPHS:
+            network = parse(trt, rtx_engines.folder("bf16") / f"{graph}.onnx")
+            found = attentions(trt, network.network)
+            assert {name: attention.mask.name for name, attention in found.items()} == expected[graph]
+            assert {attention.mask.dtype for attention in found.values()} == {trt.bool}
+            assert {attention.causal_kind for attention in found.values()} == {trt.CausalMaskKind.NONE}
+            assert {attention.key_value_lengths for attention in found.values()} == {None}
+
     def test_decoder_attention_is_lower_right_with_lengths(self, trt, rtx_engines, config):
-        network = parse(trt, rtx_engines.folder("bf16") / "decoder.onnx")
+        network = parse(trt, rtx_engines.folder("bf16") / "decoder.onnx", "lengths")
         found = attentions(trt, network.network)
         assert len(found) == config.text.num_hidden_layers
         for attention in found.values():
@@ -81,7 +110,7 @@ class TestLowered:
             assert attention.mask is None
 
     def test_vision_attention_has_the_lengths_of_its_kind(self, trt, rtx_engines, config):
-        network = parse(trt, rtx_engines.folder("bf16") / "vision.onnx")
+        network = parse(trt, rtx_engines.folder("bf16") / "vision.onnx", "lengths")
         full = config.vision.fullatt_block_indexes
         expected = {
             f"blocks.{i}.attn.Attention": "sequence_lengths_int32" if i in full else "window_lengths_int32"
@@ -110,7 +139,8 @@ class TestLowered:
         parser = trt.OnnxParser(network, tensorrt_log(trt))
         parser.parse_from_file(str(path))
         arrays = lower(trt, network, path)
-        assert [array.ravel().tolist() for array in arrays] == [[np.float32(1 / math.sqrt(head))]] * 2  # cos, sin
+        scales = [array for array in arrays if array.dtype == np.float32]
+        assert [array.ravel().tolist() for array in scales] == [[np.float32(1 / math.sqrt(head))]] * 2  # cos, sin
         rotated = layers(trt, network, "ROTARY_EMBEDDING")
         scaled = [layer for layer in rotated if layer.get_input(1).name == "cos_scaled"]
         assert len(rotated) == 2 * len(scaled)
@@ -150,24 +180,36 @@ class TestLowered:
 
 
 class TestAnUndoneRepairIsFound:
-    def test_nothing_to_find(self, trt, lowered, path):
-        assert find_faults(trt, lowered.network, path) == []
+    def test_nothing_to_find(self, trt, lowered, path, attention_mask):
+        assert find_faults(trt, lowered.network, path, attention_mask) == []
 
-    def test_corner(self, trt, lowered, path):
+    def test_corner(self, trt, path):
+        """Beside a mask TensorRT itself takes none."""
+        lowered = parse(trt, path, "lengths")
         name, attention = next(iter(attentions(trt, lowered.network).items()))
         attention.causal_kind = trt.CausalMaskKind.UPPER_LEFT
         wanted = "NONE" if path.stem == "vision" else "LOWER_RIGHT"
-        assert find_faults(trt, lowered.network, path) == [f"attention {name} is UPPER_LEFT, not {wanted}"]
+        assert find_faults(trt, lowered.network, path, "lengths") == [f"attention {name} is UPPER_LEFT, not {wanted}"]
 
-    def test_lengths_missing(self, trt, lowered, path):
+    def test_the_other_kind(self, trt, lowered, path, attention_mask):
+        """Each says what it lacks, and that the other's is in the way."""
+        other = next(kind for kind in ATTENTION_MASKS if kind != attention_mask)
+        found = find_faults(trt, lowered.network, path, other)
+        count = len(attentions(trt, lowered.network))
+        assert sum("lengths beside its mask" in fault or "mask beside its lengths" in fault for fault in found) == count
+        assert sum("does not take its lengths" in fault or "has no mask" in fault for fault in found) == count
+
+    def test_lengths_missing(self, trt, path):
+        lowered = parse(trt, path, "lengths")
         name, attention = next(iter(attentions(trt, lowered.network).items()))
         attention.key_value_lengths = None
-        (fault,) = find_faults(trt, lowered.network, path)
+        (fault,) = find_faults(trt, lowered.network, path, "lengths")
         assert fault.startswith(f"attention {name} does not take its lengths from")
 
-    def test_lengths_of_the_other_kind(self, trt, rtx_engines, config):
+    def other_kinds(self, trt, rtx_engines, config, attention_mask):
+        """The vision network, and an attention of each kind of it: full and windowed."""
         path = rtx_engines.folder("bf16") / "vision.onnx"
-        lowered = parse(trt, path)
+        lowered = parse(trt, path, attention_mask)
         found = attentions(trt, lowered.network)
         full, windowed = (
             next(
@@ -175,9 +217,20 @@ class TestAnUndoneRepairIsFound:
             )
             for f in (True, False)
         )
+        return lowered, path, full, windowed
+
+    def test_lengths_of_the_other_kind(self, trt, rtx_engines, config):
+        lowered, path, full, windowed = self.other_kinds(trt, rtx_engines, config, "lengths")
         full.key_value_lengths = windowed.key_value_lengths
-        assert find_faults(trt, lowered.network, path) == [
+        assert find_faults(trt, lowered.network, path, "lengths") == [
             f"attention {full.name} does not take its lengths from sequence_lengths"
+        ]
+
+    def test_a_mask_of_the_other_kind(self, trt, rtx_engines, config):
+        lowered, path, full, windowed = self.other_kinds(trt, rtx_engines, config, "explicit")
+        full.mask = windowed.mask
+        assert find_faults(trt, lowered.network, path) == [
+            f"attention {full.name} has no mask made from sequence_lengths"
         ]
 
     def test_decomposition(self, trt, rtx_engines):
@@ -189,12 +242,13 @@ class TestAnUndoneRepairIsFound:
             f"attention {name} is FP32, which has no fused kernel, and may not be decomposed"
         ]
 
-    def test_scaled_keys(self, trt, lowered, path):
+    def test_scaled_keys(self, trt, lowered, path, attention_mask):
         name, attention = next(iter(attentions(trt, lowered.network).items()))
         keys = attention.get_input(1)
         doubled = lowered.network.add_elementwise(keys, keys, trt.ElementWiseOperation.SUM).get_output(0)
         attention.set_input(1, doubled)
-        assert find_faults(trt, lowered.network, path) == [f"attention {name} scales its keys in the network's type"]
+        found = find_faults(trt, lowered.network, path, attention_mask)
+        assert found == [f"attention {name} scales its keys in the network's type"]
 
     def test_a_cache_that_is_no_output(self, trt, rtx_engines):
         path = rtx_engines.folder("bf16") / "decoder.onnx"
@@ -242,6 +296,11 @@ class TestGraphsThatItDoesNotKnow:
     def test_another_attention_is_refused(self, trt, rtx_engines, tmp_path, edit):
         path = self.edited(rtx_engines, tmp_path, edit)
         with pytest.raises(BuildError, match=r"decoder\.onnx: model\.layers\.0\.self_attn\.Attention is not plain"):
+            attention_nodes(path)
+
+    def test_a_causal_attention_over_no_cache(self, trt, rtx_engines, tmp_path):
+        path = self.edited(rtx_engines, tmp_path, lambda node: node.input.__setitem__(1, "hidden_states"))
+        with pytest.raises(BuildError, match=r"model\.layers\.0\.self_attn\.Attention is causal, and its keys are no"):
             attention_nodes(path)
 
     def test_an_attention_that_the_graph_does_not_name(self, trt, rtx_engines, tmp_path):

@@ -21,6 +21,7 @@ import pytest
 
 import engines.tensorrt_build as tensorrt_build
 from benchmarks.random_model import config_of, write_sparse_checkpoint
+from engines.attention_mask import ATTENTION_MASKS
 from engines.backends import find_backend
 from engines.build import build_engines
 from engines.manifest import Manifest
@@ -174,6 +175,24 @@ class TestOptions:
         assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
         assert config.num_optimization_profiles == 2
 
+    def test_what_the_runner_counts_on(self, trt, rtx_engines):
+        """Memory for the shapes at hand, a decode step that can be captured, FP32 that is FP32."""
+        config = self.options(trt, rtx_engines)
+        assert config.get_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10)
+        assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        assert not config.get_flag(trt.BuilderFlag.TF32)
+
+    def test_attention_with_lengths(self, trt, rtx_checkpoint, tmp_path):
+        """The same fused kernels, and no mask that a decode step would write and read."""
+        config, masks = Checkpoint(rtx_checkpoint).config, {}
+        for kind in ATTENTION_MASKS:
+            (tmp_path / kind).mkdir()
+            build_rtx(Checkpoint(rtx_checkpoint), tmp_path / kind, attention_mask=kind)
+            assert_fused(tmp_path / kind, config)
+            steps = (tmp_path / kind / "decoder.layers").read_text().splitlines()
+            masks[kind] = sum("gemv_mha" in line and f",{PROFILE.max_seq_len}]," in line for line in steps)
+        assert masks == {"explicit": config.text.num_hidden_layers, "lengths": 0}
+
     def test_they_are_in_the_manifest_by_name(self):
         assert TensorRTOptions().as_dict() == {}
         options = TensorRTOptions(weight_streaming=True, compute_capabilities=("8.9",))
@@ -185,6 +204,7 @@ class TestOptions:
         [
             ({"builder_optimization_level": 6}, "--builder-optimization-level is 6; it goes from 0 to 5"),
             ({"hardware_compatibility": "all"}, "unknown --hardware-compatibility 'all'; known: none, ampere_plus"),
+            ({"attention_mask": "none"}, "unknown --attention-mask 'none'; known: explicit, lengths"),
             ({"compute_capabilities": ("sm89",)}, "--compute-capabilities 'sm89' is not of the form 8.9"),
         ],
     )
