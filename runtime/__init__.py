@@ -1,9 +1,9 @@
 """Engines to answers.
 
-In the order in which data passes: ``inputs`` reads pictures and videos, ``preprocessing`` turns them into patches,
+Each room is built on those before it: ``inputs`` reads pictures and videos, ``preprocessing`` turns them into patches,
 ``backends`` run the two engines, ``media`` gives embeddings and remembers them, ``scheduling`` shares the decoder among
-requests, :mod:`runtime.pipeline` joins them. ``tensorrt_llm`` takes the place of the last two where that library
-schedules; ``features`` writes embeddings of whole collections.
+requests, and ``tensorrt_llm`` takes the decoder's place where that library schedules. :mod:`runtime.pipeline` joins
+them; ``features`` writes embeddings of whole collections with it.
 """
 
 from .inputs.video import Video

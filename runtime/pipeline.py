@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from qwen2vl_trt.errors import CheckpointError, LimitError, Qwen2VLError, SamplingError
 from qwen2vl_trt.prompts import PromptBuilder
 
-from .backends.runners import Engines, SelfScheduling, open_engines
+from .backends.runners import Engines, open_engines
 from .detokenizer import AnswerStream
 from .generation_config import GenerationConfig
 from .inputs.images import ImageSource
@@ -31,7 +31,7 @@ from .preprocessing.settings import PreprocessorSettings
 from .request import Event, Output, Request
 from .sampler import SamplingParams, SequenceSampling
 from .scheduling.counters import Counters
-from .scheduling.executor import Executor
+from .scheduling.executor import Executor, SelfScheduling
 from .scheduling.media_ahead import Loading, MediaAhead
 from .scheduling.prefix import NO_KEYS
 from .scheduling.preparation import Prepared, Preparer

@@ -6,7 +6,6 @@ import csv
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,10 +13,8 @@ from .digits import SPLIT_SEED, load_split
 from .evaluation import Score
 from .model import TinyModel
 from .optimizer import ADAM_BETAS, MUON_MOMENTUM, MUON_RATE
+from .recipe import Recipe
 from .scenes import TASKS
-
-if TYPE_CHECKING:
-    from .train import Recipe
 
 _TASKS = {
     "read": "one to five digits in a row, one image",

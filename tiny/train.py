@@ -9,11 +9,9 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
-import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,36 +29,13 @@ from .curriculum import TrainingBatches
 from .evaluation import Score, evaluate, held_out_scenes
 from .model import TinyModel, config_dict, save_checkpoint
 from .optimizer import MasterWeights
+from .recipe import Recipe
 from .scenes import TASKS, Scene
 from .tokenizer import train_tokenizer, write_processor_files
 
 LOGGER = logging.getLogger("tiny.train")
 CHECKPOINT_FOLDER = Path(__file__).parent / "checkpoint"
 MONITOR_SEED = 1234
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the outcome of a training run, but for the code."""
-
-    steps: int = 11000
-    seed: int = 1
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-5
-    warmup: int = 1500
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    average: float = 0.999
-    processes: int = 1
-    batch_limit: int | None = None
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, long because a rate of 1e-3 at once never leaves the first plateau; then half a cosine."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        swing = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * swing
 
 
 class Trainer:

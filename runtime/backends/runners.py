@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast, runtime_checkable
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,10 +19,6 @@ from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.windows import WindowLayout
 
 from .kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from ..scheduling.counters import Counters
-    from ..scheduling.executor import Executor
 
 _BACKENDS = {
     "torch": "runtime.backends.torch_runner",
@@ -93,15 +89,6 @@ class Backend(Protocol):
     def load_vision(self, engines: Engines) -> VisionRunner: ...
 
     def load_decoder(self, engines: Engines) -> DecoderRunner: ...
-
-
-@runtime_checkable
-class SelfScheduling(Protocol):
-    """A backend whose engine schedules its requests itself, without :mod:`runtime.scheduling.scheduler`."""
-
-    def load_executor(self, engines: Engines, reuse_prefixes: bool, counters: Counters) -> Executor:
-        """Raises EngineError where the engine does not load."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from ..backends.runners import Engines
 from ..media.embedder import StageTimes
 from ..request import Output
+from .counters import Counters
 from .preparation import Prepared, Preparer
 from .sequence import NewToken, RunningSequence
 
@@ -65,4 +67,13 @@ class Executor(Protocol):
 
     def step(self) -> list[NewToken]:
         """Go on with every running answer; returns the tokens that they got."""
+        ...
+
+
+@runtime_checkable
+class SelfScheduling(Protocol):
+    """A backend whose engine schedules its requests itself, without :mod:`runtime.scheduling.scheduler`."""
+
+    def load_executor(self, engines: Engines, reuse_prefixes: bool, counters: Counters) -> Executor:
+        """Raises EngineError where the engine does not load."""
         ...

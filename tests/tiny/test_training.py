@@ -15,9 +15,10 @@ from qwen2vl_trt.windows import window_layout
 from tiny.batching import Collator, target_size
 from tiny.evaluation import held_out_scenes
 from tiny.model import TinyModel, checkpoint_tensors
+from tiny.recipe import Recipe
 from tiny.scenes import FPS, TASKS
 from tiny.tokenizer import IMAGE_MEAN, IMAGE_STD
-from tiny.train import Recipe, Trainer, greedy_ids, train
+from tiny.train import Trainer, greedy_ids, train
 
 RECIPE = Recipe(steps=4, warmup=2, batch_limit=6)
 

@@ -1,0 +1,94 @@
+"""Who may import whom, from the sources: the folders' order, and that of the rooms of a folder."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("qwen2vl_trt", "export", "engines", "runtime", "planning", "tiny", "accuracy", "fleet", "benchmarks")
+"""Each imports only those before it; the two commands import all of them, and nothing imports a command."""
+COMMANDS = ("build_engines", "run")
+
+
+def _sources() -> dict[str, Path]:
+    """Every module of the project by its full name."""
+    files = [path for layer in LAYERS for path in (ROOT / layer).rglob("*.py")] + [ROOT / f"{c}.py" for c in COMMANDS]
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+SOURCES = _sources()
+
+
+def imports(module: str) -> Iterator[tuple[str, str]]:
+    """(module, name) of all that a module imports, inside functions and for type checkers too."""
+    path = SOURCES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                yield (inner, "") if inner in SOURCES else (source, alias.name)
+
+
+def of_project(module: str) -> set[str]:
+    """The project's modules that a module imports."""
+    return {target for target, _ in imports(module) if target in SOURCES}
+
+
+def test_data_flows_one_way_through_the_folders():
+    back = []
+    for module in SOURCES:
+        layer = module.split(".")[0]
+        if layer not in COMMANDS:
+            allowed = LAYERS[: LAYERS.index(layer) + 1]
+            back += [f"{module} imports {found}" for found in of_project(module) if found.split(".")[0] not in allowed]
+    assert not back
+
+
+@pytest.mark.parametrize("package", ["runtime", "benchmarks"])
+def test_a_room_is_built_on_those_that_the_docstring_names_before_it(package):
+    """Also through modules that stand in no room."""
+    rooms = [path.name for path in (ROOT / package).iterdir() if (path / "__init__.py").is_file()]
+    told = re.findall(r"``(\w+)``", ast.get_docstring(ast.parse(SOURCES[package].read_text())) or "")
+    order = [name for name in dict.fromkeys(told) if name in rooms]
+    assert sorted(order) == sorted(rooms)
+
+    def room_of(module: str) -> str:
+        return next((room for room in rooms if module.startswith(f"{package}.{room}.")), "")
+
+    for position, room in enumerate(order):
+        reached, ahead = set(), [module for module in SOURCES if room_of(module) == room]
+        while ahead:
+            for target in of_project(ahead.pop()) - reached:
+                if target.startswith(f"{package}."):
+                    reached.add(target)
+                    if not room_of(target):
+                        ahead.append(target)
+        later = {target for target in reached if room_of(target) in order[position + 1 :]}
+        assert not later, f"{package}.{room} reaches {later}"
+
+
+def test_no_module_imports_anothers_private_name():
+    private = [
+        f"{module}: {source}.{name}"
+        for module in SOURCES
+        for source, name in imports(module)
+        if source in SOURCES and name.startswith("_") and not name.startswith("__")
+    ]
+    assert not private
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Not even inside functions: whoever reads one of them would have to read all."""
+    waiting = {module: of_project(module) - {module} for module in SOURCES}
+    while free := {module for module, targets in waiting.items() if not targets}:
+        waiting = {module: targets - free for module, targets in waiting.items() if module not in free}
+    assert not waiting
