@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -32,27 +28,17 @@ from .request import Event, Output, Request
 from .sampler import SamplingParams, SequenceSampling
 from .scheduling.counters import Counters
 from .scheduling.executor import Executor, SelfScheduling
-from .scheduling.media_ahead import Loading, MediaAhead
+from .scheduling.media_ahead import MediaAhead
 from .scheduling.prefix import NO_KEYS
 from .scheduling.preparation import Prepared, Preparer
 from .scheduling.scheduler import Scheduler, named
 from .scheduling.sequence import NewToken, RunningSequence
 from .scheduling.side_stream import Arrival, SideStream
+from .scheduling.waiting import WaitingLine, WaitingRequest
 
 DEFAULT_MAX_NUM_TOKENS = 512
 DEFAULT_EMBEDDING_CACHE_BYTES = 256 << 20
 """About 140 images of 448x448 in BF16 at 7B's width."""
-
-
-@dataclass(eq=False)
-class _Pending:
-    """A request that waits for a slot; ``loading`` once its turn is near, ``prepared`` once its media are loaded."""
-
-    request: Request
-    params: SamplingParams
-    output: Output
-    loading: Loading | None = None
-    prepared: Prepared | None = None
 
 
 class Pipeline:
@@ -117,8 +103,7 @@ class Pipeline:
         self._side = SideStream.beside(engines.device) if overlap else SideStream(engines.device, None)
         self._max_num_tokens, self._reuse_prefixes, self._clock = max_num_tokens, reuse_prefixes, clock
         self._counters = Counters()
-        self._waiting: deque[_Pending] = deque()  # in the order of arrival; those in front may be prepared
-        self._next_deadline = math.inf  # no waiting request's passes before
+        self._waiting = WaitingLine(self._preparer, self._media_ahead, clock)
 
     @classmethod
     def from_engine_dir(
@@ -209,8 +194,7 @@ class Pipeline:
                 )
             )
             return output
-        self._waiting.append(_Pending(request, params, output))
-        self._next_deadline = min(self._next_deadline, output.expires)
+        self._waiting.add(request, params, output)
         return output
 
     @cached_property
@@ -236,7 +220,7 @@ class Pipeline:
             return []
         began = self._clock()
         self._take_in()
-        if not self._scheduler.busy and self._wait_for_media():
+        if not self._scheduler.busy and self._waiting.wait_for_media():
             self._take_in()
         new = self._scheduler.step()
         self._counters.steps += 1
@@ -246,7 +230,7 @@ class Pipeline:
     def cancel(self, output: Output) -> None:
         """End a request, waiting or running, with ``finish_reason`` ``"cancelled"``; it keeps the tokens it has."""
         output.cancel()
-        self._drop_ended()
+        self._waiting.drop_ended()
         self._scheduler.cancel(output)
 
     def close(self) -> None:
@@ -255,9 +239,7 @@ class Pipeline:
         What runs can be stepped on, and new requests start new threads. A pipeline that nobody holds any longer ends
         its threads as well, without waiting for them.
         """
-        for pending in self._waiting:
-            pending.output.cancel()
-        self._drop_ended()
+        self._waiting.cancel_all()
         self._media_ahead.close()
 
     def counters(self) -> Counters:
@@ -363,84 +345,12 @@ class Pipeline:
                     self.cancel(output)
 
     def _take_in(self) -> None:
-        self._expire()
-        self._prepare()
-        self._admit()
+        """Prepare waiting requests whose turn is near and give them the free slots."""
+        self._waiting.expire()
+        self._waiting.prepare(self._scheduler.free_slots, self._scheduler.slots)
+        self._start(self._waiting.next_group(self._scheduler.free_slots, self.profile.max_batch_size))
 
-    def _wait_for_media(self) -> bool:
-        """Wait until a waiting request's media are loaded, or for the next deadline; False if none are on their way."""
-        loadings = [p.loading for p in self._waiting if p.loading is not None and p.prepared is None]
-        if not loadings:
-            return False
-        seconds = max(0.0, self._next_deadline - self._clock())
-        Loading.wait_for_any(loadings, None if math.isinf(seconds) else min(seconds, threading.TIMEOUT_MAX))
-        return True
-
-    def _drop_ended(self) -> None:
-        """Forget waiting requests that have ended, and load nothing more for them."""
-        for pending in self._waiting:
-            if pending.output.finished and pending.loading is not None:
-                pending.loading.cancel()
-        self._waiting = deque(pending for pending in self._waiting if not pending.output.finished)
-
-    def _expire(self) -> None:
-        """End waiting requests whose deadline has passed."""
-        if self._clock() < self._next_deadline:
-            return
-        for pending in self._waiting:
-            if pending.output.expired:
-                pending.output.expire("before its turn came")
-        self._drop_ended()
-        self._next_deadline = min((pending.output.expires for pending in self._waiting), default=math.inf)
-
-    def _prepare(self) -> None:
-        """Prepare as many waiting requests as there are free slots, and one more a step up to one for each slot.
-
-        So a request that is wrong, or never fits, is told before its turn, and what is loaded ahead stays bounded.
-        Threads load the media of all these; a request whose are not there yet has its turn in a later step.
-        """
-        ahead = 1
-        number = 0
-        while number < min(len(self._waiting), self._scheduler.free_slots + self._scheduler.slots):
-            pending = self._waiting[number]
-            if pending.prepared is None:
-                began = self._clock()
-                try:
-                    if pending.loading is None:
-                        pending.loading = self._media_ahead.start(self._preparer.sources(pending.request))
-                    late = not pending.loading.ahead and number >= self._scheduler.free_slots
-                    if not pending.loading.done or (late and not ahead):
-                        number += 1
-                        continue
-                    ahead -= late
-                    pending.prepared = self._preparer.prepare(pending.request, pending.loading.result())
-                    self._preparer.check_room(len(pending.prepared.token_ids), pending.params.max_tokens)
-                except Exception as error:
-                    pending.output.fail(named(error, "preparing the request"))
-                    del self._waiting[number]
-                    continue
-                pending.output.timings.preprocess = pending.loading.seconds + self._clock() - began
-                pending.loading = None  # it holds what was given beside what was made of it
-                pending.output.prompt_tokens = len(pending.prepared.token_ids)
-            number += 1
-
-    def _admit(self) -> None:
-        """Give free slots to the first that are prepared; their media, about one engine call's, are embedded together.
-
-        Those in front whose media are still loaded are passed over, until they are: nothing that comes later is then
-        before them. The rest have their turn in the next step: the answers under way need not wait for all of them.
-        """
-        group: list[tuple[_Pending, Prepared]] = []
-        media = 0
-        prepared_ones = ((pending, pending.prepared) for pending in self._waiting if pending.prepared is not None)
-        for pending, prepared in list(islice(prepared_ones, self._scheduler.free_slots)):
-            media += len(prepared.images) + len(prepared.videos)
-            if group and media > self.profile.max_batch_size:
-                break
-            group.append((pending, prepared))
-        self._start(group)
-
-    def _start(self, group: Sequence[tuple[_Pending, Prepared]]) -> None:
+    def _start(self, group: Sequence[tuple[WaitingRequest, Prepared]]) -> None:
         """Embed requests and hand them to the scheduler. Where that fails for all together each gets a try alone."""
         if not group:
             return
@@ -448,35 +358,36 @@ class Pipeline:
             with self._side.work(group) as arrival:
                 embeds, times = self._scheduler.embed(self._preparer, [prepared for _, prepared in group])
             sequences = [
-                self._sequence(pending, prepared, inputs_embeds, arrival)
-                for (pending, prepared), inputs_embeds in zip(group, embeds, strict=True)
+                self._sequence(waiting, prepared, inputs_embeds, arrival)
+                for (waiting, prepared), inputs_embeds in zip(group, embeds, strict=True)
             ]
         except Exception as error:
             if len(group) > 1:
                 for item in group:
                     self._start([item])
                 return
-            self._waiting.remove(group[0][0])
-            group[0][0].output.fail(named(error, "the vision engine"))
+            waiting, _ = group[0]
+            self._waiting.remove(waiting)
+            waiting.output.fail(named(error, "the vision engine"))
             return
-        for (pending, prepared), sequence in zip(group, sequences, strict=True):
+        for (waiting, prepared), sequence in zip(group, sequences, strict=True):
             if prepared.images or prepared.videos:
-                pending.output.timings.preprocess += times.preprocess
-                pending.output.timings.vision = times.vision
-            self._waiting.remove(pending)
+                waiting.output.timings.preprocess += times.preprocess
+                waiting.output.timings.vision = times.vision
+            self._waiting.remove(waiting)
             self._scheduler.add(sequence)
 
     def _sequence(
-        self, pending: _Pending, prepared: Prepared, inputs_embeds: Tensor, arrival: Arrival
+        self, waiting: WaitingRequest, prepared: Prepared, inputs_embeds: Tensor, arrival: Arrival
     ) -> RunningSequence:
         return RunningSequence(
-            output=pending.output,
+            output=waiting.output,
             inputs_embeds=inputs_embeds,
             position_ids=prepared.position_ids,
             delta=prepared.delta,
-            stream=AnswerStream(self._prompts.tokenizer, pending.params, self._eos),
+            stream=AnswerStream(self._prompts.tokenizer, waiting.params, self._eos),
             sampling=SequenceSampling(
-                pending.params, prepared.token_ids, self._config.text.vocab_size, self.engines.device
+                waiting.params, prepared.token_ids, self._config.text.vocab_size, self.engines.device
             ),
             keys=prepared.keys if self._reuse_prefixes else NO_KEYS,
             prepared=prepared,

@@ -114,7 +114,7 @@ def test_the_loaded_pass_those_still_loading_and_are_passed_by_nobody_later(gate
     assert waiting[0] is first
     assert not first.finished
     gate.opened.set()
-    loading = pipeline._waiting[0].loading
+    loading = next(iter(pipeline._waiting)).loading
     loading.wait_for_any([loading], PATIENCE)
     while True:
         assert [pending.output for pending in pipeline._waiting] == waiting  # nobody else has gone in before it
@@ -162,7 +162,7 @@ def test_a_fault_ends_its_own_request(gated):
 def test_cancelled_while_loading(gated):
     pipeline, gate = gated
     outputs = [pipeline.submit(held(), SamplingParams(max_tokens=2)) for _ in range(_THREADS + 2)]
-    pipeline._prepare()
+    pipeline._take_in()
     time.sleep(0.05)  # as many as there are threads begin
     for output in outputs:
         pipeline.cancel(output)
@@ -181,21 +181,22 @@ def test_a_deadline_passes_while_loading(gated):
     assert not pipeline.busy
 
 
-def test_a_clock_that_stands_still(gated):
-    pipeline, gate = gated
-    pipeline._clock = lambda: 0.0
+def test_a_clock_that_stands_still(engines):
+    pipeline = Pipeline(engines, clock=lambda: 0.0)
+    gate = Gate(pipeline, 99)
     output = pipeline.submit(held(deadline=3600))
     threading.Timer(0.05, gate.opened.set).start()
     step_until(pipeline, lambda: output.finished)
     assert output.finish_reason is not None
     assert output.timings.total == 0
+    pipeline.close()
 
 
 def test_close_leaves_no_thread_and_the_pipeline_goes_on(gated):
     pipeline, gate = gated
     before = len(loading_threads())
     waiting = pipeline.submit(held(), SamplingParams(max_tokens=2))
-    pipeline._prepare()
+    pipeline._take_in()
     assert len(loading_threads()) > before
     threading.Timer(0.05, gate.opened.set).start()
     pipeline.close()

@@ -231,8 +231,7 @@ class TestEnds:
         now = [0.0]
         pipeline = Pipeline(Pipeline.from_engine_dir(folder, "cpu").engines, clock=lambda: now[0], overlap=False)
         output = pipeline.submit(replace(REQUESTS[0], deadline=1.0), SamplingParams(max_tokens=5))
-        pipeline._prepare()
-        pipeline._admit()
+        pipeline._take_in()
         assert pipeline.counters().running == 1
         now[0] = 2.0
         while pipeline.busy:

@@ -1,0 +1,136 @@
+"""Requests that wait for a slot: prepared shortly before their turn, told early where they are wrong or too late."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from ..request import Output, Request
+from ..sampler import SamplingParams
+from .media_ahead import Loading, MediaAhead
+from .preparation import Prepared, Preparer
+from .scheduler import named
+
+
+@dataclass(eq=False)
+class WaitingRequest:
+    """``loading`` is set once its turn is near, ``prepared`` once its media are loaded."""
+
+    request: Request
+    params: SamplingParams
+    output: Output
+    loading: Loading | None = None
+    prepared: Prepared | None = None
+
+
+class WaitingLine:
+    """Waiting requests in the order of arrival; those in front may be prepared.
+
+    Args:
+        preparer: of the pipeline.
+        media_ahead: loads their media.
+        clock: seconds, for deadlines.
+    """
+
+    def __init__(self, preparer: Preparer, media_ahead: MediaAhead, clock: Callable[[], float]) -> None:
+        self._preparer, self._media_ahead, self._clock = preparer, media_ahead, clock
+        self._line: deque[WaitingRequest] = deque()
+        self._next_deadline = math.inf  # nobody's passes before
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def __iter__(self) -> Iterator[WaitingRequest]:
+        return iter(self._line)
+
+    def add(self, request: Request, params: SamplingParams, output: Output) -> None:
+        """Queue a request behind the others."""
+        self._line.append(WaitingRequest(request, params, output))
+        self._next_deadline = min(self._next_deadline, output.expires)
+
+    def remove(self, waiting: WaitingRequest) -> None:
+        """Its turn has come."""
+        self._line.remove(waiting)
+
+    def cancel_all(self) -> None:
+        """End every request."""
+        for waiting in self._line:
+            waiting.output.cancel()
+        self.drop_ended()
+
+    def drop_ended(self) -> None:
+        """Forget requests that have ended, and load nothing more for them."""
+        for waiting in self._line:
+            if waiting.output.finished and waiting.loading is not None:
+                waiting.loading.cancel()
+        self._line = deque(waiting for waiting in self._line if not waiting.output.finished)
+
+    def expire(self) -> None:
+        """End requests whose deadline has passed."""
+        if self._clock() < self._next_deadline:
+            return
+        for waiting in self._line:
+            if waiting.output.expired:
+                waiting.output.expire("before its turn came")
+        self.drop_ended()
+        self._next_deadline = min((waiting.output.expires for waiting in self._line), default=math.inf)
+
+    def prepare(self, free_slots: int, slots: int) -> None:
+        """Prepare as many requests as there are free slots, and one more a call up to one for each slot.
+
+        So a request that is wrong, or never fits, is told before its turn, and what is loaded ahead stays bounded.
+        Threads load the media of all these; a request whose are not there yet has its turn in a later call.
+        """
+        ahead = 1
+        number = 0
+        while number < min(len(self._line), free_slots + slots):
+            waiting = self._line[number]
+            if waiting.prepared is None:
+                began = self._clock()
+                try:
+                    if waiting.loading is None:
+                        waiting.loading = self._media_ahead.start(self._preparer.sources(waiting.request))
+                    late = not waiting.loading.ahead and number >= free_slots
+                    if not waiting.loading.done or (late and not ahead):
+                        number += 1
+                        continue
+                    ahead -= late
+                    waiting.prepared = self._preparer.prepare(waiting.request, waiting.loading.result())
+                    self._preparer.check_room(len(waiting.prepared.token_ids), waiting.params.max_tokens)
+                except Exception as error:
+                    waiting.output.fail(named(error, "preparing the request"))
+                    del self._line[number]
+                    continue
+                waiting.output.timings.preprocess = waiting.loading.seconds + self._clock() - began
+                waiting.loading = None  # it holds what was given beside what was made of it
+                waiting.output.prompt_tokens = len(waiting.prepared.token_ids)
+            number += 1
+
+    def next_group(self, free_slots: int, most_media: int) -> list[tuple[WaitingRequest, Prepared]]:
+        """The first that are prepared, as many as there are free slots; their media fill about one engine call.
+
+        Those in front whose media are still loaded are passed over, until they are: nothing that comes later is then
+        before them. The rest have their turn in the next step: the answers under way need not wait for all of them.
+        """
+        group: list[tuple[WaitingRequest, Prepared]] = []
+        media = 0
+        prepared_ones = ((waiting, waiting.prepared) for waiting in self._line if waiting.prepared is not None)
+        for waiting, prepared in islice(prepared_ones, free_slots):
+            media += len(prepared.images) + len(prepared.videos)
+            if group and media > most_media:
+                break
+            group.append((waiting, prepared))
+        return group
+
+    def wait_for_media(self) -> bool:
+        """Wait until a request's media are loaded, or for the next deadline; False if none are on their way."""
+        loadings = [each.loading for each in self._line if each.loading is not None and each.prepared is None]
+        if not loadings:
+            return False
+        seconds = max(0.0, self._next_deadline - self._clock())
+        Loading.wait_for_any(loadings, None if math.isinf(seconds) else min(seconds, threading.TIMEOUT_MAX))
+        return True
