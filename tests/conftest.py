@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 allow_torchvision()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """One thread for PyTorch (and ONNX Runtime, which follows it): on tiny tensors and a busy machine two are slower.
 

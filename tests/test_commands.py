@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,14 +25,6 @@ from tests.engine_folders import BUILDS, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = "--min-hw-dims 4 --max-hw-dims 180 --max-batch-size 2 --max-input-len 200 --max-seq-len 400".split()  # noqa: SIM905
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

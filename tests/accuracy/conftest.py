@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from engines.backends import find_backend
 from engines.build import build_engines
@@ -11,15 +10,6 @@ from engines.profile import BuildConfig
 from qwen2vl_trt.hub import resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    """Models of this size are no faster on more, and threads that wait for each other crawl on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

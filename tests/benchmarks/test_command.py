@@ -27,11 +27,6 @@ SHAPES = ("--shapes", "112x140,56x56", "batch:2,prompt:9,generate:4", "56x84,bat
 FIGURES = {"count", "min", "max", "mean", "median", "p90", "p95", "p99"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread(one_thread):
-    """Workers take it over."""
-
-
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
     """Folders of the tiny model's engines, by backend."""

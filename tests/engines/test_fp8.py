@@ -24,7 +24,6 @@ from tests.engines.network_interpreter import run_network
 from tests.engines.test_lowered_meaning import CAPACITY, CASES, decoder_feeds, vision_feeds, with_onnxruntime
 from tests.engines.test_lowering import attentions, layers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 GRAPHS = ("vision", "decoder")
 STAYS = {"vision": {"patch_embed.proj", "merger.mlp.0", "merger.mlp.2"}, "decoder": {"lm_head", "graph"}}
 

@@ -16,7 +16,6 @@ from tests.engines.test_lowering import parse_only
 from tests.models import model_config, random_model, relative_error, save_model
 
 CAPACITY = 24
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,6 @@ from qwen2vl_trt.windows import window_layout
 from runtime.backends.runners import open_engines
 from tests.models import IMAGE, our_config, pack_windows, prompt_positions, random_patches, relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 COPIES = "in-place optimization not activated"  # what ONNX Runtime warns of where TensorScatter copies its cache
 BATCHES = [
     [(1, 2, 2)],
@@ -25,7 +23,7 @@ BATCHES = [
 
 
 @pytest.fixture(scope="module")
-def runners(built_model, one_thread, tmp_path_factory):
+def runners(built_model, tmp_path_factory):
     """Engines of ONNX Runtime, then of torch."""
     folder = tmp_path_factory.mktemp("torch")
     profile = Manifest.read(built_model.engines).profile

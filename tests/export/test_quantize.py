@@ -26,7 +26,6 @@ from tests.qwen2vl_trt.test_quantization import linear_layers
 from tiny.calibration import training_data
 
 pytest.importorskip("modelopt", reason="NVIDIA Model Optimizer is not installed: the quantize extra")
-pytestmark = pytest.mark.usefixtures("one_thread")
 GRIDS = ((1, 6, 10), (1, 12, 8))
 
 

@@ -12,11 +12,6 @@ from runtime import Pipeline, SamplingParams
 from tests.engine_folders import build, write_checkpoint
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread):
-    """A worker in the test's own process sets the threads of the process."""
-
-
 @pytest.fixture(scope="session")
 def engine_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")

@@ -26,8 +26,6 @@ from tests.models import (
     vision_tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CAPACITY = 128
 MODELS = {
     "heads 4 share 2, tied": {"tied": True},

@@ -10,8 +10,6 @@ from qwen2vl_trt.fused import FusedAttention, FusedSwiGLU, fuse_attention, fuse_
 from qwen2vl_trt.layers import FP8Linear, SwiGLU
 from tests.models import model_config, our_config, random_model, relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def fp8(linear: nn.Linear, weight_scale=0.003, input_scale=0.01) -> FP8Linear:
     layer = FP8Linear(linear)

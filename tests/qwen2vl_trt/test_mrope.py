@@ -28,8 +28,6 @@ from tests.models import (
     vision_tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOKENS_PER_SECOND = 2
 MIX = 12  # a seed whose conversation has images and videos
 

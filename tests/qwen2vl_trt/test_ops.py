@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 from qwen2vl_trt.ops import ragged_attention, rotate, update_cache
 from tests.models import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -17,7 +17,6 @@ from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import check_weights, load_weights
 from tests.models import edit_checkpoint, in_fp8, model_config, random_model, save_model, write_quantization
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DOWN = "model.layers.1.mlp.down_proj"
 
 

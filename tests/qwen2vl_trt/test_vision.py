@@ -23,8 +23,6 @@ from tests.models import (
     save_model,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GRIDS = [
     # merge groups: a single one, rows and columns of them, a window and one less or more
     *((1, 2 * rows, 2 * columns) for rows, columns in [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (1, 4), (4, 1), (1, 5)]),

@@ -7,15 +7,6 @@ from runtime import Pipeline
 from tests.engine_folders import BUILDS, build, write_checkpoint
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    """Models of this size are no faster on more, and threads that wait for each other crawl on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("model") / "random")

@@ -16,8 +16,6 @@ from runtime.calibration import DEFAULT_PROMPT, Calibration, CalibrationData
 from runtime.request import Request
 from tiny.calibration import training_data
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def folder(tmp_path):

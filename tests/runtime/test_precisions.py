@@ -16,7 +16,6 @@ from tiny.evaluation import held_out_scenes, score
 from tiny.report import answer_scenes
 from tiny.scenes import TASKS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = 75  # a task
 PROFILE = BuildConfig.from_yaml(Path(__file__).parents[2] / "configs" / "tiny.yaml").profile
 

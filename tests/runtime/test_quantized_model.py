@@ -19,8 +19,6 @@ from runtime.calibration import CalibrationData
 from runtime.quantized_model import RECORD, quantize_first
 from tiny.calibration import training_data
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def made(tmp_path, monkeypatch, fp8_checkpoint):

@@ -10,7 +10,6 @@ from runtime.preprocessing.preprocessor import PreprocessorSettings
 from tests.engine_folders import PROFILE, build_fake_tensorrt, use_fake_tensorrt, write_checkpoint
 
 pytest.importorskip("onnxruntime", reason="it computes what the engines would")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

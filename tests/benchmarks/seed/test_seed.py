@@ -19,8 +19,6 @@ from benchmarks.seed.run import Report, floor_of
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import BenchmarkError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = {
     "hidden_size": 256,
     "intermediate_size": 96,

@@ -20,8 +20,6 @@ from engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
 from runtime.backends.runners import open_engines
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_input_len=100, max_seq_len=140)
 
 

@@ -13,7 +13,6 @@ from runtime.backends import onednn
 from tests.engine_folders import build
 
 needs_onednn = pytest.mark.skipif(not onednn.available(), reason="this torch lacks the oneDNN operators")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -35,8 +35,6 @@ from tests.engine_folders import (
 )
 
 pytest.importorskip("onnxruntime", reason="it computes what the engines would")
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parents[3]
 
 

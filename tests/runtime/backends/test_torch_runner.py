@@ -10,8 +10,6 @@ from runtime.backends.runners import open_engines
 from tests.engine_folders import build
 from tests.models import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(
     "grids", [((1, 2, 2),), ((1, 4, 10), (3, 6, 4), (1, 10, 18), (1, 2, 30)), ((1, 8, 8), (1, 8, 16))]
