@@ -46,7 +46,7 @@ def _build(folder: Path, reference: Any, dtype: torch.dtype, **save: Any) -> Bui
     from engines.build import build_engines
     from engines.profile import BuildProfile
     from qwen2vl_trt.hub import ResolvedModel
-    from tests.models import save_model
+    from tests.support.models import save_model
 
     built = BuiltModel(reference, save_model(reference, folder / "checkpoint", dtype, **save), folder / "engines")
     profile = BuildProfile(min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_input_len=128, max_seq_len=256)
@@ -59,7 +59,7 @@ def _build(folder: Path, reference: Any, dtype: torch.dtype, **save: Any) -> Bui
 @pytest.fixture(scope="session")
 def untied_model(tmp_path_factory: pytest.TempPathFactory) -> BuiltModel:
     """Weights in FP32, untied, in one file, by the published names; 7 heads share one. Do not write into it."""
-    from tests.models import model_config, random_model
+    from tests.support.models import model_config, random_model
 
     text = {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1, "intermediate_size": 201}
     reference = random_model(model_config(tied=False, text=text, vision={"depth": 2}), seed=7)
@@ -69,7 +69,7 @@ def untied_model(tmp_path_factory: pytest.TempPathFactory) -> BuiltModel:
 @pytest.fixture(scope="session")
 def tied_model(tmp_path_factory: pytest.TempPathFactory) -> BuiltModel:
     """Weights in BF16, tied, in three shards, by the names of Transformers 5. Do not write into it."""
-    from tests.models import in_dtype, model_config, random_model
+    from tests.support.models import in_dtype, model_config, random_model
 
     reference = random_model(model_config(tied=True, vision={"hidden_size": 80, "num_heads": 1}), seed=8)
     reference = in_dtype(in_dtype(reference, torch.bfloat16), torch.float32)  # what the checkpoint holds

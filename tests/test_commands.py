@@ -21,7 +21,7 @@ import build_engines
 import run
 from engines.command import run_command
 from engines.manifest import FORMAT
-from tests.engine_folders import BUILDS, write_checkpoint
+from tests.support.engine_folders import BUILDS, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = "--min-hw-dims 4 --max-hw-dims 180 --max-batch-size 2 --max-input-len 200 --max-seq-len 400".split()  # noqa: SIM905

@@ -19,7 +19,7 @@ from engines.profile import BuildProfile
 from qwen2vl_trt.errors import CompareError, EngineError, LimitError, MediaError, MissingDependencyError
 from qwen2vl_trt.hub import resolve_model
 from tests.accuracy.damaged import damage
-from tests.engine_folders import PROFILE, write_checkpoint
+from tests.support.engine_folders import PROFILE, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PICTURE = ("--image", ROOT / "docs" / "digits.png", "--prompt", "What digits are in the image?")

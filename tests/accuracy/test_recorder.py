@@ -5,7 +5,7 @@ import torch
 
 from accuracy.recorder import Recorder, decoder_modules, in_patch_order, pack, vision_modules
 from qwen2vl_trt.windows import unpad, window_layout
-from tests.models import model_config, our_config, pack_windows, random_model, random_patches
+from tests.support.models import model_config, our_config, pack_windows, random_model, random_patches
 
 GRIDS = ((1, 10, 6), (2, 8, 20), (1, 2, 2))
 

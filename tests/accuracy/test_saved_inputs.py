@@ -14,7 +14,7 @@ from accuracy.saved_inputs import SavedInputs
 from qwen2vl_trt.errors import CompareError
 from runtime import Pipeline, Request
 from runtime.backends.runners import open_engines
-from tests.models import relative_error
+from tests.support.models import relative_error
 
 PICTURE = str(Path(__file__).resolve().parent.parent.parent / "docs" / "digits.png")
 PROMPT = "What digits are in the image?"

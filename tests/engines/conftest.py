@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.engine_folders import build, write_checkpoint
+from tests.support.engine_folders import build, write_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,8 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError, MissingDependencyError
 from qwen2vl_trt.hub import ResolvedModel
 from runtime.backends.runners import open_engines
-from tests.engine_folders import installed_backends
-from tests.models import model_config, random_model, save_model
+from tests.support.engine_folders import installed_backends
+from tests.support.models import model_config, random_model, save_model
 
 REPOSITORY = Path(__file__).parents[2]
 PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=64, max_batch_size=2, max_input_len=32, max_seq_len=64)

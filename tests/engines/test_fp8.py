@@ -19,10 +19,10 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.quantization import fp8_layers
-from tests.engine_folders import PROFILE, build
 from tests.engines.network_interpreter import run_network
 from tests.engines.test_lowered_meaning import CAPACITY, CASES, decoder_feeds, vision_feeds, with_onnxruntime
 from tests.engines.test_lowering import attentions, layers
+from tests.support.engine_folders import PROFILE, build
 
 GRAPHS = ("vision", "decoder")
 STAYS = {"vision": {"patch_embed.proj", "merger.mlp.0", "merger.mlp.2"}, "decoder": {"lm_head", "graph"}}

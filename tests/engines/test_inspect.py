@@ -17,7 +17,7 @@ from engines.manifest import Manifest
 from engines.tensorrt_profiles import vision_ranges
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import EngineError
-from tests.engine_folders import PROFILE, build
+from tests.support.engine_folders import PROFILE, build
 
 ROOT = Path(__file__).parents[2]
 

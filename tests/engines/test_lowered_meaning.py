@@ -13,7 +13,7 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.windows import window_layout
 from tests.engines.network_interpreter import run_network
 from tests.engines.test_lowering import parse_only
-from tests.models import model_config, random_model, relative_error, save_model
+from tests.support.models import model_config, random_model, relative_error, save_model
 
 CAPACITY = 24
 

@@ -37,7 +37,7 @@ from engines.timing_cache import load_timing_cache, save_timing_cache, timing_ca
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, MissingDependencyError
 from qwen2vl_trt.hub import resolve_model
-from tests.engine_folders import PROFILE, build
+from tests.support.engine_folders import PROFILE, build
 
 ROOT = Path(__file__).parents[2]
 ONNX_BF16 = onnx.TensorProto.BFLOAT16

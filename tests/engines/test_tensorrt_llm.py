@@ -22,7 +22,7 @@ from engines.tensorrt_llm_options import TensorRTLLMOptions
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, MissingDependencyError
 from qwen2vl_trt.hub import resolve_model
-from tests import fake_tensorrt_llm
+from tests.support import fake_tensorrt_llm
 
 TINY = resolve_model("tiny")
 

@@ -24,7 +24,7 @@ from engines.tensorrt_refit import refit, stored_weights, strip_weights
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.weights import checkpoint_names
-from tests.engine_folders import PROFILE
+from tests.support.engine_folders import PROFILE
 
 ROOT = Path(__file__).parents[2]
 PREFIX = {"vision": "visual.", "decoder": ""}

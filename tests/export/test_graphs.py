@@ -14,7 +14,7 @@ from export.graphs import cache_names, decoder_graph, vision_graph
 from export.trace import trace
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.weights import checkpoint_names
-from tests.models import model_config, our_config
+from tests.support.models import model_config, our_config
 
 # Everything that a backend must know. An operator that joins this list must first be seen to work in each of them.
 OPERATORS = {

@@ -11,7 +11,7 @@ from engines.manifest import Manifest
 from qwen2vl_trt.hub import ResolvedModel
 from qwen2vl_trt.windows import window_layout
 from runtime.backends.runners import open_engines
-from tests.models import IMAGE, our_config, pack_windows, prompt_positions, random_patches, relative_error
+from tests.support.models import IMAGE, our_config, pack_windows, prompt_positions, random_patches, relative_error
 
 COPIES = "in-place optimization not activated"  # what ONNX Runtime warns of where TensorScatter copies its cache
 BATCHES = [

@@ -21,8 +21,8 @@ from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import window_layout
 from runtime.calibration import Calibration
-from tests.models import pack_windows
 from tests.qwen2vl_trt.test_quantization import linear_layers
+from tests.support.models import pack_windows
 from tiny.calibration import training_data
 
 pytest.importorskip("modelopt", reason="NVIDIA Model Optimizer is not installed: the quantize extra")

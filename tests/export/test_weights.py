@@ -14,7 +14,7 @@ from export.onnx_model import check_fit, export_onnx
 from export.weights import link_checkpoint
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, CheckpointError
-from tests.models import edit_checkpoint, model_config, random_model, save_model
+from tests.support.models import edit_checkpoint, model_config, random_model, save_model
 
 
 @pytest.fixture(scope="module")

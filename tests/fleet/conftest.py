@@ -9,7 +9,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'qwen2vl-tr
 from fleet.inputs import divide, find_input, read_partitions
 from fleet.worker import Worker, WorkerSettings
 from runtime import Pipeline, SamplingParams
-from tests.engine_folders import build, write_checkpoint
+from tests.support.engine_folders import build, write_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from PIL import Image
 from runtime.inputs.images import load_image
 from runtime.preprocessing.preprocessor import Preprocessor
 from runtime.preprocessing.triton_writer import TritonWriter, triton_is_installed
-from tests.pictures import CONFIG, TINY, TINY_SETTINGS, in_form, mixes, natural
+from tests.support.pictures import CONFIG, TINY, TINY_SETTINGS, in_form, mixes, natural
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 

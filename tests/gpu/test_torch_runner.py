@@ -15,7 +15,7 @@ from qwen2vl_trt.pinned_reader import PinnedReader
 from qwen2vl_trt.windows import window_layout
 from runtime.backends.torch_caches import ChunkCache, NewTokenCache, NewTokens
 from runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
-from tests.models import relative_error
+from tests.support.models import relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 

@@ -11,7 +11,7 @@ from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import window_layout
-from tests.models import (
+from tests.support.models import (
     IMAGE,
     VIDEO,
     model_config,

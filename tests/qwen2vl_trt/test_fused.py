@@ -8,7 +8,7 @@ from qwen2vl_trt import ops
 from qwen2vl_trt.decoder import Decoder, DecoderAttention
 from qwen2vl_trt.fused import FusedAttention, FusedSwiGLU, fuse_attention, fuse_mlp, join
 from qwen2vl_trt.layers import FP8Linear, SwiGLU
-from tests.models import model_config, our_config, random_model, relative_error
+from tests.support.models import model_config, our_config, random_model, relative_error
 
 
 def fp8(linear: nn.Linear, weight_scale=0.003, input_scale=0.01) -> FP8Linear:

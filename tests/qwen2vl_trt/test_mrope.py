@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qwen2vl_trt.decoder import DecoderStack
 from qwen2vl_trt.errors import PromptError
 from qwen2vl_trt.mrope import mrope_config, rope_index, rotary_angles
-from tests.models import (
+from tests.support.models import (
     FIRST_SPECIAL,
     IMAGE,
     VIDEO,

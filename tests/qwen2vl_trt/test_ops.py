@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2vl_trt.ops import ragged_attention, rotate, update_cache
-from tests.models import relative_error
+from tests.support.models import relative_error
 
 
 def randn(*shape, seed=0):

@@ -15,7 +15,7 @@ from qwen2vl_trt.layers import FP8Linear
 from qwen2vl_trt.quantization import fp8_layers, use_fp8
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import check_weights, load_weights
-from tests.models import edit_checkpoint, in_fp8, model_config, random_model, save_model, write_quantization
+from tests.support.models import edit_checkpoint, in_fp8, model_config, random_model, save_model, write_quantization
 
 DOWN = "model.layers.1.mlp.down_proj"
 

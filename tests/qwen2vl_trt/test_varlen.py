@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qwen2vl_trt import varlen
 from qwen2vl_trt.windows import PackedSequences
-from tests import varlen_reference
+from tests.support import varlen_reference
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import window_layout
-from tests.models import (
+from tests.support.models import (
     in_dtype,
     model_config,
     our_config,

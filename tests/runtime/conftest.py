@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from runtime import Pipeline
-from tests.engine_folders import BUILDS, build, write_checkpoint
+from tests.support.engine_folders import BUILDS, build, write_checkpoint
 
 
 @pytest.fixture(scope="session")

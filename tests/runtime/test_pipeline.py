@@ -17,8 +17,8 @@ from PIL import Image
 from qwen2vl_trt.errors import CheckpointError, EngineError, LimitError, MediaError, PromptError, SamplingError
 from qwen2vl_trt.hub import resolve_model
 from runtime import Pipeline, Request, SamplingParams, Video
-from tests.engine_folders import BUILDS, PROFILE, build
-from tests.models import relative_error
+from tests.support.engine_folders import BUILDS, PROFILE, build
+from tests.support.models import relative_error
 from tiny.evaluation import held_out_scenes
 from tiny.report import answer_scenes
 from tiny.scenes import TASKS

@@ -11,7 +11,7 @@ from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.windows import window_layout
 from runtime import Pipeline
 from runtime.backends.runners import open_engines
-from tests.engine_folders import build
+from tests.support.engine_folders import build
 from tiny.evaluation import held_out_scenes, score
 from tiny.report import answer_scenes
 from tiny.scenes import TASKS

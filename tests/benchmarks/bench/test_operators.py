@@ -7,7 +7,7 @@ from benchmarks.subjects.engines import DecoderSubject, EngineOptions, PipelineS
 from benchmarks.subjects.shapes import Limits, Shape, cases
 from runtime.backends.runners import open_engines
 from runtime.preprocessing.preprocessor import PreprocessorSettings
-from tests.engine_folders import PROFILE, build_fake_tensorrt, use_fake_tensorrt, write_checkpoint
+from tests.support.engine_folders import PROFILE, build_fake_tensorrt, use_fake_tensorrt, write_checkpoint
 
 pytest.importorskip("onnxruntime", reason="it computes what the engines would")
 

@@ -6,7 +6,7 @@ import torch
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import LimitError
 from runtime.backends.kv_cache import KVCache
-from tests.models import model_config
+from tests.support.models import model_config
 
 CONFIG = Qwen2VLConfig.from_dict(model_config().to_dict()).text
 

@@ -10,7 +10,7 @@ from qwen2vl_trt.layers import FP8Linear, SwiGLU
 from qwen2vl_trt.vision import VisionTransformer
 from runtime import Pipeline, Request, SamplingParams
 from runtime.backends import onednn
-from tests.engine_folders import build
+from tests.support.engine_folders import build
 
 needs_onednn = pytest.mark.skipif(not onednn.available(), reason="this torch lacks the oneDNN operators")
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from runtime.backends.tensorrt_device import CudaDevice
-from tests import fake_tensorrt
+from tests.support import fake_tensorrt
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux and Windows on x86-64 only")
 

@@ -23,8 +23,8 @@ from qwen2vl_trt.windows import window_layout
 from runtime import Pipeline, Request, SamplingParams
 from runtime.backends.runners import open_engines
 from runtime.backends.tensorrt_runner import TensorRTDecoder
-from tests import fake_tensorrt
-from tests.engine_folders import (
+from tests.support import fake_tensorrt
+from tests.support.engine_folders import (
     PROFILE,
     build,
     build_fake_tensorrt,

@@ -18,10 +18,10 @@ from runtime import Pipeline, Request, SamplingParams
 from runtime.backends import torch_runner
 from runtime.backends.runners import open_engines
 from runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
-from tests.engine_folders import PROFILE, build
-from tests.models import edit_checkpoint, in_fp8, relative_error, write_quantization
-from tests.recorded_graph import RecordedGraphs
-from tests.varlen_reference import flash
+from tests.support.engine_folders import PROFILE, build
+from tests.support.models import edit_checkpoint, in_fp8, relative_error, write_quantization
+from tests.support.recorded_graph import RecordedGraphs
+from tests.support.varlen_reference import flash
 
 CPU = torch.device("cpu")
 MIXES = [((1, 2, 2),), ((1, 4, 10), (3, 6, 4), (1, 10, 18), (1, 2, 30)), ((1, 8, 8), (1, 8, 16)), ((2, 8, 8),)]

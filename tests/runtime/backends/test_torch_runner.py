@@ -7,8 +7,8 @@ from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.windows import window_layout
 from runtime.backends import torch_runner
 from runtime.backends.runners import open_engines
-from tests.engine_folders import build
-from tests.models import relative_error
+from tests.support.engine_folders import build
+from tests.support.models import relative_error
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from qwen2vl_trt.errors import FeaturesError, LimitError, MediaError, PromptErro
 from runtime import Pipeline, Request
 from runtime.features.command import add_features_arguments, run_features
 from runtime.features.shards import shard_paths
-from tests import features_process
-from tests.models import relative_error
+from tests.support import features_process
+from tests.support.models import relative_error
 
 needs_fork = pytest.mark.skipif(features_process.CONTEXT is None, reason="needs fork, to start processes quickly")
 PROMPT = "What digits are in the image?"

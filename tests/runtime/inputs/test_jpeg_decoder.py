@@ -16,7 +16,7 @@ from runtime.inputs.images import load_image
 from runtime.inputs.jpeg_decoder import JpegDecoder
 from runtime.media.embedder import MediaEmbedder
 from runtime.preprocessing.preprocessor import Preprocessor
-from tests.pictures import CONFIG, natural
+from tests.support.pictures import CONFIG, natural
 
 CPU = torch.device("cpu")
 

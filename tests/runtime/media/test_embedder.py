@@ -13,7 +13,7 @@ from qwen2vl_trt.errors import LimitError, MediaError
 from runtime import Video
 from runtime.media.embedder import MediaEmbedder
 from runtime.preprocessing.preprocessor import Preprocessor, PreprocessorSettings
-from tests.models import model_config
+from tests.support.models import model_config
 
 CONFIG = Qwen2VLConfig.from_dict(model_config().to_dict()).vision
 PROFILE = BuildProfile(min_hw_dims=16, max_hw_dims=400, max_batch_size=3)

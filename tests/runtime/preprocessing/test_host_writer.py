@@ -6,7 +6,7 @@ import torch
 
 from runtime.preprocessing import host_writer
 from runtime.preprocessing.preprocessor import Preprocessor
-from tests.pictures import CONFIG, natural
+from tests.support.pictures import CONFIG, natural
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 28])

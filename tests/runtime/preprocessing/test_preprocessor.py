@@ -20,7 +20,7 @@ from qwen2vl_trt.windows import window_layout
 from runtime.inputs.video import Video
 from runtime.preprocessing.preprocessor import Preprocessor
 from runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
-from tests.pictures import CONFIG, TINY, merge_order, natural, noise
+from tests.support.pictures import CONFIG, TINY, merge_order, natural, noise
 
 DEFAULT = image_processing_qwen2_vl.Qwen2VLImageProcessor
 PILLOW = image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.preprocessing.staging import Staging, bytes_of
-from tests.pictures import in_form, noise
+from tests.support.pictures import in_form, noise
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from runtime.preprocessing import host_writer, torch_writer
 from runtime.preprocessing.preprocessor import Preprocessor
 from runtime.preprocessing.staging import Staging
 from runtime.preprocessing.torch_writer import TorchWriter
-from tests.pictures import CONFIG, TINY, TINY_SETTINGS, in_form, merge_order, mixes, natural, noise
+from tests.support.pictures import CONFIG, TINY, TINY_SETTINGS, in_form, merge_order, mixes, natural, noise
 
 CPU = torch.device("cpu")
 HD, UHD = (1080, 1920), (2160, 3840)

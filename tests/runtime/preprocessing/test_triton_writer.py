@@ -21,7 +21,7 @@ from runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
 from runtime.preprocessing.staging import Slot, Staging
 from runtime.preprocessing.torch_writer import TorchWriter
 from runtime.preprocessing.triton_writer import Tiles, TritonWriter, triton_is_installed
-from tests.pictures import CONFIG, TINY, TINY_SETTINGS, in_form, merge_order, mixes, natural, noise
+from tests.support.pictures import CONFIG, TINY, TINY_SETTINGS, in_form, merge_order, mixes, natural, noise
 
 CPU = torch.device("cpu")
 installed = pytest.mark.skipif(not triton_is_installed(), reason="Triton is not installed")

@@ -8,8 +8,8 @@ from runtime.request import Output
 from runtime.sampler import SamplingParams, SequenceSampling
 from runtime.scheduling.scheduler import Scheduler
 from runtime.sending import send
-from tests.device_tensors import META, DeviceTensor, Synchronisations, pin
-from tests.fake_decoder import VOCABULARY, FakeDecoder, expected, sequence
+from tests.support.device_tensors import META, DeviceTensor, Synchronisations, pin
+from tests.support.fake_decoder import VOCABULARY, FakeDecoder, expected, sequence
 
 SAMPLINGS = {
     "greedy": {},

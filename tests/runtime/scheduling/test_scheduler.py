@@ -11,7 +11,7 @@ from runtime.request import Output
 from runtime.sampler import SamplingParams
 from runtime.scheduling.counters import Counters
 from runtime.scheduling.scheduler import Scheduler
-from tests.fake_decoder import FakeDecoder, drain, expected, sequence
+from tests.support.fake_decoder import FakeDecoder, drain, expected, sequence
 
 
 class Clock:

@@ -19,8 +19,8 @@ from engines.tensorrt_profiles import decoder_ranges, vision_ranges
 from export.onnx_model import export_onnx
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.hub import resolve_model
-from tests import fake_tensorrt
-from tests.models import random_model, save_model
+from tests.support import fake_tensorrt
+from tests.support.models import random_model, save_model
 from tiny.model import config_dict
 from tiny.tokenizer import write_processor_files
 

@@ -1,4 +1,4 @@
-"""Puts the stand-in for TensorRT-LLM of ``tests/fake_packages`` in its place, for one test."""
+"""Puts the stand-in for TensorRT-LLM of ``tests/support/fake_packages`` in its place, for one test."""
 
 import sys
 from importlib import import_module
