@@ -17,17 +17,17 @@ from torch import Tensor
 
 from export.quantize import CalibrationSample
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.errors import BuildError, Qwen2VLError
+from qwen2vl_trt.errors import BuildError, MediaError, Qwen2VLError
 from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import PromptBuilder
 from qwen2vl_trt.windows import Grid
 
+from .inputs.image_listing import IMAGE_SUFFIXES, list_images
 from .inputs.images import load_image
 from .inputs.video import Video, load_video
 from .preprocessing.preprocessor import PackedPixels, Preprocessor, PreprocessorSettings
 from .request import Request
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 PROMPTS_FILE = "prompts.jsonl"
 DEFAULT_PROMPT = "Describe the image."
 
@@ -44,8 +44,9 @@ class CalibrationData:
         """At most ``size`` requests of a folder, spread evenly over it.
 
         Lines ``{"image": "a.jpg", "prompt": "..."}`` of ``prompts.jsonl`` where there is one (``image`` may be a list,
-        or missing for text alone). Else every image of the folder and of those inside it, with what a text file of
-        its name says (``a.txt`` beside ``a.jpg``) or ``Describe the image.``
+        or missing for text alone). Else every image that ``run.py features`` would find there, in that order
+        (:func:`runtime.inputs.image_listing.list_images`), with what a text file of its name says (``a.txt`` beside
+        ``a.jpg``) or ``Describe the image.``
 
         Raises:
             BuildError: no such folder, no image in it, a file that cannot be read, or a line that makes no sense.
@@ -56,9 +57,8 @@ class CalibrationData:
         try:
             pairs = _listed_pairs(path) if path.is_file() else _image_pairs(folder)
             if not pairs:
-                raise BuildError(
-                    f"--calibration-data {folder} holds no {PROMPTS_FILE} and no image ({', '.join(IMAGE_SUFFIXES)})"
-                )
+                suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+                raise BuildError(f"--calibration-data {folder} holds no {PROMPTS_FILE} and no image ({suffixes})")
             if size < len(pairs):
                 pairs = [pairs[number * len(pairs) // size] for number in range(size)]
             digest = hashlib.sha256()
@@ -66,6 +66,8 @@ class CalibrationData:
                 digest.update(
                     repr((prompt, [hashlib.sha256(image.read_bytes()).digest() for image in images])).encode()
                 )
+        except MediaError as error:
+            raise BuildError(f"--calibration-data: {error}") from None
         except UnicodeDecodeError as error:
             raise BuildError(f"--calibration-data {folder}: a text file in it is not UTF-8 ({error})") from None
         except OSError as error:
@@ -75,7 +77,8 @@ class CalibrationData:
 
 def _image_pairs(folder: Path) -> list[tuple[str, list[Path]]]:
     pairs = []
-    for image in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
+    for file in list_images(str(folder)):
+        image = Path(file.path)
         prompt = image.with_suffix(".txt")
         text = prompt.read_text(encoding="utf-8").strip() if prompt.is_file() else ""
         pairs.append((text or DEFAULT_PROMPT, [image]))

@@ -40,6 +40,13 @@ class TestFolder:
         ]
         assert found == [(DEFAULT_PROMPT, ["a.png"]), ("Which digits?", ["b.JPG"]), (DEFAULT_PROMPT, ["more/c.webp"])]
 
+    def test_the_images_are_those_of_a_features_run(self, folder):
+        """Every suffix that is read, a folder's own before those inside it, nothing hidden."""
+        for name in ("z.jfif", "d.ppm", ".hidden.png", "more/.thumb.jpg"):
+            (folder / name).write_bytes((folder / "a.png").read_bytes())
+        requests = CalibrationData.from_folder(folder, 10).requests
+        assert [request.images[0].name for request in requests] == ["a.png", "b.JPG", "d.ppm", "z.jfif", "c.webp"]
+
     def test_listed(self, folder):
         lines = [{"image": "more/c.webp", "prompt": "A"}, {"prompt": "B"}, {"image": ["a.png", "b.JPG"], "prompt": "C"}]
         (folder / "prompts.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
@@ -54,7 +61,7 @@ class TestFolder:
         for number in range(30):
             (folder / f"z{number:02}.png").write_bytes((folder / "a.png").read_bytes())
         names = [request.images[0].name for request in CalibrationData.from_folder(folder, 3).requests]
-        assert names == ["a.png", "z08.png", "z19.png"]
+        assert names == ["a.png", "z09.png", "z20.png"]
 
     def test_identity(self, folder):
         first = CalibrationData.from_folder(folder, 10).identity
@@ -73,7 +80,7 @@ class TestWhatIsWrong:
 
     def test_nothing_in_it(self, tmp_path):
         (tmp_path / "a.txt").write_text("a prompt alone")
-        with pytest.raises(BuildError, match=r"holds no prompts\.jsonl and no image \(\.bmp, "):
+        with pytest.raises(BuildError, match=r"holds no prompts\.jsonl and no image \(\.avif, \.bmp, "):
             CalibrationData.from_folder(tmp_path, 4)
 
     @pytest.mark.parametrize("line", ["{", "[1]", '{"image": 3}', '{"image": [1]}'])
