@@ -22,6 +22,7 @@ import run
 from engines.command import run_command
 from engines.manifest import FORMAT
 from tests.support.engine_folders import BUILDS, write_checkpoint
+from tests.support.media_files import save_video
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = "--min-hw-dims 4 --max-hw-dims 180 --max-batch-size 2 --max-input-len 200 --max-seq-len 400".split()  # noqa: SIM905
@@ -30,19 +31,12 @@ LIMITS = "--min-hw-dims 4 --max-hw-dims 180 --max-batch-size 2 --max-input-len 2
 @pytest.fixture(scope="module")
 def user(tmp_path_factory):
     """A user's folder: a checkpoint, images, a video, and what a user gets wrong; engines are built at first use."""
-    import av
-
     folder = tmp_path_factory.mktemp("user")
     write_checkpoint(folder / "model")
     rng = np.random.default_rng(0)
     for name, height, width in (("a.png", 112, 140), ("b.jpg", 130, 90), ("wide.png", 10, 2500), ("big.png", 700, 500)):
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / name)
-    with av.open(str(folder / "v.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-        for number in range(25):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 96, 3), 10 * number, np.uint8))))
-        container.mux(stream.encode())
+    save_video(folder / "v.mp4", [np.full((64, 96, 3), 10 * number, np.uint8) for number in range(25)])
     (folder / "empty.png").touch()
     (folder / "text.png").write_text("no image")
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:1000])

@@ -10,22 +10,13 @@ from benchmarks.random_model import SHAPES, config_of, random_checkpoint, write_
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import BenchmarkError
-
-SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 512,
-    "tie_word_embeddings": True,
-}
+from tests.support.models import SMALL_SHAPE
 
 
 @pytest.fixture
 def small(monkeypatch):
     """A published shape of a size that a test can write."""
-    monkeypatch.setitem(SHAPES, "small", SMALL)
+    monkeypatch.setitem(SHAPES, "small", SMALL_SHAPE)
     return "small"
 
 

@@ -106,12 +106,7 @@ def errors(ours, reference, sample):
     layout = window_layout(tuple(sample.image_grids), config.vision)
     found = tower(
         pack_windows(sample.images, sample.image_grids, reference.config),
-        layout.window_lengths,
-        layout.position_ids,
-        layout.sequence_index,
-        layout.sequence_lengths,
-        layout.sequence_position,
-        layout.merge_index,
+        *layout.index_tensors.values(),
     )
     pairs = [(found, reference.model.visual(sample.images, torch.tensor(sample.image_grids)).pooler_output)]
     positions = sample.position_ids[:, None]

@@ -1,20 +1,8 @@
-"""Reading what a batch job wrote, and writing what it reads."""
+"""Reading what a batch job wrote, and writing the lines that it reads."""
 
 import json
 
-import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
-
-
-def save_images(folder, count, sizes=((56, 84), (112, 140), (60, 100))):
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        height, width = sizes[number % len(sizes)]
-        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:04d}.png", compress_level=0)
-    return folder
 
 
 def rows(output):

@@ -12,7 +12,8 @@ import run
 from fleet.cluster import connect
 from fleet.worker import Worker
 from qwen2vl_trt.errors import BatchError, FeaturesError, MediaError, MissingDependencyError, SamplingError
-from tests.fleet.outputs import failures, rows, save_images, write_lines
+from tests.fleet.outputs import failures, rows, write_lines
+from tests.support.media_files import save_images
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,8 @@ import pytest
 from fleet.inputs import divide, find_input, read_partitions
 from fleet.rows import read_rows
 from qwen2vl_trt.errors import BatchError, MediaError
-from tests.fleet.outputs import save_images, write_lines
+from tests.fleet.outputs import write_lines
+from tests.support.media_files import save_images
 
 
 def read(source, folder, rows=3, **columns):

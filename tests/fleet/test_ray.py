@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from runtime import Request, SamplingParams
-from tests.fleet.outputs import failures, rows, save_images, write_lines
+from tests.fleet.outputs import failures, rows, write_lines
+from tests.support.media_files import save_images
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,8 @@ from fleet.partition_file import data_path, errors_path, read_done
 from qwen2vl_trt.errors import BatchError, FeaturesError
 from runtime import Request, SamplingParams
 from runtime.features.command import add_features_arguments, run_features
-from tests.fleet.outputs import failures, rows, save_images, write_lines
+from tests.fleet.outputs import failures, rows, write_lines
+from tests.support.media_files import save_images
 
 PROMPT = "What digits are in the image?"
 

@@ -11,7 +11,7 @@ from engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
 from runtime import Pipeline, Request, SamplingParams
 from runtime.backends.runners import open_engines
-from tests.runtime.test_pipeline import answers, random_params, random_request
+from tests.support.requests import answers, random_params, random_request
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 

@@ -9,33 +9,8 @@ from safetensors.torch import save_file
 
 from qwen2vl_trt.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from qwen2vl_trt.errors import CheckpointError
+from tests.support.models import MINIMAL_CONFIG
 
-CONFIG = {
-    "model_type": "qwen2_5_vl",
-    "image_token_id": 4,
-    "video_token_id": 5,
-    "vision_start_token_id": 2,
-    "vision_end_token_id": 3,
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 64,
-    "tie_word_embeddings": False,
-    "rope_theta": 1e6,
-    "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 128,
-    "vision_config": {
-        "depth": 1,
-        "hidden_size": 16,
-        "num_heads": 2,
-        "intermediate_size": 24,
-        "out_hidden_size": 32,
-        "fullatt_block_indexes": [0],
-    },
-}
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
@@ -55,7 +30,7 @@ def make_tensors():
 def single(tmp_path):
     folder = tmp_path / "single"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(MINIMAL_CONFIG))
     save_file(make_tensors(), folder / SINGLE_FILE, metadata={"format": "pt"})
     return folder
 
@@ -64,7 +39,7 @@ def single(tmp_path):
 def sharded(tmp_path):
     folder = tmp_path / "sharded"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(MINIMAL_CONFIG))
     tensors = make_tensors()
     weight_map = {name: SHARDS[name.startswith("b")] for name in tensors}
     for shard in SHARDS:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLIm
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import CheckpointError, PromptError
 from qwen2vl_trt.prompts import PromptBuilder, extract_media, load_tokenizer, to_messages
+from tests.support.models import MINIMAL_CONFIG
 
 SPECIAL = [
     "<|endoftext|>",
@@ -51,36 +52,9 @@ def make_tokenizer():
 
 @pytest.fixture(scope="module")
 def config():
-    ids = {
-        name: 256 + SPECIAL.index(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad", "video_pad")
-    }
-    return Qwen2VLConfig.from_dict(
-        {
-            "model_type": "qwen2_5_vl",
-            "image_token_id": ids["image_pad"],
-            "video_token_id": ids["video_pad"],
-            "vision_start_token_id": ids["vision_start"],
-            "vision_end_token_id": ids["vision_end"],
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 48,
-            "vocab_size": 264,
-            "rope_theta": 1e6,
-            "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 128,
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 16,
-                "num_heads": 2,
-                "intermediate_size": 24,
-                "out_hidden_size": 32,
-                "fullatt_block_indexes": [0],
-            },
-        }
-    )
+    fields = {f"{name}_token_id": 256 + SPECIAL.index(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    fields |= {f"{name}_token_id": 256 + SPECIAL.index(f"<|{name}_pad|>") for name in ("image", "video")}
+    return Qwen2VLConfig.from_dict(MINIMAL_CONFIG | fields | {"vocab_size": 264})
 
 
 @pytest.fixture(scope="module")

@@ -19,58 +19,12 @@ from qwen2vl_trt.hub import resolve_model
 from runtime import Pipeline, Request, SamplingParams, Video
 from tests.support.engine_folders import BUILDS, PROFILE, build
 from tests.support.models import relative_error
+from tests.support.requests import answers, clip, picture, random_params, random_request
 from tiny.evaluation import held_out_scenes
 from tiny.report import answer_scenes
 from tiny.scenes import TASKS
 
 BOTH = ("torch", "onnxruntime")
-WORDS = ["What", "digits", "are", "in", "the", "images?", "Read", "both:", "first", "second", "How", "many", "see", "7"]
-
-
-def picture(seed, height=None, width=None):
-    """A random RGB array with sides from 28 to 150 pixels."""
-    rng = np.random.default_rng(seed)
-    height, width = height or int(rng.integers(28, 150)), width or int(rng.integers(28, 150))
-    coarse = rng.integers(0, 256, (-(-height // 9), -(-width // 9), 3), dtype=np.uint8)
-    return coarse.repeat(9, 0).repeat(9, 1)[:height, :width]
-
-
-def clip(seed, frames=4, height=60, width=60):
-    return Video([picture(1000 * seed + number, height, width) for number in range(frames)], fps=2.0)
-
-
-def random_request(seed, images=None, videos=None, words=None):
-    """A prompt of up to 60 words with up to 3 images and 1 video, at places of their own or first."""
-    rng = np.random.default_rng(seed)
-    images = int(rng.choice([0, 1, 1, 2, 3])) if images is None else images
-    videos = int(rng.random() < 0.2) if videos is None else videos
-    text = [WORDS[rng.integers(len(WORDS))] for _ in range(words or rng.integers(1, 60))]
-    if rng.random() < 0.5:
-        for place in ["<image>"] * images + ["<video>"] * videos:
-            text.insert(int(rng.integers(len(text) + 1)), place)
-    return Request(
-        " ".join(text),
-        [picture(10 * seed + number) for number in range(images)],
-        [clip(seed, int(rng.integers(1, 7))) for _ in range(videos)],
-    )
-
-
-def random_params(seed, max_tokens=None):
-    rng = np.random.default_rng([seed, 1])
-    max_tokens = max_tokens or int(rng.integers(1, 25))
-    if rng.random() < 0.5:
-        return SamplingParams(max_tokens, repetition_penalty=float(rng.choice([1.0, 1.3])))
-    return SamplingParams(
-        max_tokens,
-        temperature=float(rng.uniform(0.3, 1.5)),
-        top_p=float(rng.choice([1.0, 0.9])),
-        top_k=int(rng.choice([0, 20])),
-        seed=seed,
-    )
-
-
-def answers(outputs):
-    return [(output.token_ids, output.text, output.finish_reason) for output in outputs]
 
 
 def reference_inputs(reference, request):

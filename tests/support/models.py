@@ -14,6 +14,44 @@ from qwen2vl_trt.mrope import rope_index
 IMAGE, VIDEO, VISION_START, VISION_END = 90, 91, 88, 89
 FIRST_SPECIAL = 86  # tokens below are text
 
+MINIMAL_CONFIG = {
+    "model_type": "qwen2_5_vl",
+    "image_token_id": 4,
+    "video_token_id": 5,
+    "vision_start_token_id": 2,
+    "vision_end_token_id": 3,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+    "tie_word_embeddings": False,
+    "rope_theta": 1e6,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 128,
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "intermediate_size": 24,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [0],
+    },
+}
+"""A ``config.json`` where no test looks at the model."""
+SMALL_SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 512,
+    "tie_word_embeddings": True,
+}
+"""An entry of ``benchmarks.random_model.SHAPES`` of a size that a test can write."""
+
 
 def model_config(tied=True, text=None, vision=None, rope_theta=100.0):
     """A small configuration of Transformers; ``text`` and ``vision`` override its fields.

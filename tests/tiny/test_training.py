@@ -75,12 +75,7 @@ def test_packed_patches_give_the_towers_embeddings(trainer: Trainer) -> None:
     with torch.no_grad():
         expected = tower(
             packed,
-            layout.window_lengths,
-            layout.position_ids,
-            layout.sequence_index,
-            layout.sequence_lengths,
-            layout.sequence_position,
-            layout.merge_index,
+            *layout.index_tensors.values(),
         )
         torch.testing.assert_close(model.embed(batch.patches), expected, rtol=1e-4, atol=1e-5)
 

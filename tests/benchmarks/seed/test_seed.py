@@ -18,16 +18,8 @@ from benchmarks.seed.rows import Plan, Row, plan_for
 from benchmarks.seed.run import Report, floor_of
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import BenchmarkError
+from tests.support.models import SMALL_SHAPE
 
-SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 512,
-    "tie_word_embeddings": True,
-}
 PLAN = Plan(
     (
         Row("processor", "processor", "image", ((84, 112),) * 2, compared=True),
@@ -46,7 +38,7 @@ PLAN = Plan(
 def bench(no_processes, small_rates, monkeypatch, tmp_path, capsys):
     """Run the command on a small model; gives the JSON and what else was printed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(SHAPES, "Qwen2.5-VL-3B", SMALL)
+    monkeypatch.setitem(SHAPES, "Qwen2.5-VL-3B", SMALL_SHAPE)
     for name, value in (("hidden_size", 160), ("num_heads", 2), ("intermediate_size", 64)):
         monkeypatch.setitem(random_model._COMMON["vision_config"], name, value)
     monkeypatch.setattr(seed, "plan_for", lambda kind: PLAN)

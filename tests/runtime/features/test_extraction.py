@@ -9,7 +9,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,19 +20,12 @@ from runtime import Pipeline, Request
 from runtime.features.command import add_features_arguments, run_features
 from runtime.features.shards import shard_paths
 from tests.support import features_process
+from tests.support.feature_files import stored
+from tests.support.media_files import save_images
 from tests.support.models import relative_error
 
 needs_fork = pytest.mark.skipif(features_process.CONTEXT is None, reason="needs fork, to start processes quickly")
 PROMPT = "What digits are in the image?"
-
-
-def save_images(folder, count, sizes=((56, 84), (112, 140), (60, 100))):
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        height, width = sizes[number % len(sizes)]
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{number:04d}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +53,6 @@ def extract(pipeline, *options):
         parser.add_argument(name, type=int)
     add_features_arguments(parser)
     run_features(parser.parse_args([str(option) for option in options]), lambda arguments: pipeline)
-
-
-def stored(output):
-    """Every tensor of a folder's shards; a key in two of them fails."""
-    found = {}
-    for path in shard_paths(output):
-        for key, value in load_file(path).items():
-            assert key not in found, f"{key} is stored twice"
-            found[key] = value
-    return found
 
 
 def assert_equal(found, expected):

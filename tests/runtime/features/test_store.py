@@ -14,6 +14,7 @@ from qwen2vl_trt.errors import FeaturesError
 from runtime.features import store as feature_store
 from runtime.features.shards import merge_shards, shard_paths
 from runtime.features.store import open_store
+from tests.support.feature_files import stored
 
 SETTINGS = {"model": "m", "layer": None}
 KEYS = [f"folder/ü{number}.jpg" for number in range(14)]
@@ -31,16 +32,6 @@ def fill(folder, if_exists="refuse", keys=KEYS, settings=SETTINGS, flush=True):
         if flush:
             store.flush()
         return store
-
-
-def stored(folder):
-    """Every tensor of every shard; a key in two of them fails."""
-    found = {}
-    for path in shard_paths(folder):
-        for key, value in load_file(path).items():
-            assert key not in found, f"{key} is stored twice"
-            found[key] = value
-    return found
 
 
 def assert_whole(folder):

@@ -18,6 +18,7 @@ from transformers.video_utils import load_video as transformers_load_video
 
 from qwen2vl_trt.errors import MediaError
 from runtime.inputs.video import DEFAULT_FPS, FrameSampling, Video, load_video
+from tests.support.media_files import save_video
 
 
 def frames(count=6, height=32, width=48):
@@ -28,24 +29,10 @@ def frames(count=6, height=32, width=48):
     return video
 
 
-def write(path, video, rate=10, rotation=None, codec="mpeg4", **options):
-    with av.open(path, "w", **options) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.height, stream.width = video.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.bit_rate = 4_000_000
-        if rotation is not None:
-            stream.set_display_rotation(rotation)
-        for image in video:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-    return path
-
-
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """Two seconds at 10 frames a second."""
-    return write(str(tmp_path_factory.mktemp("video") / "clip.mp4"), frames(20))
+    return save_video(str(tmp_path_factory.mktemp("video") / "clip.mp4"), frames(20))
 
 
 def noise():
@@ -55,7 +42,7 @@ def noise():
 @pytest.fixture(scope="module")
 def noise_clip(tmp_path_factory):
     """Noise does not compress, so the frames are most of the file and the header, at its end, is little."""
-    return write(str(tmp_path_factory.mktemp("video") / "noise.mp4"), noise())
+    return save_video(str(tmp_path_factory.mktemp("video") / "noise.mp4"), noise())
 
 
 class TestMemory:
@@ -165,7 +152,7 @@ class TestFiles:
         assert loaded.fps == pytest.approx(2)
 
     def test_container_without_a_frame_count(self, tmp_path):
-        path = write(str(tmp_path / "a.mkv"), frames(20))
+        path = save_video(str(tmp_path / "a.mkv"), frames(20))
         with av.open(path) as container:
             assert container.streams.video[0].frames == 0
         assert len(load_video(path).frames) == 4
@@ -174,12 +161,12 @@ class TestFiles:
     def test_rotation(self, rotation, tmp_path):
         upright = frames(4)
         stored = np.ascontiguousarray(np.rot90(upright, -rotation // 90, axes=(1, 2)))
-        loaded = load_video(write(str(tmp_path / "a.mp4"), stored, rotation=rotation), fps=10)
+        loaded = load_video(save_video(str(tmp_path / "a.mp4"), stored, rotation=rotation), fps=10)
         difference = loaded.frames[0].permute(1, 2, 0).numpy().astype(int) - upright[0]
         assert abs(difference).mean() < 5
 
     def test_one_frame(self, tmp_path):
-        assert len(load_video(write(str(tmp_path / "a.mp4"), frames(1))).frames) == 1
+        assert len(load_video(save_video(str(tmp_path / "a.mp4"), frames(1))).frames) == 1
 
 
 class TestBadInput:
@@ -258,7 +245,7 @@ class TestBadInput:
     @pytest.mark.parametrize("share", [0.4, 0.7])
     def test_truncated_behind_its_header(self, share, tmp_path):
         """A file made for streaming has its header in front, so it opens, and ends too early."""
-        path = write(str(tmp_path / "a.mp4"), noise(), options={"movflags": "+faststart"})
+        path = save_video(str(tmp_path / "a.mp4"), noise(), options={"movflags": "+faststart"})
         data = Path(path).read_bytes()
         load_video(data)
         self.refused(data[: int(len(data) * share)], "truncated or corrupt")

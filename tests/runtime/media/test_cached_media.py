@@ -12,7 +12,8 @@ from runtime import Video
 from runtime.media import embedder as embedder_module
 from runtime.media.cached_media import CachedMedia
 from runtime.media.embedding_cache import EmbeddingCache
-from tests.runtime.media.test_embedder import embedder, picture
+from tests.support.fake_vision import embedder, picture
+from tests.support.media_files import save_video
 
 
 def cached(limit=1 << 20, **settings):
@@ -89,14 +90,7 @@ def test_videos():
 
 
 def test_video_files(tmp_path, monkeypatch):
-    av = pytest.importorskip("av")
-    path = tmp_path / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 84, 56, "yuv420p"
-        for number in range(60):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(number))))
-        container.mux(stream.encode())
+    path = save_video(tmp_path / "clip.mp4", [picture(number) for number in range(60)])
     media, engine = cached()
     first = media.load_video(path, "video 1")
     often, seldom = media.embed([first, media.load_video(path, "video 1", 1.0)])[0]

@@ -1,46 +1,13 @@
 """Media within the engine's limits: names, sizes, rates, and how many frames an engine call takes."""
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from engines.profile import BuildProfile
-from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import LimitError, MediaError
 from runtime import Video
-from runtime.media.embedder import MediaEmbedder
-from runtime.preprocessing.preprocessor import Preprocessor, PreprocessorSettings
-from tests.support.models import model_config
-
-CONFIG = Qwen2VLConfig.from_dict(model_config().to_dict()).vision
-PROFILE = BuildProfile(min_hw_dims=16, max_hw_dims=400, max_batch_size=3)
-
-
-class FakeEngine:
-    """Gives every merged token the mean of the window that it comes from, and notes the calls."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __call__(self, pixel_values, layout):
-        self.calls.append(len(layout.sequence_lengths))
-        assert len(pixel_values) == len(layout.window_lengths)
-        groups = pixel_values.shape[1] // CONFIG.merge_unit
-        return pixel_values.mean((1, 2))[layout.merge_index // groups][:, None]
-
-
-def embedder(min_pixels=3136, max_pixels=100_000):
-    settings = PreprocessorSettings().with_limits(min_pixels, max_pixels)
-    settings = replace(settings, video=replace(settings.video, min_pixels=3136, max_pixels=100_000))
-    engine = FakeEngine()
-    return MediaEmbedder(Preprocessor(CONFIG, settings), engine, PROFILE, CONFIG), engine
-
-
-def picture(number, height=56, width=84):
-    return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+from tests.support.fake_vision import CONFIG, embedder, picture
+from tests.support.media_files import save_video
 
 
 def test_images_are_embedded_as_many_at_a_time_as_the_engine_takes():
@@ -91,14 +58,7 @@ def test_what_the_engine_does_not_take_is_named():
 
 
 def test_the_rate_of_a_message_samples_a_file_and_describes_frames(tmp_path):
-    av = pytest.importorskip("av")
-    path = tmp_path / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 84, 56, "yuv420p"
-        for number in range(60):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(number))))
-        container.mux(stream.encode())
+    path = save_video(tmp_path / "clip.mp4", [picture(number) for number in range(60)])
     media, _ = embedder()
     for source in (path, str(path), path.read_bytes()):
         assert len(media.load_video(source, "video 1").video.frames) == 12  # 6 s at 2 frames/s

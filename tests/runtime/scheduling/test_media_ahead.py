@@ -16,7 +16,7 @@ from runtime import Pipeline, Request, SamplingParams, Video
 from runtime.backends.runners import open_engines
 from runtime.scheduling.media_ahead import _THREADS, MediaAhead
 from runtime.scheduling.preparation import MediaSources
-from tests.runtime.test_pipeline import answers, picture, random_params, random_request
+from tests.support.requests import answers, picture, random_params, random_request
 
 PATIENCE = 60  # seconds after which a test that hangs fails
 

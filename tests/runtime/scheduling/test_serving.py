@@ -19,9 +19,9 @@ from qwen2vl_trt.errors import CheckpointError, DeadlineError, ExecutionError, L
 from qwen2vl_trt.hub import resolve_model
 from runtime import Pipeline, Request, SamplingParams
 from runtime.backends.runners import open_engines
-from tests.runtime.test_pipeline import answers, clip, picture, random_params, random_request
 from tests.support.engine_folders import PROFILE, build
 from tests.support.models import random_model, save_model
+from tests.support.requests import answers, clip, picture, random_params, random_request
 from tiny.model import config_dict
 from tiny.tokenizer import write_processor_files
 

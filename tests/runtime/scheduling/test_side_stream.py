@@ -9,8 +9,8 @@ import torch
 from runtime import Pipeline, Request, SamplingParams
 from runtime.backends.runners import open_engines
 from runtime.scheduling.side_stream import Arrival, SideStream
-from tests.runtime.test_pipeline import answers, random_request
 from tests.support.fake_decoder import FakeDecoder, drain, expected, sequence
+from tests.support.requests import answers, random_request
 
 CPU = torch.device("cpu")
 

@@ -21,9 +21,9 @@ from qwen2vl_trt.quantization import fp8_layers
 from runtime import Pipeline, Request, SamplingParams
 from runtime.calibration import Calibration
 from runtime.tensorrt_llm import runner as tensorrt_llm_runner
-from tests.runtime.test_pipeline import answers, clip, picture, random_request
 from tests.support import fake_tensorrt_llm
 from tests.support.engine_folders import PROFILE, build
+from tests.support.requests import answers, clip, picture, random_request
 from tiny.calibration import training_data
 
 REQUESTS = [random_request(seed) for seed in range(10)]  # text alone, images, videos, mixed, in their own places
