@@ -22,6 +22,7 @@ from runtime.sampler import SamplingParams
 from runtime.sampling_arguments import add_sampling_arguments, sampling_params
 
 from .extra import check_extra
+from .tally import Tally
 
 if TYPE_CHECKING:
     from .inputs import Input
@@ -230,21 +231,17 @@ def _run(
     from .worker import WorkerSettings
 
     output = arguments.output.resolve()
-    saved = failed = skipped = 0
-    first_failure = ""
+    tally = Tally()
     waiting = []
     for partition in partitions:
         done = read_done(output, partition.number)
         if done is None:
             waiting.append(partition)
-            continue
-        skipped += done.saved
-        failed += len(done.failures)
-        first_failure = first_failure or (done.failures[0]["error"] if done.failures else "")
+        else:
+            tally.skip(done)
     workers = min(arguments.num_workers, max(1, len(waiting)))
     cores = os.cpu_count() or 1
     cpus = arguments.cpus_per_worker or max(1, cores // workers)
-    began = time.perf_counter()
     if waiting:
         with connect(arguments.address, max(cores, cpus * workers)) as resources:
             gpus = _gpus(arguments, resources, workers)
@@ -267,25 +264,23 @@ def _run(
                 max_retries=arguments.max_retries,
                 workers=workers,
             )
-            began = time.perf_counter()
-            with _progress(sum(partition.rows for partition in partitions), skipped + failed) as show:
+            tally.began = time.perf_counter()
+            with _progress(sum(partition.rows for partition in partitions), tally.rows) as show:
                 try:
                     for result in run_partitions(waiting, settings, cpus, gpus):
-                        saved += result["saved"]
-                        failed += result["failed"]
-                        first_failure = first_failure or result["first_failure"]
-                        show(skipped + saved + failed, saved / (time.perf_counter() - began))
+                        tally.add(result)
+                        show(tally.rows, tally.rate)
                 except KeyboardInterrupt:
-                    rows = f"{saved + skipped:,} rows are saved"
+                    rows = f"{tally.saved + tally.skipped:,} rows are saved"
                     print(f"interrupted: {rows}; run again with --resume to go on", file=sys.stderr)
                     sys.exit(INTERRUPTED)
-    if failed and not saved + skipped:
-        raise BatchError(f"none of the {failed:,} rows could be used; the first: {first_failure}")
-    there = f", {skipped:,} were there" if skipped else ""
-    rate = f", {saved / (time.perf_counter() - began):.1f} rows/s with {workers} workers" if waiting else ""
-    print(f"{arguments.output}: {saved:,} rows{there}{rate}", file=sys.stderr)
-    if failed:
-        print(f"warning: {failed:,} rows could not be used: see {arguments.output / ERRORS}", file=sys.stderr)
+    if tally.failed and not tally.saved + tally.skipped:
+        raise BatchError(f"none of the {tally.failed:,} rows could be used; the first: {tally.first_failure}")
+    there = f", {tally.skipped:,} were there" if tally.skipped else ""
+    rate = f", {tally.rate:.1f} rows/s with {workers} workers" if waiting else ""
+    print(f"{arguments.output}: {tally.saved:,} rows{there}{rate}", file=sys.stderr)
+    if tally.failed:
+        print(f"warning: {tally.failed:,} rows could not be used: see {arguments.output / ERRORS}", file=sys.stderr)
 
 
 def _gpus(arguments: argparse.Namespace, resources: dict[str, float], workers: int) -> float:

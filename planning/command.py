@@ -24,6 +24,42 @@ def run_plan(argv: list[str], epilog: str) -> None:
         CheckpointError: a checkpoint folder without a readable configuration.
         MediaError: an image size that the model does not take.
     """
+    arguments = _parser(epilog).parse_args(argv)
+
+    from runtime.preprocessing.preprocessor import PreprocessorSettings, smart_resize
+
+    config, gpu = find_config(arguments.model), find_gpu(arguments.gpu)
+    folder = Path(arguments.model)
+    pixels = (
+        (PreprocessorSettings.from_folder(folder) if folder.is_dir() else PreprocessorSettings())
+        .with_limits(max_pixels=arguments.max_pixels)
+        .image
+    )
+    factor, (height, width) = config.vision.image_factor, arguments.image_size
+    height, width = smart_resize(height, width, factor, pixels.min_pixels, pixels.max_pixels)
+    load = Load(
+        rows=height // config.vision.patch_size,
+        columns=width // config.vision.patch_size,
+        text_tokens=arguments.prompt_tokens,
+        output_tokens=arguments.output_tokens,
+        images_per_second=arguments.images_per_second,
+        max_seq_len=arguments.max_seq_len,
+        max_batch_size=arguments.max_batch_size,
+    )
+    assumptions = Assumptions(
+        **{field.name: getattr(arguments, f"{field.name}_fraction") for field in fields(Assumptions)}
+    )
+    found = plan(config, gpu, load, arguments.precision, arguments.tp_size, assumptions)
+    if arguments.json:
+        answer: dict[str, Any] = {"model": arguments.model, "precision": arguments.precision, "gpus": found.gpus}
+        answer |= {"gpu": asdict(gpu), "load": asdict(load), "assumptions": asdict(assumptions), "plan": asdict(found)}
+        print(json.dumps(answer))
+        return
+    print("\n".join(arithmetic(config, gpu, load, arguments.precision, assumptions, found)))
+    print(summary(gpu, load, arguments.precision, found))
+
+
+def _parser(epilog: str) -> Parser:
     parser = Parser(
         prog="run.py plan",
         description="GPUs, tensor parallelism, batch, cache and throughput, on paper: counts and fractions of floors.",
@@ -66,7 +102,6 @@ def run_plan(argv: list[str], epilog: str) -> None:
         metavar="N",
         help="most answers decoded together; default %(default)s",
     )
-    names = {field.name: field.default for field in fields(Assumptions)}
     for name, what in (
         ("vision", "of the matrix-product rate, vision tower"),
         ("prefill", "of the matrix-product rate, prompts"),
@@ -75,40 +110,14 @@ def run_plan(argv: list[str], epilog: str) -> None:
         ("reserve", "of the memory, kept free"),
     ):
         parser.add_argument(
-            f"--{name}-fraction", type=float, default=names[name], metavar="F", help=f"{what}; assumed %(default)s"
+            f"--{name}-fraction",
+            type=float,
+            default=getattr(Assumptions, name),
+            metavar="F",
+            help=f"{what}; assumed %(default)s",
         )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the arithmetic")
-    arguments = parser.parse_args(argv)
-
-    from runtime.preprocessing.preprocessor import PreprocessorSettings, smart_resize
-
-    config, gpu = find_config(arguments.model), find_gpu(arguments.gpu)
-    folder = Path(arguments.model)
-    pixels = (
-        (PreprocessorSettings.from_folder(folder) if folder.is_dir() else PreprocessorSettings())
-        .with_limits(max_pixels=arguments.max_pixels)
-        .image
-    )
-    factor, (height, width) = config.vision.image_factor, arguments.image_size
-    height, width = smart_resize(height, width, factor, pixels.min_pixels, pixels.max_pixels)
-    load = Load(
-        rows=height // config.vision.patch_size,
-        columns=width // config.vision.patch_size,
-        text_tokens=arguments.prompt_tokens,
-        output_tokens=arguments.output_tokens,
-        images_per_second=arguments.images_per_second,
-        max_seq_len=arguments.max_seq_len,
-        max_batch_size=arguments.max_batch_size,
-    )
-    assumptions = Assumptions(**{name: getattr(arguments, f"{name}_fraction") for name in names})
-    found = plan(config, gpu, load, arguments.precision, arguments.tp_size, assumptions)
-    if arguments.json:
-        answer: dict[str, Any] = {"model": arguments.model, "precision": arguments.precision, "gpus": found.gpus}
-        answer |= {"gpu": asdict(gpu), "load": asdict(load), "assumptions": asdict(assumptions), "plan": asdict(found)}
-        print(json.dumps(answer))
-        return
-    print("\n".join(arithmetic(config, gpu, load, arguments.precision, assumptions, found)))
-    print(summary(gpu, load, arguments.precision, found))
+    return parser
 
 
 def _size(text: str) -> tuple[int, int]:

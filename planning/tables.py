@@ -46,7 +46,7 @@ def find_gpu(name: str) -> Gpu:
     if spelled is None:
         raise PlanError(f"unknown GPU {name!r}; known: {', '.join(table['gpus'])} (planning/gpus.yaml takes more)")
     sheet, measured = table["gpus"][spelled]["sheet"], table["gpus"][spelled].get("measured", {})
-    rates: dict[str, float | None] = {}
+    rates: dict[str, float] = {}
     sources: dict[str, str] = {}
     for rate, unit in (("bandwidth", "TB/s"), ("bf16", "TFLOP/s"), ("fp8", "TFLOP/s")):
         factor = table["attainable"]["bandwidth" if rate == "bandwidth" else "tflops"]
@@ -56,10 +56,7 @@ def find_gpu(name: str) -> Gpu:
         elif rate in sheet:
             rates[rate] = sheet[rate] * factor * 1e12
             sources[rate] = f"assumed {factor:g} of the data sheet's {sheet[rate]:g} {unit}"
-    bandwidth, bf16 = rates["bandwidth"], rates["bf16"]
-    assert bandwidth is not None
-    assert bf16 is not None
-    return Gpu(spelled, sheet["memory"] * 1e9, bandwidth, bf16, rates.get("fp8"), sources)
+    return Gpu(spelled, sheet["memory"] * 1e9, rates["bandwidth"], rates["bf16"], rates.get("fp8"), sources)
 
 
 def find_config(name: str) -> Qwen2VLConfig:

@@ -210,8 +210,9 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """
     try:
         found = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
-        assert isinstance(found, dict)
-    except (OSError, ValueError, AssertionError):
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError):
         raise FeaturesError(
             f"{folder / _SETTINGS} cannot be read: nobody knows of what settings the results there are;"
             " --overwrite starts again"
