@@ -93,7 +93,7 @@ def quick(call):
     return ("--engine-dir", folder)
 
 
-def test_answers(call, engines, user):
+def test_an_answer_is_the_same_in_every_form(call, engines, user):
     question = ("--prompt", "What digits are in the images?", "--image", "a.png", "--image", "b.jpg")
     code, answer, errors = call(run, *engines, *question, "--max-tokens", 12)
     assert (code, errors) == (0, "")
@@ -120,7 +120,7 @@ def test_answers(call, engines, user):
     assert (code, errors) == (0, "")
 
 
-def test_features(call, engines):
+def test_features_writes_a_tensor_an_image(call, engines):
     images = ("--image", "a.png", "--image", "b.jpg")
     Path("f.safetensors").unlink(missing_ok=True)
     code, out, errors = call(run, "features", *engines, *images, "--output", "f.safetensors")
@@ -132,7 +132,7 @@ def test_features(call, engines):
     }
 
 
-def test_eval(call, quick):
+def test_eval_prints_a_table_or_json(call, quick):
     code, table, errors = call(run, "eval", *quick, "--cases", 2)
     assert (code, errors) == (0, "")
     assert "two images" in table
@@ -182,7 +182,7 @@ def test_fp8_quantises_first(call, user):
     assert_one_line(found, "calibration data, broken/cut.png: ", "broken")
 
 
-def test_help(call):
+def test_help_names_models_and_limits(call):
     for script, arguments in ((run, ()), (run, ("features",)), (run, ("eval",)), (build_engines, ())):
         code, out, errors = call(script, *arguments, "--help")
         assert (code, errors) == (0, "")
@@ -357,7 +357,7 @@ def finish(process, timeout=120):
     return process.returncode, (out or b"").decode(), errors.decode()
 
 
-def test_interrupted(user, call, quick):
+def test_an_interrupt_is_one_word_and_code_130(user, call, quick):
     long = (ROOT / "run.py", *quick, *ASK, "--max-tokens", 350, "--ignore-eos", "--stream")
     answering = start(user, *long)
     assert answering.stdout.read(1)

@@ -24,7 +24,7 @@ def test_low_precision_is_not_summed_in_low_precision():
     assert measure(ones, ones, "x").scale == 1
 
 
-def test_equal_outputs():
+def test_equal_outputs_have_no_error():
     found = measure(np.array([1.0, 2.0]), np.array([1.0, 2.0]), "x")
     assert found.max_absolute == found.mean_relative == 0
     assert found.cosine == pytest.approx(1)
@@ -64,5 +64,5 @@ def test_a_case_that_is_not_a_number_is_not_lost_among_others(order):
     ("found", "expected"),
     [([4, 5, 6], Agreement(3, 3, None)), ([4, 0, 6], Agreement(2, 3, 1)), ([0, 0, 0], Agreement(0, 3, 0))],
 )
-def test_agreement(found, expected):
+def test_agreement_is_how_many_tokens_and_the_first_that_differs(found, expected):
     assert Agreement.of(found, [4, 5, 6]) == expected

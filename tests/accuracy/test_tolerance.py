@@ -38,12 +38,12 @@ YARDSTICK = replace(GOOD, mean_relative=1e-3)
         ("bf16", "image_embeds", {"max_relative": math.nan, "cosine": math.nan}, "cosine nan"),
     ],
 )
-def test_departures(precision, name, change, reason):
+def test_a_figure_beyond_its_limit_is_a_departure(precision, name, change, reason):
     found = TOLERANCES[precision].departure(name, replace(GOOD, **change), YARDSTICK)
     assert (found is None) if reason is None else (reason in found)
 
 
-def test_tokens():
+def test_a_precision_decides_how_many_tokens_may_differ():
     assert TOLERANCES["fp32"].token_departure(Agreement(10, 10, None)) is None
     assert "9 of 10" in TOLERANCES["fp32"].token_departure(Agreement(9, 10, 3))
     assert TOLERANCES["bf16"].token_departure(Agreement(0, 10, 0)) is None

@@ -76,7 +76,7 @@ def check_consistent(result, found):
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
-def test_all_stages(no_processes, bench, engines, backend, tmp_path):
+def test_all_stages_are_measured(no_processes, bench, engines, backend, tmp_path):
     """Transformers takes part once. Real processes are those of the tests that stream and that interrupt."""
     rival = ("--against", "transformers", "--plot", "p.png") if backend == "torch" else ("--trace", "trace.json")
     code, out, errors = bench(
@@ -233,7 +233,7 @@ def test_a_missing_package_names_its_extra(bench, engines, monkeypatch):
     assert_one_line(bench("--engine-dir", engines / "torch", "--plot", "p.png"), "pip install 'qwen2vl-trt[bench]'")
 
 
-def test_interrupted(engines, tmp_path):
+def test_an_interrupt_ends_the_workers_too(engines, tmp_path):
     process = subprocess.Popen(
         [sys.executable, ROOT / "run.py", "bench", "vision", "--engine-dir", engines / "torch", "--duration", "600"],
         cwd=tmp_path,

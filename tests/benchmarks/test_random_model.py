@@ -21,13 +21,13 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("Qwen2.5-VL-3B", 3.75e9), ("Qwen2.5-VL-7B", 8.29e9)])
-def test_published_shapes(name, parameters):
+def test_shapes_are_those_of_the_published_checkpoints(name, parameters):
     config = Qwen2VLConfig.from_dict(config_of(name))
     assert config.vision.fullatt_block_indexes == (7, 15, 23, 31)
     assert sum(map(math.prod, random_model._shapes(config).values())) == pytest.approx(parameters, rel=0.01)
 
 
-def test_cut_shapes():
+def test_a_cut_shape_keeps_a_block_of_full_attention():
     config = Qwen2VLConfig.from_dict(config_of("Qwen2.5-VL-3B", layers=2, blocks=9))
     assert (config.text.num_hidden_layers, config.vision.depth) == (2, 9)
     assert config.vision.fullatt_block_indexes == (7,)

@@ -83,7 +83,7 @@ def test_precision_of_every_layer(trt, fp8_engines, graph):
     assert find_faults(trt, network, fp8_engines / f"{graph}.onnx") == []  # plugins, corners, lengths, caches
 
 
-def test_the_engines(trt, fp8_engines):
+def test_engines_multiply_fp8_numbers(trt, fp8_engines):
     """In every profile the matrix products that TensorRT made take FP8 numbers and FP8 weights.
 
     It splits some of ours into several, so they are counted; those of the merger and lm_head are no layer of this type.
@@ -139,7 +139,7 @@ def fp32_between(fp8_checkpoint, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_meaning(trt, fp32_between, case):
+def test_the_lowered_network_means_what_onnx_runtime_computes(trt, fp32_between, case):
     """The lowered FP8 network means what ONNX Runtime computes."""
     sequence, checkpoint = CASES[case], Checkpoint(fp32_between)
     graph, prefix = ("decoder", "") if sequence else ("vision", "visual.")
@@ -210,7 +210,7 @@ class TestWhatDoesNotFit:
 
 
 def test_a_wrong_scale_would_be_seen(fp32_between):
-    """One of 96 scales, three times too large, is further off than the tolerance of ``test_meaning``."""
+    """One of 96 scales, three times too large, is further off than the tolerance of the lowered network above."""
     path = fp32_between / "decoder.onnx"
     feeds = decoder_feeds(Checkpoint(fp32_between).config, 7)
     expected = with_onnxruntime(path, feeds)["logits"]

@@ -38,7 +38,7 @@ def folder(request, rtx_checkpoint, tmp_path_factory):
     return build(rtx_checkpoint, tmp_path_factory.mktemp("inspect") / "engines", backend, precision)
 
 
-def test_every_backend(folder):
+def test_limits_are_shown_for_every_backend(folder):
     manifest, lines = Manifest.read(folder), printed(folder)
     assert f"backend {manifest.backend}, {manifest.precision}" in lines
     assert "largest image 180 patches, about 182 x 182 pixels" in lines
@@ -52,7 +52,7 @@ def test_every_backend(folder):
     assert all(version in " ".join(lines) for version in manifest.versions.values())
 
 
-def test_a_graph(folder, rtx_checkpoint):
+def test_a_graphs_inputs_are_shown_where_there_is_one(folder, rtx_checkpoint):
     manifest, lines, text = Manifest.read(folder), printed(folder), Checkpoint(rtx_checkpoint).config.text
     if manifest.backend == "torch":
         assert inspect_folder(folder).graphs == ()
@@ -102,7 +102,7 @@ def test_where_the_weights_of_a_plan_are(trt, rtx_engines, tmp_path, options, sa
     assert ("strip_weights True" in lines) == bool(options)
 
 
-def test_no_engine(tmp_path):
+def test_a_folder_without_an_engine_is_refused(tmp_path):
     with pytest.raises(EngineError, match="holds no engine"):
         inspect_folder(tmp_path)
 
@@ -127,7 +127,7 @@ def test_every_byte_is_read_when_asked(rtx_checkpoint, tmp_path):
     assert done.stderr == f"error: {path} is not the file that was built (SHA-256 differs). Rebuild.\n"
 
 
-def test_the_command(folder):
+def test_the_command_prints_a_report_or_one_line(folder):
     command = [sys.executable, "run.py", "inspect"]
     done = subprocess.run([*command, folder], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

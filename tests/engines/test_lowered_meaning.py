@@ -69,7 +69,7 @@ CASES = {"vision": None, "prefill": 7, "decode": 1}
 
 @pytest.mark.parametrize("attention_mask", ATTENTION_MASKS)
 @pytest.mark.parametrize("case", CASES)
-def test_meaning(trt, exported, case, attention_mask):
+def test_the_lowered_network_means_what_onnx_runtime_computes(trt, exported, case, attention_mask):
     sequence = CASES[case]
     path = exported.folder / f"{'decoder' if sequence else 'vision'}.onnx"
     feeds = decoder_feeds(exported.config, sequence) if sequence else vision_feeds(exported.config)

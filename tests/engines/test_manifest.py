@@ -41,7 +41,7 @@ def edit(folder, **changes):
     (folder / FILE).write_text(json.dumps(raw | changes))
 
 
-def test_round_trip(tmp_path):
+def test_what_is_written_is_read(tmp_path):
     MANIFEST.write(tmp_path)
     assert Manifest.read(tmp_path) == MANIFEST
     assert [path.name for path in tmp_path.iterdir()] == [FILE], "no temporary file is left"
@@ -74,7 +74,7 @@ def test_writing_replaces_at_once(tmp_path, monkeypatch):
     assert Manifest.read(tmp_path) == MANIFEST
 
 
-def test_no_manifest(folder, tmp_path):
+def test_a_folder_without_a_manifest_is_refused(folder, tmp_path):
     (folder / FILE).unlink()
     assert refused(folder) == f"{folder} holds no engine: it has no {FILE}. Build one with build_engines.py."
     assert refused(tmp_path / "none") == f"there is no folder {tmp_path / 'none'}. Build one with build_engines.py."
@@ -124,7 +124,7 @@ def test_a_manifest_with_senseless_entries(folder, changes):
 
 
 @pytest.mark.parametrize("number", [0, FORMAT + 1, "1", None])
-def test_another_format(folder, number):
+def test_another_format_is_refused(folder, number):
     edit(folder, format=number)
     assert f"built in format {number}, this release loads format {FORMAT}" in refused(folder)
 

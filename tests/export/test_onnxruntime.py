@@ -52,7 +52,7 @@ def expected_of(model, embeds, positions):
 
 @pytest.mark.parametrize("grids", BATCHES, ids=["one group", "odd edges", "strip", "mixed"])
 @torch.no_grad()
-def test_vision(built_model, runners, grids):
+def test_the_vision_graph_equals_transformers_and_torch(built_model, runners, grids):
     model = built_model.reference
     patches = random_patches(grids, model.config)
     windows = pack_windows(patches, grids, model.config)

@@ -113,7 +113,7 @@ def test_a_resumed_run_must_be_the_same(batch, images, tmp_path):
         batch("--input", images, "--partition-rows", 4, "--resume", "--prompt", "x", task="generate")
 
 
-def test_interrupted(batch, images, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_job_goes_on_where_it_was(batch, images, tmp_path, monkeypatch, capsys):
     run_partitions = fleet.cluster.run_partitions
 
     def interrupted(partitions, *rest):
@@ -130,7 +130,7 @@ def test_interrupted(batch, images, tmp_path, monkeypatch, capsys):
     assert len(rows(tmp_path / "out")) == 10
 
 
-def test_answers(batch, images, tmp_path):
+def test_a_prompt_is_a_column_or_one_for_all(batch, images, tmp_path):
     table = write_lines(tmp_path / "a.jsonl", [{"picture": f"in/{n:04d}.png", "ask": f"{n}?"} for n in range(3)])
     batch("--input", table, "--image-column", "picture", "--prompt-column", "ask", "--max-tokens", 3, task="generate")
     assert [row["prompt"] for row in rows(tmp_path / "out").values()] == ["0?", "1?", "2?"]
@@ -139,7 +139,7 @@ def test_answers(batch, images, tmp_path):
     assert {row["prompt"] for row in rows(tmp_path / "out").values()} == {"Why?"}
 
 
-def test_resources(batch, images, tmp_path, no_ray):
+def test_workers_get_the_cores_and_gpus_that_are_asked_for(batch, images, tmp_path, no_ray):
     batch("--input", images, "--num-workers", 8, "--partition-rows", 4, "--cpus-per-worker", 3)
     assert (no_ray["settings"].workers, no_ray["worker_cpus"], no_ray["settings"].threads) == (3, 3, 3)  # 3 partitions
     assert no_ray["num_cpus"] >= 9

@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}", "{}/**/*.[pP]*", "file://{}/**/*.[pP]*"])
-def test_images(form, folder, tmp_path):
+def test_images_are_divided_in_order(form, folder, tmp_path):
     parts = read(form.format(folder), tmp_path)
     assert [[row.id for row in part] for part in parts] == [
         ["0000.png", "0001.png", "0002.png"],
@@ -73,7 +73,7 @@ def test_large_row_groups_are_read_from_their_middle(tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_several_tables(scheme, tmp_path):
+def test_rows_of_several_tables_are_told_apart(scheme, tmp_path):
     (tmp_path / "b").mkdir()
     table(tmp_path / "a.parquet", 2)
     table(tmp_path / "b" / "a.parquet", 2)

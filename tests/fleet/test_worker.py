@@ -71,7 +71,7 @@ def test_bfloat16_is_stored_exactly(job, images):
     assert torch.equal(tensor(rows(batch.output)["a"]), values)
 
 
-def test_layers(job, images, pipeline, engine_dir, tmp_path):
+def test_a_layer_is_that_of_a_single_process(job, images, pipeline, engine_dir, tmp_path):
     from runtime import Pipeline
 
     batch = job(images, layer=2, pool="mean")
@@ -110,7 +110,7 @@ def test_decoder_states_over_each_rows_prompt(job, images, pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("batch_tokens", [None, 60, 61])
-def test_answers(job, images, pipeline, tmp_path, batch_tokens):
+def test_answers_are_those_of_the_prompts_asked_alone(job, images, pipeline, tmp_path, batch_tokens):
     prompts = [f"{PROMPT} {n}" for n in range(11)]
     prompts[4] = "<image><image>"
     params = SamplingParams(max_tokens=9)

@@ -120,7 +120,7 @@ def test_what_cannot_be_planned(message, arguments):
         of(**arguments)
 
 
-def test_wrong_figures():
+def test_impossible_figures_are_refused():
     for wrong in ({"vision": 0}, {"decode": 1.1}, {"reserve": 1}, {"reserve": -0.1}, {"tp": float("nan")}):
         with pytest.raises(PlanError, match="fraction is"):
             Assumptions(**wrong)
@@ -129,7 +129,7 @@ def test_wrong_figures():
             dataclasses.replace(LOAD, images_per_second=rate)
 
 
-def test_names(tmp_path):
+def test_gpus_and_models_go_by_any_spelling(tmp_path):
     assert find_gpu("h200").bandwidth == 4.3e12
     assert find_gpu("h200").sources["bf16"] == "measured on one (data sheet 989 TFLOP/s)"
     assert find_gpu("rtx 4090").bf16 == pytest.approx(0.8 * 165.2e12)

@@ -128,7 +128,7 @@ def refuses(folder, *words):
     return message
 
 
-def test_missing_folder(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     refuses(tmp_path / "nowhere", "nowhere", "no such folder")
 
 
@@ -151,19 +151,19 @@ def test_pickled_weights_only(single):
     refuses(single, ".bin", "safetensors are needed")
 
 
-def test_missing_shard(sharded):
+def test_a_missing_shard_is_named(sharded):
     (sharded / SHARDS[1]).unlink()
     refuses(sharded, SHARDS[1], "missing")
 
 
-def test_dangling_link(sharded, tmp_path):
+def test_a_dangling_link_is_named(sharded, tmp_path):
     (sharded / SHARDS[1]).unlink()
     (sharded / SHARDS[1]).symlink_to(tmp_path / "gone")
     refuses(sharded, SHARDS[1], "missing")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 8, 30, -1])
-def test_truncated_shard(sharded, kept):
+def test_a_truncated_shard_is_named(sharded, kept):
     path = sharded / SHARDS[0]
     path.write_bytes(path.read_bytes()[:kept])
     refuses(sharded, str(path), "truncated")
@@ -194,7 +194,7 @@ def write_header(path, header, data=b""):
         ({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, b"1", ["'a'", "'F4'", "BF16"]),
     ],
 )
-def test_corrupt_header(single, header, data, words):
+def test_a_corrupt_header_is_named(single, header, data, words):
     write_header(single / SINGLE_FILE, header, data)
     refuses(single, SINGLE_FILE, *words)
 
@@ -213,7 +213,7 @@ def test_tensor_that_the_index_misplaces(sharded):
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'])
-def test_corrupt_index(sharded, content):
+def test_a_corrupt_index_is_named(sharded, content):
     (sharded / INDEX_FILE).write_text(content)
     refuses(sharded, INDEX_FILE)
 
@@ -223,7 +223,7 @@ def test_index_cannot_point_outside_the_folder(sharded):
     refuses(sharded, "../single/model.safetensors", "not a file name")
 
 
-def test_unknown_tensor(single):
+def test_an_unknown_tensor_is_named(single):
     with pytest.raises(CheckpointError, match=r"no tensor 'd\.weight'"):
         Checkpoint(single).load("d.weight")
 

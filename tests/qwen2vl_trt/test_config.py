@@ -65,7 +65,7 @@ PUBLISHED = {  # as Transformers 4 wrote them: the decoder's fields at the top l
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_published_configuration(size):
+def test_published_configurations_are_read_whole(size):
     raw = PUBLISHED[size]
     config = Qwen2VLConfig.from_dict(raw)
     assert config.text.hidden_size == raw["hidden_size"]

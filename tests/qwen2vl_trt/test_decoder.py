@@ -100,7 +100,7 @@ def check(output, states, logits):
     assert relative_error(output.logits, logits) < 1e-5
 
 
-def test_prefill(pair):
+def test_prefill_equals_transformers(pair):
     model, decoder = pair
     for length in (1, 2, 40):
         embeds, positions, _ = random_prompt(length, model, seed=length)

@@ -48,7 +48,7 @@ def fake_hub(monkeypatch, tmp_path):
         ("someone/Fine.tune-7B", "someone--Fine.tune-7B", "someone/Fine.tune-7B"),
     ],
 )
-def test_hub_models(fake_hub, name, expected, repository):
+def test_names_and_aliases_are_fetched_from_the_hub(fake_hub, name, expected, repository):
     model = resolve_model(name, revision="main")
     assert model.name == expected
     assert model.folder.is_dir()
@@ -59,7 +59,7 @@ def test_hub_models(fake_hub, name, expected, repository):
     assert not any("bin" in pattern for pattern in call["allow_patterns"])
 
 
-def test_local_folder(fake_hub, tmp_path):
+def test_a_local_folder_asks_no_hub(fake_hub, tmp_path):
     folder = tmp_path / "my model: v2"
     folder.mkdir()
     model = resolve_model(str(folder))

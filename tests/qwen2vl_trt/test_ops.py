@@ -42,7 +42,7 @@ def attentions(draw):
 
 @settings(deadline=None, max_examples=80)
 @given(attentions())
-def test_ragged_attention(case):
+def test_ragged_attention_equals_a_loop_over_rows(case):
     q, k, v, lengths, causal = case
     expected = naive_attention(q, k, v, lengths, causal)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_full_attention_over_a_prefix_of_the_keys():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("starts", [[0, 0, 0], [5, 0, 2], [6, 6, 6]])
-def test_update_cache(starts, dtype):
+def test_update_cache_writes_each_row_at_its_start(starts, dtype):
     cache, new = randn(3, 2, 9, 4, seed=1).to(dtype), randn(3, 2, 3, 4, seed=2).to(dtype)
     expected = cache.clone()
     for row, start in enumerate(starts):
@@ -106,7 +106,7 @@ def test_update_cache_of_neighbouring_slots_is_in_place():
     assert int((whole != 0).sum()) == new.numel()
 
 
-def test_rotate():
+def test_rotate_turns_complex_numbers():
     x, angles = randn(2, 3, 5, 8), randn(2, 5, 4, seed=1) * 3
     expected = torch.empty(x.shape, dtype=torch.float64)
     for i in range(4):  # a complex number of the i-th value of each half, turned by its angle

@@ -168,7 +168,7 @@ def user(*parts):
         ),
     ],
 )
-def test_places(prompt, images, videos, expected):
+def test_media_go_to_their_places_or_first(prompt, images, videos, expected):
     assert to_messages(prompt, images, videos) == expected
 
 

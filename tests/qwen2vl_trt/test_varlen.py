@@ -25,7 +25,7 @@ def noise(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_bounds():
+def test_bounds_are_running_sums_of_lengths():
     packed = PackedSequences.of(torch.tensor([4, 64, 16]))
     assert packed.bounds.tolist() == [0, 4, 68, 84]
     assert packed.bounds.dtype == torch.int32
@@ -81,7 +81,7 @@ def test_what_a_kernel_can(monkeypatch):
     assert not varlen.can_pack(CPU, torch.bfloat16, 16, 84), "its head sizes are multiples of 8"
 
 
-def test_pytorch_without(monkeypatch):
+def test_an_operator_of_another_signature_is_not_used(monkeypatch):
     def flash(*args):
         return torch.ops.aten._flash_attention_forward(*args, a_later_argument=1)
 

@@ -108,7 +108,7 @@ def test_there_are_forty_grids():
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "x".join(map(str, grid)))
-def test_equals_transformers(model, tower, grid):
+def test_one_image_or_video_equals_transformers(model, tower, grid):
     patches = random_patches([grid], model.config)
     found = embed(tower, patches, [grid], model.config)
     expected = embed_by_transformers(model, patches, [grid])
@@ -128,7 +128,7 @@ def test_a_mixed_batch_equals_one_at_a_time(model, tower, grids):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_other_shapes(shape, tmp_path):
+def test_other_widths_and_windows_equal_transformers(shape, tmp_path):
     config = model_config(vision=SHAPES[shape])
     reference = random_model(config)
     merge = config.vision_config.spatial_merge_size

@@ -199,7 +199,7 @@ def test_generate_beside_submitted_requests(pipeline):
     assert all(output.finished for output in submitted)
 
 
-def test_cancel(pipeline):
+def test_cancelled_requests_leave_the_others_alone(pipeline):
     requests, params = [random_request(seed) for seed in range(60, 68)], SamplingParams(max_tokens=16, ignore_eos=True)
     expected = answers(pipeline.generate(requests, params))
     outputs = [pipeline.submit(request, params) for request in requests]
@@ -295,7 +295,7 @@ def test_timings_make_sense(pipeline):
 # Forms of input
 
 
-def test_from_batch(pipeline):
+def test_a_batch_of_cameras_is_a_request_each(pipeline):
     batch = torch.stack([torch.from_numpy(picture(seed, 56, 84)).permute(2, 0, 1) for seed in range(6)])
     batch = batch.view(3, 2, 3, 56, 84)
     prompts = ["What digits?", "Read <image> then <image>.", "How many?"]
@@ -476,7 +476,7 @@ def test_a_named_request_or_image_is_wrong(pipeline):
         pipeline.embed_images([picture(0, 700, 500)])
 
 
-def test_pixel_limits(engine_dirs, pipelines):
+def test_pixel_limits_resize_images(engine_dirs, pipelines):
     image = picture(0, 600, 600)
     small = Pipeline.from_engine_dir(engine_dirs["torch"], "cpu", max_pixels=35280)
     assert len(small.embed_images([image])[0]) == 36  # 12x12 patches
@@ -486,7 +486,7 @@ def test_pixel_limits(engine_dirs, pipelines):
         Pipeline.from_engine_dir(engine_dirs["torch"], "cpu", min_pixels=9000, max_pixels=8000)
 
 
-def test_devices(engine_dirs):
+def test_an_unknown_or_absent_device_is_named(engine_dirs):
     for device in ("tpu", "meta", "cuda:99"):
         with pytest.raises(EngineError, match=device):
             Pipeline.from_engine_dir(engine_dirs["onnxruntime"], device)

@@ -176,7 +176,7 @@ def test_extreme_draws_stay_inside_the_distribution(number, monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-6, 1e30])
-def test_extreme_temperatures(temperature):
+def test_extreme_temperatures_overflow_nothing(temperature):
     logits = torch.tensor([[30.0, 29.0, -1e4]])
     probabilities = distribution(logits, [SamplingParams(temperature=temperature)])[0]
     expected = [1.0, 0.0, 0.0] if temperature < 1 else [1 / 3] * 3
@@ -226,7 +226,7 @@ def test_rows_and_sequences_must_match():
         sample(torch.zeros(2, VOCAB), [SequenceSampling(SamplingParams(), [], VOCAB)])
 
 
-def test_defaults():
+def test_the_default_is_greedy():
     params = SamplingParams()
     assert params == SamplingParams(256, 0.0, 1.0, 0, 1.0, None, (), False)
     assert params.greedy

@@ -65,7 +65,7 @@ def test_a_training_step_reproduces_its_scenes() -> None:
     assert not all(map(same, first, training_scenes(3, 5000, process=1, processes=2)))
 
 
-def test_sizes_vary() -> None:
+def test_scenes_vary_in_size_and_aspect() -> None:
     images = [scene.images[0] for scene in held_out("read", 300)]
     sides = np.array([image.shape[:2] for image in images])
     aspect = sides[:, 1] / sides[:, 0]

@@ -46,7 +46,7 @@ def test_every_digit_is_its_own_token(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
+def test_every_text_survives_the_tokenizer(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
@@ -81,7 +81,7 @@ def test_transformers_reads_the_same_tokenizer(folder: Path, tokenizer: Tokenize
         (("video",), "<|vision_start|><|video_pad|><|vision_end|>What?"),
     ],
 )
-def test_chat_template(folder: Path, parts: tuple[str, ...], expected: str) -> None:
+def test_the_chat_template_is_transformers(folder: Path, parts: tuple[str, ...], expected: str) -> None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(folder)

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
         (PipelineSubject, "pipeline", "56x84,batch:1,generate:3", {"image_embeds": 1, "logits": 1 + 2}),
     ],
 )
-def test_tensorrt(folder, monkeypatch, subject, stage, shape, calls):
+def test_tensorrts_layers_are_counted_once_a_call(folder, monkeypatch, subject, stage, shape, calls):
     use_fake_tensorrt(monkeypatch)
     checkpoint = open_engines(folder, "cpu").checkpoint
     settings = PreprocessorSettings.from_folder(checkpoint.folder)

@@ -21,13 +21,13 @@ def test_percentiles_are_trtexecs_and_numpys_inverted_cdf(count):
         assert found == np.percentile(ordered, number, method="inverted_cdf")
 
 
-def test_known_percentiles():
+def test_percentiles_of_1_to_100():
     ordered = list(range(1, 101))
     assert [percentile(ordered, number) for number in PERCENTILES] == [90, 95, 99]
     assert [percentile(ordered[:10], number) for number in PERCENTILES] == [9, 10, 10]
 
 
-def test_statistics():
+def test_statistics_of_samples_in_any_order():
     found = Statistics.of([4.0, 1.0, 2.0, 9.0])
     assert (found.count, found.min, found.max, found.mean, found.median) == (4, 1.0, 9.0, 4.0, 3.0)
     assert Statistics.of([3.0, 1.0, 2.0]).median == 2.0

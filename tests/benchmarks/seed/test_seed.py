@@ -51,7 +51,7 @@ def bench(no_processes, small_rates, monkeypatch, tmp_path, capsys):
     return run
 
 
-def test_every_row(bench, tmp_path):
+def test_every_row_is_measured_and_compared(bench, tmp_path):
     found = bench("--plot", "seed.png")
     assert (found["device"], found["reduced"]) == ("cpu", PLAN.reduced)
     (model,) = found["models"]
@@ -122,7 +122,7 @@ def test_a_process_that_dies_begins_again():
             assert "no_such_package is not installed" in worker.run(PLAN.rows[0]).error
 
 
-def test_the_plans():
+def test_a_gpu_runs_the_seeds_sizes_and_a_cpu_less():
     gpu, cpu = plan_for("cuda"), plan_for("cpu")
     assert not gpu.reduced
     assert cpu.reduced
@@ -140,7 +140,7 @@ def test_the_plans():
         assert max(row.batch for row in plan.rows) <= plan.slots
 
 
-def test_floors():
+def test_floors_are_those_counted_by_hand():
     """The rates of an H200, and the figures that follow from them."""
     rates = Rates(copy=4.3e12, read={1 << 30: 4.3e12}, gemm=790e12, fp8_gemm=None)
     config = Qwen2VLConfig.from_dict(config_of("Qwen2.5-VL-7B"))
@@ -157,7 +157,7 @@ def test_floors():
     assert floor_of(requests, config, rates, 290) > floor_of(full, config, rates, 290)
 
 
-def test_the_text(bench, monkeypatch):
+def test_the_text_shows_what_was_measured(bench, monkeypatch):
     reports = []
     monkeypatch.setattr(command, "run", lambda *arguments: reports.append(seed.run(*arguments)) or reports[0])
     bench()
@@ -180,7 +180,7 @@ def test_the_text(bench, monkeypatch):
         (("--plot", "none/p.png"), "there is no folder none"),
     ],
 )
-def test_wrong_options(arguments, message, capsys, monkeypatch, tmp_path):
+def test_wrong_options_are_named(arguments, message, capsys, monkeypatch, tmp_path):
     import sys
 
     import run

@@ -15,7 +15,7 @@ def of(stage, *texts, limits=LIMITS):
     return cases([stage], [Shape.parse(text) for text in texts], limits)
 
 
-def test_images():
+def test_a_vision_shape_is_images():
     (case,) = of("vision", "448x448x2,image:280x1120")
     assert case.sizes == ((448, 448), (448, 448), (280, 1120))
     assert case.grids == ((1, 32, 32), (1, 32, 32), (1, 20, 80))
@@ -28,14 +28,14 @@ def test_the_preprocessor_resizes():
     assert case.grids == ((1, 8, 72),)  # sides rounded to multiples of 28
 
 
-def test_answers():
+def test_a_decoder_shape_is_answers():
     (case,) = of("decoder", "batch:4,prompt:100,generate:7")
     assert (case.batch, case.prompt, case.generate) == (4, 100, 7)
     (case,) = of("decoder", "batch:4")
     assert (case.batch, case.prompt, case.generate) == (4, 128, 32)
 
 
-def test_requests():
+def test_a_pipeline_shape_is_requests():
     (case,) = of("pipeline", "448x448,batch:4")
     assert (case.grids, case.batch, case.generate) == (((1, 32, 32),), 4, 32)
 
@@ -78,7 +78,7 @@ def test_usual_shapes_follow_the_limits():
         ("pipeline", "batch:9", LimitError, "batch of 9"),
     ],
 )
-def test_bad_shapes(stage, text, error, message):
+def test_a_wrong_shape_is_refused_by_name(stage, text, error, message):
     limits = Limits(PROFILE, VISION, PreprocessorSettings(image=PixelSettings(min_pixels=28 * 28)))
     with pytest.raises(error, match=message):
         of(stage, text, limits=limits)

@@ -87,7 +87,7 @@ def test_every_stage_of_every_request(trace):
     assert sum(chunk["tokens"] for chunk in chunks) == 4 * 22
 
 
-def test_requests(trace):
+def test_a_request_is_its_wait_and_its_answer(trace):
     tracks = check_trace(trace)
     for number in range(1, 5):
         whole, first, answer = tracks[REQUESTS, number]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from runtime.backends.decode_buckets import graph_rows, graph_size
 
 
-def test_sizes():
+def test_graphs_are_few_and_fit_every_number_of_rows():
     assert [graph_size(rows, 6) for rows in range(1, 7)] == [1, 2, 4, 4, 6, 6]
     assert len({graph_size(rows, 128) for rows in range(1, 129)}) == 8
 

@@ -116,7 +116,7 @@ def device(request, monkeypatch):
     return device
 
 
-def test_vision(device):
+def test_the_vision_runner_meets_the_host_in_send_alone(device):
     with device.mode:
         vision = CudaVision(SimpleNamespace(config=CONFIG), torch.bfloat16, DEVICE)
     for grids in (((1, 32, 32),), GRIDS):
@@ -129,7 +129,7 @@ def test_vision(device):
         assert embeds.shape == (sum(layout.tokens_per_item), CONFIG.text.hidden_size)
 
 
-def test_decoder(device):
+def test_the_decoder_runner_meets_the_host_in_send_alone(device):
     with device.mode:
         decoder = CudaDecoder(SimpleNamespace(config=CONFIG), PROFILE, torch.bfloat16, DEVICE, True, device.capture)
 

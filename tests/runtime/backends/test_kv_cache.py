@@ -15,7 +15,7 @@ def cache(slots=3, max_seq_len=1000):
     return KVCache(CONFIG, slots, max_seq_len, torch.float32, "cpu")
 
 
-def test_shapes():
+def test_a_cache_begins_empty_and_no_larger_than_allowed():
     found = cache()
     assert len(found.k) == len(found.v) == CONFIG.num_hidden_layers
     assert found.k[0].shape == (3, CONFIG.num_key_value_heads, 128, CONFIG.head_dim)
@@ -118,7 +118,7 @@ def test_growth_out_of_memory_leaves_everything_as_it_was(monkeypatch):
     assert all(torch.equal(old, new) for old, new in zip(before, (*found.k, *found.v)))
 
 
-def test_bytes():
+def test_bytes_are_those_of_keys_and_values():
     found = cache()
     expected = 2 * CONFIG.num_hidden_layers * 3 * CONFIG.num_key_value_heads * 128 * CONFIG.head_dim * 4
     assert found.nbytes == expected

@@ -39,7 +39,7 @@ def test_methods_and_attributes(cls):
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_arguments(cls):
+def test_the_stand_ins_arguments_are_tensorrts(cls):
     """By name and order, as the bindings' signatures have them."""
     for name, method in vars(cls).items():
         if name.startswith("_") or not inspect.isfunction(method):
@@ -51,12 +51,12 @@ def test_arguments(cls):
 
 
 @pytest.mark.parametrize("enum", ENUMS, ids=lambda enum: enum.__name__)
-def test_enumerations(enum):
+def test_the_stand_ins_enumerations_are_tensorrts(enum):
     real = getattr(trt, enum.__name__)
     assert not [member.name for member in enum if not hasattr(real, member.name)]
 
 
-def test_the_device():
+def test_the_stand_ins_device_is_the_runners():
     """What the runner asks of the CPU here, it can ask of a GPU."""
     knobs = {"capturing", "free", "captures"}
     assert names(fake_tensorrt.CpuDevice) - knobs == names(CudaDevice)

@@ -68,7 +68,7 @@ def test_rows_begin_at_aligned_addresses(length, step):
 
 
 @pytest.mark.parametrize(("free", "budget"), [(10, 0), (12, 2), (20, 10), (21, 10), (0, 0)])
-def test_streaming_budget(free, budget):
+def test_weights_stream_where_they_do_not_fit(free, budget):
     """What is left beside 10 bytes of other needs, at most all 10 of the weights."""
     assert streaming_budget(10, free, 10) == budget
 

@@ -24,7 +24,7 @@ def shapes(batch, sequence, capacity=64):
     return {"inputs_embeds": (batch, sequence, 8), "k_cache_0": (batch, 2, capacity, 4)}
 
 
-def test_expected_tensors(tmp_path):
+def test_a_graph_says_what_an_engine_must_have(tmp_path):
     bf16 = onnx.TensorProto.BFLOAT16
     inputs = [
         onnx.helper.make_tensor_value_info("inputs_embeds", bf16, ["batch", "sequence", 8]),

@@ -64,7 +64,7 @@ def assert_equal(found, expected):
 # The numbers
 
 
-def test_vision_tokens(pipeline, images, folder, tmp_path, capsys):
+def test_stored_tokens_are_the_pipelines(pipeline, images, folder, tmp_path, capsys):
     extract(pipeline, "--input", folder, "--output", tmp_path / "out", "--shard-size", 4)
     expected = dict(zip(images, pipeline.embed_images(list(images.values()))))
     assert_equal(stored(tmp_path / "out"), expected)
@@ -78,7 +78,7 @@ def test_vision_tokens(pipeline, images, folder, tmp_path, capsys):
     assert_equal(stored(tmp_path / "mean"), {key: tensor.mean(0) for key, tensor in expected.items()})
 
 
-def test_one_file(pipelines, images, folder, tmp_path):
+def test_one_file_holds_all_and_is_never_overwritten_unasked(pipelines, images, folder, tmp_path):
     output = tmp_path / "f.safetensors"
     given = [option for path in images.values() for option in ("--image", path)]
     extract(pipelines["torch"], *given, "--output", output, "--shard-size", 2)
@@ -357,7 +357,7 @@ def test_killed_again_and_again(engine_dirs, many, tmp_path):
 
 
 @needs_fork
-def test_interrupted(engine_dirs, many, tmp_path):
+def test_an_interrupted_run_goes_on_where_it_was(engine_dirs, many, tmp_path):
     output = tmp_path / "f.safetensors"
     options = ("--engine-dir", engine_dirs["torch"], "--device", "cpu", "--input", many, "--output", output)
     process = features_process.start((*options, "--shard-size", 7), tmp_path / "log")

@@ -82,7 +82,7 @@ def test_jpeg_files_go_to_it_in_one_call_and_all_else_to_pillow(codec, tmp_path)
         assert torch.equal(image, (lowered if number in (1, 2, 5) else load_image)(source))
 
 
-def test_orientation(codec):
+def test_an_image_is_turned_as_its_exif_says(codec):
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = encoded(exif=exif)
@@ -123,7 +123,7 @@ def test_errors_are_those_of_pillow(codec, damage, tmp_path, monkeypatch):
     assert not codec.calls
 
 
-def test_not_installed(monkeypatch):
+def test_the_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "qwen2vl-trt\[gpu-decode\]"'):
         JpegDecoder(CPU)

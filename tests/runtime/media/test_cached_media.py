@@ -72,7 +72,7 @@ def test_other_sizes_and_types_are_other_pictures():
     assert sum(engine.calls) == 4
 
 
-def test_videos():
+def test_a_video_that_comes_again_is_not_embedded_again():
     media, engine = cached()
     frames = [picture(number) for number in range(4)]
     clip = media.load_video(frames, "video 1", 2.0)
@@ -89,7 +89,7 @@ def test_videos():
     assert len(engine.calls) == calls + 1
 
 
-def test_video_files(tmp_path, monkeypatch):
+def test_a_video_file_that_comes_again_is_not_decoded_again(tmp_path, monkeypatch):
     path = save_video(tmp_path / "clip.mp4", [picture(number) for number in range(60)])
     media, engine = cached()
     first = media.load_video(path, "video 1")

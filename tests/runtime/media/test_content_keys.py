@@ -26,7 +26,7 @@ def test_layout_does_not_matter_and_everything_else_does():
     assert keys.key([image, changed]) != keys.key([changed, image])
 
 
-def test_files(tmp_path):
+def test_a_files_key_is_that_of_its_contents(tmp_path):
     path = tmp_path / "file"
     data = bytes(range(256)) * 9000  # more than is read at a time
     path.write_bytes(data)

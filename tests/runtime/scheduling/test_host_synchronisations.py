@@ -106,7 +106,7 @@ def test_a_prompt_waits_once_for_its_first_token(device):
         lambda x: torch.equal(x, x),
     ],
 )
-def test_what_counts(device, read):
+def test_whatever_makes_the_host_wait_is_counted(device, read):
     """Each of these makes the host wait on CUDA: the count above fails where one is added."""
     with device:
         x = DeviceTensor(torch.arange(3.0))

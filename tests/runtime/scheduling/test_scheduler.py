@@ -28,7 +28,7 @@ def shapes(calls):
     return [(call.first_slot, call.length, call.starts) for call in calls]
 
 
-def test_one_request():
+def test_one_request_is_read_in_chunks_and_answered():
     decoder = FakeDecoder(2)
     scheduler = Scheduler(decoder, 8)
     one = sequence([1, 2, 3], max_tokens=4, delta=5)
@@ -370,7 +370,7 @@ def test_cancelling_at_every_stage_frees_the_slot(steps):
     assert one.output.token_ids == kept
 
 
-def test_deadlines():
+def test_a_deadline_ends_a_request_at_any_stage():
     clock = Clock()
     scheduler = Scheduler(FakeDecoder(2), 8)
     outputs = [Output(deadline=seconds, clock=clock) for seconds in (5, 5, 50)]

@@ -341,7 +341,7 @@ def test_a_decoder_that_fails_for_one_answer_leaves_the_others_alone(make, monke
         outputs[2].text  # noqa: B018
 
 
-def test_wrong_options(engines):
+def test_impossible_options_are_refused(engines):
     for options, message in (({"max_num_tokens": 0}, "at least 1 token"), ({"embedding_cache_bytes": -1}, "0 keeps")):
         with pytest.raises(LimitError, match=message):
             Pipeline(engines["torch"], **options)
@@ -350,7 +350,7 @@ def test_wrong_options(engines):
 # Counters
 
 
-def test_counters(make):
+def test_counters_follow_the_requests(make):
     pipeline = make()
     assert pipeline.counters().submitted == 0
     requests, params = [related_request(seed) for seed in range(9)], SamplingParams(max_tokens=7)
@@ -457,7 +457,7 @@ def unshared(engines):
     return Pipeline(engines, reuse_prefixes=False, embedding_cache_bytes=0)
 
 
-def test_soak(small_engines):
+def test_two_thousand_requests_leave_nothing_behind(small_engines):
     """2,000 requests; what Python and the process hold afterwards is what they held after the first 300."""
     engines, process = small_engines["torch"], psutil.Process()
     expected = soak_requests(unshared(engines))
