@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -263,6 +264,33 @@ class Pipeline:
         self._embeddings.clear()
         if "_scheduler" in vars(self):
             self._scheduler.forget()
+
+    def warm_up(self, image_sizes: Sequence[tuple[int, int]] = (), max_length: int | None = None) -> None:
+        """Do now what the first requests would have to wait for; returns when it is done.
+
+        Loads the decoder, reads a prompt of padding, decodes with every number of slots, which captures the CUDA graphs
+        where there are any, and embeds a blank image of each size. Requests that are under way are finished first, and
+        what ended ones left in the key-value cache is forgotten. Counts and caches nothing.
+
+        Args:
+            image_sizes: width and height of images to expect, in pixels, as they come.
+            max_length: most tokens of a prompt and its answer to make graphs for; by default all that the engine takes.
+
+        Raises:
+            LimitError: no such length, or an image of that size is outside the engine's profile.
+            EngineError: the decoder does not load.
+        """
+        most = self.profile.max_seq_len
+        longest = most if max_length is None else max_length
+        if not 1 <= longest <= most:
+            raise LimitError(f"max_length is {longest:,}; this engine takes 1 to {most:,} (--max-seq-len)")
+        while self.busy:
+            self.step()
+        self._scheduler.warm_up(min(self._max_num_tokens, self.profile.max_input_len, longest), longest)
+        for width, height in image_sizes:
+            self.embed_images([np.zeros((height, width, 3), dtype=np.uint8)])
+        if self.engines.device.type == "cuda":
+            torch.cuda.synchronize(self.engines.device)
 
     def embed_images(self, images: Sequence[ImageSource], on_done: Callable[[int], None] | None = None) -> list[Tensor]:
         """Vision embeddings ``[tokens, hidden]`` of each image, raster order, any mix of sizes.

@@ -23,6 +23,16 @@ def graph_length(longest: int, capacity: int) -> int:
     return min(max(_SHORTEST, 1 << (longest - 1).bit_length()), capacity)
 
 
+def graph_sizes(slots: int) -> list[int]:
+    """Every :func:`graph_size`, the smallest first."""
+    return sorted({graph_size(rows, slots) for rows in range(1, slots + 1)})
+
+
+def graph_lengths(longest: int, capacity: int) -> list[int]:
+    """Every :func:`graph_length` of up to ``longest`` keys, the shortest first."""
+    return sorted({graph_length(length, capacity) for length in range(1, longest + 1)})
+
+
 def graph_rows(
     first: int, starts: Sequence[int], held: Sequence[int], size: int, capacity: int
 ) -> tuple[list[int], list[int]] | None:

@@ -19,9 +19,11 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.windows import WindowLayout
 
+from .kept_layouts import keep_layouts
 from .kv_cache import KVCache
 from .runners import Engines, Step
 from .token_embedding import TokenEmbedding
+from .warm_up import run_steps
 
 _NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
 
@@ -79,17 +81,20 @@ class OrtVision:
     def __init__(self, session: ort.InferenceSession, device: torch.device) -> None:
         self._session, self._device = session, device
         self._width: int = session.get_outputs()[0].shape[1]
+        self._indices = keep_layouts(self._placed)
 
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
         binding = self._session.io_binding()
-        inputs = {"pixel_values": pixel_values, **layout.index_tensors}
-        inputs = {name: tensor.to(self._device).contiguous() for name, tensor in inputs.items()}
+        inputs = {"pixel_values": pixel_values.to(self._device).contiguous(), **self._indices(layout)}
         for name, tensor in inputs.items():
             _bind(binding.bind_input, name, tensor)
         embeds = torch.empty(len(layout.merge_index), self._width, dtype=pixel_values.dtype, device=self._device)
         _bind(binding.bind_output, "image_embeds", embeds)
         self._session.run_with_iobinding(binding)
         return embeds
+
+    def _placed(self, layout: WindowLayout) -> dict[str, Tensor]:
+        return {name: tensor.to(self._device).contiguous() for name, tensor in layout.index_tensors.items()}
 
 
 class OrtDecoder:
@@ -143,6 +148,10 @@ class OrtDecoder:
 
     def reset(self) -> None:
         self.cache.reset()
+
+    def warm_up(self, chunk: int, longest: int) -> None:
+        """There is no graph to capture, so a step of one row and of all will do, whatever they hold."""
+        run_steps(self, chunk, {1, self.slots})
 
 
 def _bind(bind: object, name: str, tensor: Tensor) -> None:

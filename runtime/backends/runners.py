@@ -78,6 +78,15 @@ class DecoderRunner(Protocol):
         """Release the cache's memory; only while no slot is in use."""
         ...
 
+    def warm_up(self, chunk: int, longest: int) -> None:
+        """Make ready for steps to come, CUDA graphs included; only while no slot is in use, and then :meth:`reset`.
+
+        Args:
+            chunk: tokens of a prompt that a step will read.
+            longest: most tokens that a slot will hold.
+        """
+        ...
+
 
 class Backend(Protocol):
     """A module that runs engines, ``runtime.backends.torch_runner`` for one."""

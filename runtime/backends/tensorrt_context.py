@@ -64,6 +64,8 @@ class ExecutionContext:
         self._block: Tensor | None = None
         if self._context is None or not self._context.set_optimization_profile_async(profile, stream):
             raise engine.failure("no execution context")
+        # Detailed markers, which the plan has for its layers' names, would cost time in every enqueue.
+        self._context.nvtx_verbosity = engine.trt.ProfilingVerbosity.LAYER_NAMES_ONLY
         if engine.report_layer is not None:
             self._profiler = _profiler(engine.trt, engine.report_layer)  # the context does not keep it alive
             self._context.profiler = self._profiler
@@ -88,6 +90,8 @@ class ExecutionContext:
             if missing:
                 raise self._engine.failure(f"the shape of {missing[0]} is not known")
             self._needed = self._context.update_device_memory_size_for_shapes()
+            if not self._needed and self._engine.log.errors:
+                raise self._engine.failure("the memory that its shapes need is not known")
         block = self._scratch.at_least(self._needed)
         if changed or block is not self._block:
             self._context.set_device_memory(block.data_ptr(), block.numel())

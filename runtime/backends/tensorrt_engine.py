@@ -19,7 +19,7 @@ from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import EngineError
 
 from .tensorrt_device import CudaDevice
-from .tensorrt_memory import streaming_budget
+from .tensorrt_memory import in_words, streaming_budget
 from .tensorrt_tensors import EngineTensor, check_tensors, expected_tensors
 
 ReportLayer = Callable[[str, float], None]
@@ -99,16 +99,37 @@ def load_engine(folder: Path, name: str, manifest: Manifest, config: Qwen2VLConf
     return Engine(name, trt, handle, tensors, device, log, runtime)
 
 
-def stream_weights(engine: Engine, needed: int) -> None:
-    """Keep as many weights on the GPU as fit beside ``needed`` bytes, where the plan was built with weight streaming.
+def stream_weights(engine: Engine, others: int = 0) -> bool:
+    """Keep as many weights on the GPU as fit beside activations, where the plan was built with weight streaming.
 
     Call it before the engine has an execution context.
+
+    Args:
+        engine: whose contexts use one block of memory for each optimisation profile.
+        others: bytes that are needed for other things.
+
+    Returns:
+        Whether some are streamed. Enqueueing then waits for them, which no CUDA graph can hold.
+
+    Raises:
+        EngineError: TensorRT's own reason.
     """
     handle, streamable = engine.handle, engine.handle.streamable_weights_size
-    if streamable:
-        with engine.device.active():
-            handle.weight_streaming_budget_v2 = 0  # none on the GPU: what is free then is free for all
-            handle.weight_streaming_budget_v2 = streaming_budget(streamable, engine.device.free_memory(), needed)
+    if not streamable:
+        return False
+    with engine.device.active():
+        _set_budget(engine, 0)  # none on the GPU: what is free then is free for all, and activations are at their most
+        profiles = range(handle.num_optimization_profiles)
+        activations = sum(handle.get_device_memory_size_for_profile_v2(profile) for profile in profiles)
+        budget = streaming_budget(streamable, engine.device.free_memory(), activations + others)
+        _set_budget(engine, budget)
+    return budget < streamable
+
+
+def _set_budget(engine: Engine, budget: int) -> None:
+    engine.handle.weight_streaming_budget_v2 = budget
+    if engine.handle.weight_streaming_budget_v2 != budget:  # the bindings drop what the call returns
+        raise engine.failure(f"{in_words(budget)} of its weights cannot be kept on the GPU")
 
 
 def check_release(manifest: Manifest, variant: Variant, installed: str) -> None:

@@ -17,6 +17,8 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.windows import WindowLayout
 
+from .decode_buckets import graph_sizes
+from .kept_layouts import keep_layouts
 from .kv_cache import KVCache
 from .runners import Engines, Step
 from .tensorrt_context import ExecutionContext, Scratch
@@ -26,6 +28,7 @@ from .tensorrt_engine import Engine, ReportLayer, load_engine, stream_weights
 from .tensorrt_memory import check_cache, check_rows, token_bytes
 from .tensorrt_tensors import choose_profile
 from .token_embedding import TokenEmbedding
+from .warm_up import run_steps
 
 
 def default_device() -> str:
@@ -72,7 +75,7 @@ class _Contexts:
         """Run the engine.
 
         Args:
-            inputs: on the host or on the GPU, in any type that the engine's can be made from.
+            inputs: as :meth:`place` gives them.
             outputs: on the GPU, in the engine's types.
             aliased: inputs that the engine also writes to, as the output ``new_`` + name.
 
@@ -87,13 +90,21 @@ class _Contexts:
             if profile not in self._contexts:
                 self._contexts[profile] = ExecutionContext(engine, profile, self._scratch, stream)
             context = self._contexts[profile]
-            placed = {name: self._placed(name, tensor) for name, tensor in inputs.items()}
             context.set_shapes(shapes)
-            for name, tensor in (placed | outputs | aliased).items():
+            for name, tensor in (inputs | outputs | aliased).items():
                 context.bind(name, tensor)
             for name, tensor in aliased.items():
                 context.bind(f"new_{name}", tensor)
             context.enqueue(stream)
+
+    def place(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs as the engine takes them: on the GPU, in its types, aligned.
+
+        Args:
+            inputs: on the host or on the GPU, in any type that the engine's can be made from.
+        """
+        with self._engine.device.stream():
+            return {name: self._placed(name, tensor) for name, tensor in inputs.items()}
 
     def _placed(self, name: str, tensor: Tensor) -> Tensor:
         device, dtype = self._engine.device, self._engine.tensors[name].dtype
@@ -105,15 +116,17 @@ class TensorRTVision:
     """See :class:`runtime.backends.runners.VisionRunner`."""
 
     def __init__(self, engine: Engine) -> None:
-        stream_weights(engine, engine.handle.get_device_memory_size_for_profile_v2(0))
+        stream_weights(engine)
         self._engine, self._contexts = engine, _Contexts(engine)
+        self._indices = keep_layouts(lambda layout: self._contexts.place(layout.index_tensors))
 
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
         output = self._engine.tensors["image_embeds"]
         embeds = torch.empty(
             len(layout.merge_index), output.shape[1], dtype=output.dtype, device=self._engine.device.torch_device
         )
-        self._contexts.run({"pixel_values": pixel_values, **layout.index_tensors}, {"image_embeds": embeds}, {})
+        pixels = self._contexts.place({"pixel_values": pixel_values})
+        self._contexts.run(pixels | self._indices(layout), {"image_embeds": embeds}, {})
         return embeds
 
     def profile(self, report: ReportLayer) -> None:
@@ -129,7 +142,7 @@ class TensorRTDecoder:
         engine: the decoder.
         checkpoint: has the text embeddings.
         profile: the engine's limits.
-        cuda_graphs: decode under CUDA graphs.
+        cuda_graphs: decode under CUDA graphs, unless weights are streamed.
 
     Raises:
         EngineError: the cache does not fit.
@@ -141,15 +154,16 @@ class TensorRTDecoder:
         dtype, embed_dtype = engine.tensors[cache_names(1)[0][0]].dtype, engine.tensors["inputs_embeds"].dtype
         check_rows(text, profile, dtype)
         generation = _generation_profile(engine)
-        others = handle.get_device_memory_size_for_profile_v2(generation)
-        others += text.vocab_size * text.hidden_size * embed_dtype.itemsize
-        stream_weights(engine, others + profile.max_batch_size * profile.max_seq_len * token_bytes(text, dtype))
-        check_cache(text, profile, dtype, device.free_memory() - others)
+        table = text.vocab_size * text.hidden_size * embed_dtype.itemsize
+        cache = profile.max_batch_size * profile.max_seq_len * token_bytes(text, dtype)
+        streams = stream_weights(engine, table + cache)
+        activations = handle.get_device_memory_size_for_profile_v2(generation)  # more where weights are streamed
+        check_cache(text, profile, dtype, device.free_memory() - table - activations)
         self.embed = TokenEmbedding(checkpoint, embed_dtype, device.torch_device)
         self.slots = profile.max_batch_size
         self.cache = KVCache(text, self.slots, profile.max_seq_len, dtype, device.torch_device, fixed=True)
         self._held = [0] * self.slots  # tokens in each slot
-        self._graphs = DecodeGraphs(engine, self.cache, generation) if cuda_graphs else None
+        self._graphs = DecodeGraphs(engine, self.cache, generation) if cuda_graphs and not streams else None
 
     def step(
         self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], hidden: bool = False
@@ -177,7 +191,7 @@ class TensorRTDecoder:
             for names, layers in zip(cache_names(len(self.cache.k)), self.cache.rows(first_slot, batch))
             for name, rows in zip(names, layers)
         }
-        self._contexts.run(inputs, {"logits": logits, "hidden_states": states}, caches)
+        self._contexts.run(self._contexts.place(inputs), {"logits": logits, "hidden_states": states}, caches)
         return Step(logits, states if hidden else None)
 
     def profile(self, report: ReportLayer) -> None:
@@ -188,6 +202,10 @@ class TensorRTDecoder:
     def reset(self) -> None:
         """The cache keeps its memory: TensorRT takes no other capacity."""
         self._held = [0] * self.slots
+
+    def warm_up(self, chunk: int, longest: int) -> None:
+        """Makes both contexts and captures the graph of every number of slots, each over the whole cache."""
+        run_steps(self, chunk, graph_sizes(self.slots))
 
 
 def _generation_profile(engine: Engine) -> int:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,11 +25,14 @@ from qwen2vl_trt.windows import PackedSequences, WindowLayout, unpad
 
 from ..sending import send
 from . import onednn
+from .decode_buckets import graph_lengths, graph_sizes
+from .kept_layouts import keep_layouts
 from .kv_cache import KVCache
 from .runners import Engines, Step
 from .token_embedding import TokenEmbedding
 from .torch_caches import ChunkCache
 from .torch_decode_graphs import Capture, DecodeGraphs, GraphCapture
+from .warm_up import run_steps
 
 
 def default_device() -> str:
@@ -51,9 +54,6 @@ def load_decoder(engines: Engines) -> TorchDecoder:
 
 _WORTH_UNPADDING = 0.05
 """Share of empty slots from which a CPU gains by leaving them out of the linear layers and gathering instead."""
-
-_LAYOUTS = 64
-"""Layouts whose index tensors stay on the GPU: a few megabytes each at most."""
 
 
 class TorchVision:
@@ -93,7 +93,7 @@ class CudaVision(TorchVision):
         super().__init__(checkpoint, dtype, device)
         config = self.module.config
         packs = can_pack(device, dtype, config.num_heads, config.head_dim)
-        self._indices = lru_cache(maxsize=_LAYOUTS)(partial(_sent, config=config, device=device, packs=packs))
+        self._indices = keep_layouts(partial(_sent, config=config, device=device, packs=packs))
 
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
@@ -163,6 +163,10 @@ class TorchDecoder:
     def reset(self) -> None:
         self.cache.reset()
 
+    def warm_up(self, chunk: int, longest: int) -> None:
+        """There is no graph to capture, so a step of one row and of all will do, whatever they hold."""
+        run_steps(self, chunk, {1, self.slots})
+
     def _speed_up(self, dtype: torch.dtype) -> None:
         _pack(self.module, dtype, self.device)
 
@@ -222,6 +226,10 @@ class CudaDecoder(TorchDecoder):
     def reset(self) -> None:
         """The cache keeps its memory: graphs have its address."""
         self._held = [0] * self.slots
+
+    def warm_up(self, chunk: int, longest: int) -> None:
+        """Captures the graph of every number of slots and of keys that there will be."""
+        run_steps(self, chunk, graph_sizes(self.slots), graph_lengths(longest, self.cache.capacity))
 
     def _speed_up(self, dtype: torch.dtype) -> None:
         fuse_attention(self.module)

@@ -65,6 +65,10 @@ class Executor(Protocol):
         """Let go of what ended requests left in the cache."""
         ...
 
+    def warm_up(self, chunk: int, longest: int) -> None:
+        """Make ready for requests, see :meth:`runtime.backends.runners.DecoderRunner.warm_up`; while none runs."""
+        ...
+
     def step(self) -> list[NewToken]:
         """Go on with every running answer; returns the tokens that they got."""
         ...

@@ -123,6 +123,19 @@ class Scheduler:
         self._slots.forget()
         self._settle()
 
+    def warm_up(self, chunk: int, longest: int) -> None:
+        """See :meth:`runtime.scheduling.executor.Executor.warm_up`; forgets what ended requests left.
+
+        Raises:
+            ValueError: a request runs.
+        """
+        if self.busy:
+            raise ValueError("the slots are in use")
+        self._slots.forget()
+        self._decoder.cache.owner = self._mark  # no other scheduler finds in it what it left
+        self._decoder.warm_up(chunk, longest)
+        self._decoder.reset()
+
     def step(self) -> list[NewToken]:
         """Some chunks of prompts, if any wait, and one token of every running answer."""
         for prompt in [prompt for prompt in self._prompts if prompt.output.expired]:

@@ -150,6 +150,9 @@ class TensorRTLLMExecutor:
         self._counters.queue_seconds += output.timings.queue
         running.task = self._loop.start(_follow(self._llm, inputs, chosen, salt, partial(self._put, running)))
 
+    def warm_up(self, chunk: int, longest: int) -> None:
+        """Nothing: TensorRT-LLM does so itself while it loads."""
+
     def cancel(self, output: Output) -> None:
         running = self._running.get(output)
         if running is not None:

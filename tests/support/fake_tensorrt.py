@@ -38,6 +38,10 @@ class DynamicShapesKernelSpecializationStrategy(Enum):
     LAZY, EAGER, NONE = range(3)
 
 
+class ProfilingVerbosity(Enum):
+    LAYER_NAMES_ONLY, NONE, DETAILED = range(3)
+
+
 class ILogger:
     class Severity(IntEnum):
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
@@ -82,7 +86,7 @@ class ICudaEngine:
         self._session = None if plan["stripped"] else _session(self._path)
         self.num_optimization_profiles = len(self._profiles)
         self.num_io_tensors = len(self._inputs) + len(self._outputs)
-        self.streamable_weights_size = 0
+        self.streamable_weights_size, self._scratch = 0, 0
         self._budgets = []
 
     def get_tensor_name(self, index):
@@ -106,7 +110,11 @@ class ICudaEngine:
 
     def get_device_memory_size_for_profile_v2(self, profile_index):
         shapes = (self.get_tensor_profile_shape(name, profile_index)[2] for name in self._inputs)
-        return _activations(shapes)
+        return _activations(shapes) + (self._scratch if self._streams else 0)
+
+    @property
+    def _streams(self):
+        return bool(self._budgets) and self._budgets[-1] < self.streamable_weights_size
 
     @property
     def weight_streaming_budget_v2(self):
@@ -151,21 +159,23 @@ class IProfiler:
 
 class IExecutionContext:
     profiler = None
+    nvtx_verbosity = ProfilingVerbosity.DETAILED
 
     def __init__(self, engine):
         self._engine, self._profile, self._stream = engine, None, None
         self._shapes, self._addresses, self._memory, self._needed = {}, {}, None, None
-        self._runs = 0
+        self._runs, self._ready = 0, False
 
     def set_optimization_profile_async(self, profile_index, stream_handle):
         self._profile, self._shapes, self._memory = profile_index, {}, None
+        self._stream, self._ready = stream_handle, False
         return 0 <= profile_index < self._engine.num_optimization_profiles
 
     def set_input_shape(self, name, shape):
         least, _, most = self._engine.get_tensor_profile_shape(name, self._profile)
         if len(shape) != len(least) or not all(low <= size <= high for low, size, high in zip(least, shape, most)):
             return self._fail(f"{name} {shape} is outside profile {self._profile}")
-        self._shapes[name], self._memory, self._needed = tuple(shape), None, None
+        self._shapes[name], self._memory, self._needed, self._ready = tuple(shape), None, None, False
         return True
 
     def infer_shapes(self):
@@ -212,7 +222,12 @@ class IExecutionContext:
             source = engine.get_aliased_input_tensor(name)
             if source and self._addresses[source] != self._addresses[name]:
                 return self._fail(f"{name} is not where {source} is")
-        self._stream = stream_handle
+        if stream_handle != self._stream:
+            return self._fail("the profile was chosen on another stream")
+        if CpuDevice.capturing is not None and engine._streams:
+            return self._fail("streamed weights cannot be captured")
+        if CpuDevice.capturing is not None and not self._ready:
+            return self._fail("nothing was enqueued with these shapes before the capture")
         names = (*engine._inputs, *engine._outputs)
         shapes = {name: tuple(self.get_tensor_shape(name)) for name in names}
         work = _Work(self, dict(self._addresses), shapes)
@@ -221,6 +236,7 @@ class IExecutionContext:
             CpuDevice.capturing.append(work)
         else:
             work()
+            self._ready = True
         return True
 
     def _fail(self, message):
@@ -290,6 +306,7 @@ def module(name="tensorrt", version=VERSION):
         DataType,
         TensorIOMode,
         ExecutionContextAllocationStrategy,
+        ProfilingVerbosity,
         ILogger,
         IProfiler,
         Runtime,

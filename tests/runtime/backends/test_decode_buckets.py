@@ -4,12 +4,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.backends.decode_buckets import graph_rows, graph_size
+from runtime.backends.decode_buckets import graph_length, graph_lengths, graph_rows, graph_size, graph_sizes
 
 
 def test_graphs_are_few_and_fit_every_number_of_rows():
     assert [graph_size(rows, 6) for rows in range(1, 7)] == [1, 2, 4, 4, 6, 6]
     assert len({graph_size(rows, 128) for rows in range(1, 129)}) == 8
+
+
+def test_all_of_them():
+    """Nothing that a step needs is left out, and nothing else is in."""
+    assert graph_sizes(6) == [1, 2, 4, 6]
+    assert graph_lengths(700, 700) == graph_lengths(513, 700) == [128, 256, 512, 700]
+    assert graph_lengths(1, 4096) == [128]
+    assert graph_lengths(257, 4096) == [128, 256, graph_length(257, 4096)]
 
 
 def test_rows_of_the_step_and_beside_it():

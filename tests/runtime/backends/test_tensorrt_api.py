@@ -23,6 +23,7 @@ ENUMS = [
     fake_tensorrt.TensorIOMode,
     fake_tensorrt.ExecutionContextAllocationStrategy,
     fake_tensorrt.DynamicShapesKernelSpecializationStrategy,
+    fake_tensorrt.ProfilingVerbosity,
 ]
 
 

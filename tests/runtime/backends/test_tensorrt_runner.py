@@ -232,21 +232,69 @@ class TestDecoder:
         ), message
         assert "what fits: --max-batch-size 1 at this length or --max-seq-len 256" in message
 
-    def test_weight_streaming(self, fake, folder, monkeypatch):
-        """Everything off the GPU, then as much back as the caches leave room for."""
+    def streaming(self, folder, monkeypatch, streamable):
+        """An engine some of whose weights may stay on the host; that takes memory for each context."""
         monkeypatch.setattr(fake_tensorrt.CpuDevice, "free", 20_000_000)
         load = fake_tensorrt.Runtime.deserialize_cuda_engine
 
-        def streamable(self, plan):
+        def loaded(self, plan):
             engine = load(self, plan)
-            engine.streamable_weights_size = 10**9
+            engine.streamable_weights_size, engine._scratch = streamable, 1000
             return engine
 
-        monkeypatch.setattr(fake_tensorrt.Runtime, "deserialize_cuda_engine", streamable)
-        handle, vocabulary = opened(folder).decoder._engine.handle, Checkpoint(folder).config.text.vocab_size
+        monkeypatch.setattr(fake_tensorrt.Runtime, "deserialize_cuda_engine", loaded)
+        return opened(folder).decoder
+
+    def needed(self, handle, folder):
+        """Bytes of the cache, the text embeddings, and the activations of both profiles."""
         cache = 2 * 4 * 4 * PROFILE.max_seq_len * 2 * 32 * 4  # k and v, layers, slots, length, heads, width, FP32
-        others = handle.get_device_memory_size_for_profile_v2(1) + vocabulary * 128 * 4
-        assert handle._budgets == [0, 20_000_000 - cache - others]
+        activations = sum(handle.get_device_memory_size_for_profile_v2(profile) for profile in range(2))
+        return cache + activations + Checkpoint(folder).config.text.vocab_size * 128 * 4
+
+    def test_weight_streaming(self, fake, folder, monkeypatch):
+        """Everything off the GPU, then as much back as all else leaves room for; no graph can hold what is streamed."""
+        decoder = self.streaming(folder, monkeypatch, 10**9)
+        handle = decoder._engine.handle
+        assert handle._streams
+        assert handle._budgets == [0, 20_000_000 - self.needed(handle, folder)]
+        plain = opened(folder, cuda_graphs=False).decoder
+        for start in range(3):
+            step = self.random_step(decoder, torch.Generator().manual_seed(start), 0, 2, 1, [start, start])
+            torch.testing.assert_close(decoder.step(*step).logits, plain.step(*step).logits)
+
+    def test_weights_that_all_fit_are_not_streamed(self, fake, folder, monkeypatch, caplog):
+        decoder = self.streaming(folder, monkeypatch, 5_000_000)
+        assert decoder._engine.handle._budgets == [0, 5_000_000]
+        decoder.step(*self.random_step(decoder, torch.Generator(), 0, 2, 1, [0, 0]))
+        assert decoder._graphs._graphs
+        assert not caplog.records
+
+    def test_a_budget_that_tensorrt_does_not_take(self, fake, folder, monkeypatch):
+        """The call says so, and the bindings drop it."""
+        monkeypatch.setattr(
+            fake_tensorrt.ICudaEngine, "weight_streaming_budget_v2", property(lambda self: 7, lambda *_: 0)
+        )
+        with pytest.raises(EngineError, match=r"decoder engine: 0\.0 MB of its weights cannot be kept on the GPU"):
+            self.streaming(folder, monkeypatch, 10**9)
+
+    def test_memory_that_is_not_known(self, fake, folder, monkeypatch):
+        """0 is an answer for shapes that need none, and the sign of an error."""
+        decoder = opened(folder, cuda_graphs=False).decoder
+        monkeypatch.setattr(
+            fake_tensorrt.IExecutionContext,
+            "update_device_memory_size_for_shapes",
+            lambda self: int(self._fail("shapes are odd")),
+        )
+        with pytest.raises(
+            EngineError, match="decoder engine: the memory that its shapes need is not known: shapes are"
+        ):
+            decoder.step(*self.random_step(decoder, torch.Generator(), 0, 2, 1, [0, 0]))
+
+    def test_names_of_layers_are_markers_enough(self, fake, folder):
+        decoder = opened(folder).decoder
+        decoder.step(*self.random_step(decoder, torch.Generator(), 0, 2, 1, [0, 0]))
+        (context,) = decoder._engine.handle._contexts
+        assert context.nvtx_verbosity is fake_tensorrt.ProfilingVerbosity.LAYER_NAMES_ONLY
 
 
 class TestVision:
@@ -262,6 +310,24 @@ class TestVision:
             sizes.append(engines.vision._contexts._scratch._block.numel())
         assert 0 < sizes[0] < sizes[1] == sizes[2]
         assert sizes[1] < engines.vision._engine.handle.get_device_memory_size_for_profile_v2(0) / 4
+
+    def test_a_layout_goes_to_the_gpu_once(self, fake, folder, monkeypatch):
+        engines, sent = opened(folder), []
+        stage = fake_tensorrt.CpuDevice.staged
+        monkeypatch.setattr(
+            fake_tensorrt.CpuDevice, "staged", lambda self, tensor: sent.append(1) or stage(self, tensor)
+        )
+        config, counts, found = engines.checkpoint.config.vision, [], []
+        for grids in (((1, 4, 4),), ((1, 8, 8),), ((1, 4, 4),), ((1, 8, 8),)):
+            layout = window_layout(grids, config)
+            pixels = torch.ones(*layout.sequence_position.shape, config.qwen2_vl_dim)
+            sent.clear()
+            found.append(engines.vision(pixels, layout))
+            counts.append(len(sent))
+        whole = 1 + len(layout.index_tensors)
+        assert counts == [whole, whole, 1, 1], "pixels alone where the sizes come again"
+        assert torch.equal(found[0], found[2])
+        assert torch.equal(found[1], found[3])
 
     def test_a_batch_outside_the_profile(self, fake, folder):
         engines = opened(folder)

@@ -299,6 +299,12 @@ class TestRefused:
         assert found.equal(wanted)
         assert len(trtllm.LLM.made) == made
 
+    def test_warming_up_loads_it_and_asks_nothing_of_it(self, pipeline, trtllm):
+        made = len(trtllm.LLM.made)
+        pipeline.warm_up([(84, 56)])
+        assert len(trtllm.LLM.made) == made + 1
+        assert llm(trtllm).requests == []
+
     def test_too_few_gpus(self, trtllm, checkpoint, tmp_path, monkeypatch):
         folder = engine_dir(checkpoint, tmp_path / "two", tp_size=2)
         assert llm_arguments(folder, trtllm)["tensor_parallel_size"] == 2
