@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from engines.attention_mask import ATTENTION_MASKS
 from engines.backends import find_backend
 from engines.build import build_engines
 from engines.profile import BuildProfile
@@ -15,6 +16,7 @@ from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.hub import resolve_model
 from runtime import Pipeline, Request, SamplingParams
 from runtime.backends.runners import open_engines
+from runtime.backends.tensorrt_device import CudaDevice
 from runtime.backends.tensorrt_runner import TensorRTDecoder, _load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
@@ -118,6 +120,36 @@ def test_cuda_graphs_change_nothing(engines):
     captured = [graph.replay for graph in graphed._graphs._graphs.values()]
     assert len(captured) == 1, "both steps reach four slots"
     assert "replay" in captured[0].__name__, "a graph, not the plain step that takes its place where capture fails"
+
+
+def test_a_warm_up_captures_all_graphs(engines, monkeypatch):
+    """Nothing is captured, and no context made, while requests of the sizes that were named are answered."""
+    pipeline = Pipeline.from_engine_dir(engines)
+    pipeline.warm_up([(112, 84)])
+    graphs = pipeline.engines.decoder._graphs._graphs
+    assert sorted(graphs) == [1, 2, 4]
+    assert all("replay" in graph.replay.__name__ for graph in graphs.values())
+    monkeypatch.setattr(CudaDevice, "capture", None)
+    monkeypatch.setattr("runtime.backends.tensorrt_decode_graphs.ExecutionContext", None)
+    monkeypatch.setattr("runtime.backends.tensorrt_runner.ExecutionContext", None)
+    image = np.random.default_rng(0).integers(0, 256, (84, 112, 3), dtype=np.uint8)
+    asked = [Request("What digits are in the image? " * (1 + n), [image]) for n in range(8)]
+    for output in pipeline.generate(asked, SamplingParams(max_tokens=8, ignore_eos=True)):
+        assert len(output.token_ids) == 8
+
+
+@pytest.mark.parametrize("backend", [pytest.param(name, marks=installed(name)) for name in MODULES])
+@pytest.mark.parametrize("precision", ["bf16", "fp16-decoder"])
+def test_attention_with_lengths_sees_what_a_mask_shows(tmp_path, backend, precision):
+    """Where this fails, ``--attention-mask lengths`` is not for this release on this GPU: see docs/tensorrt.md."""
+    found = []
+    for kind in ATTENTION_MASKS:
+        pipeline = Pipeline.from_engine_dir(build(tmp_path / kind, backend, precision, attention_mask=kind))
+        images = [image for request in requests(8) for image in request.images]
+        pipeline.generate(requests(8, seed=1))  # so that the cache is not empty beyond the lengths
+        found.append([*pipeline.embed_images(images), *pipeline.hidden_states(requests(8))])
+    for ours, theirs in zip(*found):
+        assert similarity(ours, theirs) > 0.999
 
 
 def test_a_thousand_requests_leave_memory_as_it_was(engines):
