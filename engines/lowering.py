@@ -6,7 +6,7 @@ The parser (seen in TensorRT-RTX 1.7.1) imports the operator ``Attention``
   gets a mask (:mod:`engines.attention_mask`), or TensorRT's own lengths and the lower-right corner;
 - with queries and keys each multiplied by the root of the softmax scale *in the network's type*: in BF16 that scale
   is 0.3 % off for heads of 128, and both are rounded once more;
-- without leave to decompose, and FP32 has no fused kernel.
+- without leave to decompose: no engine where there is no fused kernel, as in FP32. With it, one is used where there is.
 
 It says nothing of any of these. :func:`lower` sets all of them right from the ONNX file, and ends by asking
 :func:`find_faults`, which tests ask too.
@@ -113,7 +113,7 @@ def lower(trt: Any, network: Any, path: Path, attention_mask: str = ATTENTION_MA
             queries, keys = attention.get_input(0), attention.get_input(1)
             starts = inputs[node.starts] if node.starts is not None else None
             attention.mask = masks.mask(queries, keys, inputs[node.lengths], starts)
-        attention.decomposable = attention.get_input(0).dtype == trt.float32
+        attention.decomposable = True
         rotary.scale(_rotary_of(trt, producers, attention, 0), int(attention.get_input(0).shape[-1]) ** -0.5)
     faults = find_faults(trt, network, path, attention_mask)
     if faults:
@@ -165,8 +165,8 @@ def _attention_faults(
             yield f"has no mask made from {node.lengths}"
         if lengths is not None:
             yield "has lengths beside its mask"
-    if attention.get_input(0).dtype == trt.float32 and not attention.decomposable:
-        yield "is FP32, which has no fused kernel, and may not be decomposed"
+    if not attention.decomposable:
+        yield "may not be decomposed where there is no fused kernel"
     for index, what in enumerate(("queries", "keys")):
         if _made_by(trt, producers, attention.get_input(index), trt.LayerType.ELEMENTWISE):
             yield f"scales its {what} in the network's type"

@@ -119,6 +119,15 @@ def test_both_ends_of_the_limits(trt, rtx_checkpoint, tmp_path, profile):
     assert Manifest.read(folder).profile == profile
 
 
+def test_a_cache_too_long_for_a_fused_kernel(trt, rtx_checkpoint, tmp_path):
+    """Prompts have one at any length; a decode step over so many keys is taken apart, and no build fails for it."""
+    layers = Checkpoint(rtx_checkpoint).config.text.num_hidden_layers
+    profile = BuildProfile(min_hw_dims=4, max_hw_dims=64, max_batch_size=2, max_input_len=4096, max_seq_len=40960)
+    build_rtx(Checkpoint(rtx_checkpoint), tmp_path, profile)
+    fused = [sum("mha" in name for name in built_layers(tmp_path / "decoder.layers", number)) for number in (0, 1)]
+    assert fused == [layers, 0]
+
+
 OF_3B = {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 2}
 OF_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
 OF_72B = {"hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8}
