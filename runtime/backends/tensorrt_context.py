@@ -61,7 +61,7 @@ class ExecutionContext:
         self._context = _create(engine, specialise)
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
-        self._block: Tensor | None = None
+        self._place: tuple[int, int] | None = None  # of the memory for activations
         if self._context is None or not self._context.set_optimization_profile_async(profile, stream):
             raise engine.failure("no execution context")
         # Detailed markers, which the plan has for its layers' names, would cost time in every enqueue.
@@ -77,25 +77,32 @@ class ExecutionContext:
             EngineError: TensorRT's own reason.
         """
         changed = {name: shape for name, shape in shapes.items() if self._shapes.get(name) != shape}
-        for name, shape in changed.items():
-            if not self._context.set_input_shape(name, shape):
-                self._shapes.clear()
-                raise self._engine.failure(f"{name} cannot be {list(shape)}")
-        self._shapes |= changed
         if changed:
-            try:
-                missing = self._context.infer_shapes()
-            except RuntimeError as error:
-                raise self._engine.failure(f"its shapes do not fit each other ({error})") from None
-            if missing:
-                raise self._engine.failure(f"the shape of {missing[0]} is not known")
-            self._needed = self._context.update_device_memory_size_for_shapes()
-            if not self._needed and self._engine.log.errors:
-                raise self._engine.failure("the memory that its shapes need is not known")
+            self._shapes, known = {}, self._shapes  # whatever fails from here on, all are told anew the next time
+            self._needed = self._tell(changed)
+            self._shapes = known | changed
         block = self._scratch.at_least(self._needed)
-        if changed or block is not self._block:
-            self._context.set_device_memory(block.data_ptr(), block.numel())
-            self._block = block
+        place = block.data_ptr(), block.numel()
+        if changed or place != self._place:  # not the block itself: it would outlive a larger one
+            self._context.set_device_memory(*place)
+            self._place = place
+
+    def _tell(self, shapes: Mapping[str, Shape]) -> int:
+        """Bytes that the work needs with these new shapes."""
+        self._engine.log.clear()  # what is said of another call is no reason of this one
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                raise self._engine.failure(f"{name} cannot be {list(shape)}")
+        try:
+            missing = self._context.infer_shapes()
+        except RuntimeError as error:
+            raise self._engine.failure(f"its shapes do not fit each other ({error})") from None
+        if missing:
+            raise self._engine.failure(f"the shape of {missing[0]} is not known")
+        needed = int(self._context.update_device_memory_size_for_shapes())
+        if not needed and self._engine.log.errors:  # which is how TensorRT says that it failed
+            raise self._engine.failure("the memory that its shapes need is not known")
+        return needed
 
     def output_shape(self, name: str) -> Shape:
         """The shape that an output will have."""

@@ -28,7 +28,7 @@ _ALIGNED = 32  # int64 numbers in 256 bytes
 
 @dataclass
 class _Graph:
-    """A graph's memory. ``replay`` is None until it is captured."""
+    """A graph's memory, which must not be let go of. ``replay`` is None until it is captured."""
 
     context: ExecutionContext
     inputs_embeds: Tensor  # [n, 1, C]
@@ -37,6 +37,7 @@ class _Graph:
     last_token: Tensor  # [n]
     logits: Tensor  # [n, V]
     hidden_states: Tensor  # [n, 1, C]
+    activations: Tensor | None = None
     replay: Callable[[], None] | None = None
 
 
@@ -117,6 +118,7 @@ class DecodeGraphs:
             for name, cache in zip(names, rows)
         }
         context.set_shapes({name: tuple(tensor.shape) for name, tensor in (inputs | caches).items()})
+        graph.activations = self._scratch.at_least(0)
         outputs = {"logits": graph.logits, "hidden_states": graph.hidden_states}
         for name, tensor in (inputs | outputs | caches).items():
             context.bind(name, tensor)

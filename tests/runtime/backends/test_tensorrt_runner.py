@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -277,6 +278,17 @@ class TestDecoder:
         with pytest.raises(EngineError, match=r"decoder engine: 0\.0 MB of its weights cannot be kept on the GPU"):
             self.streaming(folder, monkeypatch, 10**9)
 
+    def test_shapes_that_failed_are_told_again(self, fake, folder, monkeypatch):
+        """The second time with the same shapes it does not go on with what the first left."""
+        decoder, infer = opened(folder, cuda_graphs=False).decoder, fake_tensorrt.IExecutionContext.infer_shapes
+        step = self.random_step(decoder, torch.Generator(), 0, 2, 1, [0, 0])
+        monkeypatch.setattr(fake_tensorrt.IExecutionContext, "infer_shapes", lambda self: infer(self) or ["kv_lengths"])
+        for _ in range(2):
+            with pytest.raises(EngineError, match="decoder engine: the shape of kv_lengths is not known"):
+                decoder.step(*step)
+        monkeypatch.setattr(fake_tensorrt.IExecutionContext, "infer_shapes", infer)
+        assert decoder.step(*step).logits.isfinite().all()
+
     def test_memory_that_is_not_known(self, fake, folder, monkeypatch):
         """0 is an answer for shapes that need none, and the sign of an error."""
         decoder = opened(folder, cuda_graphs=False).decoder
@@ -310,6 +322,21 @@ class TestVision:
             sizes.append(engines.vision._contexts._scratch._block.numel())
         assert 0 < sizes[0] < sizes[1] == sizes[2]
         assert sizes[1] < engines.vision._engine.handle.get_device_memory_size_for_profile_v2(0) / 4
+
+    def test_memory_that_is_too_small_is_given_back(self, fake, folder, monkeypatch):
+        """Before the larger is taken: together they might not fit."""
+        engines = opened(folder)
+        config = engines.checkpoint.config.vision
+        small = window_layout(((1, 4, 4),), config)
+        engines.vision(torch.zeros(*small.sequence_position.shape, config.qwen2_vl_dim), small)
+        block = weakref.ref(engines.vision._contexts._scratch._block)
+        gone, allocate = [], torch.empty
+        monkeypatch.setattr(
+            "runtime.backends.tensorrt_context.torch.empty",
+            lambda size, **given: (gone.append(block() is None) if size else None, allocate(size, **given))[1],
+        )
+        engines.vision._contexts._scratch.at_least(10**7)
+        assert gone == [True]
 
     def test_a_layout_goes_to_the_gpu_once(self, fake, folder, monkeypatch):
         engines, sent = opened(folder), []
