@@ -45,3 +45,5 @@ def main(argv: list[str]) -> None:
         print("\n".join(seed_report.text(report)))
     if arguments.plot is not None:
         seed_report.save_plot(report, arguments.plot)
+    if report.interrupted:
+        raise KeyboardInterrupt

@@ -124,6 +124,7 @@ def as_dict(report: Report, command: list[str]) -> dict[str, Any]:
         "machine": _machine(report),
         "device": report.device,
         "reduced": report.plan.reduced or None,
+        "interrupted": report.interrupted,
         "rates": {"dtype": str(DTYPE).removeprefix("torch."), **report.rates.as_dict()},
         "models": [
             {

@@ -8,7 +8,7 @@ are compared with those of Transformers in FP32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -106,16 +106,17 @@ class ModelResults:
 
 @dataclass(frozen=True)
 class Report:
-    """Of one run."""
+    """Of one run; ``interrupted`` where it was ended before all was measured."""
 
     device: str
     plan: Plan
     rates: Rates
     models: list[ModelResults]
+    interrupted: bool = False
 
 
 def run(models: list[str], device: str, layers: int | None, blocks: int | None, root: Path) -> Report:
-    """Measure every row of every model.
+    """Measure every row of every model, or what there is time for until Ctrl-C.
 
     Args:
         models: keys of :data:`~benchmarks.random_model.SHAPES`.
@@ -133,7 +134,9 @@ def run(models: list[str], device: str, layers: int | None, blocks: int | None, 
         layers, blocks = layers or CPU_DEPTH, blocks or CPU_DEPTH
     rates = measure_rates(torch.device(device), DTYPE)
     measured: list[ModelResults] = []
-    with progress_bar() as progress:
+    interrupted = False
+    with progress_bar() as progress, suppress(KeyboardInterrupt):
+        interrupted = True
         task = progress.add_task("preparing", total=len(models) * (2 * len(plan.rows)))
 
         def tell(what: str) -> None:
@@ -149,10 +152,11 @@ def run(models: list[str], device: str, layers: int | None, blocks: int | None, 
                 measure(model, checkpoint, device, tell)
                 # Again and again: a slow moment would make a floor that engines fall through.
                 rates = rates.best(measure_rates(torch.device(device), DTYPE))
+        interrupted = False
     for model in measured:
         for result in model.results:
             result.floor = floor_of(result.row, model.config, rates, result.tokens)
-    return Report(device, plan, rates, measured)
+    return Report(device, plan, rates, measured, interrupted)
 
 
 def _measure_ours(

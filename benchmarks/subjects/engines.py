@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
@@ -119,13 +120,9 @@ def _captured(
     runner: VisionRunner, pixels: Tensor, layout: WindowLayout, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
     """The call as a CUDA graph, which reads ``pixels`` where it lies."""
-    indices: dict[str, Any] = {
-        name: value.to(device) for name, value in vars(layout).items() if isinstance(value, Tensor)
-    }
-    layout = replace(layout, **indices)  # a copy from the host cannot be captured
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries choose their kernels before the capture
+        for _ in range(3):  # the layout goes to the device and libraries choose their kernels before the capture
             runner(pixels, layout)
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -200,44 +197,61 @@ class DecoderSubject(EngineSubject):
 class PipelineSubject(EngineSubject):
     """The whole pipeline: encoded images and a question to an answer, ``batch`` requests at a time, greedy."""
 
+    def __init__(self, options: EngineOptions, engines: Engines | None = None) -> None:
+        super().__init__(options, engines)
+        # To know a stage's time the host waits for the GPU at its end, and then nothing overlaps.
+        self._waits = self.device.type == "cuda"
+
     def load(self, case: Case) -> None:
         self._clock = StageClock(self.device)
-        self._make_ready(case, self._clock)
+        self._watched = self._ready(case, self._clock)
+        self._plain = self._ready(case, None) if self._waits else self._watched
 
-    def _make_ready(self, case: Case, observe: Observer) -> None:
-        self._observe = observe
-        self._pipeline = forgetful_pipeline(watched(self.engines, observe))
-        self._requests = different_requests(case.sizes, case.batch)
-        self._params = SamplingParams(max_tokens=case.generate, ignore_eos=True)
-        self._batch = case.batch
+    def _ready(self, case: Case, observe: Observer | None) -> _Pipeline:
+        engines = self.engines if observe is None else watched(self.engines, observe)
+        return _Pipeline(forgetful_pipeline(engines), observe, case)
 
     def run(self, count: int) -> Turn:
         self._clock.seconds.clear()
         turn = super().run(count)
+        seconds = turn.seconds
+        if self._waits:
+            began = time.perf_counter()
+            self._watched.answer(count * self._watched.batch)
+            seconds = time.perf_counter() - began
         stages = {stage: self._clock.seconds[stage] for stage in STAGES_OF_A_REQUEST}
-        stages["host"] = turn.seconds - sum(stages.values())
-        return replace(turn, stages=stages)
+        stages["host"] = seconds - sum(stages.values())
+        return replace(turn, stages={stage: spent * turn.seconds / seconds for stage, spent in stages.items()})
 
     def iterate(self, count: int) -> list[Sample]:
-        return [_request_sample(output) for output in self._answer(count * self._batch)]
+        return [_request_sample(output) for output in self._plain.answer(count * self._plain.batch)]
 
     def trace(self, case: Case) -> dict[str, Any]:
         """Twice as many requests as run at a time, on a timeline; the first ones before it are a warm-up."""
         timeline = Timeline(self.device)
-        self._make_ready(case, timeline)
-        self._answer(self._batch)
+        pipeline = self._ready(case, timeline)
+        pipeline.answer(case.batch)
         timeline.clear()
-        timeline.requests = self._answer(2 * self._batch)
+        timeline.requests = pipeline.answer(2 * case.batch)
         return timeline.as_dict()
 
-    def _answer(self, waiting: int) -> list[Output]:
+
+class _Pipeline:
+    """A pipeline, its observer, if any, and the requests of a case."""
+
+    def __init__(self, pipeline: Pipeline, observe: Observer | None, case: Case) -> None:
+        self._pipeline, self._observe, self.batch = pipeline, observe, case.batch
+        self._requests = different_requests(case.sizes, case.batch)
+        self._params = SamplingParams(max_tokens=case.generate, ignore_eos=True)
+
+    def answer(self, waiting: int) -> list[Output]:
         """So many requests, ``batch`` at a time; as one ends, the next begins."""
         running: list[Output] = []
         done: list[Output] = []
-        with probes(self._observe):
+        with probes(self._observe) if self._observe is not None else nullcontext():
             while waiting or running:
-                while waiting and len(running) < self._batch:
-                    running.append(self._pipeline.submit(self._requests[waiting % self._batch], self._params))
+                while waiting and len(running) < self.batch:
+                    running.append(self._pipeline.submit(self._requests[waiting % self.batch], self._params))
                     waiting -= 1
                 self._pipeline.step()
                 done += [output for output in running if output.finished]

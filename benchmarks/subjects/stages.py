@@ -46,7 +46,10 @@ Observer = Callable[[Stage], AbstractContextManager[None]]
 
 
 class StageClock:
-    """Adds up the seconds of each stage, waiting for the device at the end of each."""
+    """Adds up the seconds of each stage, waiting for the device at the end of each.
+
+    Not at the end of ``load``: it is the host's, and threads that wait would break a capture that another one makes.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -56,7 +59,8 @@ class StageClock:
     def __call__(self, stage: Stage) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        synchronize(self._device)
+        if stage.name != "load":
+            synchronize(self._device)
         self.seconds["preprocess" if stage.name == "load" else stage.name] += time.perf_counter() - began
 
 

@@ -5,7 +5,7 @@ microseconds, on tracks (``tid``) of groups (``pid``), and metadata events (``ph
 slices nest or follow each other, they never overlap in part.
 
 Nothing is waited for while it is recorded. On a GPU a slice of the host is the time that its call took to return, and
-CUDA events around the same call on the caller's stream give the GPU's slice.
+CUDA events around the same call give the slice of the caller's stream on the GPU. Loading is the host's alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .stages import Stage
 
 HOST, SLOTS, REQUESTS, GPU = 1, 2, 3, 4
 _GROUPS = {HOST: "host", SLOTS: "decoder slots", REQUESTS: "requests", GPU: "GPU"}
+_TRACKS = {HOST: ("thread", 1), SLOTS: ("slot", 0), REQUESTS: ("request", 1), GPU: ("stream", 1)}  # counted from
 _TITLES = {"prefill": "prefill chunk", "decode": "decode step", "sampling": "sample"}
 
 
@@ -35,6 +36,7 @@ class _Span:
     ended: float
     thread: int
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    stream: int
 
 
 class Timeline:
@@ -55,22 +57,25 @@ class Timeline:
         self._zero_event: torch.cuda.Event | None = None
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # so that both clocks have the same zero
-            self._zero_event = self._event()
+            self._zero_event = self._event(torch.cuda.current_stream(self._device))
             torch.cuda.synchronize(self._device)
         self._zero = time.perf_counter()
 
     @contextmanager
     def __call__(self, stage: Stage) -> Iterator[None]:
-        first = self._event() if self._zero_event is not None else None
+        on_gpu = self._zero_event is not None and stage.name != "load"
+        stream = torch.cuda.current_stream(self._device) if on_gpu else None
+        first = self._event(stream) if stream is not None else None
         began = time.perf_counter()
         yield
         ended = time.perf_counter()
-        events = None if first is None else (first, self._event())
-        self._spans.append(_Span(stage, began, ended, threading.get_ident(), events))
+        events = None if first is None or stream is None else (first, self._event(stream))
+        number = 0 if stream is None else stream.cuda_stream
+        self._spans.append(_Span(stage, began, ended, threading.get_ident(), events, number))
 
-    def _event(self) -> torch.cuda.Event:
+    def _event(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(stream)
         return event
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,11 +98,12 @@ class Timeline:
 
     def _gpu_slices(self) -> Iterator[dict[str, Any]]:
         """A stage within another, as the pixels' copies within preprocessing, begins after it and ends before it."""
+        streams = list(dict.fromkeys(span.stream for span in self._spans if span.events is not None))
         for span in self._spans:
             if span.events is not None:
                 assert self._zero_event is not None
                 began, ended = (self._zero_event.elapsed_time(event) * 1e3 for event in span.events)
-                yield _slice(GPU, 1, span.stage, began, ended)
+                yield _slice(GPU, 1 + streams.index(span.stream), span.stage, began, ended)
 
     def _request_slices(self) -> Iterator[dict[str, Any]]:
         """A request from its arrival to its end, and in it the time to its first token and that of its answer."""
@@ -138,8 +144,8 @@ def _names(slices: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for group in sorted({event["pid"] for event in slices}):
         yield _name("process_name", group, 0, _GROUPS[group])
     for group, track in sorted({(event["pid"], event["tid"]) for event in slices}):
-        titles = {HOST: f"thread {track}", SLOTS: f"slot {track - 1}", REQUESTS: f"request {track}", GPU: "stream"}
-        yield _name("thread_name", group, track, titles[group])
+        title, first = _TRACKS[group]
+        yield _name("thread_name", group, track, f"{title} {track - 1 + first}")
 
 
 def _name(kind: str, group: int, track: int, name: str) -> dict[str, Any]:

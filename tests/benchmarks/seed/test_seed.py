@@ -94,6 +94,20 @@ def test_a_row_that_fails_leaves_the_others_alone(bench, monkeypatch):
     assert min(rows["vision"]["ratios"].values()) > 0
 
 
+def test_an_interrupt_loses_nothing_that_was_measured(bench, monkeypatch, capsys):
+    def interrupts(self, row):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Transformers, "_full_model", interrupts)
+    with pytest.raises(KeyboardInterrupt):
+        bench()
+    found = json.loads(capsys.readouterr().out)
+    assert found["interrupted"]
+    (model,) = found["models"]
+    measured = {row["title"]: (bool(row["ours"]), bool(row["transformers"])) for row in model["rows"]}
+    assert list(measured.values()) == [(True, True)] * 2 + [(True, False)] * 4
+
+
 def test_a_call_that_fails_is_its_ways_alone():
     class One(contenders.Contender):
         def _ways(self, row):

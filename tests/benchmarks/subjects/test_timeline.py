@@ -5,6 +5,7 @@ import math
 import time
 from collections import defaultdict
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,16 +120,24 @@ def test_a_gpu_has_a_track_of_its_own(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) * 1e-3)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    streams = [SimpleNamespace(cuda_stream=number) for number in (7, 9)]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[0])
     timeline = Timeline(torch.device("cuda"))
     before = len(waits)
     with timeline(Stage("vision")), timeline(Stage("preprocess")):
         pass
     with timeline(Stage("decode", range(1, 3), {"slots": 2})):
         pass
+    streams.reverse()
+    with timeline(Stage("vision")):
+        pass
+    with timeline(Stage("load")):  # on a thread of the host, at any time
+        pass
     assert len(waits) == before  # nothing is waited for while it is recorded
     tracks = check_trace(timeline.as_dict())
-    assert names(tracks[GPU, 1]) == names(tracks[HOST, 1]) == ["vision", "preprocess", "decode step"]
+    assert names(tracks[HOST, 1]) == ["vision", "preprocess", "decode step", "vision", "load"]
+    assert names(tracks[GPU, 1]) == ["vision", "preprocess", "decode step"]
+    assert names(tracks[GPU, 2]) == ["vision"]
     assert names(tracks[SLOTS, 2]) == names(tracks[SLOTS, 3]) == ["decode step"]
     for host, gpu in zip(tracks[HOST, 1], tracks[GPU, 1]):
         assert gpu["ts"] - host["ts"] == pytest.approx(1000)

@@ -1,0 +1,46 @@
+"""What the subjects do otherwise where the host waits for a GPU."""
+
+import pytest
+import torch
+
+from benchmarks.subjects import stages
+from benchmarks.subjects.engines import EngineOptions, PipelineSubject
+from benchmarks.subjects.shapes import Limits, Shape, cases
+from benchmarks.subjects.stages import STAGES_OF_A_REQUEST, Stage, StageClock
+from engines.backends import find_backend
+from engines.build import build_engines
+from engines.profile import BuildProfile
+from qwen2vl_trt.hub import resolve_model
+from runtime.backends.runners import open_engines
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_threads_that_load_do_not_wait(monkeypatch):
+    """A wait for the device fails while another thread captures a graph, and takes the graph with it."""
+    waits = []
+    monkeypatch.setattr(stages, "synchronize", waits.append)
+    clock = StageClock(torch.device("cuda"))
+    for name in ("load", "vision", "decode"):
+        with clock(Stage(name)):
+            pass
+    assert waits == [torch.device("cuda")] * 2
+    assert set(clock.seconds) == {"preprocess", "vision", "decode"}
+
+
+def test_shares_are_of_a_run_of_their_own(tmp_path, monkeypatch):
+    """The samples are of a pipeline whose stages nobody observes."""
+    profile = BuildProfile(min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_input_len=100, max_seq_len=140)
+    build_engines(resolve_model("tiny"), *find_backend("torch", "fp32"), profile, tmp_path)
+    limits = Limits(profile, open_engines(tmp_path).checkpoint.config.vision)
+    (case,) = cases(["pipeline"], [Shape.parse("56x84,batch:2,generate:3")], limits)
+    subject = PipelineSubject(EngineOptions(tmp_path, "cpu"))
+    subject._waits = True
+    subject.load(case)
+    subject.iterate(1)
+    assert not subject._clock.seconds
+    turn = subject.run(2)
+    assert len(turn.samples) == 4
+    assert set(turn.stages) == {*STAGES_OF_A_REQUEST}
+    assert sum(turn.stages.values()) == pytest.approx(turn.seconds)
+    assert min(turn.stages[stage] for stage in ("vision", "prefill", "decode", "sampling")) > 0
