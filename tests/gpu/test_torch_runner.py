@@ -1,10 +1,12 @@
 """The torch backend on a GPU: its fast paths against the plain runners there. Skipped, saying so, without one."""
 
+import shutil
 import warnings
 
 import pytest
 import torch
 
+from benchmarks.random_model import random_checkpoint
 from engines.profile import BuildProfile
 from qwen2vl_trt import varlen
 from qwen2vl_trt.checkpoint import Checkpoint, read_header
@@ -15,12 +17,13 @@ from qwen2vl_trt.pinned_reader import PinnedReader
 from qwen2vl_trt.windows import window_layout
 from runtime.backends.torch_caches import ChunkCache, NewTokenCache, NewTokens
 from runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
-from tests.support.models import relative_error
+from tests.support.models import edit_checkpoint, in_fp8_as_shared, relative_error, write_quantization
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 
 PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_input_len=512, max_seq_len=1024)
 GPU = torch.device("cuda", 0)
+KINDS = CudaVision, TorchVision
 GRIDS = ((1, 4, 10), (3, 6, 4), (1, 10, 18), (1, 2, 30), (1, 32, 32))
 
 
@@ -55,8 +58,8 @@ def test_vision_equals_the_padded_tower(checkpoint, dtype):
     assert relative_error(found, expected) < (1e-4 if dtype == torch.float32 else 5e-2)
 
 
-def answer(decoder, prompts, tokens):
-    """Greedy tokens of prompts in neighbouring slots, and the logits of every step."""
+def answer(decoder, prompts, tokens, follow=None):
+    """Logits of every step over prompts in neighbouring slots; its tokens are greedy, or always ``follow``."""
     logits, rows = [], []
     for slot, prompt in enumerate(prompts):
         positions = torch.arange(len(prompt)).expand(3, 1, -1)
@@ -65,6 +68,7 @@ def answer(decoder, prompts, tokens):
     for number in range(tokens):
         starts = [len(prompt) + number for prompt in prompts]
         positions = torch.tensor(starts).expand(3, -1)[:, :, None]
+        rows = rows if follow is None else [follow] * len(prompts)
         step = decoder.step(0, decoder.embed(rows)[:, None], positions, starts)
         logits.append(step.logits.clone())
         rows = step.logits.argmax(-1).tolist()
@@ -152,6 +156,58 @@ def test_fp8_products_equal_dequantised_ones(monkeypatch, bias):
     found = layer(x)
     monkeypatch.setattr("qwen2vl_trt.ops.has_fp8_product", lambda device: False)
     assert relative_error(found, layer(x)) < 2e-2
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and not has_fp8_product(GPU), reason="FP8 products need Ada (8.9) or later"
+)
+def test_fp8_engines_equal_dequantised_ones(tmp_path, monkeypatch, caplog):
+    """Both of the tiny model, its layers joined and, where a side is no multiple of 16, padded; under CUDA graphs."""
+    folder = shutil.copytree(resolve_model("tiny").folder, tmp_path / "tiny-fp8")
+    edit_checkpoint(folder, in_fp8_as_shared)
+    write_quantization(folder)
+    checkpoint = Checkpoint(folder)
+    layout = window_layout(GRIDS, checkpoint.config.vision)
+    pixels = noise(*layout.sequence_position.shape, checkpoint.config.vision.qwen2_vl_dim, dtype=torch.bfloat16)
+    found = []
+    for product in (True, False):
+        monkeypatch.setattr("qwen2vl_trt.ops.has_fp8_product", lambda device, product=product: product)
+        decoder = CudaDecoder(checkpoint, PROFILE, torch.bfloat16, GPU)
+        steps = [decoder.step(0, decoder.embed([5, 6, 7])[None], torch.arange(3).expand(3, 1, -1), [0]).logits]
+        for start in range(3, 7):
+            position = torch.full((3, 1, 1), start)
+            steps.append(decoder.step(0, decoder.embed([start])[None], position, [start]).logits.clone())
+        found.append((CudaVision(checkpoint, torch.bfloat16, GPU)(pixels, layout), torch.stack(steps)))
+    assert not caplog.records
+    for one, other in zip(*found):
+        assert torch.cosine_similarity(one.float().flatten(), other.float().flatten(), dim=0) > 0.99
+
+
+@pytest.fixture(scope="module")
+def published_widths(tmp_path_factory):
+    """3B's, random weights, 2 layers and 8 blocks, of which the last sees whole images."""
+    return Checkpoint(random_checkpoint("Qwen2.5-VL-3B", 2, 8, tmp_path_factory.mktemp("random")))
+
+
+def test_vision_of_the_published_widths(published_widths):
+    layout = window_layout(GRIDS, published_widths.config.vision)
+    pixels = noise(*layout.sequence_position.shape, published_widths.config.vision.qwen2_vl_dim)
+    expected = TorchVision(published_widths, torch.float32, GPU)(pixels, layout)
+    found, plain = (kind(published_widths, torch.bfloat16, GPU)(pixels.bfloat16(), layout) for kind in KINDS)
+    assert relative_error(found, expected) < 1.5 * relative_error(plain, expected) < 0.1
+
+
+def test_decoder_of_the_published_widths(published_widths):
+    rows = [list(range(10 + 17 * number, 30 + 140 * number)) for number in range(4)]
+    expected, found, plain = (
+        answer(decoder, rows, 20, follow=7)
+        for decoder in (
+            TorchDecoder(published_widths, PROFILE, torch.float32, GPU),
+            CudaDecoder(published_widths, PROFILE, torch.bfloat16, GPU),
+            TorchDecoder(published_widths, PROFILE, torch.bfloat16, GPU),
+        )
+    )
+    assert relative_error(found, expected) < 1.5 * relative_error(plain, expected) < 0.1
 
 
 def test_weights_arrive_bit_for_bit(checkpoint):

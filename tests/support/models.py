@@ -181,6 +181,19 @@ def in_fp8(tensors, layer=lambda name: ".layers." in name or ".blocks." in name)
     return out
 
 
+def in_fp8_as_shared(tensors):
+    """FP8 with one scale for layers of one input, as Model Optimizer writes a decoder's."""
+    out = in_fp8(tensors)
+    for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        for name in [name for name in tensors if name.endswith(f"{group[0]}.weight")]:
+            members = [name.replace(group[0], member) for member in group]
+            scale = torch.stack([out[f"{member}_scale"] for member in members]).max()
+            for member in members:
+                out[member] = (tensors[member].float() / scale).to(torch.float8_e4m3fn)
+                out[f"{member}_scale"] = scale.clone()
+    return out
+
+
 def write_quantization(folder: Path, algorithm="FP8", **fields):
     """Model Optimizer's ``hf_quant_config.json``."""
     content = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": algorithm} | fields}

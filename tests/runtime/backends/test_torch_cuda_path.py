@@ -19,7 +19,7 @@ from runtime.backends import torch_runner
 from runtime.backends.runners import open_engines
 from runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
 from tests.support.engine_folders import PROFILE, build
-from tests.support.models import edit_checkpoint, in_fp8, relative_error, write_quantization
+from tests.support.models import edit_checkpoint, in_fp8_as_shared, relative_error, write_quantization
 from tests.support.recorded_graph import RecordedGraphs
 from tests.support.varlen_reference import flash
 
@@ -33,19 +33,6 @@ def kernels(monkeypatch):
     monkeypatch.setattr(varlen, "flash", flash)
     monkeypatch.setattr(torch_runner, "can_pack", lambda *args: True)
     monkeypatch.setattr(torch_runner, "can_read_cache", lambda *args: True)
-
-
-def in_fp8_as_shared(tensors):
-    """FP8 with one scale for layers of one input, as Model Optimizer writes a decoder's."""
-    out = in_fp8(tensors)
-    for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-        for name in [name for name in tensors if name.endswith(f"{group[0]}.weight")]:
-            members = [name.replace(group[0], member) for member in group]
-            scale = torch.stack([out[f"{member}_scale"] for member in members]).max()
-            for member in members:
-                out[member] = (tensors[member].float() / scale).to(torch.float8_e4m3fn)
-                out[f"{member}_scale"] = scale.clone()
-    return out
 
 
 @pytest.fixture(scope="module")
