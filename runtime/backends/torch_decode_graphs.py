@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Records what a function enqueues and returns what replays it. Raises RuntimeError where that cannot be."""
 
 
+_capturing = Lock()
+"""PyTorch captures one graph at a time in a process, whatever the thread."""
+
+
 class GraphCapture:
     """Captures CUDA graphs on a GPU; they share their memory."""
 
@@ -37,7 +42,9 @@ class GraphCapture:
     def __call__(self, body: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         with (
+            _capturing,
             torch.cuda.device(self._device),
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),  # current again where a capture fails
             torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
         ):
             body()
