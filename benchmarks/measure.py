@@ -22,6 +22,7 @@ import torch
 
 from accuracy.machine import processor
 from qwen2vl_trt import __version__
+from qwen2vl_trt.errors import Qwen2VLError
 
 from .workers import Worker, peak_bytes
 
@@ -56,13 +57,20 @@ def compete(contenders: Sequence[Contender], repetitions: int) -> list[Result]:
     """Time contenders in turn, repetition by repetition, so that a busy moment hits all of them.
 
     Each lives in its own process, so one's memory and thread pools are not another's. One warm-up call is not counted.
+    One that fails by then is named on stderr and left out.
     """
     with ExitStack() as stack:
         # One is set up before the next starts: they would slow each other.
-        workers = [
-            stack.enter_context(Worker(contender.name, partial(_Timed, contender.setup))) for contender in contenders
-        ]
-        rounds = [[worker.call("seconds") for worker in workers] for _ in range(repetitions + 1)][1:]
+        workers = []
+        for contender in contenders:
+            try:
+                worker = stack.enter_context(Worker(contender.name, partial(_Timed, contender.setup)))
+                worker.call("seconds")
+            except (Qwen2VLError, RuntimeError) as error:
+                print(f"{contender.name} failed: {str(error).splitlines()[-1]}", file=sys.stderr)
+                continue
+            workers.append(worker)
+        rounds = [[worker.call("seconds") for worker in workers] for _ in range(repetitions)]
         return [
             Result(worker.name, statistics.median(times), worker.call("peak_mb"))
             for worker, times in zip(workers, zip(*rounds, strict=True), strict=True)
