@@ -8,7 +8,7 @@ are compared with those of Transformers in FP32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -135,24 +135,25 @@ def run(models: list[str], device: str, layers: int | None, blocks: int | None, 
     rates = measure_rates(torch.device(device), DTYPE)
     measured: list[ModelResults] = []
     interrupted = False
-    with progress_bar() as progress, suppress(KeyboardInterrupt):
+    try:
+        with progress_bar() as progress:
+            task = progress.add_task("preparing", total=len(models) * (2 * len(plan.rows)))
+
+            def tell(what: str) -> None:
+                progress.update(task, description=what)
+                progress.advance(task)
+
+            for name in models:
+                progress.update(task, description=f"{name}: writing random weights")
+                checkpoint = random_checkpoint(name, layers, blocks, root / "checkpoints")
+                model = ModelResults(checkpoint.name, Checkpoint(checkpoint).config, [Result(row) for row in plan.rows])
+                measured.append(model)
+                for measure in (partial(_measure_ours, plan, root), _measure_theirs):
+                    measure(model, checkpoint, device, tell)
+                    # Again and again: a slow moment would make a floor that engines fall through.
+                    rates = rates.best(measure_rates(torch.device(device), DTYPE))
+    except KeyboardInterrupt:
         interrupted = True
-        task = progress.add_task("preparing", total=len(models) * (2 * len(plan.rows)))
-
-        def tell(what: str) -> None:
-            progress.update(task, description=what)
-            progress.advance(task)
-
-        for name in models:
-            progress.update(task, description=f"{name}: writing random weights")
-            checkpoint = random_checkpoint(name, layers, blocks, root / "checkpoints")
-            model = ModelResults(checkpoint.name, Checkpoint(checkpoint).config, [Result(row) for row in plan.rows])
-            measured.append(model)
-            for measure in (partial(_measure_ours, plan, root), _measure_theirs):
-                measure(model, checkpoint, device, tell)
-                # Again and again: a slow moment would make a floor that engines fall through.
-                rates = rates.best(measure_rates(torch.device(device), DTYPE))
-        interrupted = False
     for model in measured:
         for result in model.results:
             result.floor = floor_of(result.row, model.config, rates, result.tokens)
