@@ -286,7 +286,7 @@ class TestWhatTensorRTRefuses:
 
 
 class TestWritingAPlan:
-    def test_a_full_disk(self, rtx_checkpoint, tmp_path):
+    def test_a_full_disk(self, trt, rtx_checkpoint, tmp_path):
         """No file may grow beyond 2 MB here; the graphs do not and the plan does, while TensorRT writes it."""
         resource = pytest.importorskip("resource")
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
