@@ -13,8 +13,6 @@ from engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
 from runtime.backends.runners import open_engines
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_threads_that_load_do_not_wait(monkeypatch):
     """A wait for the device fails while another thread captures a graph, and takes the graph with it."""
