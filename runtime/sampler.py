@@ -23,6 +23,7 @@ from .sending import send
 # Lower temperatures count as this one: the likeliest token is all but certain, and nothing overflows to inf - inf.
 _COLDEST = 1e-6
 _CANDIDATES = 1024  # of top-p at first
+_BROKEN = -1  # in the place of a token, on its way to the host
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class SequenceSampling:
             self.seen = torch.cat([self.seen, send([token], self.seen.device, torch.long)])
 
 
-def sample(logits: Tensor, sequences: Sequence[SequenceSampling], greedy: Tensor | None = None) -> list[int]:
+def sample(logits: Tensor, sequences: Sequence[SequenceSampling], greedy: Tensor | None = None) -> list[int | None]:
     """Choose the next token of every row, and note it in the row's sequence.
 
     The host waits for the logits' device once, for all tokens together; once more in the rare step where a row's top-p
@@ -146,7 +147,7 @@ def sample(logits: Tensor, sequences: Sequence[SequenceSampling], greedy: Tensor
         greedy: ``[B]`` the likeliest tokens, where the engine has found them already.
 
     Returns:
-        B token ids.
+        B token ids; None for a row whose largest logit is NaN or infinite, which says that the model is broken.
 
     Raises:
         ValueError: the numbers of rows and of sequences differ.
@@ -157,13 +158,20 @@ def sample(logits: Tensor, sequences: Sequence[SequenceSampling], greedy: Tensor
     drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
     if drawn:
         tokens = _choose(scores, sequences, drawn)
-    elif greedy is not None and scores is logits:
-        tokens = greedy.tolist()
     else:
-        tokens = scores.argmax(dim=-1).tolist()
-    for sequence, token in zip(sequences, tokens, strict=True):
-        sequence.observe(token)
-    return tokens
+        likeliest = scores.argmax(dim=-1) if greedy is None or scores is not logits else greedy
+        largest = scores.gather(-1, likeliest[:, None])[:, 0]  # NaN counts as the largest, so no other is looked at
+        tokens = _sound(likeliest, largest).tolist()
+    found = [None if token == _BROKEN else token for token in tokens]
+    for sequence, token in zip(sequences, found, strict=True):
+        if token is not None:
+            sequence.observe(token)
+    return found
+
+
+def _sound(tokens: Tensor, largest: Tensor) -> Tensor:
+    """The tokens ``[B]``, but ``_BROKEN`` where the largest logit is no finite number; here, without a wait."""
+    return tokens.masked_fill(~largest.isfinite(), _BROKEN)
 
 
 def _choose(scores: Tensor, sequences: Sequence[SequenceSampling], drawn: Sequence[int]) -> list[int]:
@@ -173,9 +181,12 @@ def _choose(scores: Tensor, sequences: Sequence[SequenceSampling], drawn: Sequen
     points = [sequences[row].draw() for row in drawn]
     picked = scores if len(drawn) == len(sequences) else scores[send(drawn, device)]
     probabilities, enough = _distribution(picked, params, _CANDIDATES)
-    found = torch.stack([_draw(probabilities, points), enough.long()])
+    # What comes of logits that are no numbers may lie outside the vocabulary, and a wider look would not help it.
+    broken = ~picked.amax(dim=-1).isfinite()
+    found = torch.stack([_draw(probabilities, points).masked_fill(broken, _BROKEN), (enough | broken).long()])
     if picked is not scores:
-        likeliest = scores.argmax(dim=-1)
+        largest, likeliest = scores.max(dim=-1)
+        likeliest = _sound(likeliest, largest)
         both = torch.stack([likeliest, torch.ones_like(likeliest)])
         found = both.index_copy_(1, send(drawn, device), found)
     tokens, known = found.tolist()

@@ -75,6 +75,11 @@ class KVCache:
         for cache in (*self.k, *self.v):
             cache[target, :, :length] = cache[source, :, :length]
 
+    def clear(self, slot: int) -> None:
+        """Zero a slot in which NaN may lie: a masked key still enters the arithmetic, and NaN times zero is NaN."""
+        for cache in (*self.k, *self.v):
+            cache[slot].zero_()
+
     def rows(self, first: int, count: int) -> tuple[list[Tensor], list[Tensor]]:
         """Views ``[count, Hkv, capacity, D]`` of neighbouring slots, contiguous."""
         return [k[first : first + count] for k in self.k], [v[first : first + count] for v in self.v]
@@ -93,6 +98,6 @@ class KVCache:
     def _allocate(self, capacity: int) -> tuple[list[Tensor], list[Tensor]]:
         shape = (self.slots, self._config.num_key_value_heads, capacity, self._config.head_dim)
         layers = range(self._config.num_hidden_layers)
-        # Zeros, not empty: a masked key still enters the arithmetic, and NaN times zero is NaN.
+        # Zeros, not empty, for the reason that `clear` gives.
         k, v = ([torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in layers] for _ in ("k", "v"))
         return k, v

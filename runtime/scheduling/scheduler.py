@@ -35,6 +35,11 @@ __all__ = ["NewToken", "RunningSequence", "Scheduler"]
 _MOST_CHUNKS = 4
 """Chunks in one step: each is a call of its own, which reads all weights, while the answers wait."""
 
+_NOT_FINITE = (
+    "the decoder made logits that are no finite numbers: the checkpoint's weights are damaged, or numbers overflowed"
+    " (--precision fp16-decoder: build in bf16)"
+)
+
 
 class Scheduler:
     """Shares a decoder's slots among sequences.
@@ -299,9 +304,14 @@ class Scheduler:
         taken = send(own, step.logits.device)
         return step._replace(logits=step.logits[taken], greedy=None if step.greedy is None else step.greedy[taken])
 
-    def _push(self, sequences: Sequence[RunningSequence], tokens: Sequence[int]) -> list[NewToken]:
+    def _push(self, sequences: Sequence[RunningSequence], tokens: Sequence[int | None]) -> list[NewToken]:
         new = []
         for sequence, token in zip(sequences, tokens, strict=True):
+            if token is None:
+                assert sequence.slot is not None
+                self._decoder.cache.clear(sequence.slot)  # whoever gets it next
+                self._fail(sequence, ExecutionError(_NOT_FINITE))
+                continue
             try:
                 new.append(take_token(sequence, token, self._counters))
             except Exception as error:

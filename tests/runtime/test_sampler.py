@@ -151,6 +151,23 @@ def test_likeliest_tokens_that_the_engine_found_are_taken_where_nothing_changes_
     assert tokens(temperature=1.0, top_k=1)[0] == 0
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("engine_found", [True, False])
+def test_a_row_of_no_finite_numbers_has_no_token_and_leaves_its_neighbours_alone(bad, engine_found):
+    logits = torch.zeros(4, 1500)  # more than top-p looks at first
+    logits[:, 40] = 50
+    logits[1] = logits[2] = bad
+    found = logits.argmax(-1) if engine_found else None
+    greedy = [SequenceSampling(SamplingParams(), [1], 1500) for _ in range(4)]
+    assert sample(logits, greedy, found) == [40, None, None, 40]
+    params = [{}, {}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}]
+    mixed = [SequenceSampling(SamplingParams(**each), [1], 1500) for each in params]
+    assert sample(logits, mixed, found) == [40, None, None, 40]
+    logits[1] = 0
+    logits[1, 3] = bad
+    assert sample(logits[:2], greedy[:2])[1] == (None if bad != -math.inf else 0)
+
+
 def test_draws_follow_the_distribution():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
     params = [SamplingParams(temperature=0.8, seed=seed) for seed in range(5000)]

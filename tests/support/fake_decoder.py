@@ -36,6 +36,9 @@ class FakeCache:
         self.copies.append((source, target, length))
         self.rows[target, :length] = self.rows[source, :length]
 
+    def clear(self, slot):
+        self.rows[slot] = 0
+
     def trim(self, length):
         self.trims.append(length)
 

@@ -550,6 +550,29 @@ def test_sampling_or_text_that_fails_ends_its_request():
     check_survivors(sequences, 2, ExecutionError, "no such token")
 
 
+@pytest.mark.parametrize("after", [0, 1])
+def test_logits_that_are_no_numbers_end_their_request_alone(after):
+    decoder = FakeDecoder(4)
+    scheduler = Scheduler(decoder, 100)
+    sequences = three(scheduler)
+    for _ in range(after):
+        scheduler.step()
+    step = decoder.step
+
+    def overflow(first_slot, inputs_embeds, position_ids, starts, hidden=False):
+        made = step(first_slot, inputs_embeds, position_ids, starts, hidden)
+        for row in range(len(starts)):
+            if decoder.cache.rows[first_slot + row, 0] == 2:  # the second prompt
+                made.logits[row] = torch.nan
+        return made
+
+    decoder.step = overflow
+    drain(scheduler)
+    assert not (decoder.cache.rows[:, 0] == 2).any(), "what made it is cleared away"
+    check_survivors(sequences, 1, ExecutionError, "no finite numbers")
+    assert len(sequences[1].output._token_ids) == after * 2  # the prompt's step decodes as well
+
+
 # Any mix
 
 

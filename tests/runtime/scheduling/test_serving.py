@@ -341,6 +341,23 @@ def test_a_decoder_that_fails_for_one_answer_leaves_the_others_alone(make, monke
         outputs[2].text  # noqa: B018
 
 
+def test_numbers_that_overflow_end_their_answer_and_leave_nothing_in_its_slot(make, monkeypatch):
+    pipeline = make(reuse_prefixes=False)
+    requests, params = [random_request(seed) for seed in range(6)], SamplingParams(max_tokens=10, ignore_eos=True)
+    expected = answers(pipeline.generate(requests, params))
+    original = pipeline.engines.decoder.step
+
+    def step(first_slot, inputs_embeds, *rest, **options):
+        return original(first_slot, inputs_embeds * math.nan, *rest, **options)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(pipeline.engines.decoder, "step", step)
+        for output in pipeline.generate([random_request(seed) for seed in range(30, 42)], params):
+            with pytest.raises(ExecutionError, match="no finite numbers"):
+                output.text  # noqa: B018
+    assert answers(pipeline.generate(requests, params)) == expected
+
+
 def test_impossible_options_are_refused(engines):
     for options, message in (({"max_num_tokens": 0}, "at least 1 token"), ({"embedding_cache_bytes": -1}, "0 keeps")):
         with pytest.raises(LimitError, match=message):
