@@ -63,6 +63,7 @@ _DTYPES = {
 }
 
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+_LFS_POINTER = b"version "  # how such a file begins, what `git clone` leaves where git-lfs is not installed
 _SAMPLE = 4096  # bytes hashed at each end of a tensor
 
 
@@ -229,6 +230,8 @@ def read_header(path: Path) -> dict[str, TensorLocation]:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
+            if prefix == _LFS_POINTER:
+                raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; `git lfs pull` fetches them")
             header_length = _header_length(prefix) if len(prefix) == 8 else -1
             if not 0 < header_length <= min(size - 8, _MAX_HEADER):
                 raise CheckpointError(f"{path} is truncated or no safetensors file ({size:,} bytes)")

@@ -99,7 +99,9 @@ class Qwen2VLConfig:
             CheckpointError: another model type, a field missing, or sizes that contradict each other.
         """
         if raw.get("model_type") != "qwen2_5_vl":
-            raise CheckpointError(f"config.json: model_type is {raw.get('model_type')!r}, not 'qwen2_5_vl'")
+            raise CheckpointError(
+                f"config.json: model_type is {raw.get('model_type')!r}; only Qwen2.5-VL ('qwen2_5_vl') is supported"
+            )
         try:
             return cls(
                 vision=_vision_config(raw["vision_config"]),
@@ -122,7 +124,11 @@ class Qwen2VLConfig:
         path = Path(folder) / "config.json"
         if not path.exists():
             raise CheckpointError(f"{folder} is no checkpoint: it has no config.json")
-        return cls.from_dict(read_json(path))
+        raw = read_json(path)
+        try:
+            return cls.from_dict(raw)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def check_weights(checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> N
             every tensor of the checkpoint. The modules may lie on the meta device.
 
     Raises:
-        CheckpointError: tensors missing, left over or of another shape, named.
+        CheckpointError: tensors missing, left over, of another shape or of whole numbers, named.
     """
     wanted: dict[str, tuple[int, ...]] = {}
     for prefix, module in modules.items():
@@ -126,7 +126,8 @@ def load_weights(
         device: where the tensors go.
 
     Raises:
-        CheckpointError: tensors missing, left over or of another shape, named; nothing is loaded then.
+        CheckpointError: tensors missing, left over, of another shape or of whole numbers, named; nothing is loaded
+            then.
     """
     names = checkpoint_names(checkpoint)
     wanted = _wanted(module, prefix)
@@ -169,15 +170,22 @@ def _compare(checkpoint: Checkpoint, names: Mapping[str, str], wanted: Mapping[s
     extra = [theirs for ours, theirs in names.items() if ours not in wanted]
     if checkpoint.config.text.tie_word_embeddings:  # a tied module may hold only one of the two
         extra = [theirs for theirs in extra if theirs not in (names.get(LM_HEAD), names.get(EMBEDDING))]
-    misshapen = []
+    misshapen, whole = [], []
     for ours, shape in wanted.items():
         if ours in names:
-            stored = checkpoint.locate(names[ours]).shape
-            if not _fits(ours, stored, shape):
-                misshapen.append(f"{names[ours]} {list(stored)} instead of {list(shape)}")
+            location = checkpoint.locate(names[ours])
+            if not _fits(ours, location.shape, shape):
+                misshapen.append(f"{names[ours]} {list(location.shape)} instead of {list(shape)}")
+            elif not location.dtype.is_floating_point:
+                whole.append(f"{names[ours]} {location.dtype}")
     problems = [
         f"{len(found)} {what} ({', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''})"
-        for what, found in (("missing", missing), ("unexpected", extra), ("misshapen", misshapen))
+        for what, found in (
+            ("missing", missing),
+            ("unexpected", extra),
+            ("misshapen", misshapen),
+            ("not of floating point", whole),
+        )
         if found
     ]
     if problems:

@@ -169,6 +169,18 @@ def test_a_truncated_shard_is_named(sharded, kept):
     refuses(sharded, str(path), "truncated")
 
 
+def test_a_git_lfs_pointer_is_called_one(single):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 3990\n"
+    (single / SINGLE_FILE).write_text(pointer)
+    refuses(single, SINGLE_FILE, "Git LFS pointer", "git lfs pull")
+
+
+def test_a_folder_of_another_model_is_named(single):
+    config = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl"}))
+    refuses(single, str(single), "model_type is 'qwen3_vl'", "Qwen2.5-VL")
+
+
 def test_shard_with_bytes_left_over(single):
     with (single / SINGLE_FILE).open("ab") as file:
         file.write(b"x")

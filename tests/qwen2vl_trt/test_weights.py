@@ -298,6 +298,12 @@ def test_misshapen_tensor_is_named_with_both_shapes(reference, tmp_path, name, s
         assert f"1 misshapen ({name} {list(shape)} instead of [" in message
 
 
+def test_whole_numbers_are_no_weights(reference, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    for message in broken(reference, tmp_path, lambda tensors: tensors | {name: tensors[name].to(torch.int8)}):
+        assert f"1 not of floating point ({name} torch.int8)" in message
+
+
 def test_long_lists_are_counted(reference, tmp_path):
     def keep_no_vision(tensors):
         return {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.")}
