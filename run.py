@@ -49,6 +49,7 @@ def main() -> None:
 
 
 def generate(argv: list[str]) -> None:
+    from runtime.inputs.images import opened
     from runtime.request import Request
     from runtime.sampling_arguments import add_sampling_arguments, sampling_params
 
@@ -63,6 +64,10 @@ def generate(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     params = sampling_params(arguments)
     request = Request(arguments.prompt, arguments.image, arguments.video)
+    for kind, article, files in (("image", "an", arguments.image), ("video", "a", arguments.video)):
+        for number, file in enumerate(files, start=1):
+            with opened(file, f"{kind} {number} ({file})", f"{article} {kind}"):
+                pass  # a name mistyped is known here, not after the minutes of a build
     pipeline = _pipeline(arguments)
     if arguments.stream:
         for event in pipeline.stream(request, params):

@@ -6,8 +6,10 @@ import argparse
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import BuildError
 from qwen2vl_trt.hub import ResolvedModel, resolve_model
+from qwen2vl_trt.prompts import check_tokenizer_files
 
 from .attention_mask import ATTENTION_MASKS
 from .backends import BACKENDS, DEFAULT_BACKEND, Backend, find_backend
@@ -154,7 +156,7 @@ def plan_build(arguments: argparse.Namespace) -> BuildPlan:
 
     Raises:
         BuildError: impossible limits, an unknown backend or precision, or an unreadable configuration.
-        CheckpointError: the model cannot be found.
+        CheckpointError: the model cannot be found, is another than Qwen2.5-VL, or has no tokenizer or chat template.
     """
     config = BuildConfig.from_yaml(arguments.config) if arguments.config else None
     if config and arguments.model and config.model != arguments.model:
@@ -162,6 +164,8 @@ def plan_build(arguments: argparse.Namespace) -> BuildPlan:
     backend, precision = find_backend(arguments.backend or DEFAULT_BACKEND, arguments.precision)
     backend = _with_options(backend, arguments)
     model = resolve_model(config.model if config else arguments.model or "tiny", arguments.revision)
+    Qwen2VLConfig.from_folder(model.folder)
+    check_tokenizer_files(model.folder)  # here, before the minutes of a build whose engines no pipeline could load
     own = _CONFIGS / f"{model.name}.yaml"
     if config is None and own.is_file():
         config = BuildConfig.from_yaml(own)

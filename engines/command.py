@@ -14,8 +14,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from qwen2vl_trt import __version__
 from qwen2vl_trt.errors import Qwen2VLError
 
 FAILED = 1
@@ -24,7 +25,11 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the options in one line, without a page of usage before it."""
+    """Says what is wrong with the options in one line, without a page of usage before it; has ``--version``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_argument("--version", action="version", version=f"qwen2vl-trt {__version__}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"error: {message} (options: {self.prog} --help)\n")

@@ -28,7 +28,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from .config import Qwen2VLConfig
+from .config import Qwen2VLConfig, read_json
 from .errors import CheckpointError, PromptError
 
 Message = Mapping[str, Any]
@@ -37,6 +37,7 @@ Grid = Sequence[int]
 ROLES = ("system", "user", "assistant")
 _PART_KINDS = {"text": "text", "image": "image", "image_url": "image", "video": "video"}
 _MEDIA_KEYS = {"image": ("image", "image_url", "url", "path"), "video": ("video", "url", "path")}
+_NO_TEMPLATE = "has no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
 _PLACEHOLDER = re.compile(r"<(image|video)>")
 
 
@@ -150,6 +151,21 @@ class PromptBuilder:
         return repeated
 
 
+def check_tokenizer_files(folder: str | Path) -> None:
+    """Check that a checkpoint has a tokenizer and a chat template, without reading either: see :func:`load_tokenizer`.
+
+    Raises:
+        CheckpointError: one of them is missing, or ``tokenizer_config.json`` cannot be read.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise CheckpointError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json")
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return
+    if not read_json(folder / "tokenizer_config.json").get("chat_template"):
+        raise CheckpointError(f"{folder} {_NO_TEMPLATE}")
+
+
 def load_tokenizer(folder: str | Path) -> Any:
     """The checkpoint's tokenizer (Transformers), with the chat template that its processor would use.
 
@@ -160,8 +176,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         CheckpointError: no tokenizer, or no chat template.
     """
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise CheckpointError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json")
+    check_tokenizer_files(folder)
     load: Any
     if (folder / "tokenizer.json").is_file():  # complete in itself; AutoTokenizer takes two seconds more to import
         from transformers import PreTrainedTokenizerFast
@@ -182,10 +197,8 @@ def load_tokenizer(folder: str | Path) -> Any:
             tokenizer.chat_template = json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{legacy} cannot be read: {error}") from None
-    if not tokenizer.chat_template:
-        raise CheckpointError(
-            f"{folder} has no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
-        )
+    if not tokenizer.chat_template:  # an empty file
+        raise CheckpointError(f"{folder} {_NO_TEMPLATE}")
     return tokenizer
 
 

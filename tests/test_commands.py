@@ -6,6 +6,7 @@ A process of its own takes seconds to start, so most cases run ``main`` here, th
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import build_engines
 import run
 from engines.command import run_command
 from engines.manifest import FORMAT
+from qwen2vl_trt import __version__
 from tests.support.engine_folders import BUILDS, write_checkpoint
 from tests.support.media_files import save_video
 
@@ -189,6 +191,8 @@ def test_help_names_models_and_limits(call):
         assert "--max-hw-dims" in out
         assert "Qwen2.5-VL-{3B,7B,32B,72B}" in out
     assert "run.py features" in call(run, "--help")[1]
+    for script, arguments in ((run, ()), (run, ("inspect",)), (build_engines, ())):
+        assert call(script, *arguments, "--version") == (0, f"qwen2vl-trt {__version__}\n", "")
 
 
 ASK = ("--prompt", "x")
@@ -305,6 +309,19 @@ def test_wrong_options_are_one_line(call, monkeypatch, tmp_path):
         assert_one_line(call(run, *arguments), message, arguments)
         if arguments[:2] == ASK and "--model" in arguments:
             assert_one_line(call(build_engines, *arguments[2:]), message, arguments)
+
+
+def test_what_a_build_would_be_wasted_on_is_known_before_it(call, user):
+    shutil.copytree(user / "model", user / "silent")
+    (user / "silent" / "chat_template.jinja").unlink()
+    for script, *arguments, message in (
+        (run, *ASK, "--model", "model", "--image", "none.png", "image 1 (none.png): no such file"),
+        (run, *ASK, "--model", "model", "--image", "a.png", "--video", "a.mp4", "video 1 (a.mp4): no such file"),
+        (run, *ASK, "--model", "silent", "silent has no chat template"),
+        (build_engines, "--model", "silent", "silent has no chat template"),
+    ):
+        assert_one_line(call(script, *arguments, "--engine-dir", "early"), message, arguments)
+        assert not Path("early").exists(), arguments
 
 
 def test_a_damaged_engine_is_one_line(call, quick, user):

@@ -141,7 +141,7 @@ def file_bytes(source: ImageSource, *, name: str) -> bytes | None:
         MediaError: no such file, or one that cannot be read, in the words of :func:`load_image`.
     """
     if isinstance(source, (str, Path)):
-        with _opened(source, f"{name} ({source})") as file:
+        with opened(source, f"{name} ({source})") as file:
             return file.read()
     return bytes(source) if isinstance(source, (bytes, bytearray, memoryview)) else None
 
@@ -158,14 +158,24 @@ def is_plain_jpeg(data: bytes) -> bool:
 
 
 def _from_path(path: str | Path, label: str) -> Tensor:
-    with _opened(path, label) as file:
+    with opened(path, label) as file:
         return _decode(file, label)
 
 
 @contextmanager
-def _opened(path: str | Path, label: str) -> Iterator[BinaryIO]:
+def opened(path: str | Path, label: str, kind: str = "an image") -> Iterator[BinaryIO]:
+    """Open a file of pictures for reading.
+
+    Args:
+        path: of the file.
+        label: what error messages call it.
+        kind: what they say it should be.
+
+    Raises:
+        MediaError: an address, no such file, an empty one, or one that cannot be read.
+    """
     if str(path).startswith(("http://", "https://")):
-        raise MediaError(f"{label}: addresses are not fetched; download the image and give its path")
+        raise MediaError(f"{label}: addresses are not fetched; download it and give its path")
     try:
         with Path(path).open("rb") as file:
             if not file.peek(1):
@@ -174,7 +184,7 @@ def _opened(path: str | Path, label: str) -> Iterator[BinaryIO]:
     except FileNotFoundError:
         raise MediaError(f"{label}: no such file") from None
     except IsADirectoryError:
-        raise MediaError(f"{label}: a directory, not an image") from None
+        raise MediaError(f"{label}: a directory, not {kind}") from None
     except (OSError, ValueError) as error:  # no permission, a name too long, a null byte in it
         raise MediaError(f"{label}: cannot be read: {error}") from None
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwen2vl_trt.errors import MediaError, MissingDependencyError
 
-from .images import ImageSource, channels_first, load_image, rgb
+from .images import ImageSource, channels_first, load_image, opened, rgb
 
 if TYPE_CHECKING:
     import av
@@ -158,7 +158,8 @@ def _from_file(source: str | Path | bytes, fps: float | None, sampling: FrameSam
         if not source:
             raise MediaError(f"{label}: empty (0 bytes)")
     else:
-        _check_path(source, label)
+        with opened(source, label, "a video"):  # PyAV's own words are for those who know it
+            pass
     try:
         with av.open(BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
             if not container.streams.video:
@@ -166,21 +167,6 @@ def _from_file(source: str | Path | bytes, fps: float | None, sampling: FrameSam
             return _from_container(container, fps, sampling, label)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError(f"{label}: not a video, truncated or corrupt: {getattr(error, 'strerror', error)}") from None
-
-
-def _check_path(path: str | Path, label: str) -> None:
-    if str(path).startswith(("http://", "https://")):
-        raise MediaError(f"{label}: addresses are not fetched; download the video and give its path")
-    try:
-        with Path(path).open("rb") as file:
-            if not file.peek(1):
-                raise MediaError(f"{label}: empty (0 bytes)")
-    except FileNotFoundError:
-        raise MediaError(f"{label}: no such file") from None
-    except IsADirectoryError:
-        raise MediaError(f"{label}: a directory, not a video") from None
-    except (OSError, ValueError) as error:
-        raise MediaError(f"{label}: cannot be read: {error}") from None
 
 
 def _from_container(
