@@ -135,7 +135,7 @@ def inspect(argv: list[str]) -> None:
     )
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--layers", action="store_true", help="list every layer that computes, with its type")
-    parser.add_argument("--verify", action="store_true", help="read every byte of the engines: damage of the disk too")
+    parser.add_argument("--verify", action="store_true", help="read every byte that was built: damage of the disk too")
     arguments = parser.parse_args(argv)
     from rich.console import Console
 

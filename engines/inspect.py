@@ -62,6 +62,7 @@ class FolderReport:
     limits: tuple[tuple[str, str], ...]
     graphs: tuple[GraphReport, ...]
     files: tuple[FileReport, ...]
+    verified: bool
 
 
 def inspect_folder(folder: Path, verify: bool = False) -> FolderReport:
@@ -89,7 +90,7 @@ def inspect_folder(folder: Path, verify: bool = False) -> FolderReport:
     for file in sorted({*manifest.files, *weights}):
         stat = (folder / file).stat()
         files.append(FileReport(file, stat.st_size, stat.st_nlink > 1))
-    return FolderReport(manifest, limits_in_words(manifest.profile, config), tuple(graphs), tuple(files))
+    return FolderReport(manifest, limits_in_words(manifest.profile, config), tuple(graphs), tuple(files), verify)
 
 
 def limits_in_words(profile: BuildProfile, config: Qwen2VLConfig) -> tuple[tuple[str, str], ...]:

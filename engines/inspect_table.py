@@ -37,6 +37,11 @@ def print_report(report: FolderReport, console: Console, layers: bool = False) -
             where = shared if file.name.endswith(".safetensors") else ""
         files.add_row(file.name, f"{file.bytes / 1e6:,.2f}", where)
     _print(files, console)
+    if report.verified:
+        built = ", ".join(sorted(manifest.files))
+        read = [f"every byte of {built}"] if built else []
+        read.append("of the weights the header and both ends of every tensor")  # see Checkpoint.hash
+        console.print(f"as built: {'; '.join(read)}")
 
 
 def _print_graph(graph: GraphReport, console: Console, layers: bool) -> None:

@@ -118,10 +118,13 @@ def test_every_byte_is_read_when_asked(rtx_checkpoint, tmp_path):
     folder = build(rtx_checkpoint, tmp_path / "engines", "onnxruntime")
     path = folder / "vision.onnx"
     stat, content = path.stat(), bytearray(path.read_bytes())
+    command = [sys.executable, "run.py", "inspect", folder, "--verify"]
+    sound = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = "as built: every byte of decoder.onnx, vision.onnx; of the weights the header and both ends of every tensor"
+    assert sound.stdout.splitlines()[-1] == said
     content[-9] ^= 4
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    command = [sys.executable, "run.py", "inspect", folder, "--verify"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"error: {path} is not the file that was built (SHA-256 differs). Rebuild.\n"
