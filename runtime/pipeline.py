@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qwen2vl_trt.errors import CheckpointError, LimitError, Qwen2VLError, SamplingError
+from qwen2vl_trt.errors import CheckpointError, LimitError, PromptError, Qwen2VLError, SamplingError
 from qwen2vl_trt.prompts import PromptBuilder
 
 from .backends.runners import Engines, open_engines
@@ -181,7 +181,12 @@ class Pipeline:
 
         One that can never fit fails: at once if its ``max_tokens`` alone are too many, else as soon as it is among the
         first that wait and its prompt's length is known. Its output then has the LimitError.
+
+        Raises:
+            PromptError: not a :class:`Request`.
         """
+        if not isinstance(request, Request):
+            raise PromptError(f"a {type(request).__name__} is no request; give Request(prompt, images=[...])")
         _ = self._scheduler  # loads the decoder: not a part of the request's time
         params = params or SamplingParams()
         output = Output(deadline=request.deadline, clock=self._clock, on_end=self._counters.record_end)
@@ -359,9 +364,10 @@ class Pipeline:
             raise SamplingError(
                 f"{len(requests)} requests came with {len(settings)} SamplingParams; give one or as many"
             )
-        outputs += [self.submit(request, setting) for request, setting in zip(requests, settings, strict=True)]
-        numbers = {id(output): number for number, output in enumerate(outputs)}
         try:
+            for request, setting in zip(requests, settings, strict=True):
+                outputs.append(self.submit(request, setting))
+            numbers = {id(output): number for number, output in enumerate(outputs)}
             while not all(output.finished for output in outputs):
                 for new in self.step():
                     number = numbers.get(id(new.sequence.output))

@@ -186,6 +186,15 @@ def test_requests_join_and_leave_a_running_batch(pipeline):
     assert pipeline.step() == []
 
 
+def test_a_prompt_without_its_request(pipeline):
+    for prompts in ("What is this?", ["What is this?"], [[{"role": "user", "content": "What is this?"}]]):
+        with pytest.raises(PromptError, match=r"a (str|list) is no request; give Request\(prompt"):
+            pipeline.generate(prompts)
+    with pytest.raises(PromptError, match="a str is no request"):
+        pipeline.generate([Request("What is this?"), "And this?"])
+    assert not pipeline.busy
+
+
 def test_generate_beside_submitted_requests(pipeline):
     request, params = random_request(50), random_params(50, 20)
     expected = answers(pipeline.generate([request], params))
