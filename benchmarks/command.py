@@ -162,6 +162,8 @@ def _rival(text: str | None, options: EngineOptions) -> str | None:
             f"--against {text}: known is transformers, and with a precision transformers:{{{','.join(PRECISIONS)}}}"
         )
     from engines.manifest import Manifest
+    from export.importable_torchvision import require_torchvision
 
+    require_torchvision("--against transformers", "bench")
     built = Manifest.read(options.folder).precision
     return precision or (built if built in PRECISIONS else "bf16")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from engines.command import Parser, positive_number
+from export.importable_torchvision import require_torchvision
 from runtime.backends.runners import parse_device
 
 from ..files import check_plot
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.plot is not None:
         check_plot(arguments.plot)
+    require_torchvision("run.py bench seed", "bench")
     device = parse_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     models = arguments.models or (sizes if device.type == "cuda" else sizes[:1])
     names = [_FAMILY + size for size in dict.fromkeys(models)]

@@ -231,6 +231,10 @@ def test_wrong_options_are_one_line(bench, engines, arguments, message):
 def test_a_missing_package_names_its_extra(bench, engines, monkeypatch):
     monkeypatch.setattr("benchmarks.files.find_spec", lambda name: None)
     assert_one_line(bench("--engine-dir", engines / "torch", "--plot", "p.png"), "pip install 'qwen2vl-trt[bench]'")
+    monkeypatch.setattr("export.importable_torchvision.find_spec", lambda name: None)
+    needed = "needs torchvision, which is not installed: pip install 'qwen2vl-trt[bench]'"
+    assert_one_line(bench("--engine-dir", engines / "torch", "--against", "transformers"), needed)
+    assert_one_line(bench("seed"), needed)
 
 
 def test_an_interrupt_ends_the_workers_too(engines, tmp_path):
