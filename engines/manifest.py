@@ -112,7 +112,7 @@ class Manifest:
         path = folder / FILE
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             what = f"{folder} holds no engine: it has no {FILE}" if folder.is_dir() else f"there is no folder {folder}"
             raise EngineError(f"{what}. Build one with build_engines.py.") from None
         except (OSError, ValueError) as error:

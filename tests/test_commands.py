@@ -263,6 +263,7 @@ WRONG_OPTIONS = {
     (*ASK, "--precision", "fp8", "--calibration-data", "nothing"): "--calibration-data nothing holds no",
     (*ASK, "--engine-dir", "none"): "there is no folder none",
     (*ASK, "--engine-dir", "nothing"): "nothing holds no engine",
+    (*ASK, "--engine-dir", "a.png"): "there is no folder a.png",
     ("features", "--output", "f.safetensors"): "one of the arguments --input --image is required",
     ("features", "--input", "nothing", "--output", "new"): "nothing: no image there",
     ("features", "--input", "a.png", "--output", "new", "--workers", "0"): "'0' is not a whole number of at least 1",
