@@ -22,6 +22,7 @@ from qwen2vl_trt.errors import Qwen2VLError
 FAILED = 1
 USAGE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+TERMINATED = 143  # 128 + SIGTERM
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,7 +54,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's main function and exit.
 
     Exit codes: 0 done; 1 the output cannot be written; 2 a :class:`~qwen2vl_trt.errors.Qwen2VLError` or a package
-    that is not installed, named in one line; 130 interrupted.
+    that is not installed, named in one line; 130 interrupted; 143 terminated, which goes the same way: what Ctrl-C
+    saves and clears away, so does the end of a container or of a job's time.
     """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
     if sys.stdout is not None:  # a terminal without UTF-8 shows a question mark, it does not end the command
@@ -65,33 +67,50 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where a failure is still caught
         except KeyboardInterrupt:
-            _fail("interrupted", INTERRUPTED)
+            interrupt.exit()
+        except SystemExit as ended:
+            if ended.code == INTERRUPTED and interrupt.terminated:
+                sys.exit(TERMINATED)
+            raise
         except Exception as error:
             if interrupt.seen:
-                _fail("interrupted", INTERRUPTED)
+                interrupt.exit()
             _report(error)
     sys.exit(0)
 
 
 class _Interrupt:
-    """Notes Ctrl-C besides raising it: in the midst of an import it may come out as any other exception."""
+    """Notes Ctrl-C besides raising it: in the midst of an import it may come out as any other exception.
+
+    SIGTERM is made a Ctrl-C, so that it reaches whoever handles that.
+    """
 
     def __init__(self) -> None:
-        self.seen = False
+        self.seen = self.terminated = False
         self._installed = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background job ignores it
 
     def __enter__(self) -> _Interrupt:
         if self._installed:
             signal.signal(signal.SIGINT, self._on_signal)
+            signal.signal(signal.SIGTERM, self._on_termination)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._installed:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def exit(self) -> NoReturn:
+        print("terminated" if self.terminated else "interrupted", file=sys.stderr)
+        sys.exit(TERMINATED if self.terminated else INTERRUPTED)
 
     def _on_signal(self, number: int, frame: object) -> NoReturn:
         self.seen = True
         raise KeyboardInterrupt
+
+    def _on_termination(self, number: int, frame: object) -> None:
+        self.terminated = True
+        signal.raise_signal(signal.SIGINT)
 
 
 def _report(error: Exception) -> NoReturn:
@@ -109,7 +128,7 @@ def _report(error: Exception) -> NoReturn:
 
 
 def _fail(message: str, code: int = USAGE) -> NoReturn:
-    print(message if code == INTERRUPTED else f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 

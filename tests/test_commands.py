@@ -397,6 +397,27 @@ def test_an_interrupt_is_one_word_and_code_130(user, call, quick):
     assert_one_line(call(run, "--engine-dir", "stopped", *ASK), "holds no engine", "stopped")
 
 
+def test_terminated(user, quick):
+    (user / "photos").mkdir()
+    for number in range(2000):
+        os.link(user / "a.png", user / "photos" / f"{number}.png")
+    output = user / "terminated"
+    features = ("features", "--input", "photos", "--output", output, "--shard-size", 50)
+    extracting = start(user, ROOT / "run.py", *features, *quick)
+    answering = start(user, ROOT / "run.py", *quick, *ASK, "--max-tokens", 350, "--ignore-eos", "--stream")
+    assert answering.stdout.read(1)
+    answering.terminate()
+    assert finish(answering)[::2] == (143, "terminated\n")
+    while not (output / "features-00000.safetensors").exists():
+        assert extracting.poll() is None
+        time.sleep(0.02)
+    extracting.terminate()
+    code, _, errors = finish(extracting)
+    saved = int(errors.removeprefix("interrupted: ").split()[0].replace(",", ""))
+    assert (code, saved) == (143, len((output / "index.jsonl").read_text().splitlines()))
+    assert 50 <= saved < 2000
+
+
 def test_stdout_that_is_full_closed_or_gone(user, quick):
     ask = (ROOT / "run.py", *quick, *ASK, "--max-tokens", 350, "--ignore-eos")
     gone = [start(user, *ask, form) for form in ("--stream", "--json")]

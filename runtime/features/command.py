@@ -62,8 +62,8 @@ def add_features_arguments(parser: Parser) -> None:
 def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespace], Pipeline]) -> None:
     """Extract features as the options say.
 
-    Ends with 0 even if some images could not be used (a warning counts them), with 130 after Ctrl-C, which first
-    saves what is done.
+    Ends with 0 even if some images could not be used (a warning counts them), with 130 after Ctrl-C (143 after
+    SIGTERM), which first saves what is done.
 
     Raises:
         FeaturesError: the output is in the way or cannot be written, the options do not fit, or no image could be
