@@ -100,7 +100,7 @@ def _from_hub(name: str, repository: str, revision: str | None) -> ResolvedModel
         RevisionNotFoundError,
     )
 
-    instead = "Or give --model the path of a checkpoint folder (config.json, *.safetensors, tokenizer files)."
+    instead = "The path of a checkpoint folder (config.json, *.safetensors, tokenizer files) serves as --model, too."
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=_PATTERNS))
     except GatedRepoError:
