@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -18,6 +19,7 @@ from qwen2vl_trt.prompts import PromptBuilder
 
 from .backends.runners import Engines, open_engines
 from .detokenizer import AnswerStream
+from .exclusive import Exclusive, exclusive
 from .generation_config import GenerationConfig
 from .inputs.images import ImageSource
 from .media.cached_media import CachedMedia
@@ -45,8 +47,8 @@ DEFAULT_EMBEDDING_CACHE_BYTES = 256 << 20
 class Pipeline:
     """Runs requests on a pair of engines.
 
-    One thread at a time: a pipeline is not to be shared between threads without a lock. How requests share it is told
-    in docs/runtime.md.
+    Any thread of the process that made it may call its methods; they run one at a time, so that a call waits for the
+    step that another thread is in. How requests share a pipeline is told in docs/runtime.md.
 
     Args:
         engines: see :func:`runtime.backends.runners.open_engines`.
@@ -105,6 +107,8 @@ class Pipeline:
         self._max_num_tokens, self._reuse_prefixes, self._clock = max_num_tokens, reuse_prefixes, clock
         self._counters = Counters()
         self._waiting = WaitingLine(self._preparer, self._media_ahead, clock)
+        self._alone = Exclusive()
+        self._listeners: dict[Output, tuple[int, deque[Event]]] = {}  # whoever steps, they get their tokens
 
     @classmethod
     def from_engine_dir(
@@ -176,6 +180,7 @@ class Pipeline:
             if output.error is not None:
                 raise output.error
 
+    @exclusive
     def submit(self, request: Request, params: SamplingParams | None = None) -> Output:
         """Queue a request; :meth:`step` works on it, beside those that already run.
 
@@ -215,6 +220,7 @@ class Pipeline:
         """Whether a submitted request has not ended."""
         return bool(self._waiting) or self._scheduler.busy
 
+    @exclusive
     def step(self) -> list[NewToken]:
         """Take in waiting requests where slots are free, then run one step of every one that runs.
 
@@ -229,16 +235,22 @@ class Pipeline:
         if not self._scheduler.busy and self._waiting.wait_for_media():
             self._take_in()
         new = self._scheduler.step()
+        for token in new:
+            if token.sequence.output in self._listeners:
+                number, events = self._listeners[token.sequence.output]
+                events.append(Event(number, token.token, token.text, token.sequence.output))
         self._counters.steps += 1
         self._counters.step_seconds += self._clock() - began
         return new
 
+    @exclusive
     def cancel(self, output: Output) -> None:
         """End a request, waiting or running, with ``finish_reason`` ``"cancelled"``; it keeps the tokens it has."""
         output.cancel()
         self._waiting.drop_ended()
         self._scheduler.cancel(output)
 
+    @exclusive
     def close(self) -> None:
         """Cancel the waiting requests and end the threads that load media, once those have finished what they are at.
 
@@ -249,7 +261,7 @@ class Pipeline:
         self._media_ahead.close()
 
     def counters(self) -> Counters:
-        """What was done so far, and the present state; a copy that no longer changes."""
+        """What was done so far, and the present state; a copy that no longer changes. It waits for no step."""
         found = replace(
             self._counters,
             queued=len(self._waiting),
@@ -264,12 +276,14 @@ class Pipeline:
             found.kv_cache_bytes = self._scheduler.cache_bytes
         return found
 
+    @exclusive
     def clear_caches(self) -> None:
         """Forget kept prefixes and vision embeddings; if nothing runs the key-value cache shrinks to its smallest."""
         self._embeddings.clear()
         if "_scheduler" in vars(self):
             self._scheduler.forget()
 
+    @exclusive
     def warm_up(self, image_sizes: Sequence[tuple[int, int]] = (), max_length: int | None = None) -> None:
         """Do now what the first requests would have to wait for; returns when it is done.
 
@@ -297,6 +311,7 @@ class Pipeline:
         if self.engines.device.type == "cuda":
             torch.cuda.synchronize(self.engines.device)
 
+    @exclusive
     def embed_images(self, images: Sequence[ImageSource], on_done: Callable[[int], None] | None = None) -> list[Tensor]:
         """Vision embeddings ``[tokens, hidden]`` of each image, raster order, any mix of sizes.
 
@@ -322,6 +337,7 @@ class Pipeline:
                 on_done(len(embeddings))
         return embeddings
 
+    @exclusive
     def hidden_states(self, requests: Sequence[Request]) -> list[Tensor]:
         """Decoder hidden states ``[S, hidden]`` of each prompt, after the final norm, image tokens included.
 
@@ -364,19 +380,25 @@ class Pipeline:
             raise SamplingError(
                 f"{len(requests)} requests came with {len(settings)} SamplingParams; give one or as many"
             )
+        events: deque[Event] = deque()
         try:
-            for request, setting in zip(requests, settings, strict=True):
-                outputs.append(self.submit(request, setting))
-            numbers = {id(output): number for number, output in enumerate(outputs)}
-            while not all(output.finished for output in outputs):
-                for new in self.step():
-                    number = numbers.get(id(new.sequence.output))
-                    if number is not None:  # not one that somebody else submitted
-                        yield Event(number, new.token, new.text, new.sequence.output)
+            with self._alone:  # no step of another thread between a request and its listener
+                for number, (request, setting) in enumerate(zip(requests, settings, strict=True)):
+                    outputs.append(self.submit(request, setting))
+                    self._listeners[outputs[-1]] = number, events
+            while True:
+                with self._alone:  # another thread's step ends a request before it tells of its last token
+                    over = all(output.finished for output in outputs)
+                while events:
+                    yield events.popleft()
+                if over:
+                    return
+                self.step()
         finally:
             for output in outputs:
                 if not output.finished:
                     self.cancel(output)
+                del self._listeners[output]
 
     def _take_in(self) -> None:
         """Prepare waiting requests whose turn is near and give them the free slots."""

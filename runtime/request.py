@@ -93,7 +93,6 @@ class Output:
     or ``token_ids`` raises it.
 
     Args:
-        on_text: called with each piece of text.
         deadline: seconds from now, see :class:`Request`.
         clock: seconds, as :func:`time.perf_counter` has them.
         on_end: called once, when nothing more will come.
@@ -110,7 +109,6 @@ class Output:
 
     def __init__(
         self,
-        on_text: Callable[[str], None] | None = None,
         deadline: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
         on_end: Callable[[Output], None] | None = None,
@@ -122,7 +120,7 @@ class Output:
         self.clock = clock
         self._text: list[str] = []
         self._token_ids: list[int] = []
-        self._on_text, self._on_end = on_text, on_end
+        self._on_end = on_end
         self.arrival = clock()
         self._deadline = deadline
 
@@ -163,15 +161,15 @@ class Output:
         self.timings.queue = max(0.0, waited)  # a difference of sums may round to less
 
     def append(self, token: int, text: str, finish_reason: FinishReason | None) -> None:
-        """Add a token and the text that it completed."""
+        """Add a token and the text that it completed; one that has ended, by whomever, gets no more."""
+        if self.finished:
+            return
         elapsed = self.clock() - self.arrival
         if not self._token_ids:
             self.timings.time_to_first_token = elapsed
         self._token_ids.append(token)
         self._text.append(text)
         self.timings.decode = elapsed - self.timings.time_to_first_token
-        if text and self._on_text is not None:
-            self._on_text(text)
         if finish_reason is not None:
             self._end(finish_reason, None)
 
@@ -181,8 +179,7 @@ class Output:
 
     def cancel(self) -> None:
         """End the request as it is; nothing happens to one that has ended."""
-        if not self.finished:
-            self._end("cancelled", None)
+        self._end("cancelled", None)
 
     def expire(self, stage: str) -> None:
         """End a request that has no token with DeadlineError; ``stage`` says how far it came."""
@@ -192,6 +189,8 @@ class Output:
         )
 
     def _end(self, finish_reason: FinishReason | None, error: Qwen2VLError | None) -> None:
+        if self.finished:
+            return
         self.finish_reason, self.error = finish_reason, error
         self.timings.total = self.clock() - self.arrival
         if self._on_end is not None:

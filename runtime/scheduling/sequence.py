@@ -71,7 +71,7 @@ class RunningSequence:
 class NewToken:
     """A token that a step added to an answer."""
 
-    sequence: RunningSequence
+    sequence: RunningSequence = field(repr=False)
     token: int
     text: str
 

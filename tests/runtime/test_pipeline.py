@@ -264,6 +264,35 @@ def test_callback_iterator_and_result_agree(pipeline):
     assert single[-1].output.finish_reason == outputs[0].finish_reason
 
 
+def test_streams_that_take_turns_each_get_all_their_tokens(pipeline):
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    own = pipeline.submit(random_request(3), params)  # stepped by the streams
+    streams = [pipeline.stream(random_request(seed), params) for seed in (1, 2)]
+    events = list(zip(*streams, strict=True))  # a step of one brings tokens of the other
+    assert len(events) == 9
+    for first, second in events:
+        assert first.output is not second.output
+    for column in zip(*events, strict=True):
+        assert [event.token_id for event in column] == column[0].output.token_ids
+        assert "".join(event.text for event in column) == column[0].output.text
+    assert own.finished
+    assert not pipeline._listeners
+
+
+def test_an_output_that_its_holder_cancels_gets_no_more(pipeline):
+    output = pipeline.submit(random_request(1), SamplingParams(max_tokens=9, ignore_eos=True))
+    before = pipeline.counters()
+    while not output.token_ids:
+        pipeline.step()
+    output.cancel()
+    tokens = list(output.token_ids)
+    while pipeline.busy:
+        pipeline.step()
+    after = pipeline.counters()
+    assert (output.token_ids, output.finish_reason) == (tokens, "cancelled")
+    assert (after.cancelled - before.cancelled, after.finished - before.finished) == (1, 0)
+
+
 def test_stop_strings_and_reasons(pipeline):
     request = random_request(4, images=1)
     whole = pipeline.generate([request], SamplingParams(max_tokens=40, ignore_eos=True))[0]
