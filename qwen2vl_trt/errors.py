@@ -41,6 +41,10 @@ class DeadlineError(Qwen2VLError):
     """A request's deadline passed before its first token, or is no number of seconds."""
 
 
+class UnavailableError(Qwen2VLError):
+    """A service takes no more requests: it is full, closed, or has failed."""
+
+
 class FeaturesError(Qwen2VLError):
     """Features cannot be written to their file."""
 

@@ -3,7 +3,8 @@
 Each room is built on those before it: ``inputs`` reads pictures and videos, ``preprocessing`` turns them into patches,
 ``backends`` run the two engines, ``media`` gives embeddings and remembers them, ``scheduling`` shares the decoder among
 requests, and ``tensorrt_llm`` takes the decoder's place where that library schedules. :mod:`runtime.pipeline` joins
-them; ``features`` writes embeddings of whole collections with it.
+them, :mod:`runtime.service` gives a pipeline a thread of its own, for servers; ``features`` writes embeddings of whole
+collections.
 """
 
 from .inputs.video import Video
@@ -11,5 +12,17 @@ from .pipeline import Pipeline
 from .request import Event, Output, Request, Timings
 from .sampler import SamplingParams
 from .scheduling.counters import Counters
+from .service import Answer, Service
 
-__all__ = ["Counters", "Event", "Output", "Pipeline", "Request", "SamplingParams", "Timings", "Video"]
+__all__ = [
+    "Answer",
+    "Counters",
+    "Event",
+    "Output",
+    "Pipeline",
+    "Request",
+    "SamplingParams",
+    "Service",
+    "Timings",
+    "Video",
+]

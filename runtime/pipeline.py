@@ -181,20 +181,23 @@ class Pipeline:
                 raise output.error
 
     @exclusive
-    def submit(self, request: Request, params: SamplingParams | None = None) -> Output:
+    def submit(self, request: Request, params: SamplingParams | None = None, output: Output | None = None) -> Output:
         """Queue a request; :meth:`step` works on it, beside those that already run.
 
         One that can never fit fails: at once if its ``max_tokens`` alone are too many, else as soon as it is among the
         first that wait and its prompt's length is known. Its output then has the LimitError.
 
+        Args:
+            request: see there.
+            params: greedy by default.
+            output: where the answer goes, if :meth:`new_output` has made it when the request arrived.
+
         Raises:
             PromptError: not a :class:`Request`.
         """
-        if not isinstance(request, Request):
-            raise PromptError(f"a {type(request).__name__} is no request; give Request(prompt, images=[...])")
         _ = self._scheduler  # loads the decoder: not a part of the request's time
         params = params or SamplingParams()
-        output = Output(deadline=request.deadline, clock=self._clock, on_end=self._counters.record_end)
+        output = output or self.new_output(request)
         self._counters.submitted += 1
         if params.max_tokens >= self.profile.max_seq_len:
             output.fail(
@@ -207,6 +210,24 @@ class Pipeline:
             return output
         self._waiting.add(request, params, output)
         return output
+
+    def new_output(self, request: Request) -> Output:
+        """Where a request's answer is to go; its deadline and its timings begin now. Any thread may, without a wait.
+
+        Raises:
+            PromptError: not a :class:`Request`.
+        """
+        if not isinstance(request, Request):
+            raise PromptError(f"a {type(request).__name__} is no request; give Request(prompt, images=[...])")
+        return Output(deadline=request.deadline, clock=self._clock, on_end=self._counters.record_end)
+
+    def interrupt(self) -> None:
+        """Let a step that waits for media go on without them. Any thread may, without a wait."""
+        self._waiting.interrupt()
+
+    def check_process(self) -> None:
+        """See that this is the process that made the pipeline; raises ExecutionError in one that was forked from it."""
+        self._alone.check_process()
 
     @cached_property
     def _scheduler(self) -> Executor:
@@ -225,8 +246,8 @@ class Pipeline:
         """Take in waiting requests where slots are free, then run one step of every one that runs.
 
         Media that threads still load hold up nothing that can go on without them; where nothing can, it waits for the
-        first that are loaded, or the next deadline. Deadlines are looked at here. What goes wrong with a request, in an
-        engine too, ends that request alone.
+        first that are loaded, the next deadline, or :meth:`interrupt`. Deadlines are looked at here. What goes wrong
+        with a request, in an engine too, ends that request alone.
         """
         if not self.busy:
             return []

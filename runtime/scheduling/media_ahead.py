@@ -58,9 +58,10 @@ class Loading:
             self.seconds = time.perf_counter() - began
 
     @staticmethod
-    def wait_for_any(loadings: Collection[Loading], seconds: float | None) -> None:
-        """Wait until the first of those on threads is loaded, or so long."""
-        wait([loading._future for loading in loadings if loading._future is not None], seconds, FIRST_COMPLETED)
+    def wait_for_any(loadings: Collection[Loading], seconds: float | None, *others: Future[None]) -> None:
+        """Wait until the first of those on threads is loaded, or one of the others done, or so long."""
+        futures: list[Future[Any]] = [loading._future for loading in loadings if loading._future is not None]
+        wait([*futures, *others], seconds, FIRST_COMPLETED)
 
 
 class MediaAhead:

@@ -6,6 +6,8 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
@@ -40,6 +42,7 @@ class WaitingLine:
         self._preparer, self._media_ahead, self._clock = preparer, media_ahead, clock
         self._line: deque[WaitingRequest] = deque()
         self._next_deadline = math.inf  # nobody's passes before
+        self._interrupted: Future[None] = Future()
 
     def __len__(self) -> int:
         return len(self._line)
@@ -127,10 +130,18 @@ class WaitingLine:
         return group
 
     def wait_for_media(self) -> bool:
-        """Wait until a request's media are loaded, or for the next deadline; False if none are on their way."""
+        """Wait for a request's media, the next deadline or an interrupt; False if no media are on their way."""
         loadings = [each.loading for each in self._line if each.loading is not None and each.prepared is None]
         if not loadings:
             return False
         seconds = max(0.0, self._next_deadline - self._clock())
-        Loading.wait_for_any(loadings, None if math.isinf(seconds) else min(seconds, threading.TIMEOUT_MAX))
+        patience = None if math.isinf(seconds) else min(seconds, threading.TIMEOUT_MAX)
+        Loading.wait_for_any(loadings, patience, self._interrupted)
+        if self._interrupted.done():
+            self._interrupted = Future()
         return True
+
+    def interrupt(self) -> None:
+        """End a wait for media, that of another thread too, or the next one; any thread may."""
+        with suppress(InvalidStateError):  # another did
+            self._interrupted.set_result(None)

@@ -1,0 +1,278 @@
+"""A pipeline on a thread of its own, for servers: threads and asyncio tasks submit, read tokens, and hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import suppress
+from typing import Any
+
+from qwen2vl_trt.errors import ExecutionError, Qwen2VLError, UnavailableError
+
+from .pipeline import Pipeline
+from .request import Event, Output, Request
+from .sampler import SamplingParams
+from .scheduling.counters import Counters
+from .scheduling.scheduler import named
+from .scheduling.sequence import NewToken
+
+_Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
+
+
+class Answer:
+    """The answer to a request of a :class:`Service`: its tokens by ``for`` or ``async for``, the whole by ``await``.
+
+    All three begin with the first token, however late they ask. Who leaves them before the end, by ``break``, by an
+    exception or because his task is cancelled, has hung up: the request is cancelled. An answer that nobody reads goes
+    on to its end.
+
+    Attributes:
+        output: the answer so far.
+    """
+
+    def __init__(self, output: Output, hang_up: Callable[[Answer], None]) -> None:
+        self.output = output
+        self._hang_up = hang_up
+        self._events: list[Event] = []
+        self._over = False
+        self._changed = threading.Condition()
+        self._waiters: list[_Waiter] = []
+
+    def __iter__(self) -> Iterator[Event]:
+        """Its tokens, each as it comes; raises what the request failed with, after those there are."""
+        seen, over = 0, False
+        try:
+            while not over:
+                new, over = self._wait(seen)
+                seen += len(new)
+                yield from new
+        finally:
+            self.cancel()
+        self._raise()
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """The same in an asyncio task; other tasks go on meanwhile."""
+        seen, over = 0, False
+        try:
+            while not over:
+                new, over = await self._later(seen)
+                seen += len(new)
+                for event in new:
+                    yield event
+        finally:
+            self.cancel()
+        self._raise()
+
+    def __await__(self) -> Generator[Any, None, Output]:
+        """The output, once nothing more will come; like that of ``generate`` it has the error of one that failed."""
+        return self._whole().__await__()
+
+    def result(self, timeout: float | None = None) -> Output:
+        """The output, once nothing more will come; for threads.
+
+        Args:
+            timeout: seconds to wait at most; the request goes on.
+
+        Raises:
+            TimeoutError: they have passed.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._over, timeout):
+                raise TimeoutError(f"the answer has not ended after {timeout:g} s")
+        return self.output
+
+    def cancel(self) -> None:
+        """End it within a step, with ``finish_reason`` ``"cancelled"``; its tokens stay. Nothing if it has ended."""
+        if not self._over:
+            self._hang_up(self)
+
+    def _wait(self, seen: int) -> tuple[list[Event], bool]:
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._events) > seen or self._over)
+            return self._events[seen:], self._over
+
+    async def _later(self, seen: int) -> tuple[list[Event], bool]:
+        while True:
+            with self._changed:
+                if len(self._events) > seen or self._over:
+                    return self._events[seen:], self._over
+                loop = asyncio.get_running_loop()
+                waiter = loop.create_future()
+                self._waiters.append((loop, waiter))
+            await waiter
+
+    async def _whole(self) -> Output:
+        seen, over = 0, False
+        try:
+            while not over:
+                new, over = await self._later(seen)
+                seen += len(new)
+        finally:
+            self.cancel()
+        return self.output
+
+    def _raise(self) -> None:
+        if self.output.error is not None:
+            raise self.output.error
+
+    def _tell(self, event: Event | None) -> None:
+        """Add a token, or None for the end; on the service's thread."""
+        with self._changed:
+            if event is None:
+                self._over = True
+            else:
+                self._events.append(event)
+            waiters, self._waiters = self._waiters, []
+            self._changed.notify_all()
+        for loop, waiter in waiters:
+            with suppress(RuntimeError):  # its loop is closed: nobody waits
+                loop.call_soon_threadsafe(_wake, waiter)
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():  # its task was cancelled
+        waiter.set_result(None)
+
+
+class Service:
+    """A pipeline that works on a thread of its own. All methods may be called from any thread, and wait for no step.
+
+    Use it in a ``with``, or call :meth:`close`.
+
+    Args:
+        pipeline: the service's alone from now on.
+        max_pending: most requests that have not ended, running or waiting; those above are refused, so that a server
+            under too much load says so at once.
+    """
+
+    def __init__(self, pipeline: Pipeline, max_pending: int = 1024) -> None:
+        _ = pipeline.busy  # loads the decoder here, where the caller sees what is wrong with it
+        self._pipeline, self._max_pending = pipeline, max_pending
+        self._changed = threading.Condition()
+        self._live: dict[Output, Answer] = {}
+        self._arrived: list[tuple[Request, SamplingParams | None, Output]] = []
+        self._left: list[Answer] = []
+        self._closed: str | None = None
+        # A daemon: a program that forgets to close it ends all the same.
+        self._thread = threading.Thread(target=self._run, name="qwen2vl-service", daemon=True)
+        self._thread.start()
+        atexit.register(self._close_at_exit)
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def submit(self, request: Request, params: SamplingParams | None = None) -> Answer:
+        """Queue a request; what is wrong with it is in its answer.
+
+        Raises:
+            UnavailableError: the service is full, closed, or has failed.
+            ExecutionError: this process was forked from the service's.
+        """
+        self._pipeline.check_process()
+        with self._changed:
+            if self._closed is not None:
+                raise UnavailableError(self._closed)
+            if len(self._live) >= self._max_pending:
+                raise UnavailableError(
+                    f"{len(self._live):,} requests have not ended, as many as are taken (max_pending); try again later"
+                )
+            output = self._pipeline.new_output(request)
+            answer = self._live[output] = Answer(output, self._hang_up)
+            self._arrived.append((request, params, output))
+            self._changed.notify()
+        self._pipeline.interrupt()
+        return answer
+
+    def counters(self) -> Counters:
+        """The pipeline's :class:`Counters`, with those that are about to be queued."""
+        found = self._pipeline.counters()
+        arrived = len(self._arrived)
+        found.queued += arrived
+        found.submitted += arrived
+        return found
+
+    def close(self, drain: float | None = 0.0) -> None:
+        """Take no more requests, and end the thread and those of the pipeline. It waits; asyncio calls it in a thread.
+
+        Args:
+            drain: seconds in which those there are may end; then they are cancelled. None lets all end.
+
+        Raises:
+            ExecutionError: this process was forked from the service's.
+        """
+        self._pipeline.check_process()
+        with self._changed:
+            self._closed = self._closed or "the service is closed and takes no more requests"
+            self._changed.notify()
+        self._pipeline.interrupt()
+        self._thread.join(drain)
+        with self._changed:
+            self._left += self._live.values()
+        self._pipeline.interrupt()
+        self._thread.join()
+        self._pipeline.close()
+        atexit.unregister(self._close_at_exit)
+
+    def _close_at_exit(self) -> None:
+        with suppress(ExecutionError):  # a forked process ends, which is not the service's
+            self.close()
+
+    def _hang_up(self, answer: Answer) -> None:
+        with self._changed:
+            self._left.append(answer)
+            self._changed.notify()
+        self._pipeline.interrupt()
+
+    def _run(self) -> None:
+        try:
+            while self._take():
+                self._tell(self._pipeline.step())
+                self._let_go()
+        except Exception as error:
+            self._fail(named(error, "the pipeline"))
+
+    def _take(self) -> bool:
+        """Hand over who came and who left, once there is something to do; False if there never will be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrived or self._left or self._closed or self._pipeline.busy)
+            arrived, self._arrived = self._arrived, []
+            left, self._left = self._left, []
+        for request, params, output in arrived:
+            try:
+                self._pipeline.submit(request, params, output)
+            except Exception as error:  # no SamplingParams, say: this request's fault alone
+                output.fail(named(error, "queueing the request"))
+        for answer in left:
+            self._pipeline.cancel(answer.output)
+        if arrived or left:
+            self._let_go()  # of those that have ended here: the step may wait for others' media
+        return not self._closed or bool(self._arrived) or self._pipeline.busy
+
+    def _tell(self, new: list[NewToken]) -> None:
+        for token in new:
+            answer = self._live.get(token.sequence.output)
+            if answer is not None:  # else somebody else's request
+                answer._tell(Event(0, token.token, token.text, answer.output))
+
+    def _let_go(self) -> None:
+        """Tell those that wait for an answer that has ended."""
+        with self._changed:
+            over = [answer for output, answer in self._live.items() if output.finished]
+            for answer in over:
+                del self._live[answer.output]
+        for answer in over:
+            answer._tell(None)
+
+    def _fail(self, error: Qwen2VLError) -> None:
+        """The pipeline itself broke: its requests end, and no more are taken."""
+        with self._changed:
+            self._closed = f"the service has failed: {error}"
+            live, self._live = self._live, {}
+        for output, answer in live.items():
+            output.fail(error)
+            answer._tell(None)
