@@ -6,7 +6,7 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from qwen2vl_trt.errors import MediaError
 
@@ -43,7 +43,8 @@ def list_images(source: str) -> Iterator[ImageFile]:
 
     Keys are paths relative to :func:`input_root`, with ``/``. Order: a folder's files by name, then its folders by
     name. Memory: the names in one folder; of a glob, all that it matches. Names that begin with a dot are left out, as
-    shells do. Links to files are followed; links to folders, which may lead in a circle, by a glob only.
+    shells do. Links to files are followed, and listed if they lead nowhere: reading them says so. Links to folders,
+    which may lead in a circle, are followed where a glob names or matches one, not below a folder or a ``**``.
 
     Raises:
         MediaError: there is no such folder or match, the source is empty, or a folder cannot be listed.
@@ -57,8 +58,7 @@ def list_images(source: str) -> Iterator[ImageFile]:
     if Path(source).is_file():
         yield ImageFile(root.joinpath(source).name, source)
         return
-    found = glob.iglob(source, recursive=True)  # noqa: PTH207  Path.glob takes no pattern from the root
-    matches = sorted({match for match in found if Path(match).is_file()})
+    matches = sorted({match for match in _matches(".", Path(source).parts) if _is_image_file(match)})
     if not matches:
         raise MediaError(f"{source}: there is no such folder, and as a glob it matches no file")
     for match in matches:
@@ -79,6 +79,24 @@ def given_images(paths: Sequence[str]) -> list[ImageFile]:
     return [ImageFile(path, path) for path in paths]
 
 
+def _matches(folder: str, pattern: Sequence[str]) -> Iterator[str]:
+    """What a glob matches below a folder; the ``**`` of :mod:`glob` goes round in a circle of links 40 times."""
+    if "**" not in pattern:
+        for match in glob.iglob(str(Path(*pattern)), root_dir=folder):  # noqa: PTH207  Path.glob lists dot names
+            yield str(Path(folder, match))
+        return
+    place = pattern.index("**")
+    for top in _matches(folder, pattern[:place]) if place else [folder]:
+        for below, folders, _ in os.walk(top, onerror=_cannot_be_listed):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            yield from _matches(below, pattern[place + 1 :] or ["*"])
+
+
+def _is_image_file(path: str) -> bool:
+    """Whether it is a file, or a link that leads nowhere; nothing that would wait when it is opened, as a pipe does."""
+    return Path(path).is_file() or (Path(path).is_symlink() and not Path(path).exists())
+
+
 def _walk(folder: str, prefix: str) -> Iterator[ImageFile]:
     files: list[str] = []
     folders: list[str] = []
@@ -89,10 +107,10 @@ def _walk(folder: str, prefix: str) -> Iterator[ImageFile]:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.name)
-                elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+                elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and _is_image_file(entry.path):
                     files.append(entry.name)
     except OSError as error:
-        raise MediaError(f"{folder} cannot be listed: {error.strerror or error}") from None
+        _cannot_be_listed(error)
     files.sort()
     folders.sort()
     for name in files:
@@ -100,3 +118,7 @@ def _walk(folder: str, prefix: str) -> Iterator[ImageFile]:
     del files
     for name in folders:
         yield from _walk(f"{folder}/{name}", f"{prefix}{name}/")
+
+
+def _cannot_be_listed(error: OSError) -> NoReturn:
+    raise MediaError(f"{error.filename} cannot be listed: {error.strerror or error}") from None
