@@ -26,13 +26,20 @@ def check_plot(path: Path) -> None:
     """Refuse a picture that cannot be drawn or written.
 
     Raises:
-        BenchmarkError: as :func:`check_target`.
+        BenchmarkError: as :func:`check_target`, or its suffix is no picture's.
         MissingDependencyError: Matplotlib is not installed; it names the extra.
     """
     check_target(path)
     if find_spec("matplotlib") is None:
         raise MissingDependencyError(
             "--plot needs matplotlib, which is not installed: pip install 'qwen2vl-trt[bench]'"
+        )
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in kinds:
+        raise BenchmarkError(
+            f"{path} is no name of a picture; let it end in .png, or one of {', '.join(sorted(kinds))}"
         )
 
 
@@ -54,9 +61,9 @@ def write_plot(path: Path, figure: Any) -> None:
     """Write a Matplotlib figure.
 
     Raises:
-        BenchmarkError: the file cannot be written, or its suffix is no picture's.
+        BenchmarkError: the file cannot be written.
     """
     try:
         figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: the suffix
-        raise BenchmarkError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise BenchmarkError(f"{path}: {error.strerror or error}") from None

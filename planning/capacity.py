@@ -153,7 +153,11 @@ def plan(
         except PlanError as error:
             problems.append(str(error))
     if not plans:
-        raise PlanError(problems[0] if tp_size else f"no plan for a group of 1, 2, 4 or 8 GPUs: {'; '.join(problems)}")
+        raise PlanError(
+            problems[0]
+            if tp_size
+            else f"no plan for a group of 1, 2, 4 or 8 GPUs: {'; '.join(dict.fromkeys(problems))}"
+        )
     return min(plans, key=lambda plan: (plan.gpus, plan.tp_size))
 
 
@@ -200,7 +204,7 @@ def _plan_group(
         computing = seconds(step, rate, gpu.bf16) / assumptions.prefill
         step_seconds = max(reading, computing) / speed
     each = vision_seconds + prefill_seconds + (load.output_tokens * step_seconds / batch if decodes else 0)
-    groups = math.ceil(load.images_per_second * each - 1e-9)
+    groups = max(1, math.ceil(load.images_per_second * each - 1e-9))
     return Plan(
         tp_size=tp_size,
         groups=groups,

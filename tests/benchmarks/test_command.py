@@ -208,6 +208,8 @@ WRONG = {
     ("--trace", "none/t.json"): "there is no folder none",
     ("decoder", "--trace", "t.json"): "--trace is a timeline of the pipeline; bench decoder has none",
     ("--plot", "none/p.png"): "there is no folder none",
+    ("--plot", "plot.xyz"): "plot.xyz is no name of a picture; let it end in .png",
+    ("--plot", "plot"): "plot is no name of a picture",
     ("--device", "cuda:99"): "cuda:99",
     ("--max-batch-size", "4"): "runs as it was built",
 }

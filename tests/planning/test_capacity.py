@@ -113,11 +113,19 @@ def test_the_fewest_gpus_win():
             "--max-seq-len 300 is too small: the prompt has 288 tokens, its answer 128",
             {"model": "7B", "load": dataclasses.replace(LOAD, max_seq_len=300), "tp_size": 1},
         ),
+        (  # said once, though no group fits
+            "GPUs: --max-seq-len 300 is too small: the prompt has 288 tokens, its answer 128$",
+            {"model": "3B", "load": dataclasses.replace(LOAD, max_seq_len=300)},
+        ),
     ],
 )
 def test_what_cannot_be_planned(message, arguments):
     with pytest.raises(PlanError, match=message):
         of(**arguments)
+
+
+def test_the_least_load_needs_a_gpu():
+    assert of("3B", load=dataclasses.replace(LOAD, images_per_second=1e-12)).gpus == 1
 
 
 def test_impossible_figures_are_refused():
