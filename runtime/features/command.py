@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.command import INTERRUPTED, Parser, positive_number
+from engines.command import Parser, positive_number
 from qwen2vl_trt.errors import FeaturesError, MediaError
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def add_features_arguments(parser: Parser) -> None:
 def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespace], Pipeline]) -> None:
     """Extract features as the options say.
 
-    Ends with 0 even if some images could not be used (a warning counts them), with 130 after Ctrl-C (143 after
-    SIGTERM), which first saves what is done.
+    Ends with 0 even if some images could not be used (a warning counts them), with 130 after Ctrl-C and 143 after
+    SIGTERM, which first save what is done.
 
     Raises:
         FeaturesError: the output is in the way or cannot be written, the options do not fit, or no image could be
@@ -95,14 +95,14 @@ def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argpars
     tokens = arguments.batch_tokens or profile.max_batch_size * profile.max_hw_dims // unit
     batching = Batching(profile.max_batch_size, tokens, unit, arguments.workers)
     with output.open(_settings(arguments, pipeline, pixels), if_exists, arguments.shard_size) as store:
-        with _stop_on_interrupt() as stop, _progress(count) as show:
-            run = extract_features(source, images, store, batching, arguments.pool, stop, show)
+        with _stop_when_told() as told, _progress(count) as show:
+            run = extract_features(source, images, store, batching, arguments.pool, lambda: bool(told), show)
         saved = store.saved
         if not run.stopped:
             output.finish(store)
     if run.stopped:
         print(f"interrupted: {saved:,} images are saved; run again with --resume to go on", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(128 + told[0])  # as shells report it
     if run.failed and not saved:
         raise FeaturesError(f"none of the {run.failed:,} images could be used; the first: {run.first_failure}")
     skipped = f", {run.skipped:,} were there" if run.skipped else ""
@@ -151,23 +151,26 @@ def _settings(arguments: argparse.Namespace, pipeline: Pipeline, pixels: Preproc
 
 
 @contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C asks for a stop after the batch, a second one interrupts at once."""
-    before = signal.getsignal(signal.SIGINT)
-    asked = threading.Event()
+def _stop_when_told() -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM (a spot machine that goes away) is put into the list; a second one ends at once."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    told: list[int] = []
 
-    def ask(number: int, frame: object) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, before)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    if before is signal.SIG_IGN:  # a background job ignores it
-        yield asked.is_set
-        return
-    signal.signal(signal.SIGINT, ask)
+    def note(number: int, frame: object) -> None:
+        told.append(number)
+        restore()
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # a background job ignores Ctrl-C
+            signal.signal(number, note)
     try:
-        yield asked.is_set
+        yield told
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 @contextmanager

@@ -359,17 +359,18 @@ def test_killed_again_and_again(engine_dirs, many, tmp_path):
 
 
 @needs_fork
-def test_an_interrupted_run_goes_on_where_it_was(engine_dirs, many, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_goes_on_where_it_was(engine_dirs, many, tmp_path, number, code):
     output = tmp_path / "f.safetensors"
     options = ("--engine-dir", engine_dirs["torch"], "--device", "cpu", "--input", many, "--output", output)
     process = features_process.start((*options, "--shard-size", 7), tmp_path / "log")
     wait_for(lambda: shard_paths(tmp_path / "f.safetensors.parts"), process)
     second = features_process.start((*options, "--resume"), tmp_path / "second.log")
     process_was_alive = process.is_alive()
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     process.join(600)
     saved = len(stored(tmp_path / "f.safetensors.parts"))
-    assert process.exitcode == 130
+    assert process.exitcode == code
     assert (
         tmp_path / "log"
     ).read_text() == f"interrupted: {saved:,} images are saved; run again with --resume to go on\n"
