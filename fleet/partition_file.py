@@ -30,6 +30,7 @@ from .journal import Journal
 DATA, ERRORS = "data", "errors"
 _GROUP_BYTES = 64 << 20
 """A row group ends here: what a worker holds until it is written."""
+_WAY_OUT = "; the partitions that are done are safe: run again with --resume"
 
 ANSWER_SCHEMA = pa.schema(
     [
@@ -117,7 +118,7 @@ class PartitionWriter:
         self._saved, self._bytes = 0, 0
         self._group: list[Mapping[str, Any]] = []
         self.failures: list[dict[str, str]] = []
-        with writing(self._temporary):
+        with writing(self._temporary, _WAY_OUT):
             self._writer = pq.ParquetWriter(self._temporary, schema)
 
     def __contains__(self, key: str) -> bool:
@@ -166,7 +167,7 @@ class PartitionWriter:
             FeaturesError: it cannot be written.
         """
         if self._group:
-            with writing(self._path):
+            with writing(self._path, _WAY_OUT):
                 self._writer.write_table(pa.Table.from_pylist(self._group, self._schema))
         self._group, self._bytes = [], 0
 
@@ -177,7 +178,7 @@ class PartitionWriter:
             FeaturesError: it cannot be written, or the run has ended.
         """
         self.flush()
-        with writing(self._path):
+        with writing(self._path, _WAY_OUT):
             self._writer.add_key_value_metadata({"failures": json.dumps(self.failures)})
             self._writer.close()
             with self._temporary.open("rb") as file:

@@ -221,6 +221,7 @@ def test_what_an_old_runs_worker_writes_does_not_appear(job, images, monkeypatch
     monkeypatch.setattr(worker, "_run", run_until_the_next_run_begins)
     (answer,) = batch.run(worker)
     assert "cannot be written" in answer["fatal"]
+    assert answer["fatal"].endswith("the partitions that are done are safe: run again with --resume")
     assert not list((batch.output / "data").iterdir())
 
 
