@@ -100,7 +100,11 @@ def gpu(device: torch.device) -> dict[str, Any]:
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """Processor, cores and versions, for the head of a report; a package that is not installed is left out."""
+    """Processor, cores, load and versions, for the head of a report; a package that is not installed is left out.
+
+    The load is the system's average of the last minute, a measurement's own threads included: above these others took
+    part.
+    """
     versions = {"qwen2vl-trt": __version__, "torch": torch.__version__}
     for name in packages:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -109,6 +113,7 @@ def machine(*packages: str) -> dict[str, Any]:
         "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **({"load": round(os.getloadavg()[0], 1)} if hasattr(os, "getloadavg") else {}),  # Windows has none
         "python": platform.python_version(),
         **versions,
     }

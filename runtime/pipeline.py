@@ -402,6 +402,7 @@ class Pipeline:
                 f"{len(requests)} requests came with {len(settings)} SamplingParams; give one or as many"
             )
         events: deque[Event] = deque()
+        ended = 0  # of those in front
         try:
             with self._alone:  # no step of another thread between a request and its listener
                 for number, (request, setting) in enumerate(zip(requests, settings, strict=True)):
@@ -409,10 +410,11 @@ class Pipeline:
                     self._listeners[outputs[-1]] = number, events
             while True:
                 with self._alone:  # another thread's step ends a request before it tells of its last token
-                    over = all(output.finished for output in outputs)
+                    while ended < len(outputs) and outputs[ended].finished:
+                        ended += 1
                 while events:
                     yield events.popleft()
-                if over:
+                if ended == len(outputs):
                     return
                 self.step()
         finally:

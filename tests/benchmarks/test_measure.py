@@ -56,3 +56,10 @@ def test_a_contender_that_fails_leaves_the_others_alone(monkeypatch, capsys):
     assert capsys.readouterr().err == "bad failed: such kernel\n"
     with pytest.raises(RuntimeError):  # later, its figures would be of fewer repetitions
         compete([Contender("late", partial(half_a_second, 4, 2))], 3)
+
+
+def test_the_load_that_others_make_is_told(monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (6.04, 7.0, 8.0))
+    assert machine()["load"] == 6.0
+    monkeypatch.delattr("os.getloadavg")
+    assert "load" not in machine()
