@@ -93,7 +93,6 @@ class WaitingLine:
         while number < min(len(self._line), free_slots + slots):
             waiting = self._line[number]
             if waiting.prepared is None:
-                began = self._clock()
                 try:
                     if waiting.loading is None:
                         waiting.loading = self._media_ahead.start(self._preparer.sources(waiting.request))
@@ -102,6 +101,7 @@ class WaitingLine:
                         number += 1
                         continue
                     ahead -= late
+                    began = self._clock()  # a thread's seconds, which may have begun here, count for themselves
                     waiting.prepared = self._preparer.prepare(waiting.request, waiting.loading.result())
                     self._preparer.check_room(len(waiting.prepared.token_ids), waiting.params.max_tokens)
                 except Exception as error:

@@ -135,6 +135,25 @@ def test_an_idle_pipeline_waits_in_one_step(gated):
     assert pipeline.counters().steps == 1
 
 
+def test_loading_that_is_over_at_once_counts_once(engines):
+    pipeline = Pipeline(engines)
+    start, load = pipeline._media_ahead.start, pipeline._media_ahead._load
+
+    def start_and_wait(sources):
+        loading = start(sources)
+        loading.wait_for_any([loading], PATIENCE)
+        return loading
+
+    def slow(sources):
+        time.sleep(0.2)
+        return load(sources)
+
+    pipeline._media_ahead.start, pipeline._media_ahead._load = start_and_wait, slow
+    timings = pipeline.generate(held(), SamplingParams(max_tokens=1))[0].timings
+    assert timings.preprocess >= 0.2
+    assert timings.preprocess + timings.vision + timings.prefill <= timings.total
+
+
 def test_a_fault_ends_its_own_request(gated):
     pipeline, gate = gated
     gate.opened.set()
