@@ -27,6 +27,13 @@ class DecoderOutput(NamedTuple):
     v_caches: list[Tensor]
 
 
+class Places(NamedTuple):
+    """Where T new tokens go in a cache ``[slots, Hkv, M, D]``: ``rows [T]`` and ``positions [T]``, int64."""
+
+    rows: Tensor
+    positions: Tensor
+
+
 class LayerCache(Protocol):
     """One layer's part of the cache: ``k`` and ``v`` of ``[B, Hkv, M, D]``, where to write and how to attend."""
 
@@ -35,6 +42,11 @@ class LayerCache(Protocol):
 
     @property
     def v(self) -> Tensor: ...
+
+    @property
+    def places(self) -> Places | None:
+        """Where in ``k`` and ``v`` the step's tokens go, for who writes there itself; None leaves it to ``append``."""
+        ...
 
     def append(self, k: Tensor, v: Tensor) -> LayerCache:
         """Add the keys and values ``[B, Hkv, S, D]`` of the step's tokens; gives the cache that has them."""
@@ -52,6 +64,10 @@ class CacheView(NamedTuple):
     v: Tensor
     start: Tensor
     kv_lengths: Tensor
+
+    @property
+    def places(self) -> None:
+        return None
 
     def append(self, k: Tensor, v: Tensor) -> CacheView:
         return self._replace(k=update_cache(self.k, k, self.start), v=update_cache(self.v, v, self.start))

@@ -100,6 +100,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if torch.compiler.is_exporting():
         return torch.onnx.ops.rotary_embedding(x.float(), cos, sin).type_as(x)
+    return rotate_unexported(x, cos, sin)
+
+
+def rotate_unexported(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """:func:`rotate` for ``torch.compile``, under which PyTorch 2.11 says that it is exporting."""
     cos = torch.cat((cos, cos), dim=-1)[:, :, None]  # [B, S, 1, D]
     sin = torch.cat((-sin, sin), dim=-1)[:, :, None]
     y = x.transpose(1, 2).float()  # [B, S, H, D], as it lies in memory; mixed types would not vectorise on a CPU
@@ -143,13 +148,25 @@ def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Ten
         ``[..., out]`` in the type of ``x``.
     """
     values = quantize_fp8(x, input_scale)
-    if x.dtype != torch.float32 and not any(n % FP8_ALIGNMENT for n in weight.shape) and has_fp8_product(x.device):
-        y = torch._scaled_mm(
-            values.flatten(0, -2), weight.t(), input_scale, weight_scale, bias=bias, out_dtype=x.dtype
-        )  # the second operand column by column, as its transpose lies
-        return y.unflatten(0, x.shape[:-1])
+    if multiplies_fp8(weight, x.dtype, x.device):
+        return fp8_product(values, weight, weight_scale, input_scale, bias, x.dtype)
     wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # unscaled, the products overflow FP16
     return rescale(F.linear(values.to(wide), weight.to(wide)), weight_scale * input_scale, bias).type_as(x)
+
+
+def fp8_product(
+    values: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What :func:`fp8_linear` gives for its input in E4M3 already, ``[..., in]``: ``[..., out]`` of a ``dtype``."""
+    y = torch._scaled_mm(
+        values.flatten(0, -2), weight.t(), input_scale, weight_scale, bias=bias, out_dtype=dtype
+    )  # the second operand column by column, as its transpose lies
+    return y.unflatten(0, values.shape[:-1])
+
+
+def multiplies_fp8(weight: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether :func:`fp8_product` takes a weight ``[out, in]`` on a device, for activations of a type."""
+    return dtype != torch.float32 and not any(n % FP8_ALIGNMENT for n in weight.shape) and has_fp8_product(device)
 
 
 @lru_cache(maxsize=16)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,20 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash(q, k, v, None, (q.shape[1], k.shape[1]), causal=True).transpose(1, 2)
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int) -> Tensor:
+class CacheBounds(NamedTuple):
+    """Where each row's query and its keys begin, ``[B + 1]`` int32 both; the same for every layer and every step."""
+
+    queries: Tensor
+    keys: Tensor
+
+    @classmethod
+    def of(cls, rows: int, k: Tensor) -> CacheBounds:
+        """For so many rows of caches ``[>= B, Hkv, M, D]`` such as ``k``."""
+        queries = torch.arange(rows + 1, dtype=torch.int32, device=k.device)
+        return cls(queries, queries * (k.shape[1] * k.shape[2]))
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, bounds: CacheBounds) -> Tensor:
     """Attention of one new token a row to the first keys of its row of a cache; reads no others.
 
     The kernel takes keys as ``[tokens, Hkv, D]``, and a row of the cache is ``[Hkv, M, D]``. Strides make it fit: a
@@ -94,6 +108,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: 
         v: as ``k``.
         lengths: ``[B]`` int32, valid keys of each row.
         longest: no row has more; the kernel shares its work out by this number.
+        bounds: of B rows of ``k``.
 
     Returns:
         ``[B, H, D]``.
@@ -101,8 +116,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: 
     batch, heads, capacity, size = k.shape
     shape = ((batch - 1) * heads * capacity + capacity, heads, size)
     keys, values = (t.as_strided(shape, (size, capacity * size, 1)) for t in (k, v))
-    rows = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-    return flash(q, keys, values, (rows, rows * (heads * capacity)), (1, longest), lengths=lengths)
+    return flash(q, keys, values, bounds, (1, longest), lengths=lengths)
 
 
 @lru_cache(maxsize=64)
@@ -134,7 +148,8 @@ def can_read_cache(device: torch.device, dtype: torch.dtype, heads: int, kv_head
         k, v = _noise((2, 2, kv_heads, 130, head_dim), dtype, device).unbind(0)
         q = _noise((2, heads, 3, head_dim), dtype, device)
         lengths = (3, 129)
-        step = cached_attention(q[:, :, 2], k, v, torch.tensor(lengths, dtype=torch.int32, device=device), 130)
+        counts = torch.tensor(lengths, dtype=torch.int32, device=device)
+        step = cached_attention(q[:, :, 2], k, v, counts, 130, CacheBounds.of(2, k))
         errors = []
         for row, length in enumerate(lengths):
             query, key, value = q[row : row + 1], k[row : row + 1, :, :length], v[row : row + 1, :, :length]

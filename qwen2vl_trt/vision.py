@@ -69,12 +69,16 @@ class VisionTransformer(nn.Module):
         self, pixel_values: Tensor, position_ids: Tensor, windows: Sequences, frames: Sequences, merge_index: Tensor
     ) -> Tensor:
         """The tower over patches ``[W, S, qwen2_vl_dim]`` that lie in any way that windows and frames know of."""
-        angles = (position_ids[..., None].float() * self.inv_freq).flatten(2)  # [W, S, D / 2]: row's, column's
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = self.angles(position_ids)
         x = self.patch_embed(pixel_values)  # [W, S, C]
         for index, block in enumerate(self.blocks):
             x = block(x, cos, sin, frames if index in self.config.fullatt_block_indexes else windows)
         return self.merger(x)[merge_index]
+
+    def angles(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary cosines and sines ``[W, S, D / 2]`` FP32 of ``[W, S, 2]``: a row's, then a column's."""
+        angles = (position_ids[..., None].float() * self.inv_freq).flatten(2)
+        return angles.cos(), angles.sin()
 
 
 class PatchEmbed(nn.Module):

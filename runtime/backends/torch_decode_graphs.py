@@ -15,7 +15,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from qwen2vl_trt.decoder import Decoder
+from qwen2vl_trt.decoder import Decoder, Places
+from qwen2vl_trt.varlen import CacheBounds
 
 from ..sending import send
 from .decode_buckets import graph_length, graph_rows, graph_size
@@ -72,10 +73,12 @@ class DecodeGraphs:
         capture: Capture | None,
         fused: bool,
     ) -> None:
-        self._module, self._cache, self._capture, self._fused = module, cache, capture, fused
+        self._module, self._cache, self._capture = module, cache, capture
         config, slots = module.config, cache.slots
+        self._bounds = CacheBounds.of(slots, cache.k[0]) if fused else None
         self._replays: dict[tuple[int, int], Callable[[], None]] = {}
-        self._numbers = torch.zeros(slots, 5, dtype=torch.int64, device=device)  # 3 positions, start, length
+        self._rows = torch.arange(slots, device=device)
+        self._numbers = torch.zeros(5 * slots, dtype=torch.int64, device=device)  # 3 positions, start, length
         self._inputs_embeds = torch.zeros(slots, 1, config.hidden_size, dtype=dtype, device=device)
         self._hidden_states = torch.empty_like(self._inputs_embeds)
         self._logits = torch.empty(slots, config.vocab_size, dtype=torch.float32, device=device)
@@ -98,10 +101,10 @@ class DecodeGraphs:
         rows = graph_rows(first, starts, held, size, self._cache.capacity)
         if rows is None:
             return None
-        numbers = torch.zeros(size, 5, dtype=torch.int64)
-        numbers[first:last, :3] = position_ids[:, :, 0].T
-        numbers[:, 3:] = torch.tensor(rows).T
-        self._numbers[:size].copy_(send(numbers, self._numbers.device))
+        numbers = torch.zeros(5, size, dtype=torch.int64)
+        numbers[:3, first:last] = position_ids[:, :, 0]
+        numbers[3:] = torch.tensor(rows)
+        self._numbers[: 5 * size].copy_(send(numbers.view(-1), self._numbers.device))
         self._inputs_embeds[first:last].copy_(inputs_embeds)
         key = size, graph_length(max(rows[1]), self._cache.capacity)
         replay = self._replays.get(key)
@@ -123,11 +126,12 @@ class DecodeGraphs:
 
     def _run(self, size: int, longest: int) -> None:
         """The first ``size`` slots over their first ``longest`` keys, from the buffers to the buffers."""
-        numbers = self._numbers[:size]
-        dtype = self._inputs_embeds.dtype
-        new = NewTokens.of(numbers[:, 3], numbers[:, 4], longest, dtype, self._fused)
-        caches = [NewTokenCache(k, v, new) for k, v in zip(*self._cache.rows(0, size))]
-        hidden_states, _ = self._module.model(self._inputs_embeds[:size], numbers[:, :3].T[:, :, None], caches)
+        numbers = self._numbers[: 5 * size].view(5, size)
+        bounds = self._bounds and CacheBounds(*(bound[: size + 1] for bound in self._bounds))
+        places = Places(self._rows[:size], numbers[3].clone())  # compiled functions want it at the begin of its memory
+        new = NewTokens.of(places, numbers[4], longest, self._inputs_embeds.dtype, bounds)
+        caches = [NewTokenCache(k, v, new) for k, v in zip(self._cache.k, self._cache.v)]
+        hidden_states, _ = self._module.model(self._inputs_embeds[:size], numbers[:3, :, None], caches)
         self._hidden_states[:size].copy_(hidden_states)
         self._logits[:size].copy_(self._module.lm_head(hidden_states[:, 0]))
         torch.argmax(self._logits[:size], dim=-1, out=self._greedy[:size])

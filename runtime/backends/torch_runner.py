@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from engines.profile import BuildProfile
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.config import VisionConfig
-from qwen2vl_trt.decoder import Decoder
-from qwen2vl_trt.fused import fuse_attention, fuse_mlp
+from qwen2vl_trt.decoder import Decoder, Places
+from qwen2vl_trt.fused import fuse_decoder, fuse_vision
 from qwen2vl_trt.quantization import fp8_layers, use_fp8
 from qwen2vl_trt.varlen import can_pack, can_read_cache
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import load_weights
-from qwen2vl_trt.windows import PackedSequences, WindowLayout, unpad
+from qwen2vl_trt.windows import PackedSequences, WindowLayout, unpad, window_layout
 
 from ..sending import send
 from . import onednn
@@ -30,7 +30,7 @@ from .kept_layouts import keep_layouts
 from .kv_cache import KVCache
 from .runners import Engines, Step
 from .token_embedding import TokenEmbedding
-from .torch_caches import ChunkCache
+from .torch_caches import Chunk, ChunkCache
 from .torch_decode_graphs import Capture, DecodeGraphs, GraphCapture
 from .warm_up import run_steps
 
@@ -54,6 +54,9 @@ def load_decoder(engines: Engines) -> TorchDecoder:
 
 _WORTH_UNPADDING = 0.05
 """Share of empty slots from which a CPU gains by leaving them out of the linear layers and gathering instead."""
+
+_TRIED_TOKENS = 256
+"""Of the prompt that compiled functions are tried on."""
 
 
 class TorchVision:
@@ -87,14 +90,26 @@ class CudaVision(TorchVision):
 
     Patches in window order lie sequence by sequence for windows and for whole images alike, so nothing is gathered.
     Index tensors stay on the device for layouts that come again.
+
+    Args:
+        checkpoint: whose weights.
+        dtype: of activations.
+        device: a GPU.
+        compiled: compile the steps between matrix products (:mod:`qwen2vl_trt.pointwise`), which takes seconds.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, compiled: bool = True) -> None:
         super().__init__(checkpoint, dtype, device)
         config = self.module.config
         packs = can_pack(device, dtype, config.num_heads, config.head_dim)
         self._indices = keep_layouts(partial(_sent, config=config, device=device, packs=packs))
+        if compiled:
+            side = 8 * config.spatial_merge_size
+            layout = window_layout(((1, side, side),), config)
+            pixel_values = _noise((*layout.sequence_position.shape, config.qwen2_vl_dim), dtype, device)
+            self._pointwise.compile([lambda: self(pixel_values, layout)])
 
+    @torch.inference_mode(False)  # compiled functions know one mode; a caller's own would compile them anew
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
         indices = self._indices(layout)
@@ -108,7 +123,7 @@ class CudaVision(TorchVision):
         )
 
     def _speed_up(self, dtype: torch.dtype) -> None:
-        fuse_mlp(self.module)
+        self.module, self._pointwise = fuse_vision(self.module, dtype)
         _release(self.device)
 
 
@@ -181,6 +196,7 @@ class CudaDecoder(TorchDecoder):
         device: a GPU.
         cuda_graphs: without them, every kernel of a step is launched on its own.
         capture: what captures a graph; by default PyTorch's CUDA graphs.
+        compiled: compile the steps between matrix products (:mod:`qwen2vl_trt.pointwise`), which takes seconds.
     """
 
     fixed_cache = True
@@ -193,6 +209,7 @@ class CudaDecoder(TorchDecoder):
         device: torch.device,
         cuda_graphs: bool = True,
         capture: Capture | None = None,
+        compiled: bool = True,
     ) -> None:
         super().__init__(checkpoint, profile, dtype, device)
         self._held = [0] * self.slots  # tokens in each slot
@@ -200,7 +217,10 @@ class CudaDecoder(TorchDecoder):
         self._fused = can_read_cache(device, dtype, text.num_attention_heads, text.num_key_value_heads, text.head_dim)
         capture = (capture or GraphCapture(device)) if cuda_graphs else None
         self._graphs = DecodeGraphs(self.module, self.cache, dtype, device, capture, self._fused)
+        if compiled:
+            self._compile(dtype)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(
         self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], hidden: bool = False
@@ -217,8 +237,10 @@ class CudaDecoder(TorchDecoder):
 
     def _chunk(self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, start: int) -> Step:
         batch, length, _ = inputs_embeds.shape
-        rows = zip(*self.cache.rows(first_slot, batch))
-        caches = [ChunkCache(k, v, start, start + length, self._fused) for k, v in rows]
+        rows = torch.arange(first_slot, first_slot + batch, device=self.device).repeat_interleave(length)
+        positions = torch.arange(start, start + length, device=self.device).repeat(batch)
+        chunk = Chunk(first_slot, start + length, self._fused, Places(rows, positions))
+        caches = [ChunkCache(k, v, chunk) for k, v in zip(self.cache.k, self.cache.v)]
         hidden_states, _ = self.module.model(inputs_embeds, send(position_ids, self.device), caches)
         logits = self.module.lm_head(hidden_states[:, -1]).float()
         return Step(logits, hidden_states, logits.argmax(-1))
@@ -231,9 +253,20 @@ class CudaDecoder(TorchDecoder):
         """Captures the graph of every number of slots and of keys that there will be."""
         run_steps(self, chunk, graph_sizes(self.slots), graph_lengths(longest, self.cache.capacity))
 
+    def _compile(self, dtype: torch.dtype) -> None:
+        width = self.module.config.hidden_size
+
+        def run(tokens: int) -> None:
+            embeds = _noise((1, tokens, width), dtype, self.device)
+            self._chunk(0, embeds, torch.arange(tokens).expand(3, 1, -1), 0)
+
+        tokens = min(_TRIED_TOKENS, self.cache.capacity)
+        self._pointwise.compile([partial(run, 1), partial(run, tokens)])
+        for cache in (*self.cache.k, *self.cache.v):
+            cache[0, :, :tokens] = 0
+
     def _speed_up(self, dtype: torch.dtype) -> None:
-        fuse_attention(self.module)
-        fuse_mlp(self.module)
+        self._pointwise = fuse_decoder(self.module, dtype)
         _release(self.device)
 
 
@@ -265,6 +298,10 @@ def _pack(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     # FP16 stays plain: oneDNN packs it on the newest CPUs alone.
     if device.type == "cpu" and dtype != torch.float16 and onednn.available():
         onednn.pack(module, dtype)
+
+
+def _noise(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
 def _release(device: torch.device) -> None:

@@ -5,18 +5,21 @@ import warnings
 
 import pytest
 import torch
+from torch._inductor import config, metrics
 
 from benchmarks.random_model import random_checkpoint
 from engines.profile import BuildProfile
 from qwen2vl_trt import varlen
 from qwen2vl_trt.checkpoint import Checkpoint, read_header
+from qwen2vl_trt.decoder import Places
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.layers import FP8Linear
 from qwen2vl_trt.ops import has_fp8_product
 from qwen2vl_trt.pinned_reader import PinnedReader
 from qwen2vl_trt.windows import window_layout
-from runtime.backends.torch_caches import ChunkCache, NewTokenCache, NewTokens
+from runtime.backends.torch_caches import Chunk, ChunkCache, NewTokenCache, NewTokens
 from runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
+from tests.support.compiled_steps import compilations, graph_breaks
 from tests.support.models import edit_checkpoint, in_fp8_as_shared, relative_error, write_quantization
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
@@ -105,8 +108,10 @@ def test_the_fused_kernel_equals_the_masked_one(heads, kv_heads):
     q, k, v = noise(3, heads, 1, 128), noise(3, kv_heads, 1000, 128), noise(3, kv_heads, 1000, 128)
     q, k, v = (t.bfloat16() for t in (q, k, v))
     lengths = torch.tensor([1, 700, 512], device=GPU)
+    places = Places(torch.arange(3, device=GPU), lengths - 1)
     fused, masked = (
-        NewTokenCache(k, v, NewTokens.of(lengths - 1, lengths, 1000, q.dtype, use)).attend(q) for use in (True, False)
+        NewTokenCache(k, v, NewTokens.of(places, lengths, 1000, q.dtype, bounds)).attend(q)
+        for bounds in (varlen.CacheBounds.of(3, k), None)
     )
     assert relative_error(fused, masked) < 2e-2
 
@@ -117,8 +122,9 @@ def test_the_fused_kernel_equals_the_masked_one(heads, kv_heads):
 def test_the_fused_chunk_equals_the_masked_one(heads, kv_heads, start):
     q, k, v = noise(1, heads, 200, 128), noise(1, kv_heads, 1000, 128), noise(1, kv_heads, 1000, 128)
     end = start + q.shape[2]
-    fused = ChunkCache(k.bfloat16(), v.bfloat16(), start, end, True).attend(q.bfloat16())
-    assert relative_error(fused, ChunkCache(k, v, start, end, False).attend(q)) < 2e-2
+    places = Places(torch.zeros(200, dtype=torch.int64, device=GPU), torch.arange(start, end, device=GPU))
+    fused = ChunkCache(k.bfloat16(), v.bfloat16(), Chunk(0, end, True, places)).attend(q.bfloat16())
+    assert relative_error(fused, ChunkCache(k, v, Chunk(0, end, False, places)).attend(q)) < 2e-2
 
 
 def test_a_step_never_waits_for_the_gpu(checkpoint):
@@ -138,6 +144,34 @@ def test_a_step_never_waits_for_the_gpu(checkpoint):
         assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1, "the mode sees the caller's wait"
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_step_between_products_is_one_kernel(checkpoint, dtype):
+    """Seven functions, one and several tokens: of the tower's four and the decoder's five, the latter twice."""
+    before = metrics.generated_kernel_count
+    with config.patch(force_disable_caches=True):
+        vision, decoder = CudaVision(checkpoint, dtype, GPU), CudaDecoder(checkpoint, PROFILE, dtype, GPU)
+    packs = varlen.can_pack(GPU, dtype, vision.module.config.num_heads, vision.module.config.head_dim)
+    assert metrics.generated_kernel_count - before == (4 if packs else 3) + 2 * 5
+    assert decoder._pointwise.compiled
+    assert vision._pointwise.compiled
+
+
+def test_serving_compiles_nothing(checkpoint):
+    """Nor does a capture, in which nothing could be compiled."""
+    vision, decoder = (
+        CudaVision(checkpoint, torch.bfloat16, GPU),
+        CudaDecoder(checkpoint, PROFILE, torch.bfloat16, GPU),
+    )
+    before = compilations()
+    for grids in ((GRIDS[0],), GRIDS):
+        layout = window_layout(grids, checkpoint.config.vision)
+        vision(noise(*layout.sequence_position.shape, vision.module.config.qwen2_vl_dim, dtype=torch.bfloat16), layout)
+    for prompts in (1, 3, 4):
+        answer(decoder, [list(range(5, 6 + 9 * number)) for number in range(prompts)], 5)
+    assert compilations() == before
+    assert not graph_breaks()
 
 
 @pytest.mark.skipif(

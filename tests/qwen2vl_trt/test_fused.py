@@ -6,8 +6,9 @@ from torch import nn
 
 from qwen2vl_trt import ops
 from qwen2vl_trt.decoder import Decoder, DecoderAttention
-from qwen2vl_trt.fused import FusedAttention, FusedSwiGLU, fuse_attention, fuse_mlp, join
+from qwen2vl_trt.fused import FusedAttention, FusedSwiGLU, fuse_attention, fuse_decoder, fuse_mlp, join
 from qwen2vl_trt.layers import FP8Linear, SwiGLU
+from qwen2vl_trt.pointwise import Pointwise
 from tests.support.models import model_config, our_config, random_model, relative_error
 
 
@@ -42,8 +43,7 @@ def test_a_fused_decoder_equals_a_plain_one(dtype):
     decoder.to(dtype)
     x, positions = torch.randn(2, 7, 64, dtype=dtype), torch.arange(7).expand(3, 2, 7)
     expected, _ = decoder.model(x, positions)
-    fuse_attention(decoder)
-    fuse_mlp(decoder)
+    fuse_decoder(decoder, dtype)
     layer = decoder.model.layers[0]
     assert isinstance(layer.self_attn, FusedAttention)
     assert isinstance(layer.mlp, FusedSwiGLU)
@@ -60,8 +60,21 @@ def test_fp8_layers_of_one_scale_join(bias, dtype):
     torch.manual_seed(0)
     mlp, x = nn.Sequential(fp8_mlp(48, 84, bias, dtype)), torch.randn(3, 7, 48, dtype=dtype)
     expected = mlp(x)
-    fuse_mlp(mlp)
+    fuse_mlp(mlp, Pointwise())
     assert isinstance(mlp[0], FusedSwiGLU)
+    assert mlp[0].gate_up_proj.weight.shape == (2 * 96, 48)
+    assert mlp[0].down_proj.weight.shape == (48, 96)
+    assert relative_error(mlp(x), expected) <= (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_channels_of_zeros_fill_up_other_layers_too(bias, dtype):
+    torch.manual_seed(0)
+    mlp, x = nn.Sequential(SwiGLU(48, 84, bias)).to(dtype), torch.randn(3, 7, 48, dtype=dtype)
+    expected = mlp(x)
+    fuse_mlp(mlp, Pointwise())
     assert mlp[0].gate_up_proj.weight.shape == (2 * 96, 48)
     assert mlp[0].down_proj.weight.shape == (48, 96)
     assert relative_error(mlp(x), expected) <= (1e-6 if dtype == torch.float32 else 1e-2)
@@ -73,7 +86,7 @@ def test_fp8_layers_of_different_scales_stay_apart(scale):
     mlp, x = nn.Sequential(fp8_mlp(48, 84, True, torch.float32)), torch.randn(3, 48)
     getattr(mlp[0].up_proj, scale).fill_(0.004)
     expected = mlp(x)
-    fuse_mlp(mlp)
+    fuse_mlp(mlp, Pointwise())
     assert isinstance(mlp[0], SwiGLU)
     assert relative_error(mlp(x), expected) <= 1e-6
 
@@ -85,7 +98,7 @@ def test_layers_of_different_kinds_stay_apart():
     attention = DecoderAttention(our_config(model_config()).text)
     attention.k_proj = fp8(attention.k_proj)
     holder = nn.Sequential(attention)
-    fuse_attention(holder)
+    fuse_attention(holder, Pointwise())
     assert holder[0] is attention
 
 

@@ -38,7 +38,7 @@ def test_a_cache_is_read_through_its_strides(monkeypatch, heads, kv_heads):
     q, k, v = noise(3, heads, 16), noise(3, kv_heads, 10, 16), noise(4, kv_heads, 10, 16)[1:]
     k[1, :, 4:] = torch.nan  # not to be read
     lengths = torch.tensor([10, 4, 1], dtype=torch.int32)
-    found = varlen.cached_attention(q, k, v, lengths, 10)
+    found = varlen.cached_attention(q, k, v, lengths, 10, varlen.CacheBounds.of(3, k))
     for row, length in enumerate(lengths):
         expected = F.scaled_dot_product_attention(
             q[row, :, None], k[row, :, :length], v[row, :, :length], enable_gqa=True
@@ -61,7 +61,7 @@ def test_pytorch_has_the_operator():
         q, k = (torch.empty(3, heads, 128, dtype=torch.bfloat16, device="cuda") for heads in (16, 2))
         cache = torch.empty(3, 2, 1000, 128, dtype=torch.bfloat16, device="cuda")
         lengths = torch.ones(3, dtype=torch.int32, device="cuda")
-        assert varlen.cached_attention(q, cache, cache, lengths, 512).shape == q.shape
+        assert varlen.cached_attention(q, cache, cache, lengths, 512, varlen.CacheBounds.of(3, cache)).shape == q.shape
         chunk = torch.empty(3, 16, 7, 128, dtype=torch.bfloat16, device="cuda")
         assert varlen.chunk_attention(chunk, cache, cache).shape == chunk.shape
         assert varlen.packed_attention(k, k, k, torch.arange(3, dtype=torch.int32, device="cuda"), 2).shape == k.shape

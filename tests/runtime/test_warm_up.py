@@ -75,9 +75,9 @@ class TestOnACpu:
 def graphed(engine_dirs):
     """The torch backend's CUDA runners on the CPU, and what records their graphs."""
     engines, capture = open_engines(engine_dirs["torch"], "cpu"), RecordedGraphs()
-    engines.__dict__["vision"] = CudaVision(engines.checkpoint, engines.dtype, CPU)
+    engines.__dict__["vision"] = CudaVision(engines.checkpoint, engines.dtype, CPU, compiled=False)
     engines.__dict__["decoder"] = CudaDecoder(
-        engines.checkpoint, PROFILE, engines.precision.decoder, CPU, capture=capture
+        engines.checkpoint, PROFILE, engines.precision.decoder, CPU, capture=capture, compiled=False
     )
     return Pipeline(engines), capture
 

@@ -5,14 +5,24 @@ a captured step stays what it was, and shows.
 """
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 
 class _Recorder(TorchDispatchMode):
+    current = None
+
     def __init__(self):
         super().__init__()
         self.calls = []
+
+    def __enter__(self):
+        _Recorder.current = self
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        _Recorder.current = None
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -20,6 +30,24 @@ class _Recorder(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, output))
         return output
+
+
+def opaque(function):
+    """A compiled function as a recording sees it: one launch, for what it enqueues goes past PyTorch's operators.
+
+    Left alone, PyTorch would run it uncompiled while operators are recorded.
+    """
+
+    def call(*args):
+        recorder = _Recorder.current
+        if recorder is None:
+            return function(*args)
+        with _disable_current_modes():
+            output = function(*args)
+        recorder.calls.append((function, args, {}, output))
+        return output
+
+    return call
 
 
 class RecordedGraphs:

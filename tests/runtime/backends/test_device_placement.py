@@ -118,7 +118,7 @@ def device(request, monkeypatch):
 
 def test_the_vision_runner_meets_the_host_in_send_alone(device):
     with device.mode:
-        vision = CudaVision(SimpleNamespace(config=CONFIG), torch.bfloat16, DEVICE)
+        vision = CudaVision(SimpleNamespace(config=CONFIG), torch.bfloat16, DEVICE, compiled=False)
     for grids in (((1, 32, 32),), GRIDS):
         layout = window_layout(grids, CONFIG.vision)
         vision._indices(layout)  # from values that the host knows
@@ -131,7 +131,9 @@ def test_the_vision_runner_meets_the_host_in_send_alone(device):
 
 def test_the_decoder_runner_meets_the_host_in_send_alone(device):
     with device.mode:
-        decoder = CudaDecoder(SimpleNamespace(config=CONFIG), PROFILE, torch.bfloat16, DEVICE, True, device.capture)
+        decoder = CudaDecoder(
+            SimpleNamespace(config=CONFIG), PROFILE, torch.bfloat16, DEVICE, True, device.capture, compiled=False
+        )
 
     def step(first, rows, tokens, starts):
         inputs_embeds = device.empty((rows, tokens, CONFIG.text.hidden_size), torch.bfloat16)

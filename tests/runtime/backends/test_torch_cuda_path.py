@@ -10,17 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qwen2vl_trt import varlen
+from qwen2vl_trt import ops, pointwise, varlen
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.fused import FusedSwiGLU
+from qwen2vl_trt.pointwise import Pointwise
 from qwen2vl_trt.windows import window_layout
 from runtime import Pipeline, Request, SamplingParams
 from runtime.backends import torch_runner
 from runtime.backends.runners import open_engines
 from runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
+from tests.support.compiled_steps import compilations, graph_breaks, need_a_compiler
 from tests.support.engine_folders import PROFILE, build
 from tests.support.models import edit_checkpoint, in_fp8_as_shared, relative_error, write_quantization
-from tests.support.recorded_graph import RecordedGraphs
+from tests.support.recorded_graph import RecordedGraphs, opaque
 from tests.support.varlen_reference import flash
 
 CPU = torch.device("cpu")
@@ -33,6 +35,21 @@ def kernels(monkeypatch):
     monkeypatch.setattr(varlen, "flash", flash)
     monkeypatch.setattr(torch_runner, "can_pack", lambda *args: True)
     monkeypatch.setattr(torch_runner, "can_read_cache", lambda *args: True)
+
+
+@pytest.fixture(autouse=True)
+def steps(request, monkeypatch):
+    """Plain steps between products, for compiling takes seconds; compiled ones where a test is parametrised so."""
+    if getattr(request, "param", "plain") == "plain":
+        monkeypatch.setattr(Pointwise, "compile", lambda self, runs: None)
+        return
+    need_a_compiler()
+    compile_one = pointwise._compiled
+    monkeypatch.setattr(pointwise, "_compiled", lambda function: opaque(compile_one(function)))
+
+
+COMPILED = pytest.mark.parametrize("steps", ["compiled"], indirect=True)
+PLAIN_AND_COMPILED = pytest.mark.parametrize("steps", ["plain", "compiled"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +78,7 @@ class TestVision:
         layout = window_layout(grids, opened.config.vision)
         plain, packed = (kind(opened, torch.float32, CPU) for kind in (TorchVision, CudaVision))
         seen = []
-        packed.module.blocks[0].register_forward_hook(lambda block, inputs, output: seen.append(output.shape[:2]))
+        packed.module.blocks[0].attn.register_forward_hook(lambda attn, inputs, output: seen.append(output.shape[:2]))
         found = packed(pixels(layout), layout)
         assert seen == [(1, int(layout.window_lengths.sum()))], "empty slots were computed"
         assert relative_error(found, plain(pixels(layout), layout)) < 1e-5
@@ -109,7 +126,18 @@ class Lockstep:
             assert int(found.greedy[row]) == int(found.logits[row].argmax())
 
 
-def random_steps(pair, seed, steps, slots, capacity, width):
+class Near(Lockstep):
+    """Two decoders in BF16: the likeliest token is the decoder's own."""
+
+    def step(self, first, inputs_embeds, position_ids, starts, rows=None):
+        expected = self.plain.step(first, inputs_embeds, position_ids, starts, hidden=True)
+        found = self.fast.step(first, inputs_embeds, position_ids, starts, hidden=True)
+        for row in range(len(starts)) if rows is None else rows:
+            assert relative_error(found.hidden_states[row], expected.hidden_states[row]) < self.tolerance
+            assert int(found.greedy[row]) == int(found.logits[row].argmax())
+
+
+def random_steps(pair, seed, steps, slots, capacity, width, dtype=torch.float32):
     """Chunks of prompts and steps of neighbouring slots, some of which only stand between others."""
     numbers, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     held = [0] * slots
@@ -120,14 +148,14 @@ def random_steps(pair, seed, steps, slots, capacity, width):
             length = numbers.randint(1, min(numbers.choice([3, 200]), max(capacity - start, 1)))
             if start + length > capacity:
                 start = 0
-            embeds = torch.randn(1, length, width, generator=generator)
+            embeds = torch.randn(1, length + 3, width, generator=generator).to(dtype)[:, 3:]  # a part of a prompt
             pair.step(slot, embeds, (torch.arange(length) + start).expand(3, 1, -1), [start])
             held[slot] = start + length
             continue
         first = numbers.randrange(slots)
         rows = range(first, numbers.randint(first, slots - 1) + 1)
         starts = [min(held[row], capacity - 1) for row in rows]
-        embeds = torch.randn(len(rows), 1, width, generator=generator)
+        embeds = torch.randn(len(rows), 1, width, generator=generator).to(dtype)
         positions = torch.tensor(starts).expand(3, -1)[:, :, None]
         taking_part = [number for number, row in enumerate(rows) if held[row] and numbers.random() < 0.8]
         pair.step(first, embeds, positions, starts, taking_part)
@@ -202,6 +230,104 @@ class TestDecoder:
         assert torch.equal(fast.cache.k[0][0], kept)
 
 
+class TestCompiled:
+    """The steps between matrix products, compiled for a CPU."""
+
+    @COMPILED
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_vision(self, checkpoint, request, fused):
+        if fused:
+            request.getfixturevalue("kernels")
+        opened = Checkpoint(checkpoint)
+        plain, packed = (kind(opened, torch.float32, CPU) for kind in (TorchVision, CudaVision))
+        before = compilations()
+        for grids in MIXES:
+            layout = window_layout(grids, opened.config.vision)
+            assert relative_error(packed(pixels(layout), layout), plain(pixels(layout), layout)) < 1e-5
+        assert compilations() == before, "a layout compiled something anew"
+
+    @COMPILED
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_random_mixes_of_steps(self, checkpoint, kernels, dtype):
+        opened, capture = Checkpoint(checkpoint), RecordedGraphs()
+        plain = TorchDecoder(opened, PROFILE, dtype, CPU)
+        fast = CudaDecoder(opened, PROFILE, dtype, CPU, True, capture)
+        assert not any(cache.any() for cache in (*fast.cache.k, *fast.cache.v)), "the trial left something behind"
+        before, width = compilations(), opened.config.text.hidden_size
+        pair = Lockstep(plain, fast, 2e-5) if dtype == torch.float32 else Near(plain, fast, 5e-2)
+        for seed in range(3):
+            random_steps(pair, seed, 60, fast.slots, PROFILE.max_seq_len, width, dtype)
+            plain.reset()
+            fast.reset()
+        assert capture.replays > 3 * capture.captures > 6
+        assert compilations() == before, "a step or its capture compiled something anew"
+        assert not graph_breaks()
+
+    @COMPILED
+    def test_callers_in_inference_mode_compile_nothing_anew(self, checkpoint, kernels):
+        opened = Checkpoint(checkpoint)
+        vision, decoder = (
+            CudaVision(opened, torch.float32, CPU),
+            CudaDecoder(opened, PROFILE, torch.float32, CPU, False),
+        )
+        before, width = compilations(), opened.config.text.hidden_size
+        with torch.inference_mode():
+            layout = window_layout(MIXES[0], opened.config.vision)
+            vision(pixels(layout), layout)
+            decoder.step(0, torch.randn(1, 5, width), torch.zeros(3, 1, 5).long(), [0])
+            for slots in (1, 2):
+                decoder.step(0, torch.randn(slots, 1, width), torch.zeros(3, slots, 1).long(), [5] * slots)
+        assert compilations() == before
+
+    @COMPILED
+    def test_fp8(self, fp8_checkpoint, kernels, monkeypatch):
+        """Products of FP8 numbers, which PyTorch has on the CPU too: steps give them FP8, and BF16 is never stored."""
+        monkeypatch.setattr(ops, "has_fp8_product", lambda device: True)
+        opened, capture, dtype = Checkpoint(fp8_checkpoint), RecordedGraphs(), torch.bfloat16
+        layout = window_layout(MIXES[1], opened.config.vision)
+        plain, packed = (kind(opened, dtype, CPU) for kind in (TorchVision, CudaVision))
+        assert (
+            likeness(packed(pixels(layout, dtype), layout).float(), plain(pixels(layout, dtype), layout).float()) > 0.99
+        )
+        plain = TorchDecoder(opened, PROFILE, dtype, CPU)
+        fast = CudaDecoder(opened, PROFILE, dtype, CPU, True, capture)
+        seen = []
+        for layer in fast.module.model.layers:
+            for part in (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
+                part.register_forward_pre_hook(lambda part, inputs: seen.append(inputs[0].dtype))
+        embeds = torch.randn(8, 1, opened.config.text.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for start, row in enumerate(embeds[:, None]):
+            found, expected = (d.step(0, row, torch.full((3, 1, 1), start), [start]).logits for d in (fast, plain))
+            assert likeness(found, expected) > 0.99
+        assert set(seen) == {torch.float8_e4m3fn}
+        assert capture.replays == 7
+
+    @COMPILED
+    def test_what_cannot_be_compiled_runs_as_it_is(self, checkpoint, kernels, monkeypatch, caplog):
+        def refuse(*args):
+            raise RuntimeError("Cannot find a working triton installation.\n  More information on installing")
+
+        monkeypatch.setattr(pointwise, "_compiled", lambda function: refuse)
+        opened = Checkpoint(checkpoint)
+        plain = TorchDecoder(opened, PROFILE, torch.float32, CPU)
+        fast = CudaDecoder(opened, PROFILE, torch.float32, CPU, True, RecordedGraphs())
+        width = opened.config.text.hidden_size
+        random_steps(Lockstep(plain, fast, 2e-5), 0, 30, fast.slots, PROFILE.max_seq_len, width)
+        assert [r.message for r in caplog.records] == [
+            "the steps between matrix products are not compiled, which costs time:"
+            " RuntimeError: Cannot find a working triton installation. More information on installing"
+        ]
+
+    @COMPILED
+    def test_it_can_be_turned_off(self, checkpoint):
+        opened, before = Checkpoint(checkpoint), compilations()
+        decoder = CudaDecoder(opened, PROFILE, torch.float32, CPU, False, compiled=False)
+        decoder.step(0, torch.zeros(1, 1, opened.config.text.hidden_size), torch.zeros(3, 1, 1).long(), [0])
+        CudaVision(opened, torch.float32, CPU, compiled=False)
+        assert compilations() == before
+
+
+@PLAIN_AND_COMPILED
 def test_answers_equal_those_of_the_plain_runners(checkpoint, tmp_path, kernels):
     """The whole pipeline: images, prompts of all lengths, slots that come and go, greedy and sampled."""
     generator = torch.Generator().manual_seed(0)
