@@ -39,11 +39,14 @@ def main(argv: list[str]) -> None:
     for path in (arguments.export_times, arguments.export_profile, arguments.trace):
         if path is not None:
             check_target(path)
-    if arguments.plot is not None:
-        check_plot(arguments.plot)
+    for option, path in (("--plot", arguments.plot), ("--trace-plot", arguments.trace_plot)):
+        if path is not None:
+            check_plot(path, option)
     stages = (arguments.stage,) if arguments.stage else STAGES
-    if arguments.trace is not None and "pipeline" not in stages:
-        raise BenchmarkError(f"--trace is a timeline of the pipeline; bench {arguments.stage} has none")
+    tracing = [option for option in ("trace", "trace_plot") if getattr(arguments, option) is not None]
+    if tracing and "pipeline" not in stages:
+        option = tracing[0].replace("_", "-")
+        raise BenchmarkError(f"--{option} is a timeline of the pipeline; bench {arguments.stage} has none")
     shapes = tuple(Shape.parse(text) for text in arguments.shapes)
     engines = EngineOptions(_folder(arguments), arguments.device, arguments.streams, arguments.use_cuda_graph)
     check_options(engines, stages)
@@ -56,7 +59,7 @@ def main(argv: list[str]) -> None:
             until,
             _rival(arguments.against, engines),
             arguments.export_profile is not None,
-            arguments.trace is not None,
+            bool(tracing),
         )
     )
     command = ["run.py", "bench", *argv]
@@ -70,6 +73,12 @@ def main(argv: list[str]) -> None:
         write_json(arguments.export_profile, summary.operators(report))
     if arguments.trace is not None:
         write_json(arguments.trace, report.trace)
+    if arguments.trace_plot is not None:
+        from .bench.plot import what_ran
+        from .bench.timeline_plot import save_timeline
+
+        assert report.trace is not None
+        save_timeline(report.trace, f"{what_ran(report)}: {report.results[-1].case.label}", arguments.trace_plot)
     if arguments.plot is not None:
         from .bench.plot import save_plot
 
@@ -121,6 +130,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument(
         "--trace", type=Path, metavar="FILE.json", help="timeline of the last pipeline shape, for ui.perfetto.dev"
     )
+    group.add_argument("--trace-plot", type=Path, metavar="FILE.png", help="the same timeline, as a picture")
     group.add_argument("--plot", type=Path, metavar="FILE.png", help="latency percentiles")
     return parser.parse_args(argv)
 

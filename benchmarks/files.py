@@ -22,8 +22,12 @@ def check_target(path: Path) -> None:
         raise BenchmarkError(f"{path}: there is no folder {path.parent}")
 
 
-def check_plot(path: Path) -> None:
+def check_plot(path: Path, option: str = "--plot") -> None:
     """Refuse a picture that cannot be drawn or written.
+
+    Args:
+        path: of the picture.
+        option: that asks for it.
 
     Raises:
         BenchmarkError: as :func:`check_target`, or its suffix is no picture's.
@@ -32,7 +36,7 @@ def check_plot(path: Path) -> None:
     check_target(path)
     if find_spec("matplotlib") is None:
         raise MissingDependencyError(
-            "--plot needs matplotlib, which is not installed: pip install 'qwen2vl-trt[bench]'"
+            f"{option} needs matplotlib, which is not installed: pip install 'qwen2vl-trt[bench]'"
         )
     from matplotlib.backend_bases import FigureCanvasBase
 

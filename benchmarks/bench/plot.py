@@ -26,6 +26,12 @@ _ROW = 0.42  # inches
 _GAP = 0.35  # rows between cases
 
 
+def what_ran(report: Report) -> str:
+    """A picture's title: model, backend, precision and device."""
+    manifest = report.engines.manifest
+    return f"{manifest.model}, {manifest.backend} {manifest.precision} on {report.engines.device}"
+
+
 def save_plot(report: Report, path: Path) -> None:
     """Draw a report.
 
@@ -47,10 +53,8 @@ def save_plot(report: Report, path: Path) -> None:
     for axis, (stage, figure, shown) in zip(axes, panels):
         _draw(axis, figure, shown)
         axis.set_title(_TITLES[stage, figure], loc="left", fontsize=10, fontweight="bold")
-    manifest = report.engines.manifest
     drawing.suptitle(
-        f"{manifest.model}, {manifest.backend} {manifest.precision} on {report.engines.device}\n"
-        "● median   | p90, p95   ◆ p99   line: min to max   dashes: floor",
+        f"{what_ran(report)}\n● median   | p90, p95   ◆ p99   line: min to max   dashes: floor",
         fontsize=10,
         x=0.01,
         ha="left",

@@ -204,12 +204,12 @@ class PipelineSubject(EngineSubject):
 
     def load(self, case: Case) -> None:
         self._clock = StageClock(self.device)
-        self._watched = self._ready(case, self._clock)
-        self._plain = self._ready(case, None) if self._waits else self._watched
+        self._watched = self._ready(case, self._clock, case.batch)
+        self._plain = self._ready(case, None, case.batch) if self._waits else self._watched
 
-    def _ready(self, case: Case, observe: Observer | None) -> _Pipeline:
+    def _ready(self, case: Case, observe: Observer | None, different: int) -> _Pipeline:
         engines = self.engines if observe is None else watched(self.engines, observe)
-        return _Pipeline(forgetful_pipeline(engines), observe, case)
+        return _Pipeline(forgetful_pipeline(engines), observe, case, different)
 
     def run(self, count: int) -> Turn:
         self._clock.seconds.clear()
@@ -227,21 +227,22 @@ class PipelineSubject(EngineSubject):
         return [_request_sample(output) for output in self._plain.answer(count * self._plain.batch)]
 
     def trace(self, case: Case) -> dict[str, Any]:
-        """Twice as many requests as run at a time, on a timeline; the first ones before it are a warm-up."""
+        """``2 * batch`` requests that arrive together: some wait where slots are fewer. Before it, a warm-up."""
         timeline = Timeline(self.device)
-        pipeline = self._ready(case, timeline)
+        pipeline = self._ready(case, timeline, 2 * case.batch)  # no two alike, so that an image says whose it is
         pipeline.answer(case.batch)
         timeline.clear()
-        timeline.requests = pipeline.answer(2 * case.batch)
+        pipeline.batch *= 2
+        timeline.requests = pipeline.answer(pipeline.batch)
         return timeline.as_dict()
 
 
 class _Pipeline:
     """A pipeline, its observer, if any, and the requests of a case."""
 
-    def __init__(self, pipeline: Pipeline, observe: Observer | None, case: Case) -> None:
+    def __init__(self, pipeline: Pipeline, observe: Observer | None, case: Case, different: int) -> None:
         self._pipeline, self._observe, self.batch = pipeline, observe, case.batch
-        self._requests = different_requests(case.sizes, case.batch)
+        self._requests = different_requests(case.sizes, different)
         self._params = SamplingParams(max_tokens=case.generate, ignore_eos=True)
 
     def answer(self, waiting: int) -> list[Output]:
@@ -251,7 +252,7 @@ class _Pipeline:
         with probes(self._observe) if self._observe is not None else nullcontext():
             while waiting or running:
                 while waiting and len(running) < self.batch:
-                    running.append(self._pipeline.submit(self._requests[waiting % self.batch], self._params))
+                    running.append(self._pipeline.submit(self._requests[waiting % len(self._requests)], self._params))
                     waiting -= 1
                 self._pipeline.step()
                 done += [output for output in running if output.finished]

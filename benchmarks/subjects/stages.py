@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +17,19 @@ import torch
 from torch import Tensor
 
 from runtime.backends.runners import Engines, VisionRunner
-from runtime.media.embedder import MediaEmbedder
+from runtime.media.cached_media import CachedMedia, Medium
 from runtime.preprocessing.preprocessor import Preprocessor
+from runtime.request import Output
 from runtime.scheduling import scheduler
+from runtime.scheduling.media_ahead import Loading
+from runtime.scheduling.sequence import RunningSequence
+from runtime.scheduling.slots import Slots
 
 from ..floors.rates import synchronize
 
 STAGES_OF_A_REQUEST = ("preprocess", "vision", "prefill", "decode", "sampling", "host")
-"""Where a request's time goes; ``host`` is all the rest: chat template, tokens to text, scheduling, embeddings."""
+"""Where a request's time goes; ``preprocess`` is what the step does or waits for of it, ``host`` all the rest: chat
+template, tokens to text, scheduling, embeddings."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +37,20 @@ class Stage:
     """One call of a stage.
 
     Attributes:
-        name: ``load``, ``preprocess``, ``vision``, ``prefill``, ``decode`` or ``sampling``.
+        name: ``load``, ``wait`` for what threads load, ``embed`` (``preprocess`` and ``vision`` are within it),
+            ``prefill``, ``decode`` or ``sampling``; ``occupy`` where a request gets its slot.
         slots: that it works on, of the decoder's; none where it is no decoder's call.
         details: numbers about it.
+        media: keys of the images that it loads or embeds, or of the request that gets a slot. What is loaded is known
+            when the call has returned.
+        output: of the request that gets a slot.
     """
 
     name: str
     slots: range = range(0)
-    details: dict[str, int] | None = None
+    details: dict[str, int] = field(default_factory=dict)
+    media: list[bytes] = field(default_factory=list)
+    output: Output | None = None
 
 
 Observer = Callable[[Stage], AbstractContextManager[None]]
@@ -48,20 +60,24 @@ Observer = Callable[[Stage], AbstractContextManager[None]]
 class StageClock:
     """Adds up the seconds of each stage, waiting for the device at the end of each.
 
-    Not at the end of ``load``: it is the host's, and threads that wait would break a capture that another one makes.
+    Only those of the thread that it was made on: what others load meanwhile costs what that one waits for them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._device = device
+        self._thread = threading.get_ident()
 
     @contextmanager
     def __call__(self, stage: Stage) -> Iterator[None]:
+        if threading.get_ident() != self._thread:
+            yield
+            return
         began = time.perf_counter()
         yield
-        if stage.name != "load":
-            synchronize(self._device)
-        self.seconds["preprocess" if stage.name == "load" else stage.name] += time.perf_counter() - began
+        synchronize(self._device)
+        name = "preprocess" if stage.name in ("load", "wait") else stage.name
+        self.seconds[name] += time.perf_counter() - began
 
 
 def watched(engines: Engines, observe: Observer) -> Engines:
@@ -86,15 +102,20 @@ def watched(engines: Engines, observe: Observer) -> Engines:
 @contextmanager
 def probes(observe: Observer) -> Iterator[None]:
     """Meanwhile observe what is no engine's call, too."""
-    targets: tuple[tuple[str, Any, str], ...] = (
-        ("load", MediaEmbedder, "load_image"),
-        ("preprocess", Preprocessor, "preprocess"),
-        ("sampling", scheduler, "sample"),
+    targets: tuple[tuple[Any, str, Callable[..., Stage]], ...] = (
+        (CachedMedia, "embed", _embed_stage),
+        (Preprocessor, "preprocess", partial(_of_name, "preprocess")),
+        (scheduler, "sample", partial(_of_name, "sampling")),
+        (Slots, "occupy", _occupy_stage),
     )
     with ExitStack() as stack:
-        for stage, owner, name in targets:
-            call = _wrapped(getattr(owner, name), observe, partial(_of_name, stage))
+        for owner, name, stage in targets:
+            call = _wrapped(getattr(owner, name), observe, stage)
             stack.enter_context(mock.patch.object(owner, name, call))
+        load = _wrapped_load(CachedMedia.load_image, observe)
+        stack.enter_context(mock.patch.object(CachedMedia, "load_image", load))
+        wait = staticmethod(_wrapped(Loading.wait_for_any, observe, partial(_of_name, "wait")))
+        stack.enter_context(mock.patch.object(Loading, "wait_for_any", wait))
         yield
 
 
@@ -104,6 +125,27 @@ def _wrapped(call: Callable[..., Any], observe: Observer, stage: Callable[..., S
             return call(*arguments, **options)
 
     return run
+
+
+def _wrapped_load(call: Callable[..., Medium], observe: Observer) -> Callable[..., Medium]:
+    def load(*arguments: Any) -> Medium:
+        stage = Stage("load")
+        with observe(stage):
+            medium = call(*arguments)
+            stage.media.append(medium.key)
+        return medium
+
+    return load
+
+
+def _embed_stage(_: CachedMedia, media: Sequence[Medium]) -> Stage:
+    return Stage("embed", media=[medium.key for medium in media])
+
+
+def _occupy_stage(_: Slots, slot: int, sequence: RunningSequence) -> Stage:
+    prepared = sequence.prepared
+    media = [medium.key for medium in (*prepared.images, *prepared.videos)] if prepared is not None else []
+    return Stage("occupy", range(slot, slot + 1), media=media, output=sequence.output)
 
 
 def _of_name(name: str, *_: Any) -> Stage:

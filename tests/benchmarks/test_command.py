@@ -78,7 +78,8 @@ def check_consistent(result, found):
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 def test_all_stages_are_measured(no_processes, bench, engines, backend, tmp_path):
     """Transformers takes part once. Real processes are those of the tests that stream and that interrupt."""
-    rival = ("--against", "transformers", "--plot", "p.png") if backend == "torch" else ("--trace", "trace.json")
+    traces = ("--trace", "trace.json", "--trace-plot", "trace.png")
+    rival = ("--against", "transformers", "--plot", "p.png") if backend == "torch" else traces
     code, out, errors = bench(
         "--engine-dir", engines / backend, *FEW, *SHAPES, *rival, "--json", "--export-times", "t.json"
     )
@@ -131,6 +132,7 @@ def test_all_stages_are_measured(no_processes, bench, engines, backend, tmp_path
     if backend != "torch":
         titles = [event["name"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
         assert {"load", "preprocess", "vision", "prefill chunk", "decode step", "sample", "request 2"} < set(titles)
+        assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
         assert [result["rival"] for result in report["results"]] == [None] * 4
         return
     assert report["machine"]["transformers"]
@@ -207,6 +209,8 @@ WRONG = {
     ("--export-profile", "."): "is a folder; give a file",
     ("--trace", "none/t.json"): "there is no folder none",
     ("decoder", "--trace", "t.json"): "--trace is a timeline of the pipeline; bench decoder has none",
+    ("decoder", "--trace-plot", "t.png"): "--trace-plot is a timeline of the pipeline; bench decoder has none",
+    ("--trace-plot", "none/t.png"): "there is no folder none",
     ("--plot", "none/p.png"): "there is no folder none",
     ("--plot", "plot.xyz"): "plot.xyz is no name of a picture; let it end in .png",
     ("--plot", "plot"): "plot is no name of a picture",
@@ -230,9 +234,12 @@ def test_wrong_options_are_one_line(bench, engines, arguments, message):
     assert_one_line(bench(*arguments), message)
 
 
-def test_a_missing_package_names_its_extra(bench, engines, monkeypatch):
+@pytest.mark.parametrize("option", ["--plot", "--trace-plot"])
+def test_a_missing_package_names_its_extra(bench, engines, monkeypatch, option):
     monkeypatch.setattr("benchmarks.files.find_spec", lambda name: None)
-    assert_one_line(bench("--engine-dir", engines / "torch", "--plot", "p.png"), "pip install 'qwen2vl-trt[bench]'")
+    answer = bench("--engine-dir", engines / "torch", option, "p.png")
+    assert_one_line(answer, "pip install 'qwen2vl-trt[bench]'")
+    assert f"{option} needs matplotlib" in answer[2]
     monkeypatch.setattr("export.importable_torchvision.find_spec", lambda name: None)
     needed = "needs torchvision, which is not installed: pip install 'qwen2vl-trt[bench]'"
     assert_one_line(bench("--engine-dir", engines / "torch", "--against", "transformers"), needed)

@@ -2,14 +2,17 @@
 
 import json
 import math
+import threading
 import time
 from collections import defaultdict
 from itertools import count
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from benchmarks.bench.timeline_plot import COLORS, save_timeline
 from benchmarks.subjects import engines as our_engines
 from benchmarks.subjects.engines import EngineOptions, PipelineSubject
 from benchmarks.subjects.shapes import Limits, Shape, cases
@@ -18,8 +21,10 @@ from benchmarks.subjects.timeline import GPU, HOST, REQUESTS, SLOTS, Timeline
 from engines.backends import find_backend
 from engines.build import build_engines
 from engines.profile import BuildProfile
+from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.hub import resolve_model
 from runtime.backends.runners import open_engines
+from runtime.request import Output
 
 PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_input_len=100, max_seq_len=140)
 
@@ -79,7 +84,15 @@ def test_every_stage_of_every_request(trace):
     host = [name for (group, _), slices in tracks.items() if group == HOST for name in names(slices)]
     assert {group for group, _ in tracks} == {HOST, SLOTS, REQUESTS}  # no GPU, no track of one
     assert host.count("load") == 4  # by threads of their own, while the rest goes on
-    assert set(host) == {"load", "preprocess", "vision", "prefill chunk", "decode step", "sample"}
+    assert set(host) - {"wait for media"} == {
+        "load",
+        "embed",
+        "preprocess",
+        "vision",
+        "prefill chunk",
+        "decode step",
+        "sample",
+    }
     slots = [tracks[SLOTS, track] for track in (1, 2)]
     assert all("decode step" in names(slot) for slot in slots)
     chunks = [event["args"] for slot in slots for event in slot if event["name"] == "prefill chunk"]
@@ -101,6 +114,63 @@ def test_a_request_is_its_wait_and_its_answer(trace):
     assert tracks[HOST, 1][0]["ts"] >= began[0] >= 0  # the warm-up is left out
 
 
+def test_whose_a_slice_is(trace):
+    """What each request says of itself holds for the slices that name it."""
+    tracks = check_trace(trace)
+    began, first, ended = {}, {}, {}
+    for number in range(1, 5):
+        whole, prompt, _ = tracks[REQUESTS, number]
+        began[number], first[number] = whole["ts"], prompt["ts"] + prompt["dur"]
+        ended[number] = whole["ts"] + whole["dur"]
+    host = [event for (group, _), slices in tracks.items() if group == HOST for event in slices]
+    for name in ("load", "embed", "preprocess", "vision", "prefill chunk"):
+        slices = [event for event in host if event["name"] == name]
+        assert sorted({number for event in slices for number in event["args"]["requests"]}) == [1, 2, 3, 4]
+        for event in slices:
+            for number in event["args"]["requests"]:
+                assert began[number] <= event["ts"]
+                assert event["ts"] + event["dur"] <= first[number]
+    loads = [event["args"]["requests"] for event in host if event["name"] == "load"]
+    assert sorted(loads) == [[1], [2], [3], [4]]
+    for slot in (1, 2):
+        steps = [event for event in tracks[SLOTS, slot] if event["name"] == "decode step"]
+        assert {len(event["args"]["requests"]) for event in steps} == {1}
+        for event in steps:
+            (number,) = event["args"]["requests"]
+            assert first[number] <= event["ts"] <= ended[number]
+    tokens = [event["args"]["requests"][0] for slot in (1, 2) for event in tracks[SLOTS, slot]]
+    assert all(tokens.count(number) >= 2 + 2 for number in range(1, 5))  # chunks, and a step each after the first token
+
+
+def colors(path):
+    """Of a picture's pixels, how often each, as #rrggbb."""
+    with Image.open(path) as picture:
+        pixels, counts = np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0, return_counts=True)
+    return {"#{:02x}{:02x}{:02x}".format(*pixel): count for pixel, count in zip(pixels, counts)}
+
+
+def test_a_picture_has_each_request_in_its_colour(trace, tmp_path):
+    save_timeline(trace, "tiny", tmp_path / "whole.png")
+    whole = colors(tmp_path / "whole.png")
+    assert all(whole.get(color, 0) > 500 for color in COLORS[:4])
+    assert not set(COLORS[4:]) & set(whole)
+    fewer = [e for e in trace["traceEvents"] if e["name"] == "thread_name" or 2 not in e["args"].get("requests", [])]
+    save_timeline({"traceEvents": fewer}, "tiny", tmp_path / "fewer.png")
+    fewer = colors(tmp_path / "fewer.png")
+    assert fewer[COLORS[1]] < whole[COLORS[1]]  # of the second request only its own line is left
+    with pytest.raises(BenchmarkError, match=r"t\.nothing: .*not supported"):
+        save_timeline(trace, "tiny", tmp_path / "t.nothing")
+
+
+def test_a_picture_has_rows_for_streams(trace, tmp_path):
+    """The host's slices stand for a GPU's."""
+    on_gpu = [{**event, "pid": GPU} for event in trace["traceEvents"] if (event["pid"], event["tid"]) == (HOST, 1)]
+    save_timeline({"traceEvents": [*trace["traceEvents"], *on_gpu]}, "a GPU", tmp_path / "gpu.png")
+    save_timeline(trace, "a CPU", tmp_path / "cpu.png")
+    with_gpu, without = colors(tmp_path / "gpu.png"), colors(tmp_path / "cpu.png")
+    assert all(with_gpu[color] > without[color] for color in COLORS[:4])
+
+
 class FakeEvent:
     """Of a GPU that begins and ends a call 1 ms after the host."""
 
@@ -114,30 +184,41 @@ class FakeEvent:
         return (other.time - self.time) * 1e3 + 1
 
 
+def ended_at_once(stage):
+    with stage:
+        pass
+
+
 def test_a_gpu_has_a_track_of_its_own(monkeypatch):
-    waits = []
+    waits, stream = [], ["caller's"]
     ticks = count()
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) * 1e-3)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
-    streams = [SimpleNamespace(cuda_stream=number) for number in (7, 9)]
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream[0])
     timeline = Timeline(torch.device("cuda"))
     before = len(waits)
+    output = Output()
+    with timeline(Stage("occupy", range(1, 2), output=output)):
+        pass
+    stream[0] = "side"
     with timeline(Stage("vision")), timeline(Stage("preprocess")):
         pass
+    stream[0] = "caller's"
+    thread = threading.Thread(target=lambda: ended_at_once(timeline(Stage("load"))))
+    thread.start()
+    thread.join()
     with timeline(Stage("decode", range(1, 3), {"slots": 2})):
         pass
-    streams.reverse()
-    with timeline(Stage("vision")):
-        pass
-    with timeline(Stage("load")):  # on a thread of the host, at any time
-        pass
+    output.cancel()
+    timeline.requests = [output]
     assert len(waits) == before  # nothing is waited for while it is recorded
     tracks = check_trace(timeline.as_dict())
-    assert names(tracks[HOST, 1]) == ["vision", "preprocess", "decode step", "vision", "load"]
-    assert names(tracks[GPU, 1]) == ["vision", "preprocess", "decode step"]
-    assert names(tracks[GPU, 2]) == ["vision"]
-    assert names(tracks[SLOTS, 2]) == names(tracks[SLOTS, 3]) == ["decode step"]
-    for host, gpu in zip(tracks[HOST, 1], tracks[GPU, 1]):
+    assert names(tracks[HOST, 1]) == ["vision", "preprocess", "decode step"]
+    assert names(tracks[HOST, 2]) == ["load"]  # which has no events: they would lie among the caller's
+    assert names(tracks[GPU, 1]) == ["decode step"]
+    assert names(tracks[GPU, 2]) == ["vision", "preprocess"]  # beside the caller's stream, on a track of its own
+    assert names(tracks[SLOTS, 2]) == ["decode step"]
+    assert (SLOTS, 3) not in tracks  # of nobody
+    for host, gpu in zip(tracks[HOST, 1], [*tracks[GPU, 2], *tracks[GPU, 1]]):
         assert gpu["ts"] - host["ts"] == pytest.approx(1000)
