@@ -104,7 +104,7 @@ def batch(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    parser = _parser("eval", "Measure the tiny model on held-out digits.")
+    parser = _parser("eval", "Measure the tiny model on held-out digits.", files=False)
     parser.add_argument("--cases", type=whole_number, default=1000, metavar="N", help="a task; default %(default)s")
     parser.add_argument("--seed", type=whole_number, default=0, help="default %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -151,8 +151,10 @@ def plan(argv: list[str]) -> None:
     run_plan(argv, COMMANDS)
 
 
-def _parser(command: str, description: str) -> Parser:
+def _parser(command: str, description: str, files: bool = True) -> Parser:
+    """With the options of a pipeline; ``files``: the command reads image files."""
     from engines.arguments import add_build_arguments
+    from runtime.decode_argument import add_decode_argument
 
     parser = Parser(
         prog=f"run.py {command}",
@@ -164,6 +166,10 @@ def _parser(command: str, description: str) -> Parser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where the backend can use one")
     parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge smaller images; default the checkpoint's")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink larger images; default the checkpoint's")
+    if files:
+        add_decode_argument(parser)
+    else:
+        parser.set_defaults(decode="cpu")
     return parser
 
 
@@ -187,10 +193,14 @@ def _engine_folder(arguments: argparse.Namespace) -> Path:
 
 
 def _pipeline(arguments: argparse.Namespace) -> Pipeline:
+    from runtime.decode_argument import check_decode
     from runtime.pipeline import Pipeline
 
+    check_decode(arguments.decode, arguments.device)
     folder = _engine_folder(arguments)
-    return Pipeline.from_engine_dir(folder, arguments.device, arguments.min_pixels, arguments.max_pixels)
+    return Pipeline.from_engine_dir(
+        folder, arguments.device, arguments.min_pixels, arguments.max_pixels, decode=arguments.decode
+    )
 
 
 if __name__ == "__main__":

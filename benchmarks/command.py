@@ -11,6 +11,7 @@ from engines.arguments import add_build_arguments, built_folder, plan_build
 from engines.build import build_engines
 from engines.command import Parser, positive_number
 from qwen2vl_trt.errors import BenchmarkError
+from runtime.decode_argument import add_decode_argument, check_decode
 
 from .bench import summary
 from .bench.run import PRECISIONS, Options, Until, run
@@ -48,7 +49,9 @@ def main(argv: list[str]) -> None:
         option = tracing[0].replace("_", "-")
         raise BenchmarkError(f"--{option} is a timeline of the pipeline; bench {arguments.stage} has none")
     shapes = tuple(Shape.parse(text) for text in arguments.shapes)
-    engines = EngineOptions(_folder(arguments), arguments.device, arguments.streams, arguments.use_cuda_graph)
+    check_decode(arguments.decode, arguments.device)
+    folder = _folder(arguments)
+    engines = EngineOptions(folder, arguments.device, arguments.streams, arguments.use_cuda_graph, arguments.decode)
     check_options(engines, stages)
     until = Until(arguments.warm_up / 1e3, arguments.duration, arguments.iterations)
     report = run(
@@ -95,6 +98,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("stage", nargs="?", choices=STAGES, help="default all three")
     add_build_arguments(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where the backend can use one")
+    add_decode_argument(parser)
     group = parser.add_argument_group("measuring")
     group.add_argument("--shapes", nargs="+", default=[], metavar="SHAPE", help="what to run; see below")
     group.add_argument(

@@ -167,6 +167,7 @@ def _settings(arguments: argparse.Namespace, given: Input, params: SamplingParam
         "precision": manifest.precision,
         "min_pixels": pixels.image.min_pixels,
         "max_pixels": pixels.image.max_pixels,
+        "decode": arguments.decode,
         "task": arguments.task,
         "prompt": arguments.prompt,
     }
@@ -259,6 +260,7 @@ def _run(
                 device=arguments.device or (None if gpus else "cpu"),
                 min_pixels=arguments.min_pixels,
                 max_pixels=arguments.max_pixels,
+                decode=arguments.decode,
                 batch_tokens=arguments.batch_tokens,
                 threads=cpus,
                 max_retries=arguments.max_retries,

@@ -17,7 +17,7 @@ from runtime.features.extraction import Pool, extract_features
 from runtime.features.shards import writing
 from runtime.features.sources import DecoderFeatures, VisionFeatures
 from runtime.pipeline import Pipeline
-from runtime.preprocessing.preprocessor import PreprocessorSettings
+from runtime.preprocessing.preprocessor import Decode, PreprocessorSettings
 from runtime.sampler import SamplingParams
 
 from .generation import Generation
@@ -47,6 +47,7 @@ class WorkerSettings:
         device: None for the pipeline's default.
         min_pixels: None for the checkpoint's.
         max_pixels: None for the checkpoint's.
+        decode: where JPEG files are decoded.
         batch_tokens: most tokens together; None for what the engines take.
         threads: of a worker, for decoding and, on the CPU, for the engines.
         max_retries: see :class:`fleet.journal.Journal`.
@@ -66,6 +67,7 @@ class WorkerSettings:
     device: str | None
     min_pixels: int | None
     max_pixels: int | None
+    decode: Decode
     batch_tokens: int | None
     threads: int
     max_retries: int
@@ -109,7 +111,7 @@ class Worker:
         settings = self._settings
         torch.set_num_threads(settings.threads)
         pipeline = Pipeline.from_engine_dir(
-            settings.engine_dir, settings.device, settings.min_pixels, settings.max_pixels
+            settings.engine_dir, settings.device, settings.min_pixels, settings.max_pixels, decode=settings.decode
         )
         checkpoint, profile = pipeline.engines.checkpoint, pipeline.profile
         config = checkpoint.config

@@ -89,6 +89,7 @@ class Pipeline:
         folder, self._config = engines.checkpoint.folder, engines.checkpoint.config
         self.engines = engines
         self.profile = engines.manifest.profile
+        self.decode: Decode = decode
         settings = PreprocessorSettings.from_folder(folder).with_limits(min_pixels, max_pixels)
         preprocessor = Preprocessor(self._config.vision, settings, engines.device, engines.dtype, decode=decode)
         self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision)

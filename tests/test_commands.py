@@ -23,6 +23,7 @@ import run
 from engines.command import run_command
 from engines.manifest import FORMAT
 from qwen2vl_trt import __version__
+from tests.support import fake_nvimgcodec
 from tests.support.engine_folders import BUILDS, write_checkpoint
 from tests.support.media_files import save_video
 
@@ -134,6 +135,24 @@ def test_features_writes_a_tensor_an_image(call, engines):
     }
 
 
+def test_jpeg_files_are_decoded_on_a_gpu(call, quick, monkeypatch):
+    """A fake of nvImageCodec decodes each level one lower, on the CPU."""
+    codec = fake_nvimgcodec.install(monkeypatch)
+    for module in ("runtime.inputs.jpeg_decoder", "runtime.preprocessing.preprocessor"):
+        monkeypatch.setattr(f"{module}.check_gpu_decoding", lambda device: None)
+    images = ("--image", "a.png", "--image", "b.jpg")
+    found = {}
+    for decode in ("cpu", "gpu"):
+        options = (*quick, *images, "--decode", decode, "--overwrite")
+        assert call(run, "features", *options, "--output", "d.safetensors")[0] == 0
+        found[decode] = load_file("d.safetensors")
+        assert len(codec.calls) == (decode == "gpu")
+    assert torch.equal(found["cpu"]["a.png"], found["gpu"]["a.png"])
+    assert not torch.equal(found["cpu"]["b.jpg"], found["gpu"]["b.jpg"])
+    assert call(run, *quick, *images, *ASK, "--max-tokens", 2, "--decode", "gpu")[0] == 0
+    assert len(codec.calls) == 2
+
+
 def test_eval_prints_a_table_or_json(call, quick):
     code, table, errors = call(run, "eval", *quick, "--cases", 2)
     assert (code, errors) == (0, "")
@@ -221,6 +240,8 @@ WRONG_OPTIONS = {
     (): "required: --prompt",
     ("bogus",): "unknown command 'bogus'",
     (*ASK, "--bogus"): "--bogus",
+    (*ASK, "--decode", "disk"): "--decode: invalid choice: 'disk'",
+    ("generate", *ASK, "--model", "unknown", "--device", "cpu", "--decode", "gpu"): "needs a GPU",  # before a build
     (*ASK, "--max-tokens", "many"): "--max-tokens",
     (*ASK, "--max-tokens", "0"): "max_tokens is 0",
     (*ASK, "--max-tokens", "-3"): "max_tokens is -3",
@@ -276,6 +297,12 @@ WITH_ENGINES = {
     (*ASK, "--precision", "bf16"): "runs as it was built",
     (*ASK, "--device", "abacus"): "unknown device 'abacus'",
     (*ASK, "--device", "cuda:99"): "cuda:99",
+    (*ASK, "--device", "cpu", "--decode", "gpu"): "(--decode gpu) needs a GPU, and the engines run on cpu",
+    (*ASK, "--device", "cuda", "--decode", "gpu"): 'pip install "qwen2vl-trt[gpu-decode]"',
+    (
+        *("features", "--image", "b.jpg", "--output", "g.safetensors"),
+        *("--device", "cpu", "--decode", "gpu"),
+    ): "needs a GPU, and the engines run on cpu",
     ("features", "--image", "a.png", "--image", "a.png", "--output", "g.safetensors"): "a.png is given twice",
     ("features", "--image", "cut.png", "--output", "g.safetensors"): "image 1 (cut.png)",
     ("features", "--image", "big.png", "--output", "g.safetensors"): "image 1, big.png (500x700)",

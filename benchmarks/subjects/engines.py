@@ -20,7 +20,9 @@ from torch import Tensor
 from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.windows import WindowLayout, window_layout
 from runtime.backends.runners import Engines, Step, VisionRunner, open_engines
+from runtime.inputs.jpeg_decoder import check_gpu_decoding
 from runtime.pipeline import DEFAULT_MAX_NUM_TOKENS, Pipeline
+from runtime.preprocessing.preprocessor import Decode
 from runtime.request import Output, Request
 from runtime.sampler import SamplingParams
 
@@ -42,12 +44,14 @@ class EngineOptions:
         device: as ``--device`` takes it.
         streams: vision calls at a time.
         cuda_graph: capture the vision call once and replay it.
+        decode: where the pipeline decodes JPEG files.
     """
 
     folder: Path
     device: str | None = None
     streams: int = 1
     cuda_graph: bool = False
+    decode: Decode = "cpu"
 
 
 class EngineSubject(Subject):
@@ -209,7 +213,7 @@ class PipelineSubject(EngineSubject):
 
     def _ready(self, case: Case, observe: Observer | None, different: int) -> _Pipeline:
         engines = self.engines if observe is None else watched(self.engines, observe)
-        return _Pipeline(forgetful_pipeline(engines), observe, case, different)
+        return _Pipeline(forgetful_pipeline(engines, self._options.decode), observe, case, different)
 
     def run(self, count: int) -> Turn:
         self._clock.seconds.clear()
@@ -269,9 +273,9 @@ def different_requests(sizes: Sequence[tuple[int, int]], count: int) -> list[Req
     ]
 
 
-def forgetful_pipeline(engines: Engines) -> Pipeline:
+def forgetful_pipeline(engines: Engines, decode: Decode = "cpu") -> Pipeline:
     """One that keeps nothing of a request for the next: a benchmark's requests are all alike, a load's are not."""
-    return Pipeline(engines, reuse_prefixes=False, embedding_cache_bytes=0)
+    return Pipeline(engines, decode=decode, reuse_prefixes=False, embedding_cache_bytes=0)
 
 
 def _request_sample(output: Output) -> Sample:
@@ -298,7 +302,9 @@ def check_options(options: EngineOptions, stages: tuple[str, ...]) -> None:
 
     Raises:
         EngineError: the engines cannot run here.
-        BenchmarkError: streams or a CUDA graph where there are none.
+        BenchmarkError: streams, a CUDA graph or JPEG files where there are none.
+        MediaError: JPEG files to be decoded on a GPU, and the engines run on none.
+        MissingDependencyError: nvImageCodec for that is not installed.
     """
     engines = open_engines(options.folder, options.device)
     backend = engines.manifest.backend
@@ -307,6 +313,10 @@ def check_options(options: EngineOptions, stages: tuple[str, ...]) -> None:
             f"--streams {options.streams}: only the vision engine runs several calls at once (bench vision); the"
             " decoder has one cache, whose slots are its concurrency (--shapes batch:N)"
         )
+    if options.decode == "gpu":
+        if "pipeline" not in stages:
+            raise BenchmarkError(f"--decode gpu: bench {' '.join(stages)} reads no JPEG file; bench pipeline does")
+        check_gpu_decoding(engines.device)
     if not options.cuda_graph:
         return
     if engines.device.type != "cuda":

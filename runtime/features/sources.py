@@ -35,7 +35,7 @@ class VisionFeatures:
     """What the vision engine gives: merged tokens ``[h * w / 4, hidden]`` in raster order, as the decoder sees them.
 
     Args:
-        pipeline: whose vision engine to use; with ``layer``, to be used for nothing else.
+        pipeline: whose vision engine and way to decode to use; with ``layer``, to be used for nothing else.
         settings: limits of the pixels.
         layer: of the torch backend, the block from 1 whose output to take instead: patches ``[h * w, width]`` in
             raster order.
@@ -49,7 +49,7 @@ class VisionFeatures:
         self._config, self._layer = engines.checkpoint.config.vision, layer
         if layer is not None:
             end_vision_after(engines, layer)
-        preprocessor = Preprocessor(self._config, settings, engines.device, engines.dtype)
+        preprocessor = Preprocessor(self._config, settings, engines.device, engines.dtype, decode=pipeline.decode)
         self._media = MediaEmbedder(preprocessor, engines.vision, pipeline.profile, self._config)
 
     def load(self, path: str | bytes, name: str) -> LoadedImage:

@@ -10,33 +10,51 @@ Against nvImageCodec 0.9 only the names and signatures are checked: no decode ha
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen2vl_trt.errors import MissingDependencyError
+from qwen2vl_trt.errors import MediaError, MissingDependencyError
 
 from .images import ImageSource, file_bytes, is_plain_jpeg, load_image
 
 
+def check_gpu_decoding(device: torch.device | str) -> None:
+    """See whether JPEG files can be decoded on a device.
+
+    Raises:
+        MediaError: it is no GPU.
+        MissingDependencyError: nvImageCodec is not installed.
+    """
+    if torch.device(device).type != "cuda":
+        raise MediaError(f'decode="gpu" (--decode gpu) needs a GPU, and the engines run on {device}; leave it at "cpu"')
+    _import_codec()
+
+
+def _import_codec() -> Any:
+    try:
+        return importlib.import_module("nvidia.nvimgcodec")
+    except ImportError as error:
+        raise MissingDependencyError(
+            f'decode="gpu" (--decode gpu) needs nvImageCodec ({error}); pip install "qwen2vl-trt[gpu-decode]",'
+            ' or decode on the CPU (decode="cpu")'
+        ) from None
+
+
 class JpegDecoder:
-    """Loads images whose JPEG files it decodes on a device.
+    """Loads images whose JPEG files it decodes on a device; any thread may, one at a time decodes.
 
     Raises:
         MissingDependencyError: nvImageCodec is not installed.
     """
 
     def __init__(self, device: torch.device) -> None:
-        try:
-            self._codec: Any = importlib.import_module("nvidia.nvimgcodec")
-        except ImportError as error:
-            raise MissingDependencyError(
-                f'decode="gpu" needs nvImageCodec ({error}); pip install "qwen2vl-trt[gpu-decode]",'
-                ' or decode on the CPU (decode="cpu")'
-            ) from None
+        self._codec = _import_codec()
         self._device = device
+        self._one_at_a_time = threading.Lock()
         # Chroma is interpolated, as libjpeg does by default, not repeated.
         number = -1 if device.index is None else device.index  # -1 is the current one
         self._decoder = self._codec.Decoder(device_id=number, options=":fancy_upsampling=1")
@@ -59,7 +77,8 @@ class JpegDecoder:
         codec = self._codec
         params = codec.DecodeParams(apply_exif_orientation=True, color_spec=codec.ColorSpec.SRGB)
         stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
-        images = self._decoder.decode(list(files.values()), params=params, cuda_stream=stream)
+        with self._one_at_a_time:
+            images = self._decoder.decode(list(files.values()), params=params, cuda_stream=stream)
         return {
             i: torch.from_dlpack(image).permute(2, 0, 1)  # [H, W, 3] in memory
             for i, image in zip(files, images, strict=True)

@@ -26,7 +26,7 @@ from qwen2vl_trt.errors import EngineError, MediaError
 from qwen2vl_trt.windows import Grid, WindowLayout, window_layout
 
 from ..inputs.images import ImageSource, load_image
-from ..inputs.jpeg_decoder import JpegDecoder
+from ..inputs.jpeg_decoder import JpegDecoder, check_gpu_decoding
 from ..inputs.video import VideoSource, load_video
 from .frames import Frame, FrameWriter, window_rows_and_columns
 from .host_writer import HostWriter
@@ -101,8 +101,8 @@ class Preprocessor:
         self.settings = settings or PreprocessorSettings()
         self.device = torch.device(device)
         self.dtype = dtype
-        if decode == "gpu" and self.device.type != "cuda":
-            raise MediaError(f'decode="gpu" needs a GPU, and the engines run on {self.device}; leave it at "cpu"')
+        if decode == "gpu":
+            check_gpu_decoding(self.device)
         self._decoder = JpegDecoder(self.device) if decode == "gpu" else None
         self._writer = self._choose_writer(kernels, memory_limit)
 

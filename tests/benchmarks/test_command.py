@@ -200,6 +200,7 @@ WRONG = {
     ("vision", "--duration", "-1"): "--duration",
     ("vision", "--duration", "nan"): "--duration",
     ("vision", "--use-cuda-graph"): "--use-cuda-graph needs a GPU; these engines run on cpu",
+    ("vision", "--device", "cpu", "--decode", "gpu"): "(--decode gpu) needs a GPU",
     ("--against", "vllm"): "--against vllm: known is transformers",
     ("--against", "transformers:int4"): "--against transformers:int4",
     ("--layers", "2"): "--layers and --blocks cut a model of --random-weights",

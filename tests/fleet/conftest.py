@@ -50,6 +50,7 @@ class Job:
             "layer": None,
             "pool": "none",
             "batch_tokens": None,
+            "decode": "cpu",
             "max_retries": 1,
         } | options
         self.settings = WorkerSettings(

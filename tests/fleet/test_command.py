@@ -93,6 +93,11 @@ def test_a_run_and_how_it_goes_on(batch, images, tmp_path, capsys):
     assert not failures(tmp_path / "out")
 
 
+def test_jpeg_files_decoded_on_a_gpu_need_one(batch, images):
+    with pytest.raises(BatchError, match=r"--decode gpu\) needs a GPU, and the engines run on cpu"):
+        batch("--input", images, "--decode", "gpu")  # said by the workers: their machines may have other devices
+
+
 def test_resume_where_nothing_is_begins(batch, images, tmp_path):
     batch("--input", images, "--resume")
     assert len(rows(tmp_path / "out")) == 10
@@ -104,6 +109,7 @@ def test_a_resumed_run_must_be_the_same(batch, images, tmp_path):
         (("--pool", "mean"), "begun with pool 'none', this run has 'mean'"),
         (("--partition-rows", 5), "begun with partition_rows 4, this run has 5"),
         (("--max-pixels", 9408), "begun with max_pixels"),
+        (("--decode", "gpu"), "begun with decode 'cpu', this run has 'gpu'"),
         (("--source", "decoder", "--prompt", "x"), "begun with prompt None, this run has 'x'"),
         (("--input", save_images(tmp_path / "other", 1)), "begun with input"),
     ):

@@ -1,8 +1,9 @@
-"""The plumbing of JPEG decoding on a GPU, with a decoder of our own in nvImageCodec's place (names as in its 0.9)."""
+"""The plumbing of JPEG decoding on a GPU, with a decoder of our own in nvImageCodec's place."""
 
 import io
 import sys
-import types
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from runtime.inputs.images import load_image
 from runtime.inputs.jpeg_decoder import JpegDecoder
 from runtime.media.embedder import MediaEmbedder
 from runtime.preprocessing.preprocessor import Preprocessor
+from tests.support import fake_nvimgcodec
+from tests.support.fake_nvimgcodec import lowered
 from tests.support.pictures import CONFIG, natural
 
 CPU = torch.device("cpu")
@@ -27,45 +30,9 @@ def encoded(kind="JPEG", size=(40, 60), mode="RGB", **options):
     return buffer.getvalue()
 
 
-class FakeCodec(types.ModuleType):
-    """Decodes as Pillow does, but every level one lower, so that one sees who has decoded; gives up what it is told."""
-
-    def __init__(self):
-        super().__init__("nvidia.nvimgcodec")
-        self.calls, self.gives_up = [], ()
-        codec = self
-
-        class Decoder:
-            def __init__(self, device_id, options):
-                codec.created = (device_id, options)
-
-            def decode(self, files, params, cuda_stream):
-                codec.calls.append((files, params, cuda_stream))
-                return [None if file in codec.gives_up else codec.decode_one(file, params) for file in files]
-
-        self.Decoder = Decoder
-        self.DecodeParams = lambda **options: types.SimpleNamespace(**options)
-        self.ColorSpec = types.SimpleNamespace(SRGB="sRGB")
-
-    @staticmethod
-    def decode_one(file, params):
-        assert params.apply_exif_orientation
-        assert params.color_spec == "sRGB"
-        pixels = load_image(file).permute(1, 2, 0).contiguous()  # torch tensors speak DLPack, as its images do
-        return pixels - (pixels > 0).to(torch.uint8)
-
-
 @pytest.fixture
 def codec(monkeypatch):
-    fake = FakeCodec()
-    monkeypatch.setitem(sys.modules, "nvidia", types.ModuleType("nvidia"))
-    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", fake)
-    return fake
-
-
-def lowered(source):
-    pixels = load_image(source)
-    return pixels - (pixels > 0).to(torch.uint8)
+    return fake_nvimgcodec.install(monkeypatch)
 
 
 def test_jpeg_files_go_to_it_in_one_call_and_all_else_to_pillow(codec, tmp_path):
@@ -130,7 +97,7 @@ def test_the_missing_extra_is_named(monkeypatch):
 
 
 def test_it_needs_a_gpu():
-    with pytest.raises(MediaError, match=r'decode="gpu" needs a GPU.*cpu'):
+    with pytest.raises(MediaError, match=r'decode="gpu" .* needs a GPU.*cpu'):
         Preprocessor(CONFIG, decode="gpu")
 
 
@@ -151,5 +118,23 @@ def test_the_pipelines_media_are_decoded_with_it(codec):
 
 
 def test_the_pipeline_passes_the_option_on(untied_model):
-    with pytest.raises(MediaError, match='decode="gpu" needs a GPU'):
+    with pytest.raises(MediaError, match=r'decode="gpu" .* needs a GPU'):
         Pipeline.from_engine_dir(untied_model.engines, "cpu", decode="gpu")
+
+
+def test_one_thread_at_a_time_decodes(codec):
+    decoder, at_once, most = JpegDecoder(CPU), [], []
+    decode = codec.decode_one
+
+    def slow(file, params):
+        at_once.append(file)
+        most.append(len(at_once))
+        time.sleep(0.002)
+        at_once.pop()
+        return decode(file, params)
+
+    codec.decode_one = slow
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: decoder.load([encoded()], ["image"]), range(12)))
+    assert len(most) == 12
+    assert max(most) == 1
