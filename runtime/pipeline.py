@@ -22,6 +22,7 @@ from .detokenizer import AnswerStream
 from .exclusive import Exclusive, exclusive
 from .generation_config import GenerationConfig
 from .inputs.images import ImageSource
+from .media.ahead import DEFAULT_AHEAD_BYTES
 from .media.cached_media import CachedMedia
 from .media.embedder import MediaEmbedder
 from .media.embedding_cache import EmbeddingCache
@@ -65,9 +66,11 @@ class Pipeline:
         overlap: media of waiting requests are loaded on CPU threads, and the vision engine runs on a stream of its own,
             while answers go on; False does one thing after the other, in the same order every time. JPEG files decoded
             on the GPU are queued by the step either way.
+        ahead_bytes: most bytes of decoded images and videos that wait for their slot, one that is being decoded counted
+            as the largest of late; where nothing waits, one request of any size.
 
     Raises:
-        LimitError: ``max_num_tokens`` below 1, or ``embedding_cache_bytes`` below 0.
+        LimitError: ``max_num_tokens`` below 1, or ``embedding_cache_bytes`` or ``ahead_bytes`` below 0.
     """
 
     def __init__(
@@ -81,11 +84,14 @@ class Pipeline:
         embedding_cache_bytes: int = DEFAULT_EMBEDDING_CACHE_BYTES,
         clock: Callable[[], float] = time.perf_counter,
         overlap: bool = True,
+        ahead_bytes: int = DEFAULT_AHEAD_BYTES,
     ) -> None:
         if max_num_tokens < 1:
             raise LimitError(f"max_num_tokens is {max_num_tokens}; a step reads at least 1 token of a prompt")
         if embedding_cache_bytes < 0:
             raise LimitError(f"embedding_cache_bytes is {embedding_cache_bytes}; 0 keeps no embedding")
+        if ahead_bytes < 0:
+            raise LimitError(f"ahead_bytes is {ahead_bytes}; 0 decodes one request at a time")
         folder, self._config = engines.checkpoint.folder, engines.checkpoint.config
         self.engines = engines
         self.profile = engines.manifest.profile
@@ -103,7 +109,7 @@ class Pipeline:
         self._embeddings = EmbeddingCache(embedding_cache_bytes)
         self._cached_media = CachedMedia(self._media, self._embeddings)
         self._preparer = Preparer(self._cached_media, self._prompts, self._config, self.profile)
-        self._media_ahead = MediaAhead(self._preparer.load, overlap and decode == "cpu")
+        self._media_ahead = MediaAhead(self._preparer.load, overlap and decode == "cpu", ahead_bytes)
         self._side = SideStream.beside(engines.device) if overlap else SideStream(engines.device, None)
         self._max_num_tokens, self._reuse_prefixes, self._clock = max_num_tokens, reuse_prefixes, clock
         self._counters = Counters()
@@ -123,6 +129,7 @@ class Pipeline:
         reuse_prefixes: bool = True,
         embedding_cache_bytes: int = DEFAULT_EMBEDDING_CACHE_BYTES,
         overlap: bool = True,
+        ahead_bytes: int = DEFAULT_AHEAD_BYTES,
     ) -> Pipeline:
         """Open an engine folder that ``build_engines.py`` wrote.
 
@@ -140,6 +147,7 @@ class Pipeline:
             reuse_prefixes,
             embedding_cache_bytes,
             overlap=overlap,
+            ahead_bytes=ahead_bytes,
         )
 
     def generate(

@@ -38,12 +38,13 @@ class Stage:
 
     Attributes:
         name: ``load``, ``wait`` for what threads load, ``embed`` (``preprocess`` and ``vision`` are within it),
-            ``prefill``, ``decode`` or ``sampling``; ``occupy`` where a request gets its slot.
+            ``prefill``, ``decode`` or ``sampling``;
+            ``add`` where a request goes to the scheduler, ``occupy`` where it gets its slot.
         slots: that it works on, of the decoder's; none where it is no decoder's call.
         details: numbers about it.
-        media: keys of the images that it loads or embeds, or of the request that gets a slot. What is loaded is known
-            when the call has returned.
-        output: of the request that gets a slot.
+        media: keys of the images that it loads or embeds, or of the request that is added. What is loaded is known when
+            the call has returned.
+        output: of the request that is added or gets a slot.
     """
 
     name: str
@@ -106,6 +107,7 @@ def probes(observe: Observer) -> Iterator[None]:
         (CachedMedia, "embed", _embed_stage),
         (Preprocessor, "preprocess", partial(_of_name, "preprocess")),
         (scheduler, "sample", partial(_of_name, "sampling")),
+        (scheduler.Scheduler, "add", _add_stage),
         (Slots, "occupy", _occupy_stage),
     )
     with ExitStack() as stack:
@@ -142,10 +144,14 @@ def _embed_stage(_: CachedMedia, media: Sequence[Medium]) -> Stage:
     return Stage("embed", media=[medium.key for medium in media])
 
 
-def _occupy_stage(_: Slots, slot: int, sequence: RunningSequence) -> Stage:
+def _add_stage(_: scheduler.Scheduler, sequence: RunningSequence) -> Stage:
     prepared = sequence.prepared
     media = [medium.key for medium in (*prepared.images, *prepared.videos)] if prepared is not None else []
-    return Stage("occupy", range(slot, slot + 1), media=media, output=sequence.output)
+    return Stage("add", media=media, output=sequence.output)
+
+
+def _occupy_stage(_: Slots, slot: int, sequence: RunningSequence) -> Stage:
+    return Stage("occupy", range(slot, slot + 1), output=sequence.output)
 
 
 def _of_name(name: str, *_: Any) -> Stage:

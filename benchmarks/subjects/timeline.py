@@ -123,7 +123,7 @@ class Timeline:
         """The trace, for JSON."""
         if self._zero_event is not None:
             torch.cuda.synchronize(self._device)
-        calls = [span for span in self._spans if span.stage.name != "occupy"]
+        calls = [span for span in self._spans if span.stage.output is None]
         owners = _Owners(self._spans, self.requests)
         threads = list(dict.fromkeys([self._stepping, *(span.thread for span in calls)]))
         slices = [

@@ -12,11 +12,9 @@ from typing import Any
 from qwen2vl_trt.errors import MediaError
 
 from ..inputs.image_listing import ImageFile
+from ..media.ahead import DEFAULT_AHEAD_BYTES, room_for_another
 from ..media.embedder import LoadedImage
 from .sources import IMAGE_FAULTS, FeatureSource
-
-_AHEAD_BYTES = 1 << 30
-"""Decoded pixels that may wait for the engine; one not decoded yet counts as much as the largest of late."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +69,12 @@ def decode_ahead(
 
     def items() -> Iterator[_Decoded]:
         ahead: deque[tuple[str, Future[LoadedImage | Exception]]] = deque()
-        last = size = 0  # bytes of the last image, and of the largest of late; 0 before the first is known
+        last = 0  # bytes of the last image
         while True:
-            ready = [image.pixels.nbytes for image in _done(ahead) if isinstance(image, LoadedImage)]
-            size = max([*ready, last])
-            most = batching.ahead if size else batching.workers
+            ready = [image.nbytes for image in _done(ahead) if isinstance(image, LoadedImage)]
             while not ahead or (
-                len(ahead) < most and sum(ready) + (len(ahead) - len(ready) + 1) * size <= _AHEAD_BYTES
+                len(ahead) < batching.ahead
+                and room_for_another(ready, len(ahead) - len(ready), last, batching.workers, DEFAULT_AHEAD_BYTES)
             ):
                 following = next(images, None)
                 if following is None:
@@ -88,7 +85,7 @@ def decode_ahead(
                 return
             key, future = ahead.popleft()
             image = future.result()
-            last = image.pixels.nbytes if isinstance(image, LoadedImage) else last
+            last = image.nbytes if isinstance(image, LoadedImage) else last
             yield key, image
 
     executor = ThreadPoolExecutor(batching.workers, thread_name_prefix="decode")

@@ -33,6 +33,11 @@ class Medium:
     second_per_grid: float
     content: LoadedImage | LoadedVideo | CachedEmbedding
 
+    @property
+    def nbytes(self) -> int:
+        """Of its pixels; an embedding is the cache's."""
+        return 0 if isinstance(self.content, CachedEmbedding) else self.content.nbytes
+
 
 class CachedMedia:
     """A :class:`~runtime.media.embedder.MediaEmbedder` behind an embedding cache.

@@ -31,6 +31,10 @@ class LoadedImage:
     pixels: Tensor
     grid: Grid
 
+    @property
+    def nbytes(self) -> int:
+        return self.pixels.nbytes
+
 
 @dataclass(frozen=True)
 class LoadedVideo:
@@ -39,6 +43,10 @@ class LoadedVideo:
     video: Video
     grid: Grid
     second_per_grid: float
+
+    @property
+    def nbytes(self) -> int:
+        return sum(load_image(frame).nbytes for frame in self.video.frames)
 
 
 @dataclass

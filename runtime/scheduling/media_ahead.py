@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -11,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..inputs.video import Video
+from ..media.ahead import DEFAULT_AHEAD_BYTES, room_for_another
 from .preparation import LoadedMedia, MediaSources
 
 _THREADS = min(4, os.cpu_count() or 1)
@@ -20,79 +22,141 @@ Load = Callable[[MediaSources], LoadedMedia]
 
 
 class Loading:
-    """A request's media: on a thread, or loaded by the caller when it asks for them.
+    """A request's media: for a thread, or for the caller.
 
     Attributes:
-        ahead: they are on a thread.
+        ahead: they are for a thread.
+        begun: a thread is at them or has been: they take memory.
+        nbytes: of the pixels, once a thread has loaded them.
         seconds: that the thread took; 0 without one.
     """
 
-    def __init__(self, sources: MediaSources, load: Load, threads: ThreadPoolExecutor | None) -> None:
-        self._sources, self._load = sources, load
+    def __init__(self, sources: MediaSources, ahead: bool) -> None:
+        self.sources, self.ahead = sources, ahead
+        self.begun = False
+        self.nbytes = 0
         self.seconds = 0.0
-        self._future: Future[LoadedMedia] | None = threads.submit(self._timed) if threads is not None else None
-
-    @property
-    def ahead(self) -> bool:
-        return self._future is not None
+        self.future: Future[LoadedMedia | None] | None = None
 
     @property
     def done(self) -> bool:
-        """Whether asking for them does not wait for a thread."""
-        return self._future is None or self._future.done()
-
-    def result(self) -> LoadedMedia:
-        """The media; raises what loading them raised."""
-        return self._load(self._sources) if self._future is None else self._future.result()
-
-    def cancel(self) -> None:
-        """Nobody wants them: they are not begun with any more; those that have begun are dropped at their end."""
-        if self._future is not None:
-            self._future.cancel()
-
-    def _timed(self) -> LoadedMedia:
-        began = time.perf_counter()
-        try:
-            return self._load(self._sources)
-        finally:
-            self.seconds = time.perf_counter() - began
+        """Whether a thread has had them."""
+        return self.future is not None and self.future.done()
 
     @staticmethod
     def wait_for_any(loadings: Collection[Loading], seconds: float | None, *others: Future[None]) -> None:
         """Wait until the first of those on threads is loaded, or one of the others done, or so long."""
-        futures: list[Future[Any]] = [loading._future for loading in loadings if loading._future is not None]
+        futures: list[Future[Any]] = [loading.future for loading in loadings if loading.future is not None]
         wait([*futures, *others], seconds, FIRST_COMPLETED)
 
 
 class MediaAhead:
     """Loads on a few threads, in the order of asking. They start with the first media and end with the object.
 
+    Whether there is room for one more is looked at when it is asked for and again when a thread comes to it, since by
+    then it is known how large others are; see :func:`runtime.media.ahead.room_for_another`. Where there is none for one
+    request, there is none for those that ask after it in the same pass.
+
     Args:
         load: called on any of the threads.
         overlap: False leaves all to the caller.
+        most_bytes: of pixels that may wait.
     """
 
-    def __init__(self, load: Load, overlap: bool) -> None:
-        self._load, self._overlap = load, overlap
+    def __init__(self, load: Load, overlap: bool, most_bytes: int = DEFAULT_AHEAD_BYTES) -> None:
+        self._load, self._overlap, self._most_bytes = load, overlap, most_bytes
         self._threads: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._queued: list[Loading] = []  # given to threads, and not taken yet
+        self._held: list[int] = []
+        self._last = 0
+        self._full = False
+
+    def begin_pass(self, held: Sequence[int]) -> None:
+        """Before the waiting requests are looked at, in their order: how many bytes each that is prepared holds."""
+        with self._lock:
+            self._last = max(filter(None, self._held), default=self._last)
+            self._held = list(held)
+            self._full = False
+
+    def hold(self, nbytes: int) -> None:
+        """One more request is prepared."""
+        with self._lock:
+            self._held.append(nbytes)
 
     def start(self, sources: MediaSources) -> Loading:
-        """Begin with a request's media.
+        """Begin with a request's media as soon as there is room.
 
         Text has none, and what lies on a GPU is ordered by the streams of the caller's thread: both are left to it.
         """
         media = [*sources.images, *sources.videos]
-        if not self._overlap or not media or any(map(_on_gpu, media)):
-            return Loading(sources, self._load, None)
+        loading = Loading(sources, self._overlap and bool(media) and not any(map(_on_gpu, media)))
+        self._queue(loading)
+        return loading
+
+    def take(self, loading: Loading) -> LoadedMedia | None:
+        """The media; None while a thread is at them or there is no room. Raises what loading them raised."""
+        if not loading.ahead:
+            empty = not (loading.sources.images or loading.sources.videos)
+            return self._load(loading.sources) if empty or self._room() else None
+        if not loading.done:
+            self._queue(loading)
+            return None
+        assert loading.future is not None
+        self.drop(loading)
+        media, loading.future = loading.future.result(), None
+        if media is None:  # its turn came when there was no room
+            self._queue(loading)
+        return media
+
+    def drop(self, loading: Loading) -> None:
+        """Nobody wants it: it is not begun with any more; if it has begun, the media are dropped at their end."""
+        if loading.future is not None:
+            loading.future.cancel()
+        with self._lock:
+            if loading in self._queued:
+                self._queued.remove(loading)
+
+    def _queue(self, loading: Loading) -> None:
+        """Give a thread what is for one and where there is room."""
+        if not loading.ahead or loading.future is not None or not self._room():
+            return
         if self._threads is None:
             self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="load-media")
-        return Loading(sources, self._load, self._threads)
+        with self._lock:
+            self._queued.append(loading)
+            loading.future = self._threads.submit(self._load_in_turn, loading)
+
+    def _room(self) -> bool:
+        """For one more, on the caller's thread."""
+        with self._lock:
+            self._full = self._full or not self._room_beside(self._queued)
+            return not self._full
+
+    def _room_beside(self, others: Collection[Loading]) -> bool:
+        waiting = [*self._held, *(other.nbytes for other in others if other.done)]
+        loading = sum(not other.done for other in others)
+        return room_for_another(waiting, loading, self._last, _THREADS, self._most_bytes)
+
+    def _load_in_turn(self, loading: Loading) -> LoadedMedia | None:
+        with self._lock:
+            if not self._room_beside([other for other in self._queued if other.begun]):
+                return None
+            loading.begun = True
+        began = time.perf_counter()
+        try:
+            media = self._load(loading.sources)
+            loading.nbytes = media.nbytes
+            return media
+        finally:
+            loading.seconds = time.perf_counter() - began
 
     def close(self) -> None:
         """End the threads, after the media that they have begun with; those that wait for one are cancelled."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
             self._threads = None
+            self._queued.clear()
 
 
 def _on_gpu(source: Any) -> bool:

@@ -39,6 +39,11 @@ class LoadedMedia:
     images: list[Medium]
     videos: list[Medium]
 
+    @property
+    def nbytes(self) -> int:
+        """Of their pixels."""
+        return sum(medium.nbytes for medium in (*self.images, *self.videos))
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -61,6 +66,11 @@ class Prepared:
     images: list[Medium]
     videos: list[Medium]
     keys: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Of its media's pixels."""
+        return LoadedMedia(self.images, self.videos).nbytes
 
 
 class Preparer:

@@ -113,6 +113,7 @@ class Scheduler:
         if cache.owner is not self._mark:
             self._slots.forget()
             cache.owner = self._mark
+        sequence.prepared = None  # its pixels: all that the decoder reads is embedded
         self._prompts.append(sequence)
 
     def cancel(self, output: Output) -> None:

@@ -69,7 +69,7 @@ class WaitingLine:
         """Forget requests that have ended, and load nothing more for them."""
         for waiting in self._line:
             if waiting.output.finished and waiting.loading is not None:
-                waiting.loading.cancel()
+                self._media_ahead.drop(waiting.loading)
         self._line = deque(waiting for waiting in self._line if not waiting.output.finished)
 
     def expire(self) -> None:
@@ -85,11 +85,13 @@ class WaitingLine:
     def prepare(self, free_slots: int, slots: int) -> None:
         """Prepare as many requests as there are free slots, and one more a call up to one for each slot.
 
-        So a request that is wrong, or never fits, is told before its turn, and what is loaded ahead stays bounded.
-        Threads load the media of all these; a request whose are not there yet has its turn in a later call.
+        So a request that is wrong, or never fits, is told before its turn, and what is loaded ahead stays bounded, in
+        bytes too. Threads load the media of all these; a request whose are not there yet, or have no room yet, has its
+        turn in a later call.
         """
         ahead = 1
         number = 0
+        self._media_ahead.begin_pass([each.prepared.nbytes for each in self._line if each.prepared is not None])
         while number < min(len(self._line), free_slots + slots):
             waiting = self._line[number]
             if waiting.prepared is None:
@@ -97,12 +99,14 @@ class WaitingLine:
                     if waiting.loading is None:
                         waiting.loading = self._media_ahead.start(self._preparer.sources(waiting.request))
                     late = not waiting.loading.ahead and number >= free_slots
-                    if not waiting.loading.done or (late and not ahead):
+                    began = self._clock()  # a thread's seconds, which begin at its start, count for themselves
+                    media = self._media_ahead.take(waiting.loading) if ahead or not late else None
+                    if media is None:
                         number += 1
                         continue
                     ahead -= late
-                    began = self._clock()  # a thread's seconds, which may have begun here, count for themselves
-                    waiting.prepared = self._preparer.prepare(waiting.request, waiting.loading.result())
+                    waiting.prepared = self._preparer.prepare(waiting.request, media)
+                    self._media_ahead.hold(waiting.prepared.nbytes)
                     self._preparer.check_room(len(waiting.prepared.token_ids), waiting.params.max_tokens)
                 except Exception as error:
                     waiting.output.fail(named(error, "preparing the request"))

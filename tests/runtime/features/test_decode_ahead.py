@@ -61,7 +61,7 @@ def test_the_next_batch_is_decoded_while_nobody_asks():
 
 @pytest.mark.parametrize("pixels", [200, 600])
 def test_waiting_pixels_are_bounded(monkeypatch, pixels):
-    monkeypatch.setattr(module, "_AHEAD_BYTES", 1000)
+    monkeypatch.setattr(module, "DEFAULT_AHEAD_BYTES", 1000)
     source = Source(pixels)
     with decode_ahead(source, images(60), Batching(16, 100, 4, 1)) as decoded:
         next(decoded)

@@ -1,8 +1,10 @@
 """Media loaded on threads while others are answered: equal answers, order, errors, cancellation, deadlines, threads."""
 
 import gc
+import io
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -11,11 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwen2vl_trt.errors import DeadlineError, MediaError
+from qwen2vl_trt.errors import DeadlineError, LimitError, MediaError
 from runtime import Pipeline, Request, SamplingParams, Video
 from runtime.backends.runners import open_engines
+from runtime.media.ahead import room_for_another
+from runtime.scheduling import media_ahead
 from runtime.scheduling.media_ahead import _THREADS, MediaAhead
-from runtime.scheduling.preparation import MediaSources
+from runtime.scheduling.preparation import LoadedMedia, MediaSources
 from tests.support.requests import answers, picture, random_params, random_request
 
 PATIENCE = 60  # seconds after which a test that hangs fails
@@ -248,7 +252,12 @@ def test_no_thread_without_overlap(engines):
 
 def test_only_what_lies_on_the_host_is_loaded_on_threads():
     seen = []
-    loader = MediaAhead(lambda sources: seen.append(threading.current_thread()), overlap=True)
+
+    def load(sources):
+        seen.append(threading.current_thread())
+        return LoadedMedia([], [])
+
+    loader = MediaAhead(load, overlap=True)
     image, there = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8, device="meta")
     for videos in ([Video([there])], [[there, there]], [there[None]]):
         assert not loader.start(MediaSources([], videos, [None])).ahead
@@ -257,7 +266,7 @@ def test_only_what_lies_on_the_host_is_loaded_on_threads():
     for media in ([image], ["a.png"], [b"..."], [np.zeros((4, 4, 3), np.uint8)]):
         loading = loader.start(MediaSources(media, [media], [None]))
         assert loading.ahead
-        loading.result()
+        assert loading.future.result(PATIENCE) == loader.take(loading) == LoadedMedia([], [])
     assert len(seen) == 4
     assert threading.current_thread() not in seen
     loader.close()
@@ -273,3 +282,98 @@ def test_one_opened_image_in_many_requests(engines, tmp_path):
         outputs = pipeline.generate([Request("What?", [image])] * 8, params)
         assert len({output.text for output in outputs}) == 1
     pipeline.close()
+
+
+class Alive:
+    """Bytes of decoded pixels that a pipeline has somewhere, now and at most."""
+
+    def __init__(self, pipeline):
+        self.now = self.peak = 0
+        self._lock = threading.Lock()
+        self._load, pipeline._media_ahead._load = pipeline._media_ahead._load, self.load
+
+    def load(self, sources):
+        media = self._load(sources)
+        for image in media.images:
+            self.count(image.content.pixels.nbytes)
+            weakref.finalize(image.content, self.count, -image.content.nbytes)
+        return media
+
+    def count(self, nbytes):
+        with self._lock:
+            self.now += nbytes
+            self.peak = max(self.peak, self.now)
+
+
+def png(seed, height, width):
+    buffer = io.BytesIO()
+    Image.fromarray(picture(seed, height, width)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+SIZE = 3 * 60 * 80
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("images", [4.5, 0])
+def test_what_waits_is_bounded_in_bytes(engines, overlap, images):
+    """Bounded by the number of requests alone, twice as many as there are slots would be decoded."""
+    pipeline = Pipeline(engines, overlap=overlap, ahead_bytes=int(images * SIZE), embedding_cache_bytes=0)
+    alive = Alive(pipeline)
+    most = max(images, _THREADS if overlap else 1) * SIZE  # one a thread until a size is known; at least one
+    assert 3 * engines.decoder.slots * SIZE > 2 * most
+    requests = [Request("What?", [png(seed, 60, 80)]) for seed in range(3 * engines.decoder.slots)]
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    outputs = pipeline.generate(requests, params)
+    assert all(output.finish_reason == "length" for output in outputs)
+    assert SIZE <= alive.peak <= most
+    expected = Pipeline(engines).generate(requests, params)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+    pipeline.close()
+
+
+def test_pixels_are_let_go_of_once_they_are_embedded(engines):
+    pipeline = Pipeline(engines, embedding_cache_bytes=0)
+    alive = Alive(pipeline)
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    outputs = [pipeline.submit(Request("What?", [png(seed, 60, 80)]), params) for seed in range(2)]
+    step_until(pipeline, lambda: all(output.token_ids for output in outputs))
+    assert not any(output.finished for output in outputs)
+    assert alive.peak > 0
+    assert alive.now == 0
+    pipeline.close()
+
+
+def test_many_that_turn_out_larger_than_those_before(engines, monkeypatch):
+    """When they are asked for, each counts as the small one; a thread that comes to one knows better."""
+    monkeypatch.setattr(media_ahead, "_THREADS", 2)
+    small, large = 3 * 30 * 40, 3 * 120 * 160
+    pipeline = Pipeline(engines, ahead_bytes=large, embedding_cache_bytes=0)
+    alive = Alive(pipeline)
+    pipeline.generate(Request("What?", [png(0, 30, 40)]), SamplingParams(max_tokens=2))
+    assert 0 < alive.peak == small
+    busy = [
+        pipeline.submit(Request(f"Who {n}?"), SamplingParams(max_tokens=60, ignore_eos=True))
+        for n in range(engines.decoder.slots)
+    ]
+    step_until(pipeline, lambda: all(output.token_ids for output in busy))
+    waiting = [pipeline.submit(Request("What?", [png(seed, 120, 160)])) for seed in range(8)]
+    assert engines.decoder.slots > 2
+    step_until(pipeline, lambda: all(output.finished for output in waiting))
+    assert large <= alive.peak <= 2 * large
+    assert all(output.error is None for output in waiting)
+    pipeline.close()
+
+
+def test_room_for_another():
+    assert room_for_another([], 0, 0, threads=2, most=0)
+    assert room_for_another([], 1, 0, threads=2, most=0)
+    assert not room_for_another([], 2, 0, threads=2, most=10**9)  # nobody knows how large they are
+    assert room_for_another([], 0, 500, threads=2, most=0)  # whatever its size, where nothing waits
+    assert not room_for_another([], 1, 500, threads=2, most=0)
+    assert room_for_another([30, 50], 1, 10, threads=2, most=180)
+    assert not room_for_another([30, 50], 1, 10, threads=2, most=179)
+    assert not room_for_another([30, 50], 1, 60, threads=2, most=180)
+    assert room_for_another([0, 0], 0, 500, threads=2, most=0)  # their embeddings are in the cache
+    with pytest.raises(LimitError, match="ahead_bytes is -1"):
+        Pipeline(None, ahead_bytes=-1)

@@ -24,7 +24,7 @@ class Preparer:
         self._now[0] += 2
         if request.prompt == "wrong":
             raise PromptError("this prompt is wrong")
-        return SimpleNamespace(token_ids=[0] * 5, images=media.images, videos=media.videos)
+        return SimpleNamespace(token_ids=[0] * 5, images=media.images, videos=media.videos, nbytes=0)
 
     def check_room(self, prompt_tokens, max_tokens):
         if prompt_tokens + max_tokens > 10:
