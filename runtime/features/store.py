@@ -2,9 +2,10 @@
 
 ``features-00000.safetensors`` and so on hold one tensor an image, named by its key; their metadata's ``grids`` says
 each image's ``[1, h, w]`` in patches. A shard is written beside its place, synced to the disk, then renamed: it is
-there whole or not at all, so the shards alone say what is done. ``index.jsonl`` (a line an image: which shard, shape,
-grid) is for readers, appended after each shard and rebuilt from the shards when a run resumes. JSON lines because any
-language reads them without this project, they can be appended, and a torn last line harms nothing.
+there whole or not at all, so the shards alone say what is done. A thread writes one shard while the next is filled.
+``index.jsonl`` (a line an image: which shard, shape, grid) is for readers, appended after each shard and rebuilt from
+the shards when a run resumes. JSON lines because any language reads them without this project, they can be appended,
+and a torn last line harms nothing.
 ``errors.jsonl`` names each image that the latest run could not use, ``settings.json`` what the features depend on.
 """
 
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +35,7 @@ from .shards import SHARDS, read_header, shard_number, shard_path, shard_paths, 
 IfExists = Literal["refuse", "resume", "overwrite"]
 
 SHARD_BYTES = 512 << 20
-"""A shard ends here even if it has room for more images; writing one takes twice this in memory."""
+"""A shard ends here even if it has room for more images; writing one takes twice this in memory, beside the next."""
 
 ERRORS = "errors.jsonl"
 _INDEX, _SETTINGS, _LOCK = "index.jsonl", "settings.json", ".lock"
@@ -63,6 +65,8 @@ class FeatureStore:
         self.failed = 0
         self.first_failure: str | None = None
         self._shard_size = shard_size
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write-shard")
+        self._writing: Future[None] | None = None
         paths = shard_paths(folder)
         self._shard = _Shard(shard_number(paths[-1]) + 1 if paths else 0)
         self._done = self._rebuild_index(paths)
@@ -81,12 +85,16 @@ class FeatureStore:
         return self._shard_size - len(self._shard.tensors)
 
     def add(self, key: str, grid: Grid, features: Tensor) -> None:
-        """Keep an image's features; they are on the disk when the shard is full, or after :meth:`flush`."""
+        """Keep an image's features; they are on the disk after :meth:`flush`, and when the shard after theirs is full.
+
+        Raises:
+            FeaturesError: an earlier shard could not be written.
+        """
         shard = self._shard
         shard.tensors[key], shard.grids[key] = features, grid
         shard.bytes += features.numel() * features.element_size()
         if not self.room or shard.bytes >= SHARD_BYTES:
-            self.flush()
+            self._hand_over()
 
     def fail(self, key: str, reason: str) -> None:
         """Note that an image has no features, and why.
@@ -101,19 +109,31 @@ class FeatureStore:
         self.first_failure = self.first_failure or reason
 
     def flush(self) -> None:
-        """Write what has been added since the last shard, as a shard.
+        """Write what has been added since the last shard, as a shard, and wait until all is on the disk.
 
         Raises:
             FeaturesError: it cannot be written; nothing of it is left, and what was saved before stays.
         """
-        shard = self._shard
-        if not shard.tensors:
-            return
+        if self._shard.tensors:
+            self._hand_over()
+        self._wait()
+
+    def _hand_over(self) -> None:
+        """Let the thread write the shard, once it has written the one before: no more than one waits in memory."""
+        self._wait()
+        self._writing = self._writer.submit(self._write, self._shard)
+        self._shard = _Shard(self._shard.number + 1)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _write(self, shard: _Shard) -> None:
         path = shard_path(self.folder, shard.number)
         with writing(path, f"; {self.saved:,} images are safe in {self.folder}: run again with --resume"):
             write_durably(path, save(shard.tensors, {"grids": json.dumps(shard.grids)}))
             self.saved += len(shard.tensors)
-            self._shard = _Shard(shard.number + 1)
             with (self.folder / _INDEX).open("a", encoding="utf-8") as index:
                 index.writelines(
                     _index_line(key, path.name, list(tensor.shape), shard.grids[key])
@@ -123,7 +143,8 @@ class FeatureStore:
                 os.fsync(index.fileno())
 
     def close(self) -> None:
-        """Release the file of errors; what was not flushed is forgotten."""
+        """Wait for a shard that is being written, and release the file of errors; what is not flushed is forgotten."""
+        self._writer.shutdown()
         self._errors.close()
         if not self.failed:
             (self.folder / ERRORS).unlink(missing_ok=True)

@@ -4,6 +4,8 @@ import contextlib
 import errno
 import json
 import os
+import threading
+import time
 
 import pytest
 import torch
@@ -217,3 +219,47 @@ def test_a_disk_that_fills_up_at_every_write(tmp_path, monkeypatch):
         FeaturesError, match=r"^\S*features-00001\S* cannot be written: No space left on device; 4 images"
     ):
         fill(tmp_path / "message")
+
+
+def test_a_shard_is_written_while_the_next_is_filled(tmp_path, monkeypatch):
+    """The second shard waits for the first to be on the disk; what is in memory is never more than both."""
+    sync, disk, added = os.fsync, threading.Event(), []
+
+    def add(store):
+        for key in KEYS:
+            store.add(key, (1, 2, 4), tensor(key))
+            added.append(key)
+
+    with open_store(tmp_path, SETTINGS, shard_size=4) as store:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (disk.wait(60), sync(descriptor)))
+        filling = threading.Thread(target=add, args=[store])
+        filling.start()
+        while len(added) < 7:  # all but the one that ends the second shard
+            time.sleep(0.001)
+        filling.join(0.1)
+        assert filling.is_alive()
+        assert len(added) == 7
+        assert (store.saved, stored(tmp_path)) == (0, {})  # nothing is said to be done before it is on the disk
+        disk.set()
+        filling.join(60)
+        store.flush()
+        assert store.saved == 14
+    assert_whole(tmp_path)
+
+
+def test_an_error_of_the_disk_ends_the_run_at_the_next_shard(tmp_path, monkeypatch):
+    with open_store(tmp_path, SETTINGS, shard_size=4) as store:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: os.write(-1, b""))
+        for key in KEYS[:7]:
+            store.add(key, (1, 2, 4), tensor(key))
+        for _ in range(2):  # and again, whatever is asked of the store
+            with pytest.raises(
+                FeaturesError, match=r"features-00000.* cannot be written: Bad file descriptor; 0 images"
+            ):
+                store.add(KEYS[7], (1, 2, 4), tensor(KEYS[7]))
+        with pytest.raises(FeaturesError, match="cannot be written"):
+            store.flush()
+    assert not stored(tmp_path)
+    monkeypatch.undo()
+    fill(tmp_path, "resume")
+    assert_whole(tmp_path)
