@@ -103,6 +103,7 @@ def _rows(trace: dict[str, Any]) -> list[_Row]:
         if event["name"] not in (TITLES["prefill"], TITLES["decode"]):  # the slots' are drawn
             stages.get(event["name"], []).extend(_shared([event]))
     slots = [slices for (group, _), slices in tracks.items() if group == SLOTS]
+    height = max(1.0, 0.35 * len(slots))  # of a row with a lane a slot
     for lane, slices in enumerate(slots):
         for event in slices:
             bar = _Bar(event, event["args"]["requests"][0])
@@ -110,12 +111,14 @@ def _rows(trace: dict[str, Any]) -> list[_Row]:
                 bar.lane, bar.lanes = lane, len(slots)
             stages[event["name"]].append(bar)
     for name, bars in stages.items():
-        rows += [_Row("step", name, bars)] if bars else []
-    rows[-1].label, rows[-1].height = f"decode step,\n{len(slots)} slots", max(1.0, 0.35 * len(slots))
+        if bars and name == TITLES["decode"]:
+            rows.append(_Row("step", f"{name},\n{len(slots)} slots", bars, height))
+        elif bars:
+            rows.append(_Row("step", name, bars))
     for (group, name), slices in tracks.items():
         if group == GPU:
             drawn = [event for event in slices if event["name"] in _OF_STEP]
-            rows.append(_Row("GPU", f"GPU, {name}", _shared(drawn), max(1.0, 0.35 * len(slots))))
+            rows.append(_Row("GPU", f"GPU, {name}", _shared(drawn), height))
     for (group, name), slices in tracks.items():
         if group == REQUESTS:
             rows.append(_Row("requests", name, [_Bar(event, int(name.split()[-1])) for event in slices[1:]]))
