@@ -67,6 +67,7 @@ class FeatureStore:
         self._shard_size = shard_size
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write-shard")
         self._writing: Future[None] | None = None
+        self._failure: str | None = None
         paths = shard_paths(folder)
         self._shard = _Shard(shard_number(paths[-1]) + 1 if paths else 0)
         self._done = self._rebuild_index(paths)
@@ -125,9 +126,15 @@ class FeatureStore:
         self._shard = _Shard(self._shard.number + 1)
 
     def _wait(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
+        try:
+            if self._writing is not None:
+                self._writing.result()
+        except FeaturesError as error:
+            self._failure = str(error)
+        finally:  # it would hold the error, whose frames hold it and all that the caller has open
             self._writing = None
+        if self._failure is not None:
+            raise FeaturesError(self._failure)
 
     def _write(self, shard: _Shard) -> None:
         path = shard_path(self.folder, shard.number)
