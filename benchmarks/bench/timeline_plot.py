@@ -48,7 +48,7 @@ def save_timeline(trace: dict[str, Any], title: str, path: Path) -> None:
     """Draw a trace: which stage works on which request when, and each request from its arrival to its end.
 
     Args:
-        trace: of :meth:`benchmarks.timeline.Timeline.as_dict`.
+        trace: of :meth:`benchmarks.subjects.timeline.Timeline.as_dict`.
         title: what ran where.
         path: of the picture.
 

@@ -1,5 +1,7 @@
 """What the subjects do otherwise where the host waits for a GPU."""
 
+import threading
+
 import pytest
 import torch
 
@@ -19,10 +21,20 @@ def test_threads_that_load_do_not_wait(monkeypatch):
     waits = []
     monkeypatch.setattr(stages, "synchronize", waits.append)
     clock = StageClock(torch.device("cuda"))
-    for name in ("load", "vision", "decode"):
+
+    def load():
+        with clock(Stage("load")):
+            pass
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    assert waits == []
+    assert not clock.seconds
+    for name in ("wait", "vision", "decode"):
         with clock(Stage(name)):
             pass
-    assert waits == [torch.device("cuda")] * 2
+    assert waits == [torch.device("cuda")] * 3
     assert set(clock.seconds) == {"preprocess", "vision", "decode"}
 
 
