@@ -279,7 +279,7 @@ def _run(
     if tally.failed and not tally.saved + tally.skipped:
         raise BatchError(f"none of the {tally.failed:,} rows could be used; the first: {tally.first_failure}")
     there = f", {tally.skipped:,} were there" if tally.skipped else ""
-    rate = f", {tally.rate:.1f} rows/s with {workers} workers" if waiting else ""
+    rate = f", {tally.rate:.1f} rows/s, workers: {workers}" if waiting else ""
     print(f"{arguments.output}: {tally.saved:,} rows{there}{rate}", file=sys.stderr)
     if tally.failed:
         print(f"warning: {tally.failed:,} rows could not be used: see {arguments.output / ERRORS}", file=sys.stderr)

@@ -229,7 +229,7 @@ def to_messages(prompt: str | Sequence[Message], images: int = 0, videos: int = 
     for kind, given in (("image", images), ("video", videos)):
         places = sum(part["type"] == kind for message in messages for part in message["content"])
         if places != given:
-            raise PromptError(f"the prompt has {places} places for {kind}s (<{kind}> or parts), but {given} are given")
+            raise PromptError(f"places for {kind}s in the prompt (<{kind}> or parts): {places}; {kind}s given: {given}")
     parts = [part for message in messages for part in message["content"]]
     if not any(part["type"] != "text" or part["text"].strip() for part in parts):
         raise PromptError("the prompt is empty: it has neither text nor images nor videos")
@@ -265,8 +265,8 @@ def extract_media(messages: Sequence[Message], images: Sequence[Any] = (), video
     for kind in pools:
         if empty[kind] != given[kind]:
             raise PromptError(
-                f"the messages leave {empty[kind]} places for {kind}s open (<{kind}> or parts),"
-                f" but {given[kind]} are given"
+                f"places for {kind}s that the messages leave open (<{kind}> or parts): {empty[kind]};"
+                f" {kind}s given: {given[kind]}"
             )
     return media
 

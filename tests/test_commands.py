@@ -219,8 +219,8 @@ ASK = ("--prompt", "x")
 WRONG_INPUT = {
     ("--prompt", ""): "the prompt is empty",
     ("--prompt", " \n"): "the prompt is empty",
-    ("--prompt", "<image> <image>", "--image", "a.png"): "2 places",
-    ("--prompt", "<image>", "--image", "a.png", "--image", "b.jpg"): "but 2 are given",
+    ("--prompt", "<image> <image>", "--image", "a.png"): ": 2; images given: 1",
+    ("--prompt", "<image>", "--image", "a.png", "--image", "b.jpg"): "images given: 2",
     ("--prompt", "a " * 300): "prompt has",
     (*ASK, "--max-tokens", "500"): "Lower max_tokens to",
     (*ASK, "--image", "none.png"): "image 1 (none.png): no such file",

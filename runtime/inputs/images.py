@@ -76,7 +76,7 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Tensor:
     if isinstance(source, Tensor):
         return rgb(source[None] if source.ndim == 2 else source, label)
     raise MediaError(
-        f"{label}: a {type(source).__name__} is no image; give a path, bytes, a PIL image, a numpy array or a tensor"
+        f"{label}: {type(source).__name__} is no image; give a path, bytes, a PIL image, a numpy array or a tensor"
     )
 
 

@@ -175,14 +175,14 @@ def test_media_go_to_their_places_or_first(prompt, images, videos, expected):
 @pytest.mark.parametrize(
     ("prompt", "images", "videos", "message"),
     [
-        ("<image> <image>", 1, 0, "2 places for images .* 1 are given"),
-        ("<image>", 2, 0, "1 places for images .* 2 are given"),
-        ("a literal <image>", 0, 0, "1 places for images .* 0 are given"),
-        ("<video>", 0, 0, "1 places for videos .* 0 are given"),
-        ("<image> What?", 1, 1, "0 places for videos .* 1 are given"),
-        ("<video> What?", 1, 1, "0 places for images .* 1 are given"),
-        (user(text("What?")), 1, 0, "0 places for images .* 1 are given"),
-        (user(IMAGE, VIDEO), 1, 0, "1 places for videos .* 0 are given"),
+        ("<image> <image>", 1, 0, "places for images .*: 2; images given: 1"),
+        ("<image>", 2, 0, "places for images .*: 1; images given: 2"),
+        ("a literal <image>", 0, 0, "places for images .*: 1; images given: 0"),
+        ("<video>", 0, 0, "places for videos .*: 1; videos given: 0"),
+        ("<image> What?", 1, 1, "places for videos .*: 0; videos given: 1"),
+        ("<video> What?", 1, 1, "places for images .*: 0; images given: 1"),
+        (user(text("What?")), 1, 0, "places for images .*: 0; images given: 1"),
+        (user(IMAGE, VIDEO), 1, 0, "places for videos .*: 1; videos given: 0"),
         ("", 0, 0, "empty"),
         (" \n\t", 0, 0, "empty"),
         ([], 0, 0, "empty"),
@@ -330,8 +330,8 @@ def test_media_come_in_order_from_parts_and_from_beside(tmp_path):
 @pytest.mark.parametrize(
     ("messages", "images", "message"),
     [
-        (user(IMAGE, IMAGE), ["a"], "leave 2 places for images open .* 1 are given"),
-        (user({"type": "image", "image": "b"}), ["a"], "leave 0 places for images open .* 1 are given"),
+        (user(IMAGE, IMAGE), ["a"], "the messages leave open .*: 2; images given: 1"),
+        (user({"type": "image", "image": "b"}), ["a"], "the messages leave open .*: 0; images given: 1"),
         (user({"type": "image", "image": "https://example.org/a.png"}), [], "remote"),
         (user({"type": "image_url", "image_url": {"url": "data:image/png;base64,???"}}), [], "not base64"),
         (user({"type": "image_url", "image_url": {"url": "data:text/plain,hello"}}), [], "not base64"),
