@@ -157,10 +157,11 @@ class TransformersPipeline(_TransformersSubject):
 
     def make_ready(self, case: Case) -> None:
         """Load the model, unless it is there, and the images."""
-        from transformers import AutoProcessor
-
         if self._model is None:
             self._model = load_model(self._checkpoint, self._dtype, self.device)
+        # After the model, for which torchvision was made importable.
+        from transformers import AutoProcessor
+
         self._processor = AutoProcessor.from_pretrained(self._checkpoint, padding_side="left")
         self._images = [jpeg(size, seed) for seed, size in enumerate(case.sizes)]
         self._case = case
