@@ -104,7 +104,7 @@ def test_decoder_states_over_each_rows_prompt(job, images, pipeline, tmp_path):
         torch.testing.assert_close(tensor(found[key]), states, rtol=1e-5, atol=1e-5)
     reasons = failures(batch.output)
     assert sorted(reasons) == ["row 2", "row 3", "row 4"]
-    assert "2 places" in reasons["row 2"]
+    assert ": 2; images given: 1" in reasons["row 2"]
     assert "the column 'prompt' is empty" in reasons["row 3"]
     assert "tokens; these engines take 400" in reasons["row 4"]
 

@@ -252,7 +252,7 @@ def test_what_is_refused_before_the_work(pipelines, folder, tmp_path, monkeypatc
             extract(onnx, "--input", folder, "--output", tmp_path / "out", "--layer", 1, *source)
     with pytest.raises(MediaError, match="no image there"):
         extract(torch_pipeline, "--input", tmp_path / "empty", "--output", tmp_path / "out")
-    with pytest.raises(PromptError, match="2 places"):
+    with pytest.raises(PromptError, match=": 2; images given: 1"):
         extract(torch_pipeline, "--input", folder, "--output", tmp_path / "out", "--source", "decoder",
                 "--prompt", "<image><image>")  # fmt: skip
     monkeypatch.setattr("os.access", lambda path, mode: False)  # the superuser may write anywhere
