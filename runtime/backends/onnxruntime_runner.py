@@ -22,6 +22,7 @@ from qwen2vl_trt.windows import WindowLayout
 from .kept_layouts import keep_layouts
 from .kv_cache import KVCache
 from .runners import Engines, Step
+from .step_inputs import step_inputs
 from .token_embedding import TokenEmbedding
 from .warm_up import run_steps
 
@@ -121,15 +122,10 @@ class OrtDecoder:
     ) -> Step:
         batch, length, _ = inputs_embeds.shape
         self.cache.reserve(max(starts) + length)
-        start = torch.tensor(starts)
         inputs = {
-            "inputs_embeds": inputs_embeds,
-            "position_ids": position_ids,
-            "cache_start": start,
-            "kv_lengths": start + length,
-            "last_token": torch.full((batch,), length - 1),
+            name: tensor.to(self._device).contiguous()
+            for name, tensor in step_inputs(inputs_embeds, position_ids, starts).items()
         }
-        inputs = {name: tensor.to(self._device).contiguous() for name, tensor in inputs.items()}
         logits = torch.empty(batch, self._vocab_size, device=self._device)
         states = torch.empty_like(inputs["inputs_embeds"]) if hidden else None
 

@@ -21,6 +21,7 @@ from .decode_buckets import graph_sizes
 from .kept_layouts import keep_layouts
 from .kv_cache import KVCache
 from .runners import Engines, Step
+from .step_inputs import step_inputs
 from .tensorrt_context import ExecutionContext, Scratch
 from .tensorrt_decode_graphs import DecodeGraphs
 from .tensorrt_device import CudaDevice
@@ -176,14 +177,7 @@ class TensorRTDecoder:
             if outputs is not None:
                 return Step(outputs[0], outputs[1] if hidden else None)
         tensors, device = self._engine.tensors, self._engine.device.torch_device
-        start = torch.tensor(starts)
-        inputs = {
-            "inputs_embeds": inputs_embeds,
-            "position_ids": position_ids,
-            "cache_start": start,
-            "kv_lengths": start + length,
-            "last_token": torch.full((batch,), length - 1),
-        }
+        inputs = step_inputs(inputs_embeds, position_ids, starts)
         logits = torch.empty(batch, tensors["logits"].shape[1], dtype=tensors["logits"].dtype, device=device)
         states = torch.empty(inputs_embeds.shape, dtype=tensors["hidden_states"].dtype, device=device)
         caches = {
