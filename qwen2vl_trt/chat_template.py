@@ -141,12 +141,13 @@ def _within(seconds: float, work: Callable[[], T]) -> T:
             results.append(work())
         except Exception as error:
             errors.append(error)
+        except SystemExit:
+            pass
 
     thread = threading.Thread(target=call, name="chat-template", daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        # SystemExit ends a thread without a word on stderr.
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
         raise PromptError(f"the chat template takes over {seconds:g} s")
     if errors:

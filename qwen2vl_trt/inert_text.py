@@ -1,11 +1,11 @@
 """Texts that spell special tokens, such as ``<|im_end|>``, without becoming them.
 
-A tokenizer takes a special token wherever it finds its spelling, so that a user's text could end his turn and begin one of
+A tokenizer takes a special token wherever it finds its spelling, so a text could end the user's turn and begin one of
 the system's. Here a special token is one only where the chat template wrote it. To tell, one character of every special
-token's spelling (``|`` for Qwen's) is exchanged in all texts before the template is rendered, for one that no text holds.
-The tokenizer then finds the template's special tokens alone; what lies between them is tokenized with the characters put
-back and special tokens off, as ``split_special_tokens=True`` does in Transformers. For texts that spell no special token
-the result is Transformers'.
+token's spelling (``|`` for Qwen's) is exchanged in all texts for one that no text holds, before the template is rendered.
+The tokenizer then finds the template's special tokens alone. What lies between them is tokenized with the characters
+put back and special tokens off, as ``split_special_tokens=True`` does in Transformers. For texts that spell no special
+token the result is Transformers'.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from .errors import PromptError
 def local(media: Any, where: str) -> Any:
     """The path of a ``file://`` URL, the bytes of a ``data:`` URL, or what is no URL as it is.
 
-    A list of frames is one of these each; so is ``data:video/jpeg;base64,A,B,...``, vLLM's form of a list of JPEG files.
+    A list of frames is a list of these; ``data:video/jpeg;base64,A,B,...`` is vLLM's form of a list of JPEG files.
 
     Args:
         media: what a message's part gives.

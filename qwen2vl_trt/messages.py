@@ -6,7 +6,7 @@ A request is a plain string or a list of messages as OpenAI, Qwen or Transformer
   first, then the videos, then the text.
 - In messages the parts are the places, and ``<image>`` in a text is text.
 
-Every key of a message or a part is used, refused by name, or known to leave the answer alone. None is the same as no key.
+Every key of a message or a part is used, refused by name, or known to leave the answer alone. None says nothing.
 """
 
 from __future__ import annotations
@@ -306,8 +306,8 @@ def _checked_text(text: str, where: str) -> str:
     found = _SURROGATE.search(text)
     if found:
         raise PromptError(
-            f"{where}: character {found.start() + 1} of the text is {found[0]!r}, a lone surrogate, which is no character;"
-            " decode the text anew"
+            f"{where}: character {found.start() + 1} of the text is {found[0]!r}, a lone surrogate, which is no"
+            " character; decode the text anew"
         )
     return text
 

@@ -1,8 +1,8 @@
 """From messages to token ids.
 
-The checkpoint's own chat template and tokenizer turn messages into tokens, and each image or video token is repeated once
-for every merged patch, as Transformers' ``Qwen2_5_VLProcessor`` does. Unlike there, a text is only text: special tokens
-that it spells are read as ordinary characters, see :mod:`qwen2vl_trt.inert_text`.
+The checkpoint's own chat template and tokenizer turn messages into tokens, and each image or video token is repeated
+once for every merged patch, as Transformers' ``Qwen2_5_VLProcessor`` does. Unlike there, a text is only text: special
+tokens that it spells are read as ordinary characters, see :mod:`qwen2vl_trt.inert_text`.
 """
 
 from __future__ import annotations
@@ -157,13 +157,12 @@ class PromptBuilder:
 
     def _writes(self, role: str, key: str) -> bool:
         if (role, key) not in self._written:
-            without = [{"role": "user", "content": "a"}]
-            message = {"role": role, "content": "a"}
-            if key != "role":
-                without.append(message)
-                message = {**message, key: _SAMPLES[key]}
+            first, message = {"role": "user", "content": "a"}, {"role": role, "content": "a"}
+            without, with_it = (
+                ([first], message) if key == "role" else ([first, message], message | {key: _SAMPLES[key]})
+            )
             try:
-                written = self._template.render([without[0], message]) != self._template.render(without)
+                written = self._template.render([first, with_it]) != self._template.render(without)
             except PromptError:
                 written = True  # it looks at what it refuses
             self._written[role, key] = written

@@ -10,8 +10,18 @@ from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVide
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import CheckpointError, LimitError, PromptError
 from qwen2vl_trt.prompts import PromptBuilder, load_tokenizer
-from tests.support.chat import FIRST_SPECIAL, IMAGE, SPECIAL, TEMPLATE, VIDEO, make_config, make_tokenizer
-from tests.support.chat import save_tokenizer, text, user
+from tests.support.chat import (
+    FIRST_SPECIAL,
+    IMAGE,
+    SPECIAL,
+    TEMPLATE,
+    VIDEO,
+    make_config,
+    make_tokenizer,
+    save_tokenizer,
+    text,
+    user,
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +103,39 @@ def test_conversation_with_a_system_message(builder, processor):
     assert prompt.token_ids.count(builder.config.image_token_id) == 4
 
 
+def special_tokens(prompt):
+    return [SPECIAL[token - FIRST_SPECIAL] for token in prompt.token_ids if token >= FIRST_SPECIAL]
+
+
+@pytest.mark.parametrize("token", SPECIAL)
+@pytest.mark.parametrize("form", ["string", "part", "joined parts", "system"])
+def test_special_tokens_in_a_text_are_text(builder, token, form):
+    prompt = {
+        "string": f"<image>What is {token}?",
+        "part": user(IMAGE, text(f"What is {token}?")),
+        "joined parts": user(IMAGE, text(token[:5]), text(token[5:])),
+        "system": [{"role": "system", "content": token}, *user(IMAGE)],
+    }[form]
+    found = builder.build(prompt, [(1, 4, 4)])
+    image = ["<|vision_start|>", *["<|image_pad|>"] * 4, "<|vision_end|>"]
+    assert special_tokens(found) == [
+        *("<|im_start|>", "<|im_end|>", "<|im_start|>", *image, "<|im_end|>"),
+        "<|im_start|>",
+    ]
+    assert found.text.count(token) == 1 + builder.build(user(IMAGE), [(1, 4, 4)]).text.count(token)
+    assert builder.tokenizer.decode(found.token_ids) == found.text.replace(
+        "<|vision_start|><|image_pad|>", "<|vision_start|>" + "<|image_pad|>" * 4
+    )
+
+
+@pytest.fixture(scope="module")
+def allowing(folder, config):
+    return PromptBuilder(folder, config, allow_special_tokens=True)
+
+
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
 @pytest.mark.parametrize("form", ["string", "part", "joined parts", "system"])
-def test_vision_tokens_typed_by_the_user_are_refused(builder, token, form):
+def test_vision_tokens_in_a_text_are_refused_where_special_tokens_are_allowed(allowing, token, form):
     prompt = {
         "string": f"What is {token}?",
         "part": user(IMAGE, text(f"What is {token}?")),
@@ -103,15 +143,93 @@ def test_vision_tokens_typed_by_the_user_are_refused(builder, token, form):
         "system": [{"role": "system", "content": token}, *user(IMAGE)],
     }[form]
     with pytest.raises(PromptError) as caught:
-        builder.build(prompt, [(1, 4, 4)])
+        allowing.build(prompt, [(1, 4, 4)])
     assert repr(token) in str(caught.value)
     assert "<image>" in str(caught.value)
 
 
-def test_other_special_tokens_are_read_as_transformers_reads_them(builder, processor):
-    prompt = builder.build("a<|im_end|>b")
+def test_special_tokens_that_are_allowed_are_read_as_transformers_reads_them(allowing, processor):
+    prompt = allowing.build("a<|im_end|>b")
     assert prompt.token_ids == processor.tokenizer.encode(prompt.text)
-    assert prompt.token_ids.count(256 + SPECIAL.index("<|im_end|>")) == 3
+    assert special_tokens(prompt).count("<|im_end|>") == 3
+
+
+def test_text_with_null_characters_is_text(builder, processor):
+    prompt = builder.build("a\0b\0")
+    assert "a\0b\0" in prompt.text
+    assert prompt.token_ids == processor.tokenizer.encode(prompt.text)
+
+
+@pytest.mark.parametrize("length", [10**6, 3 * 10**7])
+def test_a_text_that_cannot_fit_is_not_tokenized(folder, config, length, monkeypatch):
+    builder = PromptBuilder(folder, config, max_input_len=100)
+    monkeypatch.setattr(builder, "tokenizer", None)
+    monkeypatch.setattr(builder._inert, "_tokenizer", None)
+    with pytest.raises(LimitError, match=r"over 65,536 characters, more than --max-input-len tokens"):
+        builder.build("x" * length)
+
+
+def test_a_text_that_fits_is_tokenized_however_long_its_tokens(folder, config):
+    longest = max(SPECIAL, key=len)
+    builder = PromptBuilder(folder, config, allow_special_tokens=True, max_input_len=8000)
+    words = "<|endoftext|>" * 7000
+    assert len(words) > 65_536
+    assert special_tokens(builder.build(words)).count("<|endoftext|>") == 7000
+    assert len(longest) <= 16
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "<|im_end|>"}'}}
+CALLING = [
+    *user(text("Look.")),
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "name": "look", "content": "a cat"},
+]
+
+
+@pytest.mark.parametrize(
+    ("message", "key"),
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, "tool_calls"),
+        ({"role": "assistant", "content": "x", "reasoning_content": "hm"}, "reasoning_content"),
+        ({"role": "user", "content": "x", "name": "Ann"}, "name"),
+    ],
+)
+def test_what_the_template_does_not_write_is_refused(builder, message, key):
+    with pytest.raises(
+        PromptError, match=f"message 2: the checkpoint's chat template does not write '{key}'; leave it"
+    ):
+        builder.build([*user(text("x")), message])
+
+
+def test_roles_are_written_as_they_are(builder):
+    prompt = builder.build([{"role": "developer", "content": "Be brief."}, *user(text("x")), CALLING[2]])
+    assert "<|im_start|>developer\nBe brief.<|im_end|>" in prompt.text
+    assert "<|im_start|>tool\na cat<|im_end|>" in prompt.text
+
+
+def test_a_role_that_the_template_passes_over_is_refused(config, tmp_path):
+    known = TEMPLATE.replace("for message in messages", "for message in messages if message.role != 'tool'")
+    builder = PromptBuilder(save_tokenizer(tmp_path, known), config)
+    with pytest.raises(PromptError, match="message 2: the checkpoint's chat template does not write the role 'tool'"):
+        builder.build([*user(text("x")), CALLING[2]])
+
+
+def test_tool_calls_that_the_template_writes(config, tmp_path):
+    writing = TEMPLATE.replace(
+        "<|im_end|>\n{% endfor %}",
+        "{% for call in message.tool_calls or [] %}<call>{{ call.function.name }}"
+        "{{ call.function.arguments|tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}",
+    )
+    builder = PromptBuilder(save_tokenizer(tmp_path, writing), config)
+    prompt = builder.build(CALLING)
+    assert '<|im_start|>assistant\n<call>look{"at": "<|im_end|>"}</call><|im_end|>' in prompt.text
+    assert special_tokens(prompt).count("<|im_end|>") == 4
+    with pytest.raises(PromptError, match="does not write 'reasoning_content'"):
+        builder.build([{"role": "assistant", "content": "x", "reasoning_content": "hm"}])
+    deep = "[" * 900 + "]" * 900
+    deep_call = {"function": {"name": "look", "arguments": f'{{"at": {deep}}}'}}
+    with pytest.raises(PromptError, match=r"nested too deeply|is no JSON"):
+        builder.build([{"role": "assistant", "tool_calls": [deep_call]}])
 
 
 def copy_without_template(folder, destination):
@@ -175,9 +293,37 @@ def test_template_that_loses_an_image_is_noticed(folder, config, tmp_path):
 
 def test_template_that_refuses(folder, config, tmp_path):
     destination = copy_without_template(folder, tmp_path / "copy")
-    put_template(destination, "chat_template.jinja", "{{ raise_exception('roles must alternate') }}")
+    refusing = "{% if messages[0].role == 'tool' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    put_template(destination, "chat_template.jinja", refusing + TEMPLATE)
     with pytest.raises(PromptError, match="roles must alternate"):
-        PromptBuilder(destination, config).build("x")
+        PromptBuilder(destination, config).build([{"role": "tool", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for %}", "the chat template cannot be compiled: "),
+        ("{{ raise_exception('never') }}", "the chat template refuses the messages: never"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% if messages[0].content is not string %}{{ 1 / 0 }}{% endif %}", "ZeroDivisionError"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}" + "x" * 999 + "{% endfor %}{% endfor %}",
+            "over .* chara",
+        ),
+        ("\ud800", "cannot be tokenized"),
+        (5, "the chat template cannot be compiled: "),
+        ([1], "chat template"),
+        ({"a": "b"}, "multiple chat templates with no default"),
+    ],
+)
+def test_template_that_cannot_be_used_is_known_when_the_checkpoint_is_loaded(
+    folder, config, tmp_path, template, message
+):
+    destination = copy_without_template(folder, tmp_path / "copy")
+    (destination / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        PromptBuilder(destination, config)
+    assert str(destination) in str(caught.value)
 
 
 def test_tokenizer_of_another_model(folder, config):

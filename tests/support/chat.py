@@ -44,7 +44,9 @@ def make_tokenizer():
 
 
 def make_config():
-    fields = {f"{name}_token_id": FIRST_SPECIAL + SPECIAL.index(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    fields = {
+        f"{name}_token_id": FIRST_SPECIAL + SPECIAL.index(f"<|{name}|>") for name in ("vision_start", "vision_end")
+    }
     fields |= {f"{name}_token_id": FIRST_SPECIAL + SPECIAL.index(f"<|{name}_pad|>") for name in ("image", "video")}
     return Qwen2VLConfig.from_dict(MINIMAL_CONFIG | fields | {"vocab_size": 264})
 

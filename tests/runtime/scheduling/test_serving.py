@@ -106,7 +106,7 @@ def test_the_same_beginning_is_read_once(make):
     image = picture(3, 140, 140)
     system = {"role": "system", "content": "You are careful. " * 5}
     requests = [
-        Request([system, {"role": "user", "content": f"<image>{text}"}], [image])
+        Request([system, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}], [image])
         for text in ("How many?", "Which ones?", "What is the sum?", "Which is the largest?", "Read them.")
     ]
     outputs = pipeline.generate(requests, SamplingParams(max_tokens=3))
@@ -124,7 +124,7 @@ def test_the_same_beginning_is_read_once(make):
 
 
 def test_a_conversation_goes_on_where_it_was(make, plain):
-    messages = [{"role": "user", "content": "<image>What do you see?"}]
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What do you see?"}]}]
     pipeline, params = make(), SamplingParams(max_tokens=12, ignore_eos=True)
     lengths = []
     for question in ("And then?", "Is that all?"):
