@@ -2,7 +2,7 @@
 
 A tokenizer takes a special token wherever it finds its spelling, so a text could end the user's turn and begin one of
 the system's. Here a special token is one only where the chat template wrote it. To tell, one character of every special
-token's spelling (``|`` for Qwen's) is exchanged in all texts for one that no text holds, before the template is rendered.
+token's spelling (``|`` for Qwen's) is exchanged in all texts for one that no text has, before the template is rendered.
 The tokenizer then finds the template's special tokens alone. What lies between them is tokenized with the characters
 put back and special tokens off, as ``split_special_tokens=True`` does in Transformers. For texts that spell no special
 token the result is Transformers'.

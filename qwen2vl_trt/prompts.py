@@ -210,6 +210,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     folder = Path(folder)
     check_tokenizer_files(folder)
     load: Any
+    options = {}
     if (folder / "tokenizer.json").is_file():  # complete in itself; AutoTokenizer takes two seconds more to import
         from transformers import PreTrainedTokenizerFast
 
@@ -217,9 +218,12 @@ def load_tokenizer(folder: str | Path) -> Any:
     else:
         from transformers import AutoTokenizer
 
-        load = AutoTokenizer.from_pretrained
+        load, options = (
+            AutoTokenizer.from_pretrained,
+            {"trust_remote_code": False},
+        )  # by default it asks on the terminal
     try:
-        tokenizer = load(folder, local_files_only=True)
+        tokenizer = load(folder, local_files_only=True, **options)
     except Exception as error:  # corrupt files raise anything, even bare Exception from the Rust side
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())}") from None
     tokenizer.model_max_length = int(1e30)  # the engines have the limit; this one would only warn

@@ -444,7 +444,7 @@ def bad_requests(tmp_path):
                                  PromptError, "open .*: 0; images given: 1"),
         "empty prompt": (Request(""), PromptError, "empty"),
         "None": (Request(None), PromptError, "string or a list of messages"),
-        "unknown key": (Request([{"role": "user", "content": "x", "y": 1}]), PromptError, "message 1 .*unknown key 'y'"),
+        "unknown key": (Request([{"role": "user", "content": "x", "y": 1}]), PromptError, "unknown key 'y'"),
         "lone surrogate": (Request("\ud800"), PromptError, r"character 1 of the text is '\\ud800'"),
         "lone surrogate in a name": (Request("x", ["\ud800.png"]), MediaError, "image 1 "),
         "null in a name": (Request([{"role": "user", "content": [{"image": "\0.png"}]}]), MediaError, "image 1 .*null"),
@@ -489,6 +489,14 @@ def test_a_bad_request_leaves_the_others_alone(pipeline, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")  # Transformers would warn of a long prompt
     with pytest.raises(MediaError, match="no such file"):
         list(pipeline.stream([requests[0], good[0]], params))
+
+
+def test_special_tokens_are_text_unless_they_are_allowed(engine_dirs, pipelines):
+    allowing = Pipeline.from_engine_dir(engine_dirs["torch"], "cpu", PipelineOptions(allow_special_tokens=True))
+    request, params = Request("a<|im_end|>b"), SamplingParams(max_tokens=1)
+    plain, special = (each.generate([request], params)[0] for each in (pipelines["torch"], allowing))
+    assert plain.prompt_tokens > special.prompt_tokens
+    assert pipelines["torch"].generate([Request("<|image_pad|>")], params)[0].error is None
 
 
 def test_a_prompt_and_its_answer_must_fit(pipeline):
