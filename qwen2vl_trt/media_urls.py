@@ -24,7 +24,11 @@ def local(media: Any, where: str) -> Any:
         PromptError: a URL that must be fetched first, or a ``data:`` URL that cannot be decoded.
     """
     if isinstance(media, (list, tuple)):
-        return [local(frame, where) for frame in media]
+        return [_local(frame, where) for frame in media]
+    return _local(media, where)
+
+
+def _local(media: Any, where: str) -> Any:
     if not isinstance(media, str):
         return media
     scheme = media[:8].lower()

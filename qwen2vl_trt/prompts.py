@@ -106,18 +106,18 @@ class PromptBuilder:
         """
         messages = to_messages(prompt, len(image_grids), len(video_grids))
         self._check_written(messages)
-        if self._allow_special_tokens:
-            self._check_media_tokens(messages)
-            text = self._render(messages)
-            ids = self._inert.encode_plain(text)
-        else:
-            try:
-                marked = self._render(self._inert.mark(messages))
-            except RecursionError:
-                raise PromptError("the arguments of a tool call are nested too deeply") from None
-            except PromptError as error:  # it may quote a text
-                raise PromptError(self._inert.unmark(str(error))) from None
-            text, ids = self._inert.unmark(marked), self._inert.encode(marked)
+        try:
+            if self._allow_special_tokens:
+                self._check_media_tokens(messages)
+            else:
+                messages = self._inert.mark(messages)
+        except RecursionError:
+            raise PromptError("the arguments of a tool call are nested too deeply") from None
+        try:
+            marked = self._render(messages)
+        except PromptError as error:  # it may quote a text
+            raise PromptError(self._inert.unmark(str(error))) from None
+        text, ids = self._inert.unmark(marked), self._inert.encode(marked)
         ids = self._repeat(ids, self.config.image_token_id, "image", image_grids)
         ids = self._repeat(ids, self.config.video_token_id, "video", video_grids)
         return Prompt(ids, text)
@@ -135,6 +135,7 @@ class PromptBuilder:
     def _check_media_tokens(self, messages: list[dict[str, Any]]) -> None:
         """An image token that no pixels belong to would shift every position after it."""
         texts = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
+        texts += [json.dumps({**message, "content": None}, ensure_ascii=False) for message in messages]
         for token in sorted(self._media_tokens):
             if any(token in text for text in texts):
                 raise PromptError(

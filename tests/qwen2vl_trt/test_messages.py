@@ -330,6 +330,11 @@ def test_a_wrong_value_names_its_part(monkeypatch):
         extract_media(user(text("x"), {"type": "image", "image": "a.png", "min_pixels": "many"}))
 
 
+def test_lists_in_lists_are_left_to_whoever_loads_them():
+    deep = nested(100_000)["a"]
+    assert extract_media(user({"type": "video", "video": [deep]})).videos[0][0] is deep
+
+
 def test_any_mapping_is_a_message():
     assert to_messages([MappingProxyType({"role": "user", "content": (MappingProxyType(text("x")),)})]) == user(
         text("x")

@@ -134,13 +134,15 @@ def allowing(folder, config):
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
-@pytest.mark.parametrize("form", ["string", "part", "joined parts", "system"])
-def test_vision_tokens_in_a_text_are_refused_where_special_tokens_are_allowed(allowing, token, form):
+@pytest.mark.parametrize("form", ["string", "part", "joined parts", "system", "name"])
+def test_vision_tokens_in_a_text_are_refused_where_special_tokens_are_allowed(allowing, token, form, monkeypatch):
+    monkeypatch.setitem(allowing._written, ("user", "name"), True)
     prompt = {
         "string": f"What is {token}?",
         "part": user(IMAGE, text(f"What is {token}?")),
         "joined parts": user(IMAGE, text(token[:5]), text(token[5:])),
         "system": [{"role": "system", "content": token}, *user(IMAGE)],
+        "name": [{**user(IMAGE)[0], "name": token}],
     }[form]
     with pytest.raises(PromptError) as caught:
         allowing.build(prompt, [(1, 4, 4)])
