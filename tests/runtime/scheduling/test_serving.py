@@ -82,8 +82,9 @@ def related_request(seed):
     text = " ".join(
         ["Compare them.", "How many digits are there?", "What is left of the 7?", "Sum?"][: rng.integers(1, 5)]
     )
-    text = "<image>" * len(images) + "<video>" * len(videos) + text + " and" * int(rng.integers(0, 4))
-    return Request([*opening[rng.integers(2)], {"role": "user", "content": text}], images, videos)
+    text += " and" * int(rng.integers(0, 4))
+    parts = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(videos) + [{"type": "text", "text": text}]
+    return Request([*opening[rng.integers(2)], {"role": "user", "content": parts}], images, videos)
 
 
 # Prefix reuse
