@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen2vl_trt.prompts import to_messages
+from qwen2vl_trt.messages import to_messages
 from runtime.inputs.images import ImageSource, load_image
 from runtime.inputs.video import Video, load_video
 from runtime.preprocessing.preprocessor import PreprocessorSettings

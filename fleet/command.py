@@ -171,6 +171,7 @@ def _settings(arguments: argparse.Namespace, given: Input, params: SamplingParam
         "decode": arguments.decode,
         "task": arguments.task,
         "prompt": arguments.prompt,
+        "allow_special_tokens": arguments.allow_special_tokens,
     }
     if arguments.task == "generate":
         return settings | json.loads(json.dumps(dataclasses.asdict(params)))

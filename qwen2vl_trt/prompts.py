@@ -1,44 +1,30 @@
-"""From what a user asks to token ids.
+"""From messages to token ids.
 
-A request is a plain string or a list of messages in the form of OpenAI or Qwen. Either becomes messages whose
-parts are text, images and videos; the checkpoint's own chat template and tokenizer do the rest, and each image
-or video token is repeated once for every merged patch, as Transformers' ``Qwen2_5_VLProcessor`` does.
-
-Where images go:
-
-- In a string, whether the whole prompt or a user message's content, ``<image>`` and ``<video>`` mark positions.
-  A prompt with neither gets its images first, then its videos, then its text.
-- In a list of parts, the parts mark the positions, and ``<image>`` in a text part is plain text.
-
-The model's own vision tokens (``<|image_pad|>`` and so on) have no place in a user's text: an image that no pixels
-belong to would shift every position after it. Such a text is refused, in any message, not repaired: silently
-dropping the token would change what was asked. Other special tokens are read as Transformers reads them.
+The checkpoint's own chat template and tokenizer turn messages into tokens, and each image or video token is repeated
+once for every merged patch, as Transformers' ``Qwen2_5_VLProcessor`` does. Unlike there, a text is only text: special
+tokens that it spells are read as ordinary characters, see :mod:`qwen2vl_trt.inert_text`.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
+from .chat_template import ChatTemplate
 from .config import Qwen2VLConfig, read_json
-from .errors import CheckpointError, PromptError
+from .errors import CheckpointError, LimitError, PromptError
+from .inert_text import InertText
+from .messages import Message, to_messages
 
-Message = Mapping[str, Any]
 Grid = Sequence[int]
 
-ROLES = ("system", "user", "assistant")
-_PART_KINDS = {"text": "text", "image": "image", "image_url": "image", "video": "video"}
-_MEDIA_KEYS = {"image": ("image", "image_url", "url", "path"), "video": ("video", "url", "path")}
 _NO_TEMPLATE = "has no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
-_PLACEHOLDER = re.compile(r"<(image|video)>")
+_FEWEST_CHARACTERS = 65_536  # a template may always write so many: some have long system messages
+_CALL = {"type": "function", "function": {"name": "b", "arguments": {"c": "d"}}}
+_SAMPLES = {"name": "b", "tool_calls": [_CALL], "reasoning_content": "b"}
 
 
 @dataclass(frozen=True)
@@ -54,41 +40,51 @@ class Prompt:
     text: str
 
 
-@dataclass(frozen=True)
-class Media:
-    """The images and videos of messages, in the order of their tokens.
-
-    ``video_fps`` has each video part's ``fps``, or None where it has none.
-    """
-
-    images: list[Any] = field(default_factory=list)
-    videos: list[Any] = field(default_factory=list)
-    video_fps: list[float | None] = field(default_factory=list)
-
-
 class PromptBuilder:
-    """The prompts of one checkpoint.
+    """The prompts of one checkpoint; one thread at a time may build them.
 
     Args:
         folder: checkpoint with tokenizer files and a chat template.
         config: its configuration.
+        allow_special_tokens: special tokens that texts spell are taken as such, as in Transformers.
+        max_input_len: most tokens of a prompt, by default the model's; no text is tokenized that has more for certain.
 
     Raises:
-        CheckpointError: no readable tokenizer, no chat template, or a tokenizer of another model.
+        CheckpointError: no readable tokenizer, a tokenizer of another model, or a chat template that is missing or does
+            not write the simplest conversations.
     """
 
-    def __init__(self, folder: str | Path, config: Qwen2VLConfig) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        config: Qwen2VLConfig,
+        allow_special_tokens: bool = False,
+        max_input_len: int | None = None,
+    ) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(folder)
-        self._refused = set()
+        self._inert = InertText(self.tokenizer)
+        self._allow_special_tokens = allow_special_tokens
+        self._written: dict[tuple[str, str], bool] = {}
+        self._media_tokens = set()
         ids = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
         for token_id in ids:
             token = None if token_id is None else self.tokenizer.convert_ids_to_tokens(token_id)
             if token is not None:
-                self._refused.add(token)
+                self._media_tokens.add(token)
         for name, token_id in (("image", config.image_token_id), ("video", config.video_token_id)):
             if self.tokenizer.convert_ids_to_tokens(token_id) is None:
                 raise CheckpointError(f"{folder}: the tokenizer lacks the {name} token {token_id} of config.json")
+        # Unicode's composed form, which the tokenizer makes first, has no less than half the characters.
+        longest = 2 * max(map(len, self.tokenizer.get_vocab()))
+        characters = max(_FEWEST_CHARACTERS, longest * (max_input_len or config.text.max_position_embeddings))
+        try:
+            source = self.tokenizer.get_chat_template()
+            self._template = ChatTemplate(source, self.tokenizer.special_tokens_map, characters)
+            for part in ({"type": "text", "text": "a"}, {"type": "image"}, {"type": "video"}):
+                self._inert.encode_plain(self._render([{"role": "user", "content": [part]}]))
+        except (PromptError, LimitError, ValueError) as error:
+            raise CheckpointError(f"{folder}: {error}") from None
 
     def build(
         self,
@@ -104,26 +100,29 @@ class PromptBuilder:
             video_grids: the same of each video.
 
         Raises:
-            PromptError: images or videos do not match their places, an empty prompt, an unknown role or part, a
-                vision token in the text, or a chat template that refuses the messages.
+            PromptError: images or videos do not match their places, an empty prompt, something unknown or wrong in the
+                messages, or a chat template that refuses them.
+            LimitError: more text than ``max_input_len`` tokens stand for.
         """
         messages = to_messages(prompt, len(image_grids), len(video_grids))
-        texts = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
-        for token in sorted(self._refused):
-            if any(token in text for text in texts):
-                raise PromptError(
-                    f"the text contains {token!r}, which only the chat template may write;"
-                    " mark an image's place with <image>, a video's with <video>"
-                )
-        text = self._render(messages)
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        self._check_written(messages)
+        try:
+            if self._allow_special_tokens:
+                self._check_media_tokens(messages)
+            else:
+                messages = self._inert.mark(messages)
+        except RecursionError:
+            raise PromptError("the arguments of a tool call are nested too deeply") from None
+        try:
+            marked = self._render(messages)
+        except PromptError as error:  # it may quote a text
+            raise PromptError(self._inert.unmark(str(error))) from None
+        text, ids = self._inert.unmark(marked), self._inert.encode(marked)
         ids = self._repeat(ids, self.config.image_token_id, "image", image_grids)
         ids = self._repeat(ids, self.config.video_token_id, "video", video_grids)
         return Prompt(ids, text)
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
-        from jinja2 import TemplateError
-
         # A message of nothing but text goes in as a string: every chat template takes that.
         plain = [
             {**message, "content": "".join(part["text"] for part in message["content"])}
@@ -131,10 +130,44 @@ class PromptBuilder:
             else message
             for message in messages
         ]
-        try:
-            return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise PromptError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from None
+        return self._template.render(plain)
+
+    def _check_media_tokens(self, messages: list[dict[str, Any]]) -> None:
+        """An image token that no pixels belong to would shift every position after it."""
+        texts = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
+        texts += [json.dumps({**message, "content": None}, ensure_ascii=False) for message in messages]
+        for token in sorted(self._media_tokens):
+            if any(token in text for text in texts):
+                raise PromptError(
+                    f"the text contains {token!r}, which only the chat template may write;"
+                    " mark an image's place with <image>, a video's with <video>"
+                )
+
+    def _check_written(self, messages: list[dict[str, Any]]) -> None:
+        """See that the template writes what not every template does; else it would be dropped without a word."""
+        for number, message in enumerate(messages, start=1):
+            role = message["role"]
+            if role in ("developer", "tool") and not self._writes(role, "role"):
+                raise PromptError(f"message {number}: the checkpoint's chat template does not write the role {role!r}")
+            for key in _SAMPLES.keys() & message.keys():
+                # A tool's name is that of the call that it answers.
+                if (role, key) != ("tool", "name") and not self._writes(role, key):
+                    raise PromptError(
+                        f"message {number}: the checkpoint's chat template does not write {key!r}; leave it out"
+                    )
+
+    def _writes(self, role: str, key: str) -> bool:
+        if (role, key) not in self._written:
+            first, message = {"role": "user", "content": "a"}, {"role": role, "content": "a"}
+            without, with_it = (
+                ([first], message) if key == "role" else ([first, message], message | {key: _SAMPLES[key]})
+            )
+            try:
+                written = self._template.render([first, with_it]) != self._template.render(without)
+            except PromptError:
+                written = True  # it looks at what it refuses
+            self._written[role, key] = written
+        return self._written[role, key]
 
     def _repeat(self, ids: list[int], token_id: int, kind: str, grids: Sequence[Grid]) -> list[int]:
         found = ids.count(token_id)
@@ -178,6 +211,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     folder = Path(folder)
     check_tokenizer_files(folder)
     load: Any
+    options = {}
     if (folder / "tokenizer.json").is_file():  # complete in itself; AutoTokenizer takes two seconds more to import
         from transformers import PreTrainedTokenizerFast
 
@@ -185,9 +219,12 @@ def load_tokenizer(folder: str | Path) -> Any:
     else:
         from transformers import AutoTokenizer
 
-        load = AutoTokenizer.from_pretrained
+        load, options = (
+            AutoTokenizer.from_pretrained,
+            {"trust_remote_code": False},
+        )  # by default it asks on the terminal
     try:
-        tokenizer = load(folder, local_files_only=True)
+        tokenizer = load(folder, local_files_only=True, **options)
     except Exception as error:  # corrupt files raise anything, even bare Exception from the Rust side
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())}") from None
     tokenizer.model_max_length = int(1e30)  # the engines have the limit; this one would only warn
@@ -200,144 +237,3 @@ def load_tokenizer(folder: str | Path) -> Any:
     if not tokenizer.chat_template:  # an empty file
         raise CheckpointError(f"{folder} {_NO_TEMPLATE}")
     return tokenizer
-
-
-def to_messages(prompt: str | Sequence[Message], images: int = 0, videos: int = 0) -> list[dict[str, Any]]:
-    """Bring a request into one form: every message a role and a list of parts, with the media left out.
-
-    Args:
-        prompt: a string, or messages.
-        images: number of images that come with it (those inside the messages included).
-        videos: number of videos.
-
-    Returns:
-        ``[{"role": ..., "content": [{"type": "text", "text": ...} | {"type": "image"} | {"type": "video"}]}]``.
-
-    Raises:
-        PromptError: the places do not match the media, the prompt is empty, or a role or part is unknown.
-    """
-    if isinstance(prompt, str):
-        parts = _split(prompt)
-        if not any(part["type"] != "text" for part in parts):
-            parts = [{"type": "image"}] * images + [{"type": "video"}] * videos + parts
-        messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
-    else:
-        messages = [
-            {"role": message["role"], "content": [_without_media(part) for part in message["content"]]}
-            for message in _checked(prompt)
-        ]
-    for kind, given in (("image", images), ("video", videos)):
-        places = sum(part["type"] == kind for message in messages for part in message["content"])
-        if places != given:
-            raise PromptError(f"places for {kind}s in the prompt (<{kind}> or parts): {places}; {kind}s given: {given}")
-    parts = [part for message in messages for part in message["content"]]
-    if not any(part["type"] != "text" or part["text"].strip() for part in parts):
-        raise PromptError("the prompt is empty: it has neither text nor images nor videos")
-    return messages
-
-
-def extract_media(messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Media:
-    """Collect the images and videos of messages, in order.
-
-    A part may carry its own (``{"type": "image", "image": ...}``, ``{"type": "image_url", "image_url": {"url": ...}}``,
-    ``{"type": "video", "video": ..., "fps": ...}``): a path, ``file://`` or ``data:`` URL, or any object that the
-    preprocessor takes. A part without takes the next of ``images`` or ``videos``.
-
-    Raises:
-        PromptError: parts without media and media without a part, a remote URL, or an unknown role or part.
-    """
-    pools = {"image": list(images), "video": list(videos)}
-    given = {kind: len(pool) for kind, pool in pools.items()}
-    empty = {"image": 0, "video": 0}
-    media = Media()
-    for message in _checked(messages):
-        for part in message["content"]:
-            kind = part["type"]
-            if kind == "text":
-                continue
-            found = part.get("media")
-            if found is None:
-                empty[kind] += 1
-                found = pools[kind].pop(0) if pools[kind] else None
-            (media.images if kind == "image" else media.videos).append(found)
-            if kind == "video":
-                media.video_fps.append(part.get("fps"))
-    for kind in pools:
-        if empty[kind] != given[kind]:
-            raise PromptError(
-                f"places for {kind}s that the messages leave open (<{kind}> or parts): {empty[kind]};"
-                f" {kind}s given: {given[kind]}"
-            )
-    return media
-
-
-def _checked(messages: Any) -> list[dict[str, Any]]:
-    """Messages with a known role each and a list of known parts; a part keeps its media under ``media``."""
-    if not isinstance(messages, Sequence) or isinstance(messages, bytes):
-        raise PromptError(f"a prompt is a string or a list of messages, not {type(messages).__name__}")
-    checked = []
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise PromptError(f"message {number} is not a dictionary with 'role' and 'content'")
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            raise PromptError(f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}")
-        if isinstance(content, str):
-            parts = _split(content) if role == "user" else [{"type": "text", "text": content}]
-        elif isinstance(content, Sequence):
-            parts = [_part(number, part) for part in content]
-        else:
-            raise PromptError(f"message {number}: content is a string or a list of parts, not {content!r}")
-        checked.append({"role": role, "content": parts})
-    return checked
-
-
-def _part(number: int, part: Any) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if not isinstance(kind, str) or kind not in _PART_KINDS:
-        known = ", ".join(_PART_KINDS)
-        raise PromptError(f"message {number} has a part of the unknown type {kind!r}; known are {known}")
-    kind = _PART_KINDS[kind]
-    if kind == "text":
-        if not isinstance(part.get("text"), str):
-            raise PromptError(f"message {number} has a text part without 'text'")
-        return {"type": "text", "text": part["text"]}
-    found = next((part[key] for key in _MEDIA_KEYS[kind] if part.get(key) is not None), None)
-    return {"type": kind, "media": _local(number, found), "fps": part.get("fps")}
-
-
-def _local(number: int, media: Any) -> Any:
-    """Undo the wrappings of OpenAI and Qwen: ``{"url": ...}``, ``file://`` and ``data:``."""
-    if isinstance(media, Mapping):
-        media = media.get("url")
-    if not isinstance(media, str):
-        return media
-    if media.startswith("file://"):
-        return url2pathname(urlsplit(media).path)
-    if media.startswith(("http://", "https://")):
-        raise PromptError(f"message {number}: {media!r} is remote; download it and give the file")
-    if media.startswith("data:"):
-        header, _, payload = media.partition(",")
-        try:
-            if not header.endswith(";base64"):
-                raise ValueError
-            return base64.b64decode(payload, validate=True)
-        except (ValueError, binascii.Error):
-            raise PromptError(f"message {number}: the data: URL is not base64") from None
-    return media
-
-
-def _split(text: str) -> list[dict[str, Any]]:
-    """Cut a string at its placeholders."""
-    pieces = _PLACEHOLDER.split(text)  # text, kind, text, kind, ..., text
-    parts: list[dict[str, Any]] = []
-    for number, piece in enumerate(pieces):
-        if number % 2:
-            parts.append({"type": piece})
-        elif piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
-
-
-def _without_media(part: dict[str, Any]) -> dict[str, Any]:
-    return {key: part[key] for key in ("type", "text") if key in part}

@@ -68,7 +68,7 @@ class Pipeline:
         settings = PreprocessorSettings.from_folder(folder).with_limits(options.min_pixels, options.max_pixels)
         preprocessor = Preprocessor(self._config.vision, settings, engines.device, engines.dtype, decode=options.decode)
         self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision)
-        self._prompts = PromptBuilder(folder, self._config)
+        self._prompts = PromptBuilder(folder, self._config, options.allow_special_tokens, self.profile.max_input_len)
         if len(self._prompts.tokenizer) > self._config.text.vocab_size:
             raise CheckpointError(
                 f"{folder}: the tokenizer has {len(self._prompts.tokenizer):,} tokens, the model"

@@ -222,6 +222,8 @@ WRONG_INPUT = {
     ("--prompt", "<image> <image>", "--image", "a.png"): ": 2; images given: 1",
     ("--prompt", "<image>", "--image", "a.png", "--image", "b.jpg"): "images given: 2",
     ("--prompt", "a " * 300): "prompt has",
+    ("--prompt", "a\udcff"): r"character 2 of the text is '\udcff', a lone surrogate",
+    ("--prompt", "<|image_pad|>", "--allow-special-tokens"): "which only the chat template may write",
     (*ASK, "--max-tokens", "500"): "Lower max_tokens to",
     (*ASK, "--image", "none.png"): "image 1 (none.png): no such file",
     (*ASK, "--image", ""): "directory",

@@ -146,6 +146,7 @@ def _settings(arguments: argparse.Namespace, pipeline: Pipeline, pixels: Preproc
         "decode": pipeline.options.decode,
         "source": arguments.source,
         "prompt": arguments.prompt,
+        "allow_special_tokens": pipeline.options.allow_special_tokens,
         "layer": arguments.layer,
         "pool": arguments.pool,
     }

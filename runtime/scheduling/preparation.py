@@ -13,8 +13,9 @@ from torch import Tensor
 from engines.profile import BuildProfile
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import LimitError, MediaError
+from qwen2vl_trt.messages import extract_media
 from qwen2vl_trt.mrope import rope_index
-from qwen2vl_trt.prompts import PromptBuilder, extract_media
+from qwen2vl_trt.prompts import PromptBuilder
 
 from ..media.cached_media import CachedMedia, Medium
 from ..media.embedder import StageTimes
@@ -99,7 +100,7 @@ class Preparer:
         fps: list[float | None] = [None] * len(videos)
         if not isinstance(request.prompt, str):
             media = extract_media(request.prompt, images, videos)
-            images, videos, fps = media.images, media.videos, media.video_fps
+            images, videos, fps = media.images, media.videos, [options.fps for options in media.video_options]
         return MediaSources(images, videos, fps)
 
     def load(self, sources: MediaSources) -> LoadedMedia:

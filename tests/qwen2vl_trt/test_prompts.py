@@ -1,69 +1,37 @@
 """Prompts against Transformers' processor, on a small byte-level tokenizer with Qwen's special tokens."""
 
-import base64
 import json
 import shutil
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 from qwen2vl_trt.config import Qwen2VLConfig
-from qwen2vl_trt.errors import CheckpointError, PromptError
-from qwen2vl_trt.prompts import PromptBuilder, extract_media, load_tokenizer, to_messages
-from tests.support.models import MINIMAL_CONFIG
-
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
-# ChatML with Qwen's vision tokens and default system message; content is a string or a list of parts.
-TEMPLATE = """
-{%- if messages[0].role != 'system' %}<|im_start|>system
-You are a helpful assistant.<|im_end|>
-{% endif %}
-{%- for message in messages %}<|im_start|>{{ message.role }}
-{% if message.content is string %}{{ message.content }}{% else %}
-{%- for part in message.content %}
-{%- if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>
-{%- elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>
-{%- else %}{{ part.text }}{% endif %}
-{%- endfor %}{% endif %}<|im_end|>
-{% endfor %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
-
-def make_tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+from qwen2vl_trt.errors import CheckpointError, LimitError, PromptError
+from qwen2vl_trt.prompts import PromptBuilder, load_tokenizer
+from tests.support.chat import (
+    FIRST_SPECIAL,
+    IMAGE,
+    SPECIAL,
+    TEMPLATE,
+    VIDEO,
+    make_config,
+    make_tokenizer,
+    save_tokenizer,
+    text,
+    user,
+)
 
 
 @pytest.fixture(scope="module")
 def config():
-    fields = {f"{name}_token_id": 256 + SPECIAL.index(f"<|{name}|>") for name in ("vision_start", "vision_end")}
-    fields |= {f"{name}_token_id": 256 + SPECIAL.index(f"<|{name}_pad|>") for name in ("image", "video")}
-    return Qwen2VLConfig.from_dict(MINIMAL_CONFIG | fields | {"vocab_size": 264})
+    return make_config()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prompts")
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tokenizer(tmp_path_factory.mktemp("prompts"))
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +55,6 @@ def image(height, width):
 
 def video(frames, height, width):
     return np.full((frames, height, width, 3), 128, dtype=np.uint8)
-
-
-IMAGE, VIDEO = {"type": "image"}, {"type": "video"}
-
-
-def text(words):
-    return {"type": "text", "text": words}
 
 
 @pytest.mark.parametrize(
@@ -142,88 +103,135 @@ def test_conversation_with_a_system_message(builder, processor):
     assert prompt.token_ids.count(builder.config.image_token_id) == 4
 
 
-def user(*parts):
-    return [{"role": "user", "content": list(parts)}]
+def special_tokens(prompt):
+    return [SPECIAL[token - FIRST_SPECIAL] for token in prompt.token_ids if token >= FIRST_SPECIAL]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "images", "videos", "expected"),
-    [
-        ("What?", 0, 0, user(text("What?"))),
-        ("What?", 2, 0, user(IMAGE, IMAGE, text("What?"))),
-        ("What?", 1, 2, user(IMAGE, VIDEO, VIDEO, text("What?"))),
-        ("", 1, 0, user(IMAGE)),
-        ("<image>What?", 1, 0, user(IMAGE, text("What?"))),
-        ("a <image>\nb<video> c", 1, 1, user(text("a "), IMAGE, text("\nb"), VIDEO, text(" c"))),
-        ("<image><image>", 2, 0, user(IMAGE, IMAGE)),
-        ("< image> <images> <Image>", 0, 0, user(text("< image> <images> <Image>"))),
-        ([{"role": "user", "content": "see <image>"}], 1, 0, user(text("see "), IMAGE)),
-        (user(text("a literal <image>"), IMAGE), 1, 0, user(text("a literal <image>"), IMAGE)),
-        (user({"type": "image_url", "image_url": {"url": "a.png"}}), 1, 0, user(IMAGE)),
-        (
-            [{"role": "system", "content": "<image> is a word"}, {"role": "user", "content": "x"}],
-            0,
-            0,
-            [{"role": "system", "content": [text("<image> is a word")]}, *user(text("x"))],
-        ),
-    ],
-)
-def test_media_go_to_their_places_or_first(prompt, images, videos, expected):
-    assert to_messages(prompt, images, videos) == expected
+@pytest.mark.parametrize("token", SPECIAL)
+@pytest.mark.parametrize("form", ["string", "part", "joined parts", "system"])
+def test_special_tokens_in_a_text_are_text(builder, token, form):
+    prompt = {
+        "string": f"<image>What is {token}?",
+        "part": user(IMAGE, text(f"What is {token}?")),
+        "joined parts": user(IMAGE, text(token[:5]), text(token[5:])),
+        "system": [{"role": "system", "content": token}, *user(IMAGE)],
+    }[form]
+    found = builder.build(prompt, [(1, 4, 4)])
+    image = ["<|vision_start|>", *["<|image_pad|>"] * 4, "<|vision_end|>"]
+    assert special_tokens(found) == [
+        *("<|im_start|>", "<|im_end|>", "<|im_start|>", *image, "<|im_end|>"),
+        "<|im_start|>",
+    ]
+    assert found.text.count(token) == 1 + builder.build(user(IMAGE), [(1, 4, 4)]).text.count(token)
+    assert builder.tokenizer.decode(found.token_ids) == found.text.replace(
+        "<|vision_start|><|image_pad|>", "<|vision_start|>" + "<|image_pad|>" * 4
+    )
 
 
-@pytest.mark.parametrize(
-    ("prompt", "images", "videos", "message"),
-    [
-        ("<image> <image>", 1, 0, "places for images .*: 2; images given: 1"),
-        ("<image>", 2, 0, "places for images .*: 1; images given: 2"),
-        ("a literal <image>", 0, 0, "places for images .*: 1; images given: 0"),
-        ("<video>", 0, 0, "places for videos .*: 1; videos given: 0"),
-        ("<image> What?", 1, 1, "places for videos .*: 0; videos given: 1"),
-        ("<video> What?", 1, 1, "places for images .*: 0; images given: 1"),
-        (user(text("What?")), 1, 0, "places for images .*: 0; images given: 1"),
-        (user(IMAGE, VIDEO), 1, 0, "places for videos .*: 1; videos given: 0"),
-        ("", 0, 0, "empty"),
-        (" \n\t", 0, 0, "empty"),
-        ([], 0, 0, "empty"),
-        (user(), 0, 0, "empty"),
-        (user(text("  ")), 0, 0, "empty"),
-        ([{"role": "robot", "content": "x"}], 0, 0, "unknown role 'robot'; known are system, user, assistant"),
-        (user({"type": "audio"}), 0, 0, "unknown type 'audio'; known are text, image, image_url, video"),
-        (user({"text": "x"}), 0, 0, "unknown type None"),
-        (user("x"), 0, 0, "unknown type None"),
-        (user({"type": "text"}), 0, 0, "text part without 'text'"),
-        ([{"content": "x"}], 0, 0, "message 1 is not a dictionary with 'role' and 'content'"),
-        (["x"], 0, 0, "message 1 is not a dictionary"),
-        ([{"role": "user", "content": 3}], 0, 0, "content is a string or a list of parts, not 3"),
-        (3, 0, 0, "a string or a list of messages, not int"),
-        (None, 0, 0, "a string or a list of messages, not NoneType"),
-    ],
-)
-def test_bad_prompts_are_refused_by_name(builder, prompt, images, videos, message):
-    with pytest.raises(PromptError, match=message):
-        builder.build(prompt, [(1, 4, 4)] * images, [(1, 4, 4)] * videos)
+@pytest.fixture(scope="module")
+def allowing(folder, config):
+    return PromptBuilder(folder, config, allow_special_tokens=True)
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
-@pytest.mark.parametrize("form", ["string", "part", "joined parts", "system"])
-def test_vision_tokens_typed_by_the_user_are_refused(builder, token, form):
+@pytest.mark.parametrize("form", ["string", "part", "joined parts", "system", "name"])
+def test_vision_tokens_in_a_text_are_refused_where_special_tokens_are_allowed(allowing, token, form, monkeypatch):
+    monkeypatch.setitem(allowing._written, ("user", "name"), True)
     prompt = {
         "string": f"What is {token}?",
         "part": user(IMAGE, text(f"What is {token}?")),
         "joined parts": user(IMAGE, text(token[:5]), text(token[5:])),
         "system": [{"role": "system", "content": token}, *user(IMAGE)],
+        "name": [{**user(IMAGE)[0], "name": token}],
     }[form]
     with pytest.raises(PromptError) as caught:
-        builder.build(prompt, [(1, 4, 4)])
+        allowing.build(prompt, [(1, 4, 4)])
     assert repr(token) in str(caught.value)
     assert "<image>" in str(caught.value)
 
 
-def test_other_special_tokens_are_read_as_transformers_reads_them(builder, processor):
-    prompt = builder.build("a<|im_end|>b")
+def test_special_tokens_that_are_allowed_are_read_as_transformers_reads_them(allowing, processor):
+    prompt = allowing.build("a<|im_end|>b")
     assert prompt.token_ids == processor.tokenizer.encode(prompt.text)
-    assert prompt.token_ids.count(256 + SPECIAL.index("<|im_end|>")) == 3
+    assert special_tokens(prompt).count("<|im_end|>") == 3
+
+
+def test_text_with_null_characters_is_text(builder, processor):
+    prompt = builder.build("a\0b\0")
+    assert "a\0b\0" in prompt.text
+    assert prompt.token_ids == processor.tokenizer.encode(prompt.text)
+
+
+@pytest.mark.parametrize("length", [10**6, 3 * 10**7])
+def test_a_text_that_cannot_fit_is_not_tokenized(folder, config, length, monkeypatch):
+    builder = PromptBuilder(folder, config, max_input_len=100)
+    monkeypatch.setattr(builder, "tokenizer", None)
+    monkeypatch.setattr(builder._inert, "_tokenizer", None)
+    with pytest.raises(LimitError, match=r"over 65,536 characters, more than --max-input-len tokens"):
+        builder.build("x" * length)
+
+
+def test_a_text_that_fits_is_tokenized_however_long_its_tokens(folder, config):
+    longest = max(SPECIAL, key=len)
+    builder = PromptBuilder(folder, config, allow_special_tokens=True, max_input_len=8000)
+    words = "<|endoftext|>" * 7000
+    assert len(words) > 65_536
+    assert special_tokens(builder.build(words)).count("<|endoftext|>") == 7000
+    assert len(longest) <= 16
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "<|im_end|>"}'}}
+CALLING = [
+    *user(text("Look.")),
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "name": "look", "content": "a cat"},
+]
+
+
+@pytest.mark.parametrize(
+    ("message", "key"),
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, "tool_calls"),
+        ({"role": "assistant", "content": "x", "reasoning_content": "hm"}, "reasoning_content"),
+        ({"role": "user", "content": "x", "name": "Ann"}, "name"),
+    ],
+)
+def test_what_the_template_does_not_write_is_refused(builder, message, key):
+    with pytest.raises(
+        PromptError, match=f"message 2: the checkpoint's chat template does not write '{key}'; leave it"
+    ):
+        builder.build([*user(text("x")), message])
+
+
+def test_roles_are_written_as_they_are(builder):
+    prompt = builder.build([{"role": "developer", "content": "Be brief."}, *user(text("x")), CALLING[2]])
+    assert "<|im_start|>developer\nBe brief.<|im_end|>" in prompt.text
+    assert "<|im_start|>tool\na cat<|im_end|>" in prompt.text
+
+
+def test_a_role_that_the_template_passes_over_is_refused(config, tmp_path):
+    known = TEMPLATE.replace("for message in messages", "for message in messages if message.role != 'tool'")
+    builder = PromptBuilder(save_tokenizer(tmp_path, known), config)
+    with pytest.raises(PromptError, match="message 2: the checkpoint's chat template does not write the role 'tool'"):
+        builder.build([*user(text("x")), CALLING[2]])
+
+
+def test_tool_calls_that_the_template_writes(config, tmp_path):
+    writing = TEMPLATE.replace(
+        "<|im_end|>\n{% endfor %}",
+        "{% for call in message.tool_calls or [] %}<call>{{ call.function.name }}"
+        "{{ call.function.arguments|tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}",
+    )
+    builder = PromptBuilder(save_tokenizer(tmp_path, writing), config)
+    prompt = builder.build(CALLING)
+    assert '<|im_start|>assistant\n<call>look{"at": "<|im_end|>"}</call><|im_end|>' in prompt.text
+    assert special_tokens(prompt).count("<|im_end|>") == 4
+    with pytest.raises(PromptError, match="does not write 'reasoning_content'"):
+        builder.build([{"role": "assistant", "content": "x", "reasoning_content": "hm"}])
+    deep = "[" * 900 + "]" * 900
+    deep_call = {"function": {"name": "look", "arguments": f'{{"at": {deep}}}'}}
+    with pytest.raises(PromptError, match=r"nested too deeply|is no JSON"):
+        builder.build([{"role": "assistant", "tool_calls": [deep_call]}])
 
 
 def copy_without_template(folder, destination):
@@ -287,57 +295,40 @@ def test_template_that_loses_an_image_is_noticed(folder, config, tmp_path):
 
 def test_template_that_refuses(folder, config, tmp_path):
     destination = copy_without_template(folder, tmp_path / "copy")
-    put_template(destination, "chat_template.jinja", "{{ raise_exception('roles must alternate') }}")
+    refusing = "{% if messages[0].role == 'tool' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    put_template(destination, "chat_template.jinja", refusing + TEMPLATE)
     with pytest.raises(PromptError, match="roles must alternate"):
-        PromptBuilder(destination, config).build("x")
+        PromptBuilder(destination, config).build([{"role": "tool", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for %}", "the chat template cannot be compiled: "),
+        ("{{ raise_exception('never') }}", "the chat template refuses the messages: never"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% if messages[0].content is not string %}{{ 1 / 0 }}{% endif %}", "ZeroDivisionError"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}" + "x" * 999 + "{% endfor %}{% endfor %}",
+            "over .* chara",
+        ),
+        ("\ud800", "cannot be tokenized"),
+        (5, "the chat template cannot be compiled: "),
+        ([1], "chat template"),
+        ({"a": "b"}, "multiple chat templates with no default"),
+    ],
+)
+def test_template_that_cannot_be_used_is_known_when_the_checkpoint_is_loaded(
+    folder, config, tmp_path, template, message
+):
+    destination = copy_without_template(folder, tmp_path / "copy")
+    (destination / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        PromptBuilder(destination, config)
+    assert str(destination) in str(caught.value)
 
 
 def test_tokenizer_of_another_model(folder, config):
     other = Qwen2VLConfig(config.vision, config.text, 999, config.video_token_id, config.vision_start_token_id, None)
     with pytest.raises(CheckpointError, match="lacks the image token 999"):
         PromptBuilder(folder, other)
-
-
-def test_media_come_in_order_from_parts_and_from_beside(tmp_path):
-    pixels, frames = image(2, 2), [image(2, 2)]
-    data = "data:image/png;base64," + base64.b64encode(b"png").decode()
-    messages = [
-        {"role": "user", "content": "first <image>"},
-        {
-            "role": "user",
-            "content": [
-                {"type": "image", "image": pixels},
-                {"type": "image"},
-                {"type": "image_url", "image_url": {"url": data}},
-                {"type": "image_url", "image_url": "b.png"},
-                {"type": "image", "image": "file:///tmp/a%20b.png"},
-                {"type": "video", "video": frames, "fps": 2.0},
-                {"type": "video"},
-                {"type": "text", "text": "?"},
-            ],
-        },
-    ]
-    media = extract_media(messages, images=["x.png", "y.png"], videos=["v.mp4"])
-    assert media.images[0] == "x.png"
-    assert media.images[1] is pixels
-    assert media.images[2:] == ["y.png", b"png", "b.png", "/tmp/a b.png"]
-    assert media.videos[0] is frames
-    assert media.videos[1:] == ["v.mp4"]
-    assert media.video_fps == [2.0, None]
-    assert len(to_messages(messages, len(media.images), len(media.videos))) == 2
-
-
-@pytest.mark.parametrize(
-    ("messages", "images", "message"),
-    [
-        (user(IMAGE, IMAGE), ["a"], "the messages leave open .*: 2; images given: 1"),
-        (user({"type": "image", "image": "b"}), ["a"], "the messages leave open .*: 0; images given: 1"),
-        (user({"type": "image", "image": "https://example.org/a.png"}), [], "remote"),
-        (user({"type": "image_url", "image_url": {"url": "data:image/png;base64,???"}}), [], "not base64"),
-        (user({"type": "image_url", "image_url": {"url": "data:text/plain,hello"}}), [], "not base64"),
-        (user({"type": "audio"}), [], "unknown type 'audio'"),
-    ],
-)
-def test_bad_media_are_refused_by_name(messages, images, message):
-    with pytest.raises(PromptError, match=message):
-        extract_media(messages, images)

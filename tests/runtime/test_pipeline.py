@@ -370,7 +370,16 @@ def test_messages_carry_their_media(pipeline, tmp_path):
     ]
     plain = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "<image>and<image><video>What do you see?"},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image"},
+                {"text": "and"},
+                {"type": "image"},
+                {"type": "video"},
+                {"text": "What do you see?"},
+            ],
+        },
     ]
     params = SamplingParams(max_tokens=8)
     inside = pipeline.generate(Request(messages), params)
@@ -435,7 +444,12 @@ def bad_requests(tmp_path):
                                  PromptError, "open .*: 0; images given: 1"),
         "empty prompt": (Request(""), PromptError, "empty"),
         "None": (Request(None), PromptError, "string or a list of messages"),
-        "vision token": (Request("<|image_pad|>"), PromptError, "chat template"),
+        "unknown key": (Request([{"role": "user", "content": "x", "y": 1}]), PromptError, "unknown key 'y'"),
+        "lone surrogate": (Request("\ud800"), PromptError, r"character 1 of the text is '\\ud800'"),
+        "lone surrogate in a name": (Request("x", ["\ud800.png"]), MediaError, "image 1 "),
+        "null in a name": (Request([{"role": "user", "content": [{"image": "\0.png"}]}]), MediaError, "image 1 .*null"),
+        "lone surrogate in a list of frames": (Request("x", videos=[["\ud800"]]), MediaError, "video 1, frame 1 "),
+        "much text": (Request("x" * 10**7), LimitError, r"--max-input-len"),
         "too long": (Request("word " * 600), LimitError, r"these engines take 400 \(--max-input-len\)"),
         "lone image": (Request("x", image), MediaError, r"images is a ndarray.*images=\[...\]"),
         "lone path": (Request("x", "a.png"), MediaError, "images is a str"),
@@ -475,6 +489,14 @@ def test_a_bad_request_leaves_the_others_alone(pipeline, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")  # Transformers would warn of a long prompt
     with pytest.raises(MediaError, match="no such file"):
         list(pipeline.stream([requests[0], good[0]], params))
+
+
+def test_special_tokens_are_text_unless_they_are_allowed(engine_dirs, pipelines):
+    allowing = Pipeline.from_engine_dir(engine_dirs["torch"], "cpu", PipelineOptions(allow_special_tokens=True))
+    request, params = Request("a<|im_end|>b"), SamplingParams(max_tokens=1)
+    plain, special = (each.generate([request], params)[0] for each in (pipelines["torch"], allowing))
+    assert plain.prompt_tokens > special.prompt_tokens
+    assert pipelines["torch"].generate([Request("<|image_pad|>")], params)[0].error is None
 
 
 def test_a_prompt_and_its_answer_must_fit(pipeline):

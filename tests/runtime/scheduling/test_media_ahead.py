@@ -166,7 +166,7 @@ def test_a_fault_ends_its_own_request(gated):
         random_request(3, images=1),
         Request("What?", [b"no picture"]),
         Request("What?", "letters"),
-        Request([{"role": "user", "content": "<image>"}], []),
+        Request([{"role": "user", "content": [{"type": "image"}]}], []),
     ]
     outputs = pipeline.generate(requests, SamplingParams(max_tokens=3))
     assert [type(output.error).__name__ for output in outputs] == [

@@ -82,8 +82,9 @@ def related_request(seed):
     text = " ".join(
         ["Compare them.", "How many digits are there?", "What is left of the 7?", "Sum?"][: rng.integers(1, 5)]
     )
-    text = "<image>" * len(images) + "<video>" * len(videos) + text + " and" * int(rng.integers(0, 4))
-    return Request([*opening[rng.integers(2)], {"role": "user", "content": text}], images, videos)
+    text += " and" * int(rng.integers(0, 4))
+    parts = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(videos) + [{"type": "text", "text": text}]
+    return Request([*opening[rng.integers(2)], {"role": "user", "content": parts}], images, videos)
 
 
 # Prefix reuse
@@ -106,7 +107,7 @@ def test_the_same_beginning_is_read_once(make):
     image = picture(3, 140, 140)
     system = {"role": "system", "content": "You are careful. " * 5}
     requests = [
-        Request([system, {"role": "user", "content": f"<image>{text}"}], [image])
+        Request([system, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}], [image])
         for text in ("How many?", "Which ones?", "What is the sum?", "Which is the largest?", "Read them.")
     ]
     outputs = pipeline.generate(requests, SamplingParams(max_tokens=3))
@@ -124,7 +125,7 @@ def test_the_same_beginning_is_read_once(make):
 
 
 def test_a_conversation_goes_on_where_it_was(make, plain):
-    messages = [{"role": "user", "content": "<image>What do you see?"}]
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What do you see?"}]}]
     pipeline, params = make(), SamplingParams(max_tokens=12, ignore_eos=True)
     lengths = []
     for question in ("And then?", "Is that all?"):

@@ -1,0 +1,155 @@
+"""The checkpoint's chat template: Transformers' text, within bounds.
+
+A template is a program that comes with a checkpoint. Jinja's sandbox keeps it from files, from Python's own objects and
+from changing what it is given; here it also has a deadline and a longest text, and whatever it raises is a PromptError.
+What one operation takes in memory before it has written anything is not bounded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from .errors import LimitError, PromptError
+
+T = TypeVar("T")
+
+SECONDS = 5.0
+_SHOWN = 300  # characters of a template's own message
+
+
+class ChatTemplate:
+    """A compiled template.
+
+    Args:
+        source: Jinja, as in ``chat_template.jinja``.
+        variables: what it is given besides the messages; Transformers gives ``eos_token`` and the like.
+        characters: longest text.
+        seconds: for compiling, and for each text.
+
+    Raises:
+        PromptError: it is no Jinja, or takes too long.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, Any], characters: int, seconds: float = SECONDS) -> None:
+        self._variables, self._characters, self._seconds = variables, characters, seconds
+        self._template = self._bounded(lambda: _environment().from_string(source), "cannot be compiled")
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Write a conversation, and the beginning of the answer.
+
+        Raises:
+            PromptError: the template refuses the messages, fails, or takes too long.
+            LimitError: the text is too long.
+        """
+        return self._bounded(lambda: self._write(messages), "refuses the messages")
+
+    def _write(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        pieces, size = [], 0
+        given = {**self._variables, "messages": messages, "tools": None, "documents": None}
+        for piece in self._template.generate(given, add_generation_prompt=True):
+            pieces.append(piece)
+            size += len(piece)
+            if size > self._characters:
+                raise LimitError(
+                    f"the prompt has over {self._characters:,} characters, more than --max-input-len tokens stand for."
+                    " Shorten it, or rebuild."
+                )
+        return "".join(pieces)
+
+    def _bounded(self, work: Callable[[], T], failing: str) -> T:
+        try:
+            return _within(self._seconds, work)
+        except (PromptError, LimitError):
+            raise
+        except Exception as error:  # a template may raise whatever Python's operators and methods do
+            kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+            words = " ".join(str(error)[:_SHOWN].split())
+            raise PromptError(f"the chat template {failing}: {kind}{words}") from None
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Without the operations on numbers and repeated texts that go on for ever in one step, which no deadline ends."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length()
+            if (bits * abs(right) if operator == "**" else bits + right.bit_length()) > 1000:
+                raise OverflowError("a number of over 1,000 bits")
+        for many, times in ((left, right), (right, left)):
+            if isinstance(many, (str, list, tuple)) and isinstance(times, int) and len(many) * times > 1_000_000:
+                raise OverflowError("a text or list repeated to over 1,000,000 items")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks what an assistant said, for training; here it is the text that it is."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+def _environment() -> _Environment:
+    """What Transformers offers to templates (``transformers.utils.chat_template_utils``)."""
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """Call a function on a thread of its own, which is told to end when its time is over.
+
+    On a thread, because an exception can be sent there at any point of a loop without hitting any other code.
+    """
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def call() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            errors.append(error)
+        except SystemExit:
+            pass
+
+    thread = threading.Thread(target=call, name="chat-template", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        raise PromptError(f"the chat template takes over {seconds:g} s")
+    if errors:
+        raise errors[0]
+    return results[0]

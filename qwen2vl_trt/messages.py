@@ -1,0 +1,328 @@
+"""What a user asks, read into one form: messages whose parts are texts, images and videos.
+
+A request is a plain string or a list of messages as OpenAI, Qwen or Transformers write them.
+
+- In a plain string ``<image>`` and ``<video>`` mark the places of what comes beside it; without a mark the images come
+  first, then the videos, then the text.
+- In messages the parts are the places, and ``<image>`` in a text is text.
+
+Every key of a message or a part is used, refused by name, or known to leave the answer alone. None says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from reprlib import repr as shown
+from typing import Any, Literal
+
+from .errors import MediaError, PromptError
+from .media_options import ImageOptions, VideoOptions
+from .media_urls import local
+
+Message = Mapping[str, Any]
+Kind = Literal["text", "image", "video"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+_TYPES: dict[str, Kind] = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "image": "image",
+    "image_url": "image",
+    "input_image": "image",
+    "video": "video",
+    "video_url": "video",
+}
+_CONTENT_KEYS = {
+    "text": ("text",),
+    "image": ("image", "image_url", "url", "path"),
+    "video": ("video", "video_url", "url", "path"),
+}
+_UNTYPED: dict[str, Kind] = {
+    "text": "text",
+    "image": "image",
+    "image_url": "image",
+    "video": "video",
+    "video_url": "video",
+}
+_OPTIONS = {"image": ImageOptions, "video": VideoOptions}
+_OPTION_NAMES = {kind: [one.name for one in fields(options)] for kind, options in _OPTIONS.items()}
+_HARMLESS = ("cache_control", "uuid")  # they name or keep a part for later requests; here contents are recognised
+_TEMPLATE_KEYS = {  # of a message, for the chat template
+    "system": ("name",),
+    "developer": ("name",),
+    "user": ("name",),
+    "assistant": ("name", "tool_calls", "reasoning_content"),
+    "tool": ("name", "tool_call_id"),
+}
+_LOW_DETAIL = 256 * 28 * 28  # pixels; 256 tokens
+_PLACEHOLDER = re.compile(r"<(image|video)>")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Media:
+    """The images and videos of messages, in the order of their tokens, and what their parts say about each."""
+
+    images: list[Any] = field(default_factory=list)
+    videos: list[Any] = field(default_factory=list)
+    image_options: list[ImageOptions] = field(default_factory=list)
+    video_options: list[VideoOptions] = field(default_factory=list)
+
+
+def to_messages(prompt: str | Sequence[Message], images: int = 0, videos: int = 0) -> list[dict[str, Any]]:
+    """Bring a request into the form that chat templates take, with the media left out.
+
+    Args:
+        prompt: a string, or messages.
+        images: number of images that come with it (those inside the messages included).
+        videos: number of videos.
+
+    Returns:
+        ``[{"role": ..., "content": [{"type": "text", "text": ...} | {"type": "image"} | {"type": "video"}]}]``, with
+        what else a message has for the template (``tool_calls``).
+
+    Raises:
+        PromptError: the places do not match the media, the prompt is empty, or something in it is unknown or wrong.
+    """
+    if isinstance(prompt, str):
+        parts = _split(_checked_text(prompt, "the prompt"))
+        if not any(part.kind != "text" for part in parts):
+            parts = [_Part("image")] * images + [_Part("video")] * videos + parts
+        messages = [_Read("user", parts, {})]
+    else:
+        messages = _read(prompt)
+    for kind, given in (("image", images), ("video", videos)):
+        places = sum(part.kind == kind for message in messages for part in message.parts)
+        if places != given:
+            marks = f"<{kind}>" if isinstance(prompt, str) else f"parts of type {kind}"
+            raise PromptError(f"places for {kind}s in the prompt ({marks}): {places}; {kind}s given: {given}")
+    only = messages[0] if len(messages) == 1 else None
+    if only and not only.fields and not any(part.kind != "text" or part.text.strip() for part in only.parts):
+        raise PromptError("the prompt is empty: it has neither text nor images nor videos")
+    return [
+        {"role": message.role, "content": [_for_template(part) for part in message.parts], **message.fields}
+        for message in messages
+    ]
+
+
+def extract_media(messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Media:
+    """Collect the images and videos of messages, in order.
+
+    A part may carry its own (``{"type": "image", "image": ...}``, ``{"type": "image_url", "image_url": {"url": ...}}``,
+    ``{"type": "video", "video": ..., "fps": ...}``): a path, ``file://`` or ``data:`` URL, or any object that the
+    preprocessor takes. A part without takes the next of ``images`` or ``videos``.
+
+    Raises:
+        PromptError: parts without media and media without a part, a remote URL, or something unknown or wrong.
+    """
+    pools = {"image": list(images), "video": list(videos)}
+    given = {kind: len(pool) for kind, pool in pools.items()}
+    empty = {"image": 0, "video": 0}
+    media = Media()
+    for message in _read(messages):
+        for part in message.parts:
+            if part.kind == "text":
+                continue
+            found = local(part.media, part.where)
+            if found is None:
+                empty[part.kind] += 1
+                found = pools[part.kind].pop(0) if pools[part.kind] else None
+            if part.kind == "image":
+                media.images.append(found)
+                media.image_options.append(part.options)
+            else:
+                media.videos.append(found)
+                media.video_options.append(part.options)
+    for kind in pools:
+        if empty[kind] != given[kind]:
+            raise PromptError(
+                f"places for {kind}s that the messages leave open (parts of type {kind}): {empty[kind]};"
+                f" {kind}s given: {given[kind]}"
+            )
+    return media
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part; ``where`` names it, and ``media`` is None where it only marks a place."""
+
+    kind: Kind
+    text: str = ""
+    media: Any = None
+    options: Any = None
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A message; ``fields`` has what the template is given besides role and content."""
+
+    role: str
+    parts: list[_Part]
+    fields: dict[str, Any]
+
+
+def _read(messages: Any) -> list[_Read]:
+    if not isinstance(messages, Sequence) or isinstance(messages, (bytes, bytearray)):
+        raise PromptError(f"a prompt is a string or a list of messages, not {type(messages).__name__}")
+    if not messages:
+        raise PromptError("the prompt is empty: it has no messages")
+    return [_message(f"message {number}", message) for number, message in enumerate(messages, start=1)]
+
+
+def _message(where: str, message: Any) -> _Read:
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise PromptError(f"{where} is not a dictionary with 'role' and 'content'")
+    role = message["role"]
+    if not isinstance(role, str) or role not in ROLES:
+        raise PromptError(f"{where} has the unknown role {shown(role)}; known are {', '.join(ROLES)}")
+    given = {key: value for key, value in message.items() if value is not None and key != "role"}
+    if shown(given.get("type")) == "'message'":  # OpenAI's Responses say what an item is
+        del given["type"]
+    content = given.pop("content", None)
+    extra = {key: given.pop(key) for key in _TEMPLATE_KEYS[role] if key in given}
+    _reject_unknown(where, given, ("role", "content", *_TEMPLATE_KEYS[role]))
+    if "tool_calls" in extra:
+        extra["tool_calls"] = _tool_calls(where, extra["tool_calls"])
+    for key, value in extra.items():
+        if key != "tool_calls":
+            if not isinstance(value, str):
+                raise PromptError(f"{where}: {key} is {shown(value)}, not a string")
+            _checked_text(value, f"{where}, {key}")
+    if content is None and role == "assistant":  # it may have made calls alone
+        content = ""
+    if isinstance(content, str):
+        parts = [_Part("text", _checked_text(content, where), where=where)]
+    elif isinstance(content, Sequence) and not isinstance(content, (bytes, bytearray)):
+        parts = [_part(f"{where}, part {number}", part) for number, part in enumerate(content, start=1)]
+    else:
+        raise PromptError(f"{where}: content is a string or a list of parts, not {shown(content)}")
+    return _Read(role, parts, {key: value for key, value in extra.items() if value})
+
+
+def _part(where: str, part: Any) -> _Part:
+    if not isinstance(part, Mapping):
+        raise PromptError(f"{where} is {shown(part)}, not a dictionary with 'type'")
+    given = {key: value for key, value in part.items() if value is not None}
+    kind = _kind(where, given)
+    known = _CONTENT_KEYS[kind]
+    keys = [key for key in known if key in given]
+    if len(keys) > 1:
+        raise PromptError(f"{where} has both {keys[0]!r} and {keys[1]!r}; give one of them")
+    content = given.pop(keys[0]) if keys else None
+    if kind == "text":
+        _reject_unknown(where, given, ("type", *known))
+        if not isinstance(content, str):
+            raise PromptError(f"{where} is a text part without 'text'")
+        return _Part(kind, _checked_text(content, where), where=where)
+    if isinstance(content, Mapping):
+        inner = {key: value for key, value in content.items() if value is not None}
+        content = inner.pop("url", None)
+        if content is None:
+            raise PromptError(f"{where}: {keys[0]!r} has no 'url'")
+        if kind == "image" and "detail" in inner:
+            given["detail"] = inner.pop("detail")
+        _reject_unknown(f"{where}, {keys[0]}", inner, ("url", "detail") if kind == "image" else ("url",))
+    options = {name: given.pop(name) for name in _OPTION_NAMES[kind] if name in given}
+    if kind == "image":
+        _apply_detail(where, given.pop("detail", "auto"), options)
+    _reject_unknown(where, given, ("type", *known, *_OPTION_NAMES[kind]))
+    try:
+        return _Part(kind, media=content, options=_OPTIONS[kind](**options), where=where)
+    except MediaError as error:
+        raise PromptError(f"{where}: {error}") from None
+
+
+def _kind(where: str, part: dict[str, Any]) -> Kind:
+    """Of a part, by its type or, where it has none, by the one key that carries something."""
+    if "type" in part:
+        name = part.pop("type")
+        if not isinstance(name, str) or name not in _TYPES:
+            raise PromptError(f"{where} has the unknown type {shown(name)}; known are {', '.join(_TYPES)}")
+        return _TYPES[name]
+    keys = [key for key in _UNTYPED if key in part]
+    if len(keys) > 1:
+        raise PromptError(f"{where} has both {keys[0]!r} and {keys[1]!r}; give one of them")
+    if not keys:
+        raise PromptError(f"{where} has neither 'type' nor any of {', '.join(map(repr, _UNTYPED))}")
+    return _UNTYPED[keys[0]]
+
+
+def _apply_detail(where: str, detail: Any, options: dict[str, Any]) -> None:
+    """OpenAI's ``detail``: ``low`` is a smaller image, the others are the pipeline's own size."""
+    if not isinstance(detail, str) or detail not in ("auto", "high", "low"):
+        raise PromptError(f"{where}: detail is {shown(detail)}; known are auto, high and low")
+    if detail == "low":
+        if options:
+            raise PromptError(f"{where} has both 'detail': 'low' and {next(iter(options))!r}; give one of them")
+        options["max_pixels"] = _LOW_DETAIL
+
+
+def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
+    """OpenAI's calls with their arguments as objects, as templates want them; OpenAI writes them as JSON."""
+    if not isinstance(calls, Sequence) or isinstance(calls, (str, bytes)):
+        raise PromptError(f"{where}: tool_calls is {shown(calls)}, not a list")
+    read = []
+    for number, call in enumerate(calls, start=1):
+        place = f"{where}, tool call {number}"
+        try:
+            read.append(_tool_call(place, json.loads(json.dumps(call))))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise PromptError(f"{place} is no JSON: {str(error)[:200]}") from None
+    return read
+
+
+def _tool_call(where: str, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise PromptError(f"{where} is not of the form {{'function': {{'name': ..., 'arguments': ...}}}}")
+    _reject_unknown(where, call, ("id", "type", "function"))
+    if call.get("type") not in (None, "function"):
+        raise PromptError(f"{where} has the unknown type {shown(call['type'])}; known is function")
+    _reject_unknown(f"{where}, function", function, ("name", "arguments"))
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(arguments, dict):
+        raise PromptError(f"{where}: the arguments are {shown(arguments)}, not an object")
+    read = {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    _checked_text(json.dumps(read, ensure_ascii=False), where)
+    return read
+
+
+def _reject_unknown(where: str, given: Mapping[Any, Any], known: Collection[str]) -> None:
+    for key, value in given.items():
+        says_nothing = value is None or (isinstance(value, (list, tuple, dict)) and not value)
+        if key not in known and key not in _HARMLESS and not says_nothing:
+            raise PromptError(f"{where} has the unknown key {shown(key)}; known are {', '.join(known)}")
+
+
+def _checked_text(text: str, where: str) -> str:
+    found = _SURROGATE.search(text)
+    if found:
+        raise PromptError(
+            f"{where}: character {found.start() + 1} of the text is {found[0]!r}, a lone surrogate, which is no"
+            " character; decode the text anew"
+        )
+    return text
+
+
+def _split(text: str) -> list[_Part]:
+    """Cut a string at its placeholders."""
+    pieces = _PLACEHOLDER.split(text)  # text, kind, text, kind, ..., text
+    parts: list[_Part] = []
+    for number, piece in enumerate(pieces):
+        if number % 2:
+            parts.append(_Part("image" if piece == "image" else "video"))
+        elif piece:
+            parts.append(_Part("text", piece))
+    return parts
+
+
+def _for_template(part: _Part) -> dict[str, str]:
+    return {"type": part.kind, "text": part.text} if part.kind == "text" else {"type": part.kind}
