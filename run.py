@@ -154,7 +154,7 @@ def plan(argv: list[str]) -> None:
 def _parser(command: str, description: str, files: bool = True) -> Parser:
     """With the options of a pipeline; ``files``: the command reads image files."""
     from engines.arguments import add_build_arguments
-    from runtime.decode_argument import add_decode_argument
+    from runtime.pipeline_arguments import add_decode_argument, add_pipeline_arguments
 
     parser = Parser(
         prog=f"run.py {command}",
@@ -164,8 +164,7 @@ def _parser(command: str, description: str, files: bool = True) -> Parser:
     )
     add_build_arguments(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where the backend can use one")
-    parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge smaller images; default the checkpoint's")
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink larger images; default the checkpoint's")
+    add_pipeline_arguments(parser)
     if files:
         add_decode_argument(parser)
     else:
@@ -193,14 +192,12 @@ def _engine_folder(arguments: argparse.Namespace) -> Path:
 
 
 def _pipeline(arguments: argparse.Namespace) -> Pipeline:
-    from runtime.decode_argument import check_decode
     from runtime.pipeline import Pipeline
+    from runtime.pipeline_arguments import check_decode, pipeline_options
 
     check_decode(arguments.decode, arguments.device)
-    folder = _engine_folder(arguments)
-    return Pipeline.from_engine_dir(
-        folder, arguments.device, arguments.min_pixels, arguments.max_pixels, decode=arguments.decode
-    )
+    options = pipeline_options(arguments)
+    return Pipeline.from_engine_dir(_engine_folder(arguments), arguments.device, options)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from engines.arguments import add_build_arguments, built_folder, plan_build
 from engines.build import build_engines
 from engines.command import Parser, positive_number
 from qwen2vl_trt.errors import BenchmarkError
-from runtime.decode_argument import add_decode_argument, check_decode
+from runtime.pipeline_arguments import add_decode_argument, check_decode
 
 from .bench import summary
 from .bench.run import PRECISIONS, Options, Until, run

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines.command import INTERRUPTED, Parser, positive_number
 from qwen2vl_trt.errors import BatchError
+from runtime.pipeline_arguments import pipeline_options
 from runtime.sampler import SamplingParams
 from runtime.sampling_arguments import add_sampling_arguments, sampling_params
 
@@ -258,9 +259,7 @@ def _run(
                 layer=arguments.layer,
                 pool=arguments.pool,
                 device=arguments.device or (None if gpus else "cpu"),
-                min_pixels=arguments.min_pixels,
-                max_pixels=arguments.max_pixels,
-                decode=arguments.decode,
+                options=pipeline_options(arguments),
                 batch_tokens=arguments.batch_tokens,
                 threads=cpus,
                 max_retries=arguments.max_retries,

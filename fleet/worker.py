@@ -16,8 +16,9 @@ from runtime.features.decode_ahead import Batching
 from runtime.features.extraction import Pool, extract_features
 from runtime.features.shards import writing
 from runtime.features.sources import DecoderFeatures, VisionFeatures
+from runtime.options import PipelineOptions
 from runtime.pipeline import Pipeline
-from runtime.preprocessing.preprocessor import Decode, PreprocessorSettings
+from runtime.preprocessing.preprocessor import PreprocessorSettings
 from runtime.sampler import SamplingParams
 
 from .generation import Generation
@@ -45,9 +46,7 @@ class WorkerSettings:
         layer: of features, None for the last.
         pool: of features, ``mean`` or ``none``.
         device: None for the pipeline's default.
-        min_pixels: None for the checkpoint's.
-        max_pixels: None for the checkpoint's.
-        decode: where JPEG files are decoded.
+        options: of the pipeline.
         batch_tokens: most tokens together; None for what the engines take.
         threads: of a worker, for decoding and, on the CPU, for the engines.
         max_retries: see :class:`fleet.journal.Journal`.
@@ -65,9 +64,7 @@ class WorkerSettings:
     layer: int | None
     pool: Pool
     device: str | None
-    min_pixels: int | None
-    max_pixels: int | None
-    decode: Decode
+    options: PipelineOptions
     batch_tokens: int | None
     threads: int
     max_retries: int
@@ -110,13 +107,11 @@ class Worker:
     def _open(self) -> None:
         settings = self._settings
         torch.set_num_threads(settings.threads)
-        pipeline = Pipeline.from_engine_dir(
-            settings.engine_dir, settings.device, settings.min_pixels, settings.max_pixels, decode=settings.decode
-        )
+        pipeline = Pipeline.from_engine_dir(settings.engine_dir, settings.device, settings.options)
         checkpoint, profile = pipeline.engines.checkpoint, pipeline.profile
         config = checkpoint.config
         pixels = PreprocessorSettings.from_folder(checkpoint.folder).with_limits(
-            settings.min_pixels, settings.max_pixels
+            settings.options.min_pixels, settings.options.max_pixels
         )
         unit = config.vision.merge_unit
         tokens = settings.batch_tokens or profile.max_batch_size * profile.max_hw_dims // unit

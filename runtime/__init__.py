@@ -8,6 +8,7 @@ collections.
 """
 
 from .inputs.video import Video
+from .options import PipelineOptions
 from .pipeline import Pipeline
 from .request import Event, Output, Request, Timings
 from .sampler import SamplingParams
@@ -20,6 +21,7 @@ __all__ = [
     "Event",
     "Output",
     "Pipeline",
+    "PipelineOptions",
     "Request",
     "SamplingParams",
     "Service",

@@ -22,11 +22,11 @@ from .detokenizer import AnswerStream
 from .exclusive import Exclusive, exclusive
 from .generation_config import GenerationConfig
 from .inputs.images import ImageSource
-from .media.ahead import DEFAULT_AHEAD_BYTES
 from .media.cached_media import CachedMedia
 from .media.embedder import MediaEmbedder
 from .media.embedding_cache import EmbeddingCache
-from .preprocessing.preprocessor import Decode, Preprocessor
+from .options import PipelineOptions
+from .preprocessing.preprocessor import Preprocessor
 from .preprocessing.settings import PreprocessorSettings
 from .request import Event, Output, Request
 from .sampler import SamplingParams, SequenceSampling
@@ -40,10 +40,6 @@ from .scheduling.sequence import NewToken, RunningSequence
 from .scheduling.side_stream import Arrival, SideStream
 from .scheduling.waiting import WaitingLine, WaitingRequest
 
-DEFAULT_MAX_NUM_TOKENS = 512
-DEFAULT_EMBEDDING_CACHE_BYTES = 256 << 20
-"""About 140 images of 448x448 in BF16 at 7B's width."""
-
 
 class Pipeline:
     """Runs requests on a pair of engines.
@@ -53,51 +49,24 @@ class Pipeline:
 
     Args:
         engines: see :func:`runtime.backends.runners.open_engines`.
-        min_pixels: smallest image area; smaller ones are enlarged. By default the checkpoint's.
-        max_pixels: largest image area; larger ones are shrunk. By default the checkpoint's.
-        max_num_tokens: most prompt tokens that run before the answers under way get their next token.
-        decode: where JPEG files are decoded; the GPU, by nvImageCodec, makes pixels that differ by a level or so.
-        reuse_prefixes: a prompt that begins like another's (same tokens, same images) takes the keys and values of the
-            beginning from the cache. Answers stay the same, up to the rounding of sums taken in other pieces.
-        embedding_cache_bytes: most bytes of vision embeddings kept for images and videos that come again, on the
-            engines' device; 0 keeps none.
+        options: see :class:`~runtime.options.PipelineOptions`.
         clock: seconds, for deadlines and all timings but ``vision``, the packing of pixels and what threads load; a
             simulation brings its own.
-        overlap: media of waiting requests are loaded on CPU threads, and the vision engine runs on a stream of its own,
-            while answers go on; False does one thing after the other, in the same order every time. JPEG files decoded
-            on the GPU are queued by the step either way.
-        ahead_bytes: most bytes of decoded images and videos that wait for their slot, one that is being decoded counted
-            as the largest of late; where nothing waits, one request of any size.
-
-    Raises:
-        LimitError: ``max_num_tokens`` below 1, or ``embedding_cache_bytes`` or ``ahead_bytes`` below 0.
     """
 
     def __init__(
         self,
         engines: Engines,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        max_num_tokens: int = DEFAULT_MAX_NUM_TOKENS,
-        decode: Decode = "cpu",
-        reuse_prefixes: bool = True,
-        embedding_cache_bytes: int = DEFAULT_EMBEDDING_CACHE_BYTES,
+        options: PipelineOptions | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        overlap: bool = True,
-        ahead_bytes: int = DEFAULT_AHEAD_BYTES,
     ) -> None:
-        if max_num_tokens < 1:
-            raise LimitError(f"max_num_tokens is {max_num_tokens}; a step reads at least 1 token of a prompt")
-        if embedding_cache_bytes < 0:
-            raise LimitError(f"embedding_cache_bytes is {embedding_cache_bytes}; 0 keeps no embedding")
-        if ahead_bytes < 0:
-            raise LimitError(f"ahead_bytes is {ahead_bytes}; 0 decodes one request at a time")
+        options = options or PipelineOptions()
         folder, self._config = engines.checkpoint.folder, engines.checkpoint.config
         self.engines = engines
         self.profile = engines.manifest.profile
-        self.decode: Decode = decode
-        settings = PreprocessorSettings.from_folder(folder).with_limits(min_pixels, max_pixels)
-        preprocessor = Preprocessor(self._config.vision, settings, engines.device, engines.dtype, decode=decode)
+        self.options = options
+        settings = PreprocessorSettings.from_folder(folder).with_limits(options.min_pixels, options.max_pixels)
+        preprocessor = Preprocessor(self._config.vision, settings, engines.device, engines.dtype, decode=options.decode)
         self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision)
         self._prompts = PromptBuilder(folder, self._config)
         if len(self._prompts.tokenizer) > self._config.text.vocab_size:
@@ -106,12 +75,14 @@ class Pipeline:
                 f" {self._config.text.vocab_size:,}; it belongs to another model"
             )
         self._eos = GenerationConfig.from_folder(folder, self._prompts.tokenizer).eos_token_ids
-        self._embeddings = EmbeddingCache(embedding_cache_bytes)
+        self._embeddings = EmbeddingCache(options.embedding_cache_bytes)
         self._cached_media = CachedMedia(self._media, self._embeddings)
         self._preparer = Preparer(self._cached_media, self._prompts, self._config, self.profile)
-        self._media_ahead = MediaAhead(self._preparer.load, overlap and decode == "cpu", ahead_bytes)
-        self._side = SideStream.beside(engines.device) if overlap else SideStream(engines.device, None)
-        self._max_num_tokens, self._reuse_prefixes, self._clock = max_num_tokens, reuse_prefixes, clock
+        self._media_ahead = MediaAhead(
+            self._preparer.load, options.overlap and options.decode == "cpu", options.ahead_bytes
+        )
+        self._side = SideStream.beside(engines.device) if options.overlap else SideStream(engines.device, None)
+        self._clock = clock
         self._counters = Counters()
         self._waiting = WaitingLine(self._preparer, self._media_ahead, clock)
         self._alone = Exclusive()
@@ -122,14 +93,7 @@ class Pipeline:
         cls,
         folder: str | Path,
         device: str | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        max_num_tokens: int = DEFAULT_MAX_NUM_TOKENS,
-        decode: Decode = "cpu",
-        reuse_prefixes: bool = True,
-        embedding_cache_bytes: int = DEFAULT_EMBEDDING_CACHE_BYTES,
-        overlap: bool = True,
-        ahead_bytes: int = DEFAULT_AHEAD_BYTES,
+        options: PipelineOptions | None = None,
     ) -> Pipeline:
         """Open an engine folder that ``build_engines.py`` wrote.
 
@@ -137,18 +101,7 @@ class Pipeline:
             EngineError: no engine, damaged, of another format, or not runnable here.
             MissingDependencyError: ``decode="gpu"``, and nvImageCodec is not installed.
         """
-        engines = open_engines(folder, device)
-        return cls(
-            engines,
-            min_pixels,
-            max_pixels,
-            max_num_tokens,
-            decode,
-            reuse_prefixes,
-            embedding_cache_bytes,
-            overlap=overlap,
-            ahead_bytes=ahead_bytes,
-        )
+        return cls(open_engines(folder, device), options)
 
     def generate(
         self,
@@ -242,8 +195,8 @@ class Pipeline:
     def _scheduler(self) -> Executor:
         backend = self.engines.backend
         if isinstance(backend, SelfScheduling):
-            return backend.load_executor(self.engines, self._reuse_prefixes, self._counters)
-        return Scheduler(self.engines.decoder, self._max_num_tokens, self._reuse_prefixes, self._counters)
+            return backend.load_executor(self.engines, self.options.reuse_prefixes, self._counters)
+        return Scheduler(self.engines.decoder, self.options.max_num_tokens, self.options.reuse_prefixes, self._counters)
 
     @property
     def busy(self) -> bool:
@@ -335,7 +288,7 @@ class Pipeline:
             raise LimitError(f"max_length is {longest:,}; this engine takes 1 to {most:,} (--max-seq-len)")
         while self.busy:
             self.step()
-        self._scheduler.warm_up(min(self._max_num_tokens, self.profile.max_input_len, longest), longest)
+        self._scheduler.warm_up(min(self.options.max_num_tokens, self.profile.max_input_len, longest), longest)
         for width, height in image_sizes:
             self.embed_images([np.zeros((height, width, 3), dtype=np.uint8)])
         if self.engines.device.type == "cuda":
@@ -477,7 +430,7 @@ class Pipeline:
             sampling=SequenceSampling(
                 waiting.params, prepared.token_ids, self._config.text.vocab_size, self.engines.device
             ),
-            keys=prepared.keys if self._reuse_prefixes else NO_KEYS,
+            keys=prepared.keys if self.options.reuse_prefixes else NO_KEYS,
             prepared=prepared,
             arrival=arrival,
         )

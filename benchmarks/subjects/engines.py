@@ -21,7 +21,8 @@ from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.windows import WindowLayout, window_layout
 from runtime.backends.runners import Engines, Step, VisionRunner, open_engines
 from runtime.inputs.jpeg_decoder import check_gpu_decoding
-from runtime.pipeline import DEFAULT_MAX_NUM_TOKENS, Pipeline
+from runtime.options import PipelineOptions
+from runtime.pipeline import Pipeline
 from runtime.preprocessing.preprocessor import Decode
 from runtime.request import Output, Request
 from runtime.sampler import SamplingParams
@@ -178,8 +179,9 @@ class DecoderSubject(EngineSubject):
     def _prefill(self, slot: int, prompt: list[int]) -> int:
         embeds = self._decoder.embed(prompt)[None]
         positions = torch.arange(len(prompt)).expand(3, 1, -1)
-        for first in range(0, len(prompt), DEFAULT_MAX_NUM_TOKENS):  # in chunks, as the scheduler does
-            chunk = slice(first, first + DEFAULT_MAX_NUM_TOKENS)
+        size = PipelineOptions().max_num_tokens
+        for first in range(0, len(prompt), size):  # in chunks, as the scheduler does
+            chunk = slice(first, first + size)
             step = self._decoder.step(slot, embeds[:, chunk], positions[:, :, chunk], [first])
         return int(step.logits.argmax())
 
@@ -275,7 +277,7 @@ def different_requests(sizes: Sequence[tuple[int, int]], count: int) -> list[Req
 
 def forgetful_pipeline(engines: Engines, decode: Decode = "cpu") -> Pipeline:
     """One that keeps nothing of a request for the next: a benchmark's requests are all alike, a load's are not."""
-    return Pipeline(engines, decode=decode, reuse_prefixes=False, embedding_cache_bytes=0)
+    return Pipeline(engines, PipelineOptions(decode=decode, reuse_prefixes=False, embedding_cache_bytes=0))
 
 
 def _request_sample(output: Output) -> Sample:

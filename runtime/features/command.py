@@ -143,7 +143,7 @@ def _settings(arguments: argparse.Namespace, pipeline: Pipeline, pixels: Preproc
         "precision": manifest.precision,
         "min_pixels": pixels.image.min_pixels,
         "max_pixels": pixels.image.max_pixels,
-        "decode": pipeline.decode,
+        "decode": pipeline.options.decode,
         "source": arguments.source,
         "prompt": arguments.prompt,
         "layer": arguments.layer,

@@ -49,7 +49,9 @@ class VisionFeatures:
         self._config, self._layer = engines.checkpoint.config.vision, layer
         if layer is not None:
             end_vision_after(engines, layer)
-        preprocessor = Preprocessor(self._config, settings, engines.device, engines.dtype, decode=pipeline.decode)
+        preprocessor = Preprocessor(
+            self._config, settings, engines.device, engines.dtype, decode=pipeline.options.decode
+        )
         self._media = MediaEmbedder(preprocessor, engines.vision, pipeline.profile, self._config)
 
     def load(self, path: str | bytes, name: str) -> LoadedImage:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from runtime import Pipeline, SamplingParams
+from runtime import Pipeline, PipelineOptions, SamplingParams
 from tests.support.engine_folders import build, write_checkpoint
 
 if importlib.util.find_spec("ray") is None:  # a conftest that raises would end every other folder's tests too
@@ -50,12 +50,11 @@ class Job:
             "layer": None,
             "pool": "none",
             "batch_tokens": None,
-            "decode": "cpu",
             "max_retries": 1,
         } | options
         self.settings = WorkerSettings(
             engine_dir=engine_dir, output=self.output, work=work, columns=given.columns, device="cpu",
-            min_pixels=None, max_pixels=None, threads=1, workers=1, **settings,
+            options=PipelineOptions(), threads=1, workers=1, **settings,
         )  # fmt: skip
 
     def worker(self):

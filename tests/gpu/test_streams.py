@@ -9,7 +9,7 @@ from engines.backends import find_backend
 from engines.build import build_engines
 from engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
-from runtime import Pipeline, Request, SamplingParams
+from runtime import Pipeline, PipelineOptions, Request, SamplingParams
 from runtime.backends.runners import open_engines
 from tests.support.requests import answers, random_params, random_request
 
@@ -29,7 +29,7 @@ def test_overlapped_answers_equal_serial_ones(engines):
     for seed in range(5):
         requests = [random_request(20 * seed + number) for number in range(12)]
         params = [random_params(20 * seed + number) for number in range(12)]
-        serial = answers(Pipeline(engines, overlap=False).generate(requests, params))
+        serial = answers(Pipeline(engines, PipelineOptions(overlap=False)).generate(requests, params))
         for _ in range(3):
             assert answers(Pipeline(engines).generate(requests, params)) == serial
 

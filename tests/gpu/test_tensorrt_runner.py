@@ -14,7 +14,7 @@ from engines.profile import BuildProfile
 from engines.tensorrt_options import TensorRTOptions
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.hub import resolve_model
-from runtime import Pipeline, Request, SamplingParams
+from runtime import Pipeline, PipelineOptions, Request, SamplingParams
 from runtime.backends.runners import open_engines
 from runtime.backends.tensorrt_device import CudaDevice
 from runtime.backends.tensorrt_runner import TensorRTDecoder, _load
@@ -95,7 +95,7 @@ def test_hidden_states_are_pytorchs(engines, reference):
 def test_tokens_are_pytorchs(engines, reference):
     """More requests than slots. Rounding may turn a close choice (FP32 engines may use TF32); most must agree."""
     params = SamplingParams(max_tokens=24)
-    pipeline = Pipeline.from_engine_dir(engines, max_num_tokens=64)
+    pipeline = Pipeline.from_engine_dir(engines, options=PipelineOptions(max_num_tokens=64))
     found = [output.token_ids for output in pipeline.generate(requests(20), params)]
     expected = [output.token_ids for output in reference.generate(requests(20), params)]
     same = sum(ours == theirs for ours, theirs in zip(found, expected))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from qwen2vl_trt.errors import CheckpointError, EngineError, LimitError, MediaError, PromptError, SamplingError
 from qwen2vl_trt.hub import resolve_model
-from runtime import Pipeline, Request, SamplingParams, Video
+from runtime import Pipeline, PipelineOptions, Request, SamplingParams, Video
 from tests.support.engine_folders import BUILDS, PROFILE, build
 from tests.support.models import relative_error
 from tests.support.requests import answers, clip, picture, random_params, random_request
@@ -164,7 +164,7 @@ def test_chunked_prefill_equals_whole_prefill(pipelines, engine_dirs):
     requests, params = [random_request(seed) for seed in range(6)], [random_params(seed) for seed in range(6)]
     whole = answers(pipelines["onnxruntime"].generate(requests, params))
     for backend, chunk in (("onnxruntime", 7), ("torch", 16), ("onnxruntime", 1)):
-        chunked = Pipeline.from_engine_dir(engine_dirs[backend], "cpu", max_num_tokens=chunk)
+        chunked = Pipeline.from_engine_dir(engine_dirs[backend], "cpu", PipelineOptions(max_num_tokens=chunk))
         assert answers(chunked.generate(requests, params)) == whole, (backend, chunk)
 
 
@@ -516,12 +516,12 @@ def test_a_named_request_or_image_is_wrong(pipeline):
 
 def test_pixel_limits_resize_images(engine_dirs, pipelines):
     image = picture(0, 600, 600)
-    small = Pipeline.from_engine_dir(engine_dirs["torch"], "cpu", max_pixels=35280)
+    small = Pipeline.from_engine_dir(engine_dirs["torch"], "cpu", PipelineOptions(max_pixels=35280))
     assert len(small.embed_images([image])[0]) == 36  # 12x12 patches
-    large = Pipeline.from_engine_dir(engine_dirs["torch"], "cpu", min_pixels=25_000)
+    large = Pipeline.from_engine_dir(engine_dirs["torch"], "cpu", PipelineOptions(min_pixels=25_000))
     assert len(large.embed_images([picture(0, 28, 28)])[0]) == 36  # 12x12 patches are the next
     with pytest.raises(LimitError, match="min_pixels"):
-        Pipeline.from_engine_dir(engine_dirs["torch"], "cpu", min_pixels=9000, max_pixels=8000)
+        Pipeline.from_engine_dir(engine_dirs["torch"], "cpu", PipelineOptions(min_pixels=9000, max_pixels=8000))
 
 
 def test_an_unknown_or_absent_device_is_named(engine_dirs):

@@ -21,7 +21,7 @@ from engines.manifest import Manifest
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import EngineError, LimitError
 from qwen2vl_trt.windows import window_layout
-from runtime import Pipeline, Request, SamplingParams
+from runtime import Pipeline, PipelineOptions, Request, SamplingParams
 from runtime.backends.runners import open_engines
 from runtime.backends.tensorrt_runner import TensorRTDecoder
 from tests.support import fake_tensorrt
@@ -97,7 +97,7 @@ class TestAnswers:
         """More requests than slots, of different lengths, so that they join, leave and wait."""
         params = [SamplingParams(max_tokens=3 + 4 * (n % 3), ignore_eos=True) for n in range(9)]
         expected = [output.token_ids for output in reference.generate(requests(), params)]
-        pipeline = Pipeline(opened(folder, cuda_graphs), max_num_tokens=20)
+        pipeline = Pipeline(opened(folder, cuda_graphs), PipelineOptions(max_num_tokens=20))
         found = [output.token_ids for output in pipeline.generate(requests(), params)]
         assert found == expected
         assert len({tuple(tokens) for tokens in found}) > 3, "answers that differ show what is mixed up"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from engines.profile import BuildProfile
 from qwen2vl_trt.errors import MediaError, MissingDependencyError
-from runtime import Pipeline
+from runtime import Pipeline, PipelineOptions
 from runtime.inputs.images import load_image
 from runtime.inputs.jpeg_decoder import JpegDecoder
 from runtime.media.embedder import MediaEmbedder
@@ -119,7 +119,7 @@ def test_the_pipelines_media_are_decoded_with_it(codec):
 
 def test_the_pipeline_passes_the_option_on(untied_model):
     with pytest.raises(MediaError, match=r'decode="gpu" .* needs a GPU'):
-        Pipeline.from_engine_dir(untied_model.engines, "cpu", decode="gpu")
+        Pipeline.from_engine_dir(untied_model.engines, "cpu", PipelineOptions(decode="gpu"))
 
 
 def test_one_thread_at_a_time_decodes(codec):

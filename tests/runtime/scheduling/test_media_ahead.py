@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen2vl_trt.errors import DeadlineError, LimitError, MediaError
-from runtime import Pipeline, Request, SamplingParams, Video
+from runtime import Pipeline, PipelineOptions, Request, SamplingParams, Video
 from runtime.backends.runners import open_engines
 from runtime.media.ahead import room_for_another
 from runtime.scheduling import media_ahead
@@ -76,7 +76,7 @@ def loading_threads():
 def test_answers_are_those_of_the_serial_order(engines, seeds, data):
     requests, params = [random_request(seed) for seed in seeds], [random_params(seed) for seed in seeds]
     delays = data.draw(st.lists(st.sampled_from([0.0, 0.0, 0.002, 0.02]), min_size=14, max_size=14))
-    expected = answers(Pipeline(engines, overlap=False).generate(requests, params))
+    expected = answers(Pipeline(engines, PipelineOptions(overlap=False)).generate(requests, params))
     pipeline = Pipeline(engines)
     load = pipeline._media_ahead._load
     following = iter(delays * len(seeds))
@@ -176,7 +176,7 @@ def test_a_fault_ends_its_own_request(gated):
         "MediaError",
         "PromptError",
     ]
-    serial = Pipeline(pipeline.engines, overlap=False).generate(requests, SamplingParams(max_tokens=3))
+    serial = Pipeline(pipeline.engines, PipelineOptions(overlap=False)).generate(requests, SamplingParams(max_tokens=3))
     assert [str(output.error) for output in outputs] == [str(output.error) for output in serial]
     with pytest.raises(MediaError, match=r"image 1.*none\.png.*no such file"):
         outputs[0].text  # noqa: B018
@@ -245,7 +245,7 @@ def test_a_pipeline_that_is_let_go_ends_its_threads(engines):
 
 
 def test_no_thread_without_overlap(engines):
-    pipeline = Pipeline(engines, overlap=False)
+    pipeline = Pipeline(engines, PipelineOptions(overlap=False))
     pipeline.generate(random_request(1, images=2), SamplingParams(max_tokens=1))
     assert pipeline._media_ahead._threads is None
 
@@ -276,7 +276,7 @@ def test_one_opened_image_in_many_requests(engines, tmp_path):
     """Pillow reads an open file when its pixels are wanted: two threads that both want them would read it at once."""
     path = tmp_path / "picture.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 500, 3), dtype=np.uint8)).save(path)
-    pipeline, params = Pipeline(engines, max_pixels=35280), SamplingParams(max_tokens=2)
+    pipeline, params = Pipeline(engines, PipelineOptions(max_pixels=35280)), SamplingParams(max_tokens=2)
     for _ in range(5):
         image = Image.open(path)
         outputs = pipeline.generate([Request("What?", [image])] * 8, params)
@@ -318,7 +318,9 @@ SIZE = 3 * 60 * 80
 @pytest.mark.parametrize("images", [4.5, 0])
 def test_what_waits_is_bounded_in_bytes(engines, overlap, images):
     """Bounded by the number of requests alone, twice as many as there are slots would be decoded."""
-    pipeline = Pipeline(engines, overlap=overlap, ahead_bytes=int(images * SIZE), embedding_cache_bytes=0)
+    pipeline = Pipeline(
+        engines, PipelineOptions(overlap=overlap, ahead_bytes=int(images * SIZE), embedding_cache_bytes=0)
+    )
     alive = Alive(pipeline)
     most = max(images, _THREADS if overlap else 1) * SIZE  # one a thread until a size is known; at least one
     assert 3 * engines.decoder.slots * SIZE > 2 * most
@@ -333,7 +335,7 @@ def test_what_waits_is_bounded_in_bytes(engines, overlap, images):
 
 
 def test_pixels_are_let_go_of_once_they_are_embedded(engines):
-    pipeline = Pipeline(engines, embedding_cache_bytes=0)
+    pipeline = Pipeline(engines, PipelineOptions(embedding_cache_bytes=0))
     alive = Alive(pipeline)
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     outputs = [pipeline.submit(Request("What?", [png(seed, 60, 80)]), params) for seed in range(2)]
@@ -348,7 +350,7 @@ def test_many_that_turn_out_larger_than_those_before(engines, monkeypatch):
     """When they are asked for, each counts as the small one; a thread that comes to one knows better."""
     monkeypatch.setattr(media_ahead, "_THREADS", 2)
     small, large = 3 * 30 * 40, 3 * 120 * 160
-    pipeline = Pipeline(engines, ahead_bytes=large, embedding_cache_bytes=0)
+    pipeline = Pipeline(engines, PipelineOptions(ahead_bytes=large, embedding_cache_bytes=0))
     alive = Alive(pipeline)
     pipeline.generate(Request("What?", [png(0, 30, 40)]), SamplingParams(max_tokens=2))
     assert 0 < alive.peak == small
@@ -376,4 +378,4 @@ def test_room_for_another():
     assert not room_for_another([30, 50], 1, 60, threads=2, most=180)
     assert room_for_another([0, 0], 0, 500, threads=2, most=0)  # their embeddings are in the cache
     with pytest.raises(LimitError, match="ahead_bytes is -1"):
-        Pipeline(None, ahead_bytes=-1)
+        Pipeline(None, PipelineOptions(ahead_bytes=-1))

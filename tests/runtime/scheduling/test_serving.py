@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import time
 import tracemalloc
 from collections import Counter
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ from transformers import Qwen2_5_VLConfig
 
 from qwen2vl_trt.errors import CheckpointError, DeadlineError, ExecutionError, LimitError, MediaError
 from qwen2vl_trt.hub import resolve_model
-from runtime import Pipeline, Request, SamplingParams
+from runtime import Pipeline, PipelineOptions, Request, SamplingParams
 from runtime.backends.runners import open_engines
 from tests.support.engine_folders import PROFILE, build
 from tests.support.models import random_model, save_model
@@ -48,13 +49,20 @@ def engines(engine_dirs):
 @pytest.fixture(params=BACKENDS)
 def make(request, engines):
     """Makes pipelines on each backend in turn."""
-    return lambda **options: Pipeline(engines[request.param], **options)
+
+    def open_pipeline(clock=time.perf_counter, **options):
+        return Pipeline(engines[request.param], PipelineOptions(**options), clock)
+
+    return open_pipeline
 
 
 @pytest.fixture(scope="module")
 def plain(engines):
     """By backend, a pipeline that shares nothing between requests."""
-    return {backend: Pipeline(engines[backend], reuse_prefixes=False, embedding_cache_bytes=0) for backend in BACKENDS}
+    return {
+        backend: Pipeline(engines[backend], PipelineOptions(reuse_prefixes=False, embedding_cache_bytes=0))
+        for backend in BACKENDS
+    }
 
 
 def drain(pipeline):
@@ -87,7 +95,7 @@ def test_answers_are_the_same_with_prefix_reuse_and_without(engines, plain, seed
     requests, params = [related_request(seed) for seed in seeds], [random_params(seed) for seed in seeds]
     for backend in BACKENDS:
         expected = answers(plain[backend].generate(requests, params))
-        pipeline = Pipeline(engines[backend], max_num_tokens=chunk)
+        pipeline = Pipeline(engines[backend], PipelineOptions(max_num_tokens=chunk))
         for _ in range(2):  # the second time nearly everything is there
             assert answers(pipeline.generate(requests, params)) == expected
         assert pipeline.counters().prompt_tokens_reused > 0
@@ -167,7 +175,7 @@ def test_a_picture_that_comes_again_needs_no_engine(engines, monkeypatch):
 
 
 def test_the_cache_keeps_to_its_limit(engines):
-    pipeline = Pipeline(engines["torch"], embedding_cache_bytes=20_000)
+    pipeline = Pipeline(engines["torch"], PipelineOptions(embedding_cache_bytes=20_000))
     for seed in range(30):
         pipeline.generate(random_request(seed, images=2, videos=0), SamplingParams(max_tokens=1))
         assert pipeline.counters().embedding_bytes <= 20_000
@@ -361,7 +369,7 @@ def test_numbers_that_overflow_end_their_answer_and_leave_nothing_in_its_slot(ma
 def test_impossible_options_are_refused(engines):
     for options, message in (({"max_num_tokens": 0}, "at least 1 token"), ({"embedding_cache_bytes": -1}, "0 keeps")):
         with pytest.raises(LimitError, match=message):
-            Pipeline(engines["torch"], **options)
+            Pipeline(engines["torch"], PipelineOptions(**options))
 
 
 # Counters
@@ -471,14 +479,14 @@ def small_engines(tmp_path_factory):
 
 
 def unshared(engines):
-    return Pipeline(engines, reuse_prefixes=False, embedding_cache_bytes=0)
+    return Pipeline(engines, PipelineOptions(reuse_prefixes=False, embedding_cache_bytes=0))
 
 
 def test_two_thousand_requests_leave_nothing_behind(small_engines):
     """2,000 requests; what Python and the process hold afterwards is what they held after the first 300."""
     engines, process = small_engines["torch"], psutil.Process()
     expected = soak_requests(unshared(engines))
-    pipeline = Pipeline(engines, clock=Clock(), max_num_tokens=64)
+    pipeline = Pipeline(engines, PipelineOptions(max_num_tokens=64), clock=Clock())
     ends = soak(pipeline, expected, 300, seed=1)
     pipeline.clear_caches()
     gc.collect()
@@ -502,7 +510,9 @@ def test_two_thousand_requests_leave_nothing_behind(small_engines):
 def test_soak_on_onnxruntime(small_engines):
     """A cache that is too small for all pictures, too."""
     expected = soak_requests(unshared(small_engines["onnxruntime"]))
-    pipeline = Pipeline(small_engines["onnxruntime"], clock=Clock(), max_num_tokens=64, embedding_cache_bytes=100_000)
+    pipeline = Pipeline(
+        small_engines["onnxruntime"], PipelineOptions(max_num_tokens=64, embedding_cache_bytes=100_000), clock=Clock()
+    )
     check_soak(pipeline, soak(pipeline, expected, 400, seed=4), 400)
     assert pipeline.counters().embedding_evictions > 0
 
@@ -513,5 +523,5 @@ def test_soak_of_the_tiny_model(tmp_path):
     except CheckpointError:
         pytest.skip("the tiny model is not there yet")
     engines = open_engines(build(checkpoint, tmp_path / "tiny", "torch"), "cpu")
-    pipeline = Pipeline(engines, clock=Clock(), max_num_tokens=32)
+    pipeline = Pipeline(engines, PipelineOptions(max_num_tokens=32), clock=Clock())
     check_soak(pipeline, soak(pipeline, soak_requests(unshared(engines)), 200, seed=5), 200)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runtime import Pipeline, Request, SamplingParams
+from runtime import Pipeline, PipelineOptions, Request, SamplingParams
 from runtime.backends.runners import open_engines
 from runtime.scheduling.side_stream import Arrival, SideStream
 from tests.support.fake_decoder import FakeDecoder, drain, expected, sequence
@@ -143,7 +143,7 @@ def test_where_nothing_else_is_to_do_the_stream_waits_and_not_the_host(cuda):
 def test_a_pipelines_prompts_read_embeddings_after_they_are_made(cuda, engine_dirs, monkeypatch):
     engines = open_engines(engine_dirs["torch"], "cpu")
     requests, params = [random_request(seed, images=1, videos=0) for seed in range(5)], SamplingParams(max_tokens=4)
-    plain = answers(Pipeline(engines, overlap=False).generate(requests, params))
+    plain = answers(Pipeline(engines, PipelineOptions(overlap=False)).generate(requests, params))
     pipeline = Pipeline(engines)
     pipeline._side = SideStream(CPU, cuda.side)
     runner, step = pipeline._media._runner, engines.decoder.step

@@ -18,7 +18,7 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import DeadlineError, EngineError, ExecutionError, LimitError, SamplingError
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.quantization import fp8_layers
-from runtime import Pipeline, Request, SamplingParams
+from runtime import Pipeline, PipelineOptions, Request, SamplingParams
 from runtime.calibration import Calibration
 from runtime.tensorrt_llm import runner as tensorrt_llm_runner
 from tests.support import fake_tensorrt_llm
@@ -56,7 +56,8 @@ def folder(trtllm, checkpoint, tmp_path):
 
 @pytest.fixture
 def pipeline(folder):
-    found = Pipeline.from_engine_dir(folder, "cpu", overlap=False)  # the order in which requests reach it is looked at
+    # The order in which requests reach it is looked at.
+    found = Pipeline.from_engine_dir(folder, "cpu", PipelineOptions(overlap=False))
     yield found
     assert not found.busy, "the test left requests in the pipeline"
 
@@ -138,7 +139,7 @@ class TestAnswers:
         assert llm(trtllm).requests[-1][2] is None
 
     def test_prefixes_are_not_kept_where_they_are_not_wanted(self, folder, trtllm):
-        pipeline = Pipeline.from_engine_dir(folder, "cpu", reuse_prefixes=False)
+        pipeline = Pipeline.from_engine_dir(folder, "cpu", PipelineOptions(reuse_prefixes=False))
         pipeline.generate(REQUESTS[0], SamplingParams(max_tokens=1))
         assert not llm(trtllm).arguments["kv_cache_config"].enable_block_reuse
         pipeline.clear_caches()
@@ -168,7 +169,7 @@ class TestOwnVision:
     """A release that runs its own vision tower; here Transformers' tower and processor stand in for it."""
 
     def test_answers(self, own_vision, folder, trtllm, torch_pipeline):
-        pipeline = Pipeline.from_engine_dir(folder, "cpu", overlap=False)
+        pipeline = Pipeline.from_engine_dir(folder, "cpu", PipelineOptions(overlap=False))
         assert pipeline.engines.manifest.options["vision"] == "own"
         settings = SamplingParams(max_tokens=3)
         requests = [Request("How many <image> digits?", [picture(3, 140, 100)]), Request("Hello")]
@@ -229,7 +230,9 @@ class TestEnds:
 
     def test_a_deadline_before_the_first_token(self, folder):
         now = [0.0]
-        pipeline = Pipeline(Pipeline.from_engine_dir(folder, "cpu").engines, clock=lambda: now[0], overlap=False)
+        pipeline = Pipeline(
+            Pipeline.from_engine_dir(folder, "cpu").engines, PipelineOptions(overlap=False), clock=lambda: now[0]
+        )
         output = pipeline.submit(replace(REQUESTS[0], deadline=1.0), SamplingParams(max_tokens=5))
         pipeline._take_in()
         assert pipeline.counters().running == 1

@@ -1,0 +1,64 @@
+"""How a pipeline treats its requests, as one object: the same for every way of opening one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qwen2vl_trt.errors import LimitError
+
+from .media.ahead import DEFAULT_AHEAD_BYTES
+from .preprocessing.preprocessor import Decode
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """Options of a :class:`~runtime.pipeline.Pipeline`.
+
+    Attributes:
+        min_pixels: smallest image area; smaller ones are enlarged. By default the checkpoint's.
+        max_pixels: largest image area; larger ones are shrunk. By default the checkpoint's.
+        strict_size: refuse an image or a video that does not fit the engines' limits; by default it is resized to fit.
+        image_pixel_limit: most pixels of an image file, checked before it is decoded.
+        generation_config: ``auto`` takes what a request does not say from the checkpoint's ``generation_config.json``;
+            ``none`` takes neutral values.
+        allow_special_tokens: special tokens in a user's text are read as such; by default they are plain text.
+        max_num_tokens: most prompt tokens that run before the answers under way get their next token.
+        decode: where JPEG files are decoded; the GPU, by nvImageCodec, makes pixels that differ by a level or so.
+        reuse_prefixes: a prompt that begins like another's (same tokens, same images) takes the keys and values of the
+            beginning from the cache. Answers stay the same, up to the rounding of sums taken in other pieces.
+        embedding_cache_bytes: most bytes of vision embeddings kept for images and videos that come again, on the
+            engines' device; 0 keeps none.
+        overlap: media of waiting requests are loaded on CPU threads, and the vision engine runs on a stream of its own,
+            while answers go on; False does one thing after the other, in the same order every time. JPEG files decoded
+            on the GPU are queued by the step either way.
+        ahead_bytes: most bytes of decoded images and videos that wait for their slot, one that is being decoded counted
+            as the largest of late; where nothing waits, one request of any size.
+
+    Raises:
+        LimitError: ``max_num_tokens`` or ``image_pixel_limit`` below 1, or ``embedding_cache_bytes`` or ``ahead_bytes``
+            below 0.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    strict_size: bool = False
+    image_pixel_limit: int = 100_000_000
+    generation_config: Literal["auto", "none"] = "auto"
+    allow_special_tokens: bool = False
+    max_num_tokens: int = 512
+    decode: Decode = "cpu"
+    reuse_prefixes: bool = True
+    embedding_cache_bytes: int = 256 << 20  # about 140 images of 448x448 in BF16 at 7B's width
+    overlap: bool = True
+    ahead_bytes: int = DEFAULT_AHEAD_BYTES
+
+    def __post_init__(self) -> None:
+        if self.max_num_tokens < 1:
+            raise LimitError(f"max_num_tokens is {self.max_num_tokens}; a step reads at least 1 token of a prompt")
+        if self.image_pixel_limit < 1:
+            raise LimitError(f"image_pixel_limit is {self.image_pixel_limit}; an image has at least 1 pixel")
+        if self.embedding_cache_bytes < 0:
+            raise LimitError(f"embedding_cache_bytes is {self.embedding_cache_bytes}; 0 keeps no embedding")
+        if self.ahead_bytes < 0:
+            raise LimitError(f"ahead_bytes is {self.ahead_bytes}; 0 decodes one request at a time")

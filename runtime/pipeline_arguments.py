@@ -1,0 +1,48 @@
+"""The options of a pipeline as options of a command."""
+
+from __future__ import annotations
+
+import argparse
+
+from .options import PipelineOptions
+
+
+def add_decode_argument(parser: argparse._ActionsContainer) -> None:
+    """Add ``--decode``, see :class:`~runtime.options.PipelineOptions`."""
+    parser.add_argument(
+        "--decode", choices=("cpu", "gpu"), default="cpu", help="where JPEG files are decoded; default %(default)s"
+    )
+
+
+def add_pipeline_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the options that :func:`pipeline_options` reads, but ``--decode``, for commands that read image files."""
+    parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge smaller images; default the checkpoint's")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink larger images; default the checkpoint's")
+
+
+def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
+    """What the options say.
+
+    Raises:
+        LimitError: a value that is not allowed.
+    """
+    return PipelineOptions(min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels, decode=arguments.decode)
+
+
+def check_decode(decode: str, device: str | None) -> None:
+    """See before the minutes of a build whether JPEG files can be decoded as ``--decode`` says.
+
+    Args:
+        decode: the option's value.
+        device: what ``--device`` says; None is a GPU if there is one.
+
+    Raises:
+        MediaError: ``gpu``, and the device is none.
+        MissingDependencyError: nvImageCodec is not installed.
+    """
+    if decode == "gpu":
+        import torch
+
+        from .inputs.jpeg_decoder import check_gpu_decoding
+
+        check_gpu_decoding(device or ("cuda" if torch.cuda.is_available() else "cpu"))
