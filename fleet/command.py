@@ -173,7 +173,8 @@ def _settings(arguments: argparse.Namespace, given: Input, params: SamplingParam
         "prompt": arguments.prompt,
     }
     if arguments.task == "generate":
-        return settings | json.loads(json.dumps(dataclasses.asdict(params)))
+        sampling = json.loads(json.dumps(dataclasses.asdict(params)))
+        return settings | sampling | {"generation_config": arguments.generation_config}
     return settings | {"source": arguments.source, "layer": arguments.layer, "pool": arguments.pool}
 
 

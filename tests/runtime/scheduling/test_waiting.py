@@ -26,9 +26,10 @@ class Preparer:
             raise PromptError("this prompt is wrong")
         return SimpleNamespace(token_ids=[0] * 5, images=media.images, videos=media.videos, nbytes=0)
 
-    def check_room(self, prompt_tokens, max_tokens):
-        if prompt_tokens + max_tokens > 10:
+    def fit_answer(self, prompt_tokens, params):
+        if prompt_tokens + params.max_tokens > 10:
             raise LimitError("too long")
+        return params
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def add(line, now):
 
     def add(images=0, videos=0, prompt="What?", deadline=None, max_tokens=3):
         output = Output(deadline=deadline, clock=lambda: now[0])
-        line.add(Request(prompt, [0] * images, [0] * videos), SamplingParams(max_tokens=max_tokens), output)
+        line.add(Request(prompt, [0] * images, [0] * videos), SamplingParams(max_tokens=max_tokens).with_defaults(), output)
         return output
 
     return add
