@@ -8,7 +8,7 @@ error, unless :mod:`qwen2vl_trt.known_fields` has it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,10 +123,10 @@ class Qwen2VLConfig:
         """
         if raw.get("model_type") != "qwen2_5_vl":
             raise CheckpointError(
-                f"config.json: model_type is {raw.get('model_type')!r}; only Qwen2.5-VL ('qwen2_5_vl') is supported"
+                f"{FILE}: model_type is {shown(raw.get('model_type'))}; only Qwen2.5-VL ('qwen2_5_vl') is supported"
             )
         tokens = checked(raw, _Tokens, FILE)
-        config = cls(_vision_config(raw), _text_config(raw), **vars(tokens))
+        config = cls(_vision_config(raw), _text_config(raw), **asdict(tokens))
         consumed = {*(field.name for field in fields(_Tokens)), "text_config", "vision_config", *_TEXT_FIELDS}
         reject_unknown(raw, consumed, known_fields.OUTER, FILE)
         config._check()

@@ -142,10 +142,12 @@ def _read_table(text: Mapping[str, Any], name: str, place: str) -> Rope:
     types = checked(table, _Types, place)
     named = {_TYPES.get(kind, kind) for kind in (types.rope_type, types.type) if kind is not None} or {"default"}
     if len(named) > 1:
-        raise CheckpointError(f"{place}: rope_type is {types.rope_type!r} and type {types.type!r}; keep one of them")
+        raise CheckpointError(
+            f"{place}: rope_type is {shown(types.rope_type)} and type {shown(types.type)}; keep one of them"
+        )
     kind = named.pop()
     if kind not in _SCALINGS:
-        raise CheckpointError(f"{place}: rope_type is {kind!r}; {', '.join(_SCALINGS)} are supported")
+        raise CheckpointError(f"{place}: rope_type is {shown(kind)}; {', '.join(_SCALINGS)} are supported")
     scaling = _SCALINGS[kind]
     consumed = (*_COMMON, *scaling.__struct_fields__) if scaling else _COMMON
     reject_unknown(table, consumed, {"partial_rotary_factor": (1, None)}, place)

@@ -7,7 +7,7 @@ and leaves ``top_k`` off.) A field that changes answers and is not implemented i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from msgspec import Meta
 from qwen2vl_trt.config import read_json
 from qwen2vl_trt.errors import CheckpointError
 from qwen2vl_trt.known_fields import GENERATION_FIELDS, Harmless
-from qwen2vl_trt.schema import checked, reject_unknown
+from qwen2vl_trt.schema import checked, reject_unknown, shown
 
 from .sampler import SamplingParams
 
@@ -136,7 +136,7 @@ class GenerationConfig:
 
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
-    defaults: SamplingParams = SamplingParams()
+    defaults: SamplingParams = field(default_factory=SamplingParams)
 
     @classmethod
     def from_folder(
@@ -167,12 +167,12 @@ class GenerationConfig:
         ids = tuple(eos) if isinstance(eos, list) else (eos,)
         if not ids or not all(_is_token(token) for token in ids):
             raise CheckpointError(
-                f"{folder}: eos_token_id is {eos!r}; generation_config.json, the tokenizer or config.json must name"
-                " the token (or the tokens) that end an answer"
+                f"{folder}: eos_token_id is {shown(eos)}; generation_config.json, the tokenizer or config.json must"
+                " name the token (or the tokens) that end an answer"
             )
         pad = _first(generation.get("pad_token_id"), getattr(tokenizer, "pad_token_id", None), ids[0])
         if not _is_token(pad):
-            raise CheckpointError(f"{folder}: pad_token_id is {pad!r}; it must be a token")
+            raise CheckpointError(f"{path}: pad_token_id is {shown(pad)}; it must be a token")
         if sampling == "none":
             return cls(ids, pad)
         if not path.exists():  # Transformers 4 wrote it all into config.json
@@ -183,7 +183,7 @@ class GenerationConfig:
 
 def _defaults(raw: dict[str, Any], place: str) -> SamplingParams:
     try:
-        reject_unknown(raw, [field.name for field in fields(_Sampling)], _HARMLESS, place)
+        reject_unknown(raw, [each.name for each in fields(_Sampling)], _HARMLESS, place)
         return checked(raw, _Sampling, place).params()
     except CheckpointError as error:
         raise CheckpointError(f"{error}. --generation-config none leaves the checkpoint's sampling out") from None

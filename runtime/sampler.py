@@ -69,7 +69,9 @@ class SamplingParams:
             lambda value: _is_number(value, 0) and value > 0,
             "a finite number above 0 (1 is off)",
         )
-        self._check("seed", lambda value: _is_int(value, 0) and value < 2**63, "None or a whole number from 0 to 2**63 - 1")
+        self._check(
+            "seed", lambda value: _is_int(value, 0) and value < 2**63, "None or a whole number from 0 to 2**63 - 1"
+        )
         self._check("stop", _are_texts, "strings that are not empty")
         if not isinstance(self.ignore_eos, bool):
             raise SamplingError(f"ignore_eos is {self.ignore_eos!r}; it must be True or False")

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from qwen2vl_trt.errors import DeadlineError, LimitError, PromptError
-from runtime import Request, SamplingParams
+from runtime import Request
 from runtime.request import Output
+from runtime.sampler import Sampling
 from runtime.scheduling.media_ahead import MediaAhead
 from runtime.scheduling.waiting import WaitingLine
 
@@ -48,7 +49,7 @@ def add(line, now):
 
     def add(images=0, videos=0, prompt="What?", deadline=None, max_tokens=3):
         output = Output(deadline=deadline, clock=lambda: now[0])
-        line.add(Request(prompt, [0] * images, [0] * videos), SamplingParams(max_tokens=max_tokens).with_defaults(), output)
+        line.add(Request(prompt, [0] * images, [0] * videos), Sampling(max_tokens=max_tokens), output)
         return output
 
     return add
