@@ -26,7 +26,7 @@ from benchmarks.subjects.transformers import load_model
 from runtime.backends.runners import open_engines
 from runtime.detokenizer import AnswerStream
 from runtime.request import Output
-from runtime.sampler import SamplingParams, SequenceSampling
+from runtime.sampler import Sampling, SequenceSampling
 from runtime.scheduling.scheduler import RunningSequence, Scheduler
 
 PROMPT, TOKENS = 64, 32
@@ -51,6 +51,7 @@ def transformers_generate(checkpoint: Path, dtype: torch.dtype, batch: int) -> C
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
+            repetition_penalty=1.0,
             min_new_tokens=tokens,
             max_new_tokens=tokens,
             pad_token_id=0,
@@ -83,7 +84,7 @@ def our_scheduler(folder: Path, batch: int) -> Call:
     positions = torch.arange(PROMPT).expand(3, -1)
 
     def answer(tokens: int) -> None:
-        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        params = Sampling(max_tokens=tokens, ignore_eos=True)
         scheduler = Scheduler(engines.decoder, PROMPT)
         for row in prompt:
             scheduler.add(

@@ -135,7 +135,8 @@ def write_random_checkpoint(folder: Path, config: dict[str, Any]) -> int:
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         edges = {"shortest_edge": _PIXELS["min_pixels"], "longest_edge": _PIXELS["max_pixels"]}
         (folder / name).write_text(json.dumps(read_json(companions / name) | _PIXELS | {"size": edges}, indent=2))
-    (folder / "config.json").write_text(json.dumps(config | special, indent=2))
+    config = config | special
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
     shapes = _shapes(Qwen2VLConfig.from_dict(config))
     with _new_weights(folder, shapes) as (file, size), ThreadPoolExecutor(os.cpu_count()) as pool:
         chunks = list(_chunks(shapes))

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError
+from qwen2vl_trt.schema import checked, reject_unknown
 
 from .plan_file import whole_file
 from .profile import BuildProfile
@@ -111,11 +114,11 @@ class Manifest:
         """
         path = folder / FILE
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = msgspec.json.decode(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             what = f"{folder} holds no engine: it has no {FILE}" if folder.is_dir() else f"there is no folder {folder}"
             raise EngineError(f"{what}. Build one with build_engines.py.") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise EngineError(f"{path} cannot be read ({error}). Rebuild with build_engines.py.") from None
         found = raw.get("format") if isinstance(raw, dict) else None
         if found != FORMAT:
@@ -124,24 +127,12 @@ class Manifest:
                 " Rebuild with build_engines.py."
             )
         try:
-            files = {name: BuiltFile(**file) for name, file in raw["files"].items()}
-            manifest = cls(**{**raw, "profile": BuildProfile.from_dict(raw["profile"]), "files": files})
-            manifest._check_types()
-        except (BuildError, AttributeError, KeyError, TypeError) as error:
+            manifest = checked(raw, cls, FILE)
+            reject_unknown(raw, [each.name for each in fields(cls)], {}, FILE)
+            BuildProfile.from_dict(raw["profile"])  # its names
+        except (BuildError, CheckpointError) as error:
             raise EngineError(f"{path} is corrupt ({error}). Rebuild with build_engines.py.") from None
         return manifest
-
-    def _check_types(self) -> None:
-        for name in ("model", "model_hash", "backend", "precision"):
-            if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} is no text")
-        for name, file in self.files.items():
-            if [type(value) for value in astuple(file)] != [str, int, int]:
-                raise TypeError(f"file {name} has an entry of a wrong type")
-        if not isinstance(self.versions, dict) or not all(isinstance(text, str) for text in self.versions.values()):
-            raise TypeError("versions is no table of texts")
-        if not isinstance(self.options, dict):
-            raise TypeError("options is no table")
 
     def verify(self, folder: Path, thorough: bool = False) -> Checkpoint:
         """Check that the folder still holds what was built.

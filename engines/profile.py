@@ -12,6 +12,8 @@ from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.errors import BuildError, LimitError
 from qwen2vl_trt.windows import Grid
 
+_MOST = (1 << 31) - 1
+
 
 @dataclass(frozen=True)
 class BuildProfile:
@@ -37,8 +39,8 @@ class BuildProfile:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise BuildError(f"{flag(field.name)} is {value!r}; it must be a whole number of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
+                raise BuildError(f"{flag(field.name)} is {value!r}; it must be a whole number from 1 to {_MOST:,}")
         if self.min_hw_dims > self.max_hw_dims:
             raise BuildError(f"--min-hw-dims {self.min_hw_dims} is larger than --max-hw-dims {self.max_hw_dims}")
         if self.max_input_len >= self.max_seq_len:

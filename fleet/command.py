@@ -174,7 +174,8 @@ def _settings(arguments: argparse.Namespace, given: Input, params: SamplingParam
         "allow_special_tokens": arguments.allow_special_tokens,
     }
     if arguments.task == "generate":
-        return settings | json.loads(json.dumps(dataclasses.asdict(params)))
+        sampling = json.loads(json.dumps(dataclasses.asdict(params)))
+        return settings | sampling | {"generation_config": arguments.generation_config}
     return settings | {"source": arguments.source, "layer": arguments.layer, "pool": arguments.pool}
 
 

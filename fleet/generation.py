@@ -47,6 +47,7 @@ class Generation:
 
     def __init__(self, pipeline: Pipeline, params: SamplingParams, max_tokens: int) -> None:
         self._pipeline, self._params, self._max_tokens = pipeline, params, max_tokens
+        self._answer_tokens = min(pipeline.decided(params).max_tokens, pipeline.profile.max_seq_len)
 
     def answer(self, source: RowSource, rows: Iterable[Row], batching: Batching, writer: PartitionWriter) -> None:
         """Write an answer, or what is wrong, of each row.
@@ -64,7 +65,7 @@ class Generation:
                     answer = _Answer(key)
                     if isinstance(image, LoadedRow):
                         answer.image, answer.prompt = image, image.row.prompt
-                        answer.tokens = batching.tokens(image) + self._params.max_tokens
+                        answer.tokens = batching.tokens(image) + self._answer_tokens
                     else:
                         answer.failure = str(image)
                     queue.append(answer)

@@ -1,36 +1,58 @@
 """Model configuration, read from a checkpoint's ``config.json``.
 
 Transformers 4 wrote the decoder's fields at the top level, Transformers 5 writes them under ``text_config``;
-both are read. Nothing about a model's shape is written anywhere else in the project.
+both are read. Nothing about a model's shape is written anywhere else in the project. A field that nobody reads is an
+error, unless :mod:`qwen2vl_trt.known_fields` has it.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+from msgspec import Meta
+
+from . import known_fields
 from .errors import CheckpointError
+from .rope_scaling import TABLES, LinearScaling, Positions, Section, Theta, YarnScaling, read_rope
+from .schema import checked, inside, reject_unknown, shown
+
+FILE = "config.json"
+
+# Ranges far beyond every published model, so that a size without meaning is an error and no allocation.
+Layers = Annotated[int, Meta(ge=1, le=1 << 10)]
+Heads = Annotated[int, Meta(ge=1, le=1 << 10)]
+Width = Annotated[int, Meta(ge=1, le=1 << 20)]
+Vocabulary = Annotated[int, Meta(ge=1, le=1 << 24)]
+Pixels = Annotated[int, Meta(ge=1, le=1 << 12)]
+Few = Annotated[int, Meta(ge=1, le=1 << 6)]
+Index = Annotated[int, Meta(ge=0, le=1 << 10)]
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 24)]
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Shape of the vision tower; field names are those of ``vision_config``."""
+    """Shape of the vision tower; field names are those of ``vision_config``.
 
-    depth: int
-    hidden_size: int
-    num_heads: int
-    intermediate_size: int
-    out_hidden_size: int
-    fullatt_block_indexes: tuple[int, ...]
-    in_chans: int = 3
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    window_size: int = 112
-    tokens_per_second: float = 4
-    hidden_act: str = "silu"
+    The defaults are Transformers': some of its releases write only what differs from them.
+    """
+
+    depth: Layers = 32
+    hidden_size: Width = 3584
+    num_heads: Heads = 16
+    intermediate_size: Width = 3420
+    out_hidden_size: Width = 3584
+    fullatt_block_indexes: tuple[Index, ...] = (7, 15, 23, 31)
+    in_chans: Few = 3
+    patch_size: Pixels = 14
+    temporal_patch_size: Few = 2
+    spatial_merge_size: Few = 2
+    window_size: Pixels = 112
+    tokens_per_second: Annotated[float, Meta(ge=0, le=1e4)] = 4
+    rope_theta: Theta = 10000.0
 
     @property
     def head_dim(self) -> int:
@@ -66,18 +88,19 @@ class VisionConfig:
 class TextConfig:
     """Shape of the decoder; field names are those of ``text_config``."""
 
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
+    hidden_size: Width
+    num_hidden_layers: Layers
+    num_attention_heads: Heads
+    num_key_value_heads: Heads
+    head_dim: Annotated[int, Meta(ge=2, le=1 << 12)]
+    intermediate_size: Width
+    vocab_size: Vocabulary
     tie_word_embeddings: bool
-    rope_theta: float
-    mrope_section: tuple[int, int, int]
-    rms_norm_eps: float
-    max_position_embeddings: int
+    rope_theta: Theta
+    mrope_section: tuple[Section, Section, Section]
+    rms_norm_eps: Annotated[float, Meta(ge=0, le=1)] = 1e-5
+    max_position_embeddings: Positions = 32768
+    rope_scaling: LinearScaling | YarnScaling | None = None
 
 
 @dataclass(frozen=True)
@@ -100,19 +123,28 @@ class Qwen2VLConfig:
         """
         if raw.get("model_type") != "qwen2_5_vl":
             raise CheckpointError(
-                f"config.json: model_type is {raw.get('model_type')!r}; only Qwen2.5-VL ('qwen2_5_vl') is supported"
+                f"{FILE}: model_type is {shown(raw.get('model_type'))}; only Qwen2.5-VL ('qwen2_5_vl') is supported"
             )
-        try:
-            return cls(
-                vision=_vision_config(raw["vision_config"]),
-                text=_text_config(raw),
-                image_token_id=raw["image_token_id"],
-                video_token_id=raw["video_token_id"],
-                vision_start_token_id=raw["vision_start_token_id"],
-                vision_end_token_id=raw.get("vision_end_token_id"),
+        tokens = checked(raw, _Tokens, FILE)
+        config = cls(_vision_config(raw), _text_config(raw), **asdict(tokens))
+        consumed = {*(field.name for field in fields(_Tokens)), "text_config", "vision_config", *_TEXT_FIELDS}
+        reject_unknown(raw, consumed, known_fields.OUTER, FILE)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        """Refuse sizes that contradict each other."""
+        if self.vision.out_hidden_size != self.text.hidden_size:
+            raise CheckpointError(
+                f"{FILE}: the vision tower's out_hidden_size {self.vision.out_hidden_size} is not the decoder's"
+                f" hidden_size {self.text.hidden_size}"
             )
-        except KeyError as missing:
-            raise CheckpointError(f"config.json: field {missing} is missing") from None
+        if self.image_token_id == self.video_token_id:
+            raise CheckpointError(f"{FILE}: image_token_id and video_token_id are both {self.image_token_id}")
+        for name in (field.name for field in fields(_Tokens)):
+            token = getattr(self, name)
+            if token is not None and token >= self.text.vocab_size:
+                raise CheckpointError(f"{FILE}: {name} is {token}; the vocabulary has {self.text.vocab_size} tokens")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Qwen2VLConfig:
@@ -121,9 +153,9 @@ class Qwen2VLConfig:
         Raises:
             CheckpointError: no readable ``config.json``, or not one of a Qwen2.5-VL.
         """
-        path = Path(folder) / "config.json"
+        path = Path(folder) / FILE
         if not path.exists():
-            raise CheckpointError(f"{folder} is no checkpoint: it has no config.json")
+            raise CheckpointError(f"{folder} is no checkpoint: it has no {FILE}")
         raw = read_json(path)
         try:
             return cls.from_dict(raw)
@@ -138,9 +170,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, or holds something other than an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = msgspec.json.decode(path.read_bytes())
     except FileNotFoundError:
         return {}
+    except RecursionError:
+        raise CheckpointError(f"{path} cannot be read: it is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
@@ -148,67 +182,124 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _vision_config(raw: dict[str, Any]) -> VisionConfig:
-    config = VisionConfig(
-        depth=raw["depth"],
-        hidden_size=raw["hidden_size"],
-        num_heads=raw["num_heads"],
-        intermediate_size=raw["intermediate_size"],
-        out_hidden_size=raw["out_hidden_size"],
-        fullatt_block_indexes=tuple(raw["fullatt_block_indexes"]),
-        in_chans=raw.get("in_channels", raw.get("in_chans", 3)),
-        **{
-            name: raw[name]
-            for name in (
-                "patch_size",
-                "temporal_patch_size",
-                "spatial_merge_size",
-                "window_size",
-                "tokens_per_second",
-                "hidden_act",
-            )
-            if name in raw
-        },
-    )
+@dataclass(frozen=True)
+class _Tokens:
+    image_token_id: TokenId
+    video_token_id: TokenId
+    vision_start_token_id: TokenId
+    vision_end_token_id: TokenId | None = None
+
+
+def _vision_config(raw: Mapping[str, Any]) -> VisionConfig:
+    if "vision_config" not in raw:
+        raise CheckpointError(f"{FILE}: field 'vision_config' is missing")
+    place = inside(FILE, ".vision_config")
+    vision = checked(raw["vision_config"], dict[str, Any], place)
+    names = {field.name for field in fields(VisionConfig)} - {"rope_theta"}
+    reject_unknown(vision, {*names, "in_channels", "rope_parameters"}, known_fields.VISION, place)
+    if vision.get("in_chans", vision.get("in_channels")) != vision.get("in_channels", vision.get("in_chans")):
+        raise CheckpointError(f"{place}: in_channels and in_chans differ; keep one of them")
+    rope = checked(vision.get("rope_parameters") or {}, dict[str, Any], f"{place}.rope_parameters")
+    reject_unknown(rope, {"rope_theta"}, dict.fromkeys(("rope_type", "type"), _AXIAL), f"{place}.rope_parameters")
+    given = {name: vision[name] for name in names if name in vision} | {
+        name: value
+        for name, value in (("in_chans", vision.get("in_channels")), ("rope_theta", rope.get("rope_theta")))
+        if value is not None
+    }
+    config = checked(given, VisionConfig, place)
     if config.hidden_size % config.num_heads or config.head_dim % 4:
         raise CheckpointError(
-            f"config.json: vision hidden_size {config.hidden_size} does not split into {config.num_heads} heads"
+            f"{FILE}: vision hidden_size {config.hidden_size} does not split into {config.num_heads} heads"
             " of a multiple of 4"
         )
     if config.window_size % config.image_factor:
         raise CheckpointError(
-            f"config.json: window_size {config.window_size} is no multiple of patch_size * spatial_merge_size"
+            f"{FILE}: window_size {config.window_size} is no multiple of patch_size * spatial_merge_size"
             f" = {config.image_factor}"
         )
     return config
 
 
-def _text_config(raw: dict[str, Any]) -> TextConfig:
-    text = raw.get("text_config") or raw
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    heads = text["num_attention_heads"]
-    head_dim = text.get("head_dim") or text["hidden_size"] // heads
-    config = TextConfig(
-        hidden_size=text["hidden_size"],
-        num_hidden_layers=text["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=text["num_key_value_heads"],
-        head_dim=head_dim,
-        intermediate_size=text["intermediate_size"],
-        vocab_size=text["vocab_size"],
-        # Transformers 4 wrote the flag outside, some releases of 5 inside; either one ties, as in its own loader.
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        rope_theta=float(rope.get("rope_theta") or text["rope_theta"]),
-        mrope_section=tuple(rope["mrope_section"]),
-        rms_norm_eps=text["rms_norm_eps"],
-        max_position_embeddings=text["max_position_embeddings"],
-    )
+_AXIAL = ("axial", "default")
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Transformers' fields of sliding windows, with its defaults."""
+
+    use_sliding_window: bool | None = False
+    sliding_window: Width | None = 4096
+    max_window_layers: Annotated[int, Meta(ge=0)] = 80
+    layer_types: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class _Attention:
+    hidden_size: Width
+    num_attention_heads: Heads
+    num_key_value_heads: Heads | None
+    head_dim: Width | None = None
+
+
+_OF_TEXT = {field.name for field in fields(TextConfig)} - {"mrope_section", "rope_scaling"}
+_TEXT_FIELDS = {*_OF_TEXT, *TABLES, *(field.name for field in fields(_Windows))}
+
+
+def _text_config(raw: Mapping[str, Any]) -> TextConfig:
+    if raw.get("text_config") in (None, {}):
+        return _read_text(raw, FILE)
+    place = inside(FILE, ".text_config")
+    text = checked(raw["text_config"], dict[str, Any], place)
+    reject_unknown(text, _TEXT_FIELDS, known_fields.TEXT, place)
+    # Transformers 4 wrote the flag outside, some releases of 5 inside; either one ties, as in its own loader.
+    tied = checked(raw.get("tie_word_embeddings"), bool | None, inside(FILE, ".tie_word_embeddings"))  # type: ignore[arg-type]
+    text |= {"tie_word_embeddings": True} if tied else {}
+    config = _read_text(text, place)
+    # Some releases of Transformers 4 wrote the decoder's fields in both places, and releases differ in which they read.
+    for name in _TEXT_FIELDS & raw.keys():
+        if name != "tie_word_embeddings" and _read_text(text | {name: raw[name]}, FILE) != config:
+            raise CheckpointError(f"{FILE}: {name} at the top level differs from text_config's; keep one of them")
+    return config
+
+
+def _read_text(text: Mapping[str, Any], place: str) -> TextConfig:
+    _refuse_windows(text, place)
+    attention, rope = checked(text, _Attention, place), read_rope(text, place)
+    heads = attention.num_attention_heads
+    head_dim = attention.head_dim or attention.hidden_size // heads
+    given = {name: text[name] for name in _OF_TEXT if text.get(name) is not None} | {
+        "head_dim": head_dim,
+        "num_key_value_heads": attention.num_key_value_heads or heads,
+        "tie_word_embeddings": text.get("tie_word_embeddings") or False,
+        "rope_theta": rope.rope_theta,
+        "mrope_section": rope.mrope_section,
+    }
+    config = replace(checked(given, TextConfig, place), rope_scaling=rope.scaling)
+    if attention.head_dim is None and attention.hidden_size % heads:
+        raise CheckpointError(f"{place}: hidden_size {attention.hidden_size} does not split into {heads} heads")
     if heads % config.num_key_value_heads:
         raise CheckpointError(
-            f"config.json: {heads} attention heads do not share {config.num_key_value_heads} key-value heads evenly"
+            f"{place}: {heads} attention heads do not share {config.num_key_value_heads} key-value heads evenly"
         )
     if 2 * sum(config.mrope_section) != head_dim:
         raise CheckpointError(
-            f"config.json: mrope_section {list(config.mrope_section)} must add up to half the head size {head_dim}"
+            f"{place}: mrope_section {list(config.mrope_section)} must add up to half the head size {head_dim}"
         )
     return config
+
+
+def _refuse_windows(text: Mapping[str, Any], place: str) -> None:
+    """Sliding windows, in which a token sees only so many before it: the graph has full attention alone."""
+    windows = checked(text, _Windows, place)
+    layers = text.get("num_hidden_layers")
+    if windows.layer_types is not None:
+        other = next((kind for kind in windows.layer_types if kind != "full_attention"), None)
+        if other is not None:
+            raise CheckpointError(f"{place}: layer_types has {shown(other)}; only 'full_attention' is supported")
+    elif windows.use_sliding_window and windows.sliding_window is not None:
+        first = windows.max_window_layers
+        if isinstance(layers, int) and first < layers:
+            raise CheckpointError(
+                f"{place}: use_sliding_window is true, with a sliding_window of {windows.sliding_window} from layer"
+                f" {first} on; only full attention is supported"
+            )

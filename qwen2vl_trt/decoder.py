@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import TextConfig
-from .layers import RMSNorm, SwiGLU, inverse_frequencies
-from .mrope import rotary_angles
+from .layers import RMSNorm, SwiGLU
+from .mrope import rotary_cos_sin, rotary_frequencies
 from .ops import ragged_attention, rotate, update_cache
 
 
@@ -133,14 +133,14 @@ class DecoderStack(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.register_buffer("inv_freq", inverse_frequencies(config.head_dim, config.rope_theta), persistent=False)
+        inv_freq, self.rotary_scale = rotary_frequencies(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, caches: Sequence[LayerCache] | None = None
     ) -> tuple[Tensor, list[LayerCache]]:
         """``[B, S, C]`` to hidden states ``[B, S, C]`` and the updated caches; without caches rows are whole."""
-        angles = rotary_angles(position_ids, self.inv_freq, self.config.mrope_section)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = rotary_cos_sin(position_ids, self.inv_freq, self.config.mrope_section, self.rotary_scale)
         x, updated = inputs_embeds, []
         for index, layer in enumerate(self.layers):
             x, cache = layer(x, cos, sin, caches[index] if caches is not None else None)

@@ -38,6 +38,7 @@ class FusedDecoderStack(DecoderStack):
     def __init__(self, stack: DecoderStack, pointwise: Pointwise) -> None:
         nn.Module.__init__(self)
         self.config, self.layers, self.norm = stack.config, stack.layers, stack.norm
+        self.rotary_scale = stack.rotary_scale
         self.register_buffer("inv_freq", stack.inv_freq, persistent=False)
         self._pointwise = pointwise
         self._layers = [layer for layer in stack.layers if isinstance(layer, DecoderLayer)]
@@ -53,7 +54,7 @@ class FusedDecoderStack(DecoderStack):
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, caches: Sequence[LayerCache] | None = None
     ) -> tuple[Tensor, list[LayerCache]]:
-        cos, sin = self._pointwise.angles(position_ids, self.inv_freq, self.config.mrope_section)
+        cos, sin = self._pointwise.angles(position_ids, self.inv_freq, self.config.mrope_section, self.rotary_scale)
         x, updated = inputs_embeds, []
         y = self._pointwise.norm(x, *self._norms[0])
         for index, layer in enumerate(self._layers):

@@ -18,6 +18,7 @@ from torch import Tensor
 from .config import Qwen2VLConfig, TextConfig
 from .errors import PromptError
 from .layers import inverse_frequencies
+from .rope_scaling import LinearScaling
 from .windows import Grid
 
 
@@ -73,17 +74,39 @@ def rope_index(
     return position_ids, position - position_ids.shape[1]
 
 
-def rotary_angles(position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int]) -> Tensor:
-    """Rotary angles in radians: ``[3, B, S]`` positions to ``[B, S, D / 2]`` FP32.
+def rotary_frequencies(config: TextConfig) -> tuple[Tensor, float]:
+    """The decoder's rotary frequencies ``[D / 2]`` FP32, and the factor of their cosines and sines."""
+    dim, theta = config.head_dim, config.rope_theta
+    plain = inverse_frequencies(dim, theta)
+    scaling, positions = config.rope_scaling, config.max_position_embeddings
+    if scaling is None:
+        return plain, 1.0
+    if isinstance(scaling, LinearScaling):
+        return plain / scaling.factor, 1.0
+    # To the last bit as Transformers has it: at position 100,000 the last bit of a frequency is a visible angle.
+    divided = 1.0 / (
+        scaling.resolved_factor(positions) * theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    )
+    first, last = scaling.ramp(dim, theta, positions)
+    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - first) / (last - first)).clamp(0, 1)
+    return divided * (1 - kept) + plain * kept, scaling.resolved_attention_factor(positions)
+
+
+def rotary_cos_sin(
+    position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary angles: ``[3, B, S]`` positions to twice ``[B, S, D / 2]`` FP32.
 
     Args:
         position_ids: ``[3, B, S]`` time, height, width.
-        inv_freq: ``[D / 2]`` FP32.
+        inv_freq: ``[D / 2]`` FP32; this and ``scale`` are :func:`rotary_frequencies`'.
         sections: how many frequencies follow each axis (``mrope_section``).
+        scale: of both.
     """
-    angles = position_ids[..., None].float() * inv_freq  # [3, B, S, D / 2]
-    parts = angles.split(list(sections), dim=-1)
-    return torch.cat([section[axis] for axis, section in enumerate(parts)], dim=-1)
+    parts = (position_ids[..., None].float() * inv_freq).split(list(sections), dim=-1)  # [3, B, S, section] each
+    angles = torch.cat([section[axis] for axis, section in enumerate(parts)], dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if scale == 1 else (cos * scale, sin * scale)
 
 
 def mrope_config(position_ids: Tensor, delta: int, config: TextConfig | None = None) -> dict[str, Tensor]:
@@ -106,9 +129,7 @@ def mrope_config(position_ids: Tensor, delta: int, config: TextConfig | None = N
     if config is None:
         return found
     generated = torch.arange(position_ids.shape[1], config.max_position_embeddings) + delta
-    angles = rotary_angles(
-        torch.cat([position_ids, generated.expand(3, -1)], dim=1)[:, None],
-        inverse_frequencies(config.head_dim, config.rope_theta),
-        config.mrope_section,
-    )
-    return found | {"mrope_rotary_cos_sin": torch.stack([angles.cos(), angles.sin()], dim=-1).reshape(1, -1)}
+    inv_freq, scale = rotary_frequencies(config)
+    every = torch.cat([position_ids, generated.expand(3, -1)], dim=1)[:, None]
+    table = torch.stack(rotary_cos_sin(every, inv_freq, config.mrope_section, scale), dim=-1)
+    return found | {"mrope_rotary_cos_sin": table.reshape(1, -1)}

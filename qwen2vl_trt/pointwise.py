@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mrope import rotary_angles
+from .mrope import rotary_cos_sin
 from .ops import quantize_fp8, rotate_unexported
 
 logger = logging.getLogger(__name__)
@@ -52,10 +52,9 @@ def quantized(x: Tensor, scale: Tensor) -> Tensor:
     return quantize_fp8(x, scale)
 
 
-def angles(position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int]) -> tuple[Tensor, Tensor]:
+def angles(position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``[T, D / 2]`` FP32 of M-RoPE positions ``[3, T]``."""
-    found = rotary_angles(position_ids, inv_freq, sections)
-    return found.cos(), found.sin()
+    return rotary_cos_sin(position_ids, inv_freq, sections, scale)
 
 
 def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
@@ -124,11 +123,13 @@ class Pointwise:
         """:func:`quantized` of ``[..., C]``."""
         return self._functions["quantized"](_tokens(x), scale).view(x.shape)
 
-    def angles(self, position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def angles(
+        self, position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int], scale: float
+    ) -> tuple[Tensor, Tensor]:
         """:func:`angles` of ``[3, B, S]``: ``[B, S, D / 2]`` each."""
         shape = position_ids.shape[1:]
         flat = _flat(position_ids).view(3, -1)
-        cos, sin = self._functions["angles"](flat, inv_freq, tuple(sections))
+        cos, sin = self._functions["angles"](flat, inv_freq, tuple(sections), scale)
         return cos.view(*shape, -1), sin.view(*shape, -1)
 
     def rotate(self, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:

@@ -17,7 +17,6 @@ from .varlen import packed_attention
 from .windows import Gathering, PackedSequences
 
 _NORM_EPS = 1e-6  # no field of vision_config: the published tower fixes it
-_ROPE_THETA = 10000.0  # likewise
 
 Sequences = Gathering | PackedSequences
 """What attends together; :class:`~qwen2vl_trt.windows.PackedSequences` where :mod:`qwen2vl_trt.varlen` can run."""
@@ -34,7 +33,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
-        self.register_buffer("inv_freq", inverse_frequencies(config.head_dim // 2, _ROPE_THETA), persistent=False)
+        self.register_buffer("inv_freq", inverse_frequencies(config.head_dim // 2, config.rope_theta), persistent=False)
 
     def forward(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Literal, Protocol
 
-from .sampler import SamplingParams
+from .sampler import Sampling
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 
@@ -110,7 +110,7 @@ class AnswerStream:
     up to ``text``.
     """
 
-    def __init__(self, tokenizer: Decoder, params: SamplingParams, eos_token_ids: Collection[int]) -> None:
+    def __init__(self, tokenizer: Decoder, params: Sampling, eos_token_ids: Collection[int]) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._stop_strings = StopStrings(params.stop)
         self._max_tokens = params.max_tokens

@@ -1,41 +1,163 @@
-"""What a checkpoint says about ending an answer.
+"""What a checkpoint says about answers: how they are sampled by default, and which tokens end them.
 
-Only the end-of-sequence and padding tokens are taken from ``generation_config.json``. Its sampling defaults
-(temperature 1e-6 and repetition penalty 1.05 in the published checkpoints) are not: an answer is greedy unless
-``SamplingParams`` says otherwise, so that the same request gives the same tokens with every checkpoint.
+The defaults are those of Transformers' ``generate``: ``do_sample`` false or absent is greedy; ``do_sample`` true
+without a temperature is 1, without ``top_k`` 50. (vLLM looks at neither: it samples whenever a temperature is above 0,
+and leaves ``top_k`` off.) A field that changes answers and is not implemented is an error.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from qwen2vl_trt.config import read_json
 from qwen2vl_trt.errors import CheckpointError
+from qwen2vl_trt.known_fields import GENERATION_FIELDS, Harmless
+from qwen2vl_trt.schema import checked, reject_unknown, shown
+
+from .sampler import SamplingParams
+
+FILE = "generation_config.json"
+
+_DEFAULT_TOP_K = 50  # Transformers', where it samples
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """The fields that are read; names and meanings are Transformers'."""
+
+    do_sample: bool | None = None
+    temperature: Annotated[float, Meta(ge=0, le=1e4)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0, lt=1 << 31)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=1e4)] | None = None
+    max_new_tokens: Annotated[int, Meta(ge=1, lt=1 << 31)] | None = None
+    stop_strings: Annotated[str, Meta(min_length=1)] | list[Annotated[str, Meta(min_length=1)]] | None = None
+
+    def params(self) -> SamplingParams:
+        top_k = self.top_k
+        if self.do_sample and top_k is None:
+            top_k = _DEFAULT_TOP_K
+        return SamplingParams(
+            max_tokens=self.max_new_tokens,
+            temperature=(1.0 if self.temperature is None else self.temperature) if self.do_sample else 0.0,
+            top_p=self.top_p,
+            top_k=top_k,
+            repetition_penalty=self.repetition_penalty,
+            stop=self.stop_strings,  # type: ignore[arg-type]  # lists and single strings are welcome
+        )
+
+
+_NEUTRAL: Harmless = {
+    "bad_words_ids": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "constraints": (None, []),
+    "diversity_penalty": (None, 0),
+    "dola_layers": (None,),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1),
+    "epsilon_cutoff": (None, 0),
+    "eta_cutoff": (None, 0),
+    "exponential_decay_length_penalty": (None,),
+    "force_words_ids": (None, []),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "guidance_scale": (None, 1),
+    "max_time": (None,),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "min_p": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beam_groups": (None, 1),
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "penalty_alpha": (None, 0),
+    "sequence_bias": (None, []),
+    "suppress_tokens": (None, []),
+    "token_healing": (None, False),
+    "top_h": (None,),
+    "typical_p": (None, 1),
+    "watermarking_config": (None,),
+}
+"""Fields that are not implemented, with the values that turn them off."""
+
+_HARMLESS: Harmless = _NEUTRAL | dict.fromkeys(
+    [
+        "_commit_hash",
+        "_from_model_config",
+        "_name_or_path",
+        "assistant_confidence_threshold",
+        "assistant_early_exit",
+        "assistant_ensemble_weight",
+        "assistant_lookbehind",
+        "bos_token_id",
+        "cache_config",
+        "cache_implementation",
+        "compile_config",
+        "continuous_batching_config",
+        "decoder_start_token_id",
+        "disable_compile",
+        "early_stopping",  # of beams, as length_penalty
+        "eos_token_id",
+        "is_assistant",
+        "length_penalty",
+        "low_memory",
+        "max_cache_len",
+        "max_length",  # of prompt and answer together; max_new_tokens is the one that counts here, as in vLLM
+        "max_matching_ngram_size",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "output_attentions",
+        "output_hidden_states",
+        "output_logits",
+        "output_scores",
+        "pad_token_id",
+        "prefill_chunk_size",
+        "prompt_lookup_num_tokens",
+        "remove_invalid_values",
+        "renormalize_logits",
+        "return_dict_in_generate",
+        "speculation_type",
+        "target_lookbehind",
+        "transformers_version",
+        "unsloth_version",
+        "use_cache",
+        "use_mtp",
+    ]
+)
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Tokens that end an answer (any of them), and the one that pads."""
+    """Tokens that end an answer (any of them), the one that pads, and what a request does not say itself."""
 
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
+    defaults: SamplingParams = field(default_factory=SamplingParams)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, tokenizer: Any = None) -> GenerationConfig:
-        """Read them from ``generation_config.json``, else from the tokenizer, else from ``config.json``.
+    def from_folder(
+        cls, folder: str | Path, tokenizer: Any = None, sampling: Literal["auto", "none"] = "auto"
+    ) -> GenerationConfig:
+        """Read ``generation_config.json``; its tokens else from the tokenizer, else from ``config.json``.
 
         Args:
             folder: a checkpoint.
             tokenizer: anything with ``eos_token_id`` and ``pad_token_id``, as Transformers' tokenizers have.
+            sampling: ``none`` leaves out all but the tokens.
 
         Raises:
-            CheckpointError: a file is not readable, or none names an end-of-sequence token.
+            CheckpointError: a file is not readable, a value has no meaning, a field is not implemented, or nothing
+                names an end-of-sequence token.
         """
-        generation = read_json(Path(folder) / "generation_config.json")
+        path = Path(folder) / FILE
+        generation = read_json(path)
         config = read_json(Path(folder) / "config.json")
         text = config.get("text_config") or {}
+        text = text if isinstance(text, dict) else {}
         eos = _first(
             generation.get("eos_token_id"),
             getattr(tokenizer, "eos_token_id", None),
@@ -43,13 +165,32 @@ class GenerationConfig:
             text.get("eos_token_id"),
         )
         ids = tuple(eos) if isinstance(eos, list) else (eos,)
-        if not ids or not all(type(token) is int and token >= 0 for token in ids):
+        if not ids or not all(_is_token(token) for token in ids):
             raise CheckpointError(
-                f"{folder}: eos_token_id is {eos!r}; generation_config.json, the tokenizer or config.json must name"
-                " the token (or the tokens) that end an answer"
+                f"{folder}: eos_token_id is {shown(eos)}; generation_config.json, the tokenizer or config.json must"
+                " name the token (or the tokens) that end an answer"
             )
         pad = _first(generation.get("pad_token_id"), getattr(tokenizer, "pad_token_id", None), ids[0])
-        return cls(ids, pad)
+        if not _is_token(pad):
+            raise CheckpointError(f"{path}: pad_token_id is {shown(pad)}; it must be a token")
+        if sampling == "none":
+            return cls(ids, pad)
+        if not path.exists():  # Transformers 4 wrote it all into config.json
+            outer = {name: value for name, value in {**text, **config}.items() if name in GENERATION_FIELDS}
+            return cls(ids, pad, _defaults(outer, f"{folder}: config.json"))
+        return cls(ids, pad, _defaults(generation, str(path)))
+
+
+def _defaults(raw: dict[str, Any], place: str) -> SamplingParams:
+    try:
+        reject_unknown(raw, [each.name for each in fields(_Sampling)], _HARMLESS, place)
+        return checked(raw, _Sampling, place).params()
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. --generation-config none leaves the checkpoint's sampling out") from None
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
 
 
 def _first(*values: Any) -> Any:

@@ -29,7 +29,7 @@ from .options import PipelineOptions
 from .preprocessing.preprocessor import Preprocessor
 from .preprocessing.settings import PreprocessorSettings
 from .request import Event, Output, Request
-from .sampler import SamplingParams, SequenceSampling
+from .sampler import Sampling, SamplingParams, SequenceSampling
 from .scheduling.counters import Counters
 from .scheduling.executor import Executor, SelfScheduling
 from .scheduling.media_ahead import MediaAhead
@@ -74,7 +74,7 @@ class Pipeline:
                 f"{folder}: the tokenizer has {len(self._prompts.tokenizer):,} tokens, the model"
                 f" {self._config.text.vocab_size:,}; it belongs to another model"
             )
-        self._eos = GenerationConfig.from_folder(folder, self._prompts.tokenizer).eos_token_ids
+        self._generation = GenerationConfig.from_folder(folder, self._prompts.tokenizer, options.generation_config)
         self._embeddings = EmbeddingCache(options.embedding_cache_bytes)
         self._cached_media = CachedMedia(self._media, self._embeddings)
         self._preparer = Preparer(self._cached_media, self._prompts, self._config, self.profile)
@@ -113,7 +113,7 @@ class Pipeline:
 
         Args:
             requests: they may differ in number and size of images, in length and in sampling.
-            params: one for all, or one each; greedy by default.
+            params: one for all, or one each; by default the checkpoint's ``generation_config.json``.
             on_token: called at every token.
 
         Returns:
@@ -151,27 +151,31 @@ class Pipeline:
 
         Args:
             request: see there.
-            params: greedy by default.
+            params: by default the checkpoint's ``generation_config.json``.
             output: where the answer goes, if :meth:`new_output` has made it when the request arrived.
 
         Raises:
             PromptError: not a :class:`Request`.
         """
         _ = self._scheduler  # loads the decoder: not a part of the request's time
-        params = params or SamplingParams()
+        sampling = self.decided(params)
         output = output or self.new_output(request)
         self._counters.submitted += 1
-        if params.max_tokens >= self.profile.max_seq_len:
+        if sampling.max_tokens_given and sampling.max_tokens >= self.profile.max_seq_len:
             output.fail(
                 LimitError(
-                    f"max_tokens {params.max_tokens:,} leaves no room for a prompt in {self.profile.max_seq_len:,}"
+                    f"max_tokens {sampling.max_tokens:,} leaves no room for a prompt in {self.profile.max_seq_len:,}"
                     f" (--max-seq-len). Lower max_tokens to {self.profile.max_seq_len:,} less the prompt's tokens, or"
                     " rebuild."
                 )
             )
             return output
-        self._waiting.add(request, params, output)
+        self._waiting.add(request, sampling, output)
         return output
+
+    def decided(self, params: SamplingParams | None = None) -> Sampling:
+        """A request's settings with the checkpoint's defaults, as ``generation_config`` of the options says."""
+        return (params or SamplingParams()).with_defaults(self._generation.defaults)
 
     def new_output(self, request: Request) -> Output:
         """Where a request's answer is to go; its deadline and its timings begin now. Any thread may, without a wait.
@@ -426,7 +430,7 @@ class Pipeline:
             inputs_embeds=inputs_embeds,
             position_ids=prepared.position_ids,
             delta=prepared.delta,
-            stream=AnswerStream(self._prompts.tokenizer, waiting.params, self._eos),
+            stream=AnswerStream(self._prompts.tokenizer, waiting.params, self._generation.eos_token_ids),
             sampling=SequenceSampling(
                 waiting.params, prepared.token_ids, self._config.text.vocab_size, self.engines.device
             ),

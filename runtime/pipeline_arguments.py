@@ -23,6 +23,13 @@ def add_pipeline_arguments(parser: argparse._ActionsContainer) -> None:
         action="store_true",
         help="read <|im_end|> and the like in a text as control tokens; by default they are plain text",
     )
+    parser.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="none leaves the checkpoint's defaults of sampling out: greedy where no option says otherwise;"
+        " default %(default)s",
+    )
 
 
 def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
@@ -35,6 +42,7 @@ def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
         min_pixels=arguments.min_pixels,
         max_pixels=arguments.max_pixels,
         allow_special_tokens=arguments.allow_special_tokens,
+        generation_config=arguments.generation_config,
         decode=arguments.decode,
     )
 

@@ -8,8 +8,8 @@ answer depends on its seed and its logits, never on the rows beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -20,28 +20,86 @@ from qwen2vl_trt.errors import SamplingError
 
 from .sending import send
 
-# Lower temperatures count as this one: the likeliest token is all but certain, and nothing overflows to inf - inf.
-_COLDEST = 1e-6
+_GREEDY_TEMPERATURE = 1e-5  # vLLM's bound: below it the likeliest token is all but certain
 _CANDIDATES = 1024  # of top-p at first
 _BROKEN = -1  # in the place of a token, on its way to the host
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one answer is generated.
+    """What a request says about how its answer is generated.
+
+    None means what the checkpoint's ``generation_config.json`` says, and where it says nothing, the neutral value in
+    brackets.
 
     Attributes:
-        max_tokens: most tokens of the answer, at least 1.
-        temperature: 0 takes the likeliest token (greedy); above, logits are divided by it.
-        top_p: keep the likeliest tokens that together reach this probability; in (0, 1], 1 keeps all.
-        top_k: keep that many of the likeliest tokens; 0 keeps all.
-        repetition_penalty: above 1 makes tokens of the prompt and of the answer so far less likely; 1 is off.
+        max_tokens: most tokens of the answer, at least 1 [256, or what the prompt leaves].
+        temperature: up to 1e-5 takes the likeliest token (greedy); above, logits are divided by it [0].
+        top_p: keep the likeliest tokens that together reach this probability; in (0, 1], 1 keeps all [1].
+        top_k: keep that many of the likeliest tokens; 0 keeps all [0].
+        repetition_penalty: above 1 makes tokens of the prompt and of the answer so far less likely; 1 is off [1].
         seed: of the random draws, 0 to 2**63 - 1; None takes a fresh one.
-        stop: strings that end the answer and are not part of it. One string is a sequence of one.
+        stop: strings that end the answer and are not part of it. One string is a sequence of one [none].
         ignore_eos: go on after an end-of-sequence token (for timing).
 
     Raises:
         SamplingError: a value has no meaning; the message names the setting, the value and the range.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        self._check("max_tokens", lambda value: _is_int(value, 1), "a whole number of at least 1")
+        self._check("temperature", lambda value: _is_number(value, 0), "a finite number of at least 0")
+        self._check(
+            "top_p",
+            lambda value: _is_number(value, 0) and 0 < value <= 1,
+            "a number above 0 and up to 1 (1 keeps all tokens)",
+        )
+        self._check("top_k", lambda value: _is_int(value, 0), "a whole number of at least 0 (0 keeps all tokens)")
+        self._check(
+            "repetition_penalty",
+            lambda value: _is_number(value, 0) and value > 0,
+            "a finite number above 0 (1 is off)",
+        )
+        self._check(
+            "seed", lambda value: _is_int(value, 0) and value < 2**63, "None or a whole number from 0 to 2**63 - 1"
+        )
+        self._check("stop", _are_texts, "strings that are not empty")
+        if not isinstance(self.ignore_eos, bool):
+            raise SamplingError(f"ignore_eos is {self.ignore_eos!r}; it must be True or False")
+        if self.stop is not None:  # lists and single strings are welcome, a frozen fact is kept
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+
+    def _check(self, name: str, valid: Callable[[Any], bool], allowed: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not valid(value):
+            raise SamplingError(f"{name} is {value!r}; it must be {allowed}")
+
+    def with_defaults(self, defaults: SamplingParams | None = None) -> Sampling:
+        """Every setting decided: what is None here is the default's, and what is None there the neutral value."""
+        decided: dict[str, Any] = {"max_tokens_given": self.max_tokens is not None}
+        for source in (self, defaults):
+            for field in fields(SamplingParams) if source is not None else ():
+                value = getattr(source, field.name)
+                if value is not None:
+                    decided.setdefault(field.name, value)
+        return Sampling(**decided)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one answer is generated, every setting decided; see :class:`SamplingParams`.
+
+    Attributes:
+        max_tokens_given: the request itself says ``max_tokens``; else it is lowered to what the prompt leaves.
     """
 
     max_tokens: int = 256
@@ -52,26 +110,11 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _require("max_tokens", self.max_tokens, _is_int(self.max_tokens, 1), "a whole number of at least 1")
-        _require("temperature", self.temperature, _is_number(self.temperature, 0), "a finite number of at least 0")
-        in_range = _is_number(self.top_p, 0) and 0 < self.top_p <= 1
-        _require("top_p", self.top_p, in_range, "a number above 0 and up to 1 (1 keeps all tokens)")
-        _require("top_k", self.top_k, _is_int(self.top_k, 0), "a whole number of at least 0 (0 keeps all tokens)")
-        positive = _is_number(self.repetition_penalty, 0) and self.repetition_penalty > 0
-        _require("repetition_penalty", self.repetition_penalty, positive, "a finite number above 0 (1 is off)")
-        seeded = self.seed is None or (_is_int(self.seed, 0) and self.seed < 2**63)
-        _require("seed", self.seed, seeded, "None or a whole number from 0 to 2**63 - 1")
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        strings = isinstance(stop, Sequence) and all(isinstance(string, str) and string for string in stop)
-        _require("stop", self.stop, strings, "strings that are not empty")
-        _require("ignore_eos", self.ignore_eos, isinstance(self.ignore_eos, bool), "True or False")
-        object.__setattr__(self, "stop", tuple(stop))  # lists and single strings are welcome, a frozen fact is kept
+    max_tokens_given: bool = True
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature <= _GREEDY_TEMPERATURE or self.top_k == 1
 
     @property
     def penalised(self) -> bool:
@@ -86,9 +129,9 @@ def _is_int(value: Any, low: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= low
 
 
-def _require(name: str, value: Any, valid: bool, allowed: str) -> None:
-    if not valid:
-        raise SamplingError(f"{name} is {value!r}; it must be {allowed}")
+def _are_texts(value: Any) -> bool:
+    texts = (value,) if isinstance(value, str) else value
+    return isinstance(texts, Sequence) and all(isinstance(text, str) and text for text in texts)
 
 
 class SequenceSampling:
@@ -106,7 +149,7 @@ class SequenceSampling:
 
     def __init__(
         self,
-        params: SamplingParams,
+        params: Sampling,
         prompt_ids: Iterable[int],
         vocab_size: int,
         device: torch.device | str = "cpu",
@@ -213,12 +256,12 @@ def penalise(logits: Tensor, sequences: Sequence[SequenceSampling]) -> Tensor:
     return result
 
 
-def distribution(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def distribution(scores: Tensor, params: Sequence[Sampling]) -> Tensor:
     """The probabilities from which rows that are not greedy draw, after temperature, top-k and top-p.
 
     Args:
         scores: ``[B, V]`` FP32, penalised.
-        params: B settings with a temperature above 0.
+        params: B settings that are not greedy.
 
     Returns:
         ``[B, V]`` FP32; every row adds up to 1.
@@ -226,15 +269,15 @@ def distribution(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     return _distribution(scores, params, scores.shape[-1])[0]
 
 
-def _distribution(scores: Tensor, params: Sequence[SamplingParams], candidates: int) -> tuple[Tensor, Tensor]:
+def _distribution(scores: Tensor, params: Sequence[Sampling], candidates: int) -> tuple[Tensor, Tensor]:
     """The same, and for each row ``[B]`` whether so many candidates for top-p were enough: if not, it is wrong."""
-    scores = scores / _column(scores, [max(row.temperature, _COLDEST) for row in params])
+    scores = scores / _column(scores, [row.temperature for row in params])
     scores = _keep_top_k(scores, params)
     scores, enough = _keep_top_p(scores, params, min(candidates, scores.shape[-1]))
     return scores.softmax(dim=-1), enough
 
 
-def _keep_top_k(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def _keep_top_k(scores: Tensor, params: Sequence[Sampling]) -> Tensor:
     sizes = [min(row.top_k or scores.shape[-1], scores.shape[-1]) for row in params]
     limited = [size for size in sizes if size < scores.shape[-1]]
     if not limited:
@@ -246,7 +289,7 @@ def _keep_top_k(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     return scores.masked_fill((scores < threshold) & ~unlimited[:, None], -torch.inf)
 
 
-def _keep_top_p(scores: Tensor, params: Sequence[SamplingParams], candidates: int) -> tuple[Tensor, Tensor]:
+def _keep_top_p(scores: Tensor, params: Sequence[Sampling], candidates: int) -> tuple[Tensor, Tensor]:
     rows = [row for row, setting in enumerate(params) if setting.top_p < 1]
     enough = torch.ones(len(params), dtype=torch.bool, device=scores.device)
     if not rows:

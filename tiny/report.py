@@ -52,7 +52,8 @@ def answer_scenes(pipeline: Pipeline, scenes: list[Scene]) -> list[str]:
     requests = [
         Request(scene.messages, scene.images, [Video(frames, fps) for frames, fps in scene.videos]) for scene in scenes
     ]
-    return [output.text for output in pipeline.generate(requests, SamplingParams(max_tokens=MAX_TOKENS))]
+    greedy = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, repetition_penalty=1.0)
+    return [output.text for output in pipeline.generate(requests, greedy)]
 
 
 def _table(scores: dict[str, Score]) -> Table:

@@ -276,8 +276,12 @@ def different_requests(sizes: Sequence[tuple[int, int]], count: int) -> list[Req
 
 
 def forgetful_pipeline(engines: Engines, decode: Decode = "cpu") -> Pipeline:
-    """One that keeps nothing of a request for the next: a benchmark's requests are all alike, a load's are not."""
-    return Pipeline(engines, PipelineOptions(decode=decode, reuse_prefixes=False, embedding_cache_bytes=0))
+    """One that keeps nothing of a request for the next: a benchmark's requests are all alike, a load's are not.
+
+    Its answers are greedy whatever the checkpoint says, as the other contenders' are.
+    """
+    options = PipelineOptions(decode=decode, generation_config="none", reuse_prefixes=False, embedding_cache_bytes=0)
+    return Pipeline(engines, options)
 
 
 def _request_sample(output: Output) -> Sample:

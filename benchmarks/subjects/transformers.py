@@ -135,6 +135,7 @@ class TransformersDecoder(_TransformersSubject):
             input_ids=self._prompt,
             attention_mask=torch.ones_like(self._prompt),
             do_sample=False,
+            repetition_penalty=1.0,
             min_new_tokens=self._case.generate,
             max_new_tokens=self._case.generate,
             pad_token_id=0,
@@ -197,6 +198,7 @@ class TransformersPipeline(_TransformersSubject):
         tokens = self._model.generate(
             **inputs,
             do_sample=False,
+            repetition_penalty=1.0,
             min_new_tokens=self._case.generate,
             max_new_tokens=self._case.generate,
         )

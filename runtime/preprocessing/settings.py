@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from qwen2vl_trt.config import read_json
+from msgspec import Meta
+
+from qwen2vl_trt.config import Qwen2VLConfig, VisionConfig, read_json
 from qwen2vl_trt.errors import CheckpointError, LimitError, MediaError
+from qwen2vl_trt.known_fields import Harmless
+from qwen2vl_trt.schema import checked, inside, reject_unknown
 
 from ..inputs.video import FrameSampling
 
@@ -77,15 +81,23 @@ class PreprocessorSettings:
             CheckpointError: a file cannot be read, or asks for what the vision graph's input cannot be.
         """
         folder = Path(folder)
-        nested = read_json(folder / "processor_config.json")
-        image = nested.get("image_processor") or read_json(folder / "preprocessor_config.json")
-        video = nested.get("video_processor") or read_json(folder / "video_preprocessor_config.json") or image
+        path = folder / "processor_config.json"
+        nested = read_json(path)
+        reject_unknown(nested, ("image_processor", "video_processor"), _NESTED, str(path))
+        image, image_place = _find(folder, nested, "image_processor", "preprocessor_config.json")
+        video, video_place = _find(folder, nested, "video_processor", "video_preprocessor_config.json")
+        if not video:
+            video, video_place = image, image_place
+        of_images, of_videos = _Processor.read(image, image_place), _Processor.read(video, video_place)
+        if (folder / "config.json").exists():
+            vision = Qwen2VLConfig.from_folder(folder).vision
+            of_images.check(vision, image_place)
+            of_videos.check(vision, video_place)
         default = cls()
-        frames = {name: video[name] for name in _SAMPLING if video.get(name) is not None}
         return cls(
-            image=_pixel_settings(image, default.image, folder),
-            video=_pixel_settings(video, default.video, folder),
-            sampling=replace(default.sampling, **frames),
+            image=of_images.pixels(default.image, image_place),
+            video=of_videos.pixels(default.video, video_place),
+            sampling=of_videos.sampling(default.sampling),
         )
 
     def with_limits(self, min_pixels: int | None = None, max_pixels: int | None = None) -> PreprocessorSettings:
@@ -104,30 +116,132 @@ class PreprocessorSettings:
         return replace(self, image=image, video=video)
 
 
-_SAMPLING = ("fps", "min_frames", "max_frames", "temporal_patch_size")
+Area = Annotated[int, Meta(ge=1, le=1 << 30)]
+Side = Annotated[int, Meta(ge=1, le=1 << 12)]
+Frames = Annotated[int, Meta(ge=1, le=1 << 20)]
+Channel = Annotated[float, Meta(ge=-1e3, le=1e3)]
+Positive = Annotated[float, Meta(gt=0, le=1e3)]
 
 
-def _pixel_settings(raw: dict[str, Any], default: PixelSettings, folder: Path) -> PixelSettings:
-    for name in ("do_resize", "do_rescale", "do_normalize"):
-        if raw.get(name) is False:
-            raise CheckpointError(f"{folder}: the preprocessor's {name} is false, which is not supported")
-    if raw.get("resample", 3) != 3:
-        raise CheckpointError(f"{folder}: the preprocessor's resample is {raw['resample']}; only 3 (bicubic) is known")
-    size = raw.get("size") or {}
-    found = {  # min_pixels outside wins over size, as in Transformers; 4.x wrote it inside size as well
-        "min_pixels": (raw.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels")),
-        "max_pixels": (raw.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels")),
-        "image_mean": (raw.get("image_mean"),),
-        "image_std": (raw.get("image_std"),),
-        "rescale_factor": (raw.get("rescale_factor"),),
-    }
-    fields: dict[str, Any] = {}
-    for name, values in found.items():
-        for value in values:
-            if value is not None:
-                fields[name] = tuple(value) if isinstance(value, list) else value
-                break
-    try:
-        return replace(default, **fields)
-    except LimitError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
+@dataclass(frozen=True)
+class _Size:
+    """Transformers writes edges, which are areas for this model; some of its releases wrote the others as well."""
+
+    shortest_edge: Area | None = None
+    longest_edge: Area | None = None
+    min_pixels: Area | None = None
+    max_pixels: Area | None = None
+
+
+@dataclass(frozen=True)
+class _Processor:
+    """The fields that are read, of an image processor or a video processor; names are Transformers'."""
+
+    size: _Size | None = None
+    min_pixels: Area | None = None
+    max_pixels: Area | None = None
+    image_mean: tuple[Channel, Channel, Channel] | None = None
+    image_std: tuple[Positive, Positive, Positive] | None = None
+    rescale_factor: Positive | None = None
+    patch_size: Side | None = None
+    merge_size: Side | None = None
+    temporal_patch_size: Side | None = None
+    fps: Positive | None = None
+    min_frames: Frames | None = None
+    max_frames: Frames | None = None
+
+    @classmethod
+    def read(cls, raw: Any, place: str) -> _Processor:
+        """Check an object of JSON.
+
+        Raises:
+            CheckpointError: a value of no meaning, or a field that asks for what the vision graph's input cannot be.
+        """
+        raw = checked(raw, dict[str, Any], place)
+        reject_unknown(raw, [each.name for each in fields(cls)], _HARMLESS, place)
+        found = checked(raw, cls, place)
+        if found.size is not None:
+            names = [each.name for each in fields(_Size)]
+            reject_unknown(raw["size"], names, dict.fromkeys(("height", "width"), (None,)), inside(place, ".size"))
+        return found
+
+    def pixels(self, default: PixelSettings, place: str) -> PixelSettings:
+        size = self.size or _Size()
+        found = {  # min_pixels outside wins over size, as in Transformers
+            "min_pixels": self.min_pixels or size.shortest_edge or size.min_pixels,
+            "max_pixels": self.max_pixels or size.longest_edge or size.max_pixels,
+            "image_mean": self.image_mean,
+            "image_std": self.image_std,
+            "rescale_factor": self.rescale_factor,
+        }
+        try:
+            return replace(default, **_stated(found))
+        except LimitError as error:
+            raise CheckpointError(f"{place}: {error}") from None
+
+    def sampling(self, default: FrameSampling) -> FrameSampling:
+        names = ("fps", "min_frames", "max_frames", "temporal_patch_size")
+        return replace(default, **_stated({name: getattr(self, name) for name in names}))
+
+    def check(self, vision: VisionConfig, place: str) -> None:
+        """Refuse patches of another size than the model's."""
+        for name, own in (
+            ("patch_size", vision.patch_size),
+            ("merge_size", vision.spatial_merge_size),
+            ("temporal_patch_size", vision.temporal_patch_size),
+        ):
+            found = getattr(self, name)
+            if found not in (None, own):
+                raise CheckpointError(f"{place}: {name} is {found}; the model's, in config.json, is {own}")
+
+
+_HARMLESS: Harmless = {
+    "crop_size": None,
+    "do_center_crop": (None, False),
+    "do_convert_rgb": (None, True),
+    "do_normalize": (None, True),
+    "do_pad": (None, False),
+    "do_rescale": (None, True),
+    "do_resize": (None, True),
+    "num_frames": (None,),
+    "resample": (None, 3),  # bicubic
+    "size_divisor": (None,),
+} | dict.fromkeys(
+    [
+        "cap_pixels_per_frame",
+        "data_format",
+        "default_to_square",
+        "device",
+        "disable_grouping",
+        "do_sample_frames",
+        "feature_extractor_type",
+        "image_processor_type",
+        "image_token",
+        "input_data_format",
+        "max_video_tokens",
+        "pad_size",
+        "processor_class",
+        "return_metadata",
+        "return_tensors",
+        "use_token_compression",
+        "video_metadata",
+        "video_processor_type",
+        "video_token",
+    ]
+)
+"""Fields that are not read, with the values that Transformers' pixels do not depend on; None allows any."""
+
+_NESTED: Harmless = dict.fromkeys(
+    ["chat_template", "feature_extractor", "image_token", "processor_class", "tokenizer", "video_token"]
+)
+
+
+def _find(folder: Path, nested: dict[str, Any], name: str, file: str) -> tuple[Any, str]:
+    """A processor's object of JSON, empty where there is none, and where it stands."""
+    if nested.get(name) not in (None, {}):
+        return nested[name], inside(str(folder / "processor_config.json"), f".{name}")
+    return read_json(folder / file), str(folder / file)
+
+
+def _stated(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from qwen2vl_trt.prompts import PromptBuilder
 from ..media.cached_media import CachedMedia, Medium
 from ..media.embedder import StageTimes
 from ..request import Request
+from ..sampler import Sampling
 from ..sending import send
 from .prefix import token_keys
 
@@ -151,18 +152,21 @@ class Preparer:
         )
         return Prepared(prompt.token_ids, prompt.text, position_ids, delta, loaded, clips, keys)
 
-    def check_room(self, prompt_tokens: int, max_tokens: int) -> None:
-        """See whether a prompt and its answer fit a slot of the cache.
+    def fit_answer(self, prompt_tokens: int, params: Sampling) -> Sampling:
+        """The settings, with ``max_tokens`` lowered to what the prompt leaves of a slot if the request did not say it.
 
         Raises:
-            LimitError: they never do.
+            LimitError: prompt and answer never fit a slot of the cache.
         """
-        if prompt_tokens + max_tokens > self._profile.max_seq_len:
-            raise LimitError(
-                f"the prompt's {prompt_tokens:,} tokens and max_tokens {max_tokens:,} exceed"
-                f" {self._profile.max_seq_len:,} (--max-seq-len). Lower max_tokens to"
-                f" {self._profile.max_seq_len - prompt_tokens:,} or less, or rebuild."
-            )
+        most = self._profile.max_seq_len - prompt_tokens
+        if params.max_tokens <= most:
+            return params
+        if most >= 1 and not params.max_tokens_given:
+            return replace(params, max_tokens=most)
+        raise LimitError(
+            f"the prompt's {prompt_tokens:,} tokens and max_tokens {params.max_tokens:,} exceed"
+            f" {self._profile.max_seq_len:,} (--max-seq-len). Lower max_tokens to {most:,} or less, or rebuild."
+        )
 
     def embed(
         self, group: Sequence[Prepared], embed_tokens: Callable[[list[int]], Tensor]

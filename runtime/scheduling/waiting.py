@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ..request import Output, Request
-from ..sampler import SamplingParams
+from ..sampler import Sampling
 from .media_ahead import Loading, MediaAhead
 from .preparation import Prepared, Preparer
 from .scheduler import named
@@ -23,7 +23,7 @@ class WaitingRequest:
     """``loading`` is set once its turn is near, ``prepared`` once its media are loaded."""
 
     request: Request
-    params: SamplingParams
+    params: Sampling
     output: Output
     loading: Loading | None = None
     prepared: Prepared | None = None
@@ -50,7 +50,7 @@ class WaitingLine:
     def __iter__(self) -> Iterator[WaitingRequest]:
         return iter(self._line)
 
-    def add(self, request: Request, params: SamplingParams, output: Output) -> None:
+    def add(self, request: Request, params: Sampling, output: Output) -> None:
         """Queue a request behind the others."""
         self._line.append(WaitingRequest(request, params, output))
         self._next_deadline = min(self._next_deadline, output.expires)
@@ -107,7 +107,7 @@ class WaitingLine:
                     ahead -= late
                     waiting.prepared = self._preparer.prepare(waiting.request, media)
                     self._media_ahead.hold(waiting.prepared.nbytes)
-                    self._preparer.check_room(len(waiting.prepared.token_ids), waiting.params.max_tokens)
+                    waiting.params = self._preparer.fit_answer(len(waiting.prepared.token_ids), waiting.params)
                 except Exception as error:
                     waiting.output.fail(named(error, "preparing the request"))
                     del self._line[number]

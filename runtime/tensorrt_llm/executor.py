@@ -25,7 +25,7 @@ from ..generation_config import GenerationConfig
 from ..media.cached_media import Medium
 from ..media.embedder import LoadedImage, StageTimes
 from ..request import Output
-from ..sampler import SamplingParams
+from ..sampler import Sampling
 from ..scheduling.counters import Counters
 from ..scheduling.preparation import Prepared, Preparer
 from ..scheduling.scheduler import named
@@ -250,7 +250,7 @@ class TensorRTLLMExecutor:
         return torch.zeros(len(token_ids), self._config.text.hidden_size, dtype=self._embeds_dtype)
 
 
-def check_sampling(params: SamplingParams) -> None:
+def check_sampling(params: Sampling) -> None:
     """Refuse settings that TensorRT-LLM does not follow as they are meant here.
 
     Raises:

@@ -24,11 +24,11 @@ def test_defaults_are_tensorrt_llms():
 
 
 @pytest.mark.parametrize("name", BuildProfile.names())
-@pytest.mark.parametrize("value", [0, -1, 2.5, "8", None, True])
+@pytest.mark.parametrize("value", [0, -1, 2.5, "8", None, True, 1 << 31, 10**30])
 def test_a_limit_that_is_no_positive_number_is_named(name, value):
     with pytest.raises(BuildError) as refused:
         BuildProfile.from_dict({name: value})
-    assert str(refused.value) == f"{flag(name)} is {value!r}; it must be a whole number of at least 1"
+    assert str(refused.value) == f"{flag(name)} is {value!r}; it must be a whole number from 1 to 2,147,483,647"
 
 
 @pytest.mark.parametrize(

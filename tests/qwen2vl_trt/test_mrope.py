@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qwen2vl_trt.decoder import DecoderStack
 from qwen2vl_trt.errors import PromptError
-from qwen2vl_trt.mrope import mrope_config, rope_index, rotary_angles
+from qwen2vl_trt.mrope import mrope_config, rope_index, rotary_cos_sin
 from tests.support.models import (
     FIRST_SPECIAL,
     IMAGE,
@@ -196,8 +196,9 @@ def test_angles_equal_transformers(text, rope_theta):
     config = our_config(model.config).text
     tokens, images, videos, seconds = random_mix(MIX)
     positions, _ = rope_index(tokens, our_config(model.config), images, videos, seconds)
-    angles = rotary_angles(positions[:, None], DecoderStack(config).inv_freq, config.mrope_section)
-    for found, expected in zip((angles.cos(), angles.sin()), transformers_rotary(model, positions)):
+    stack = DecoderStack(config)
+    both = rotary_cos_sin(positions[:, None], stack.inv_freq, config.mrope_section, stack.rotary_scale)
+    for found, expected in zip(both, transformers_rotary(model, positions)):
         assert found.shape == (1, len(tokens), config.head_dim // 2)
         assert relative_error(torch.cat([found, found], dim=-1), expected) < 1e-6
 

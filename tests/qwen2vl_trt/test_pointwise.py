@@ -9,7 +9,7 @@ from torch import nn
 
 from qwen2vl_trt import pointwise
 from qwen2vl_trt.layers import RMSNorm
-from qwen2vl_trt.mrope import rotary_angles
+from qwen2vl_trt.mrope import rotary_cos_sin
 from qwen2vl_trt.ops import quantize_fp8, rotate
 from qwen2vl_trt.pointwise import Pointwise
 from tests.support.compiled_steps import compilations, graph_breaks, need_a_compiler
@@ -50,7 +50,7 @@ class Steps:
     def angles(self, tokens):
         frequencies = 1.0 / 10000 ** (torch.arange(0, self.head, 2) / self.head)
         positions = torch.randint(0, 5000, (3, 1, tokens), generator=torch.Generator().manual_seed(2))
-        return self.functions.angles(positions, frequencies, SECTIONS[self.head]), (positions, frequencies)
+        return self.functions.angles(positions, frequencies, SECTIONS[self.head], 1.0), (positions, frequencies)
 
     def run(self, tokens, batch=1):
         """All results by name; caches as they are afterwards."""
@@ -129,9 +129,9 @@ def test_the_plain_functions_are_the_modules_arithmetic():
     assert relative_error(found["add_norm"], steps.norm(x + y)) < 1e-6
     assert torch.equal(found["add_norm_fp8"].float(), quantize_fp8(found["add_norm"], SCALE).float())
     (cos, sin), (positions, frequencies) = steps.angles(8)
-    angles = rotary_angles(positions, frequencies, SECTIONS[steps.head])
-    assert torch.equal(cos, angles.cos())
-    assert torch.equal(sin, angles.sin())
+    expected = rotary_cos_sin(positions, frequencies, SECTIONS[steps.head], 1.0)
+    assert torch.equal(cos, expected[0])
+    assert torch.equal(sin, expected[1])
     qkv = steps.tensor(2, 4, 5 * steps.head).view(2, 4, 5, steps.head).transpose(1, 2)
     cos, sin = cos.view(2, 4, -1), sin.view(2, 4, -1)
     assert torch.equal(found["q"], rotate(qkv[:, :3], cos, sin))

@@ -130,7 +130,7 @@ def test_text_is_held_back_only_while_it_may_be_a_stop_string():
 
 def stream_of(tokens, **settings_):
     eos = TRAINED.eos_token_id
-    stream = AnswerStream(TRAINED, SamplingParams(**settings_), (eos,))
+    stream = AnswerStream(TRAINED, SamplingParams(**settings_).with_defaults(), (eos,))
     pieces = []
     for token in tokens:
         pieces.append(stream.push(token))
@@ -157,7 +157,7 @@ def test_end_of_sequence_can_be_ignored():
 
 def test_length_ends_the_answer_and_loses_nothing():
     tokens = BYTES.encode("abc E🙂")
-    stream = AnswerStream(BYTES, SamplingParams(max_tokens=8, stop="END"), ())
+    stream = AnswerStream(BYTES, SamplingParams(max_tokens=8, stop="END").with_defaults(), ())
     for token in tokens[:8]:
         stream.push(token)
     assert stream.finish_reason == "length"
@@ -204,11 +204,11 @@ def test_answer_is_the_decoded_text_up_to_the_stop(text, stops, max_tokens):
 
 
 def test_a_reason_from_outside_ends_the_answer_with_its_last_token():
-    stream = AnswerStream(BYTES, SamplingParams(max_tokens=8, stop="END"), ())
+    stream = AnswerStream(BYTES, SamplingParams(max_tokens=8, stop="END").with_defaults(), ())
     x, e, n = BYTES.encode("xEN")
     pieces = [stream.push(x), stream.push(e), stream.push(n, "deadline")]
     assert stream.finish_reason == "deadline"
     assert "".join(pieces) == stream.text == "xEN"  # what was held back comes out
-    own = AnswerStream(BYTES, SamplingParams(max_tokens=1), ())
+    own = AnswerStream(BYTES, SamplingParams(max_tokens=1).with_defaults(), ())
     own.push(x, "deadline")
     assert own.finish_reason == "length"

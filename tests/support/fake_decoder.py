@@ -84,7 +84,7 @@ class Tokenizer:
 
 def sequence(prompt, max_tokens=3, delta=0, media=(), output=None, params=None):
     """A request; ``media`` as of :func:`runtime.scheduling.prefix.token_keys`."""
-    params = params or SamplingParams(max_tokens)
+    params = (params or SamplingParams(max_tokens)).with_defaults()
     positions = torch.arange(len(prompt)).expand(3, -1)
     return RunningSequence(
         output=output or Output(),

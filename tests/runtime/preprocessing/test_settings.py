@@ -11,6 +11,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 from qwen2vl_trt.errors import CheckpointError, LimitError, MediaError
 from runtime.inputs.video import FrameSampling
 from runtime.preprocessing.settings import PixelSettings, PreprocessorSettings, smart_resize
+from tests.support.models import MINIMAL_CONFIG
 
 DEFAULT = image_processing_qwen2_vl.Qwen2VLImageProcessor
 
@@ -135,11 +136,74 @@ class TestSettings:
             ("{", "cannot be read"),
             ("[]", "no JSON object"),
             ('{"do_resize": false}', "do_resize"),
-            ('{"resample": 2}', "bicubic"),
-            ('{"min_pixels": 0}', "min_pixels"),
+            ('{"do_rescale": false}', "do_rescale is False; only None or True is supported"),
+            ('{"do_normalize": false}', "do_normalize"),
+            ('{"do_convert_rgb": false}', "do_convert_rgb"),
+            ('{"do_center_crop": true}', "do_center_crop"),
+            ('{"resample": 2}', "resample is 2; only None or 3 is supported"),
+            ('{"num_frames": 8}', "num_frames is 8"),
+            ('{"min_pixels": 0}', "min_pixels is 0; expected `int` >= 1"),
+            ('{"min_pixels": []}', "min_pixels is ..; expected `int"),
+            ('{"max_pixels": 1e9}', "max_pixels is 1000000000.0; expected `int"),
+            ('{"max_pixels": 99999999999}', "max_pixels is 99999999999; expected `int` <= 1073741824"),
+            ('{"min_pixels": 9000, "max_pixels": 8000}', "min_pixels 9000 and max_pixels 8000"),
+            ('{"size": {"height": 448, "width": 448}}', "size.height is 448"),
+            ('{"size": {"shortest": 448}}', "size.shortest is not known and may change the answer"),
+            ('{"size": 448}', "size is 448; expected `object"),
+            ('{"image_mean": [0.5, 0.5]}', "image_mean is .*length 3"),
+            ('{"image_std": [0.5, 0.5, 0]}', r"image_std\[2\] is 0; expected `float` > 0"),
+            ('{"rescale_factor": "1/255"}', "rescale_factor is '1/255'"),
+            ('{"fps": 0}', "fps is 0"),
+            ('{"do_sharpen": true}', "do_sharpen is not known and may change the answer"),
         ],
     )
     def test_bad_files(self, content, message, tmp_path):
         (tmp_path / "preprocessor_config.json").write_text(content)
-        with pytest.raises(CheckpointError, match=message):
+        for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+            (tmp_path / name).write_text(content)
+            with pytest.raises(CheckpointError, match=message) as raised:
+                PreprocessorSettings.from_folder(tmp_path)
+            assert name in str(raised.value)
+            (tmp_path / name).unlink()
+        if content in ("{", "[]"):
+            return
+        for name in ("image_processor", "video_processor"):
+            (tmp_path / "processor_config.json").write_text(f'{{"{name}": {content}}}')
+            with pytest.raises(CheckpointError, match=message) as raised:
+                PreprocessorSettings.from_folder(tmp_path)
+            assert f"processor_config.json: {name}" in str(raised.value)
+
+    def test_everything_that_this_transformers_writes_is_known(self, tmp_path):
+        image, video = DEFAULT(), Qwen2VLVideoProcessor()
+        self.write(tmp_path, "processor_config.json", image_processor=image.to_dict(), video_processor=video.to_dict())
+        assert PreprocessorSettings.from_folder(tmp_path).image == PixelSettings(3136, 28 * 28 * 1280)
+
+    def test_everything_that_transformers_4_57_wrote_is_known(self, tmp_path):
+        unset = ["crop_size", "device", "disable_grouping", "do_center_crop", "do_pad", "input_data_format", "pad_size"]
+        own = {
+            "default_to_square": True,
+            "data_format": "channels_first",
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+        }
+        size = {"longest_edge": 12845056, "shortest_edge": 3136}
+        both = dict.fromkeys([*unset, "return_tensors", "min_pixels", "max_pixels"]) | own | {"size": size}
+        self.write(tmp_path, "preprocessor_config.json", **both)
+        extra = {
+            "num_frames": None,
+            "fps": None,
+            "size_divisor": None,
+            "video_metadata": None,
+            "return_metadata": False,
+        }
+        self.write(tmp_path, "video_preprocessor_config.json", **both, **extra)
+        settings = PreprocessorSettings.from_folder(tmp_path)
+        assert (settings.image.max_pixels, settings.video.max_pixels) == (12845056, 12845056)
+
+    @pytest.mark.parametrize("name", ["patch_size", "merge_size", "temporal_patch_size"])
+    def test_patches_of_another_size_than_the_models(self, name, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps(MINIMAL_CONFIG))
+        self.write(tmp_path, "preprocessor_config.json", patch_size=14, merge_size=2, temporal_patch_size=2)
+        PreprocessorSettings.from_folder(tmp_path)
+        self.write(tmp_path, "video_preprocessor_config.json", **{name: 7})
+        with pytest.raises(CheckpointError, match=f"video_preprocessor_config.json: {name} is 7; the model's"):
             PreprocessorSettings.from_folder(tmp_path)

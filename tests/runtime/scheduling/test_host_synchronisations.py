@@ -46,7 +46,7 @@ class DeviceDecoder(FakeDecoder):
 def on_device(prompt, params):
     item = sequence(prompt, params=params, output=Output())
     item.inputs_embeds = DeviceTensor(item.inputs_embeds)
-    item.sampling = SequenceSampling(params, prompt, VOCABULARY, META)
+    item.sampling = SequenceSampling(params.with_defaults(), prompt, VOCABULARY, META)
     return item
 
 

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from qwen2vl_trt.errors import DeadlineError, LimitError, PromptError
-from runtime import Request, SamplingParams
+from runtime import Request
 from runtime.request import Output
+from runtime.sampler import Sampling
 from runtime.scheduling.media_ahead import MediaAhead
 from runtime.scheduling.waiting import WaitingLine
 
@@ -26,9 +27,10 @@ class Preparer:
             raise PromptError("this prompt is wrong")
         return SimpleNamespace(token_ids=[0] * 5, images=media.images, videos=media.videos, nbytes=0)
 
-    def check_room(self, prompt_tokens, max_tokens):
-        if prompt_tokens + max_tokens > 10:
+    def fit_answer(self, prompt_tokens, params):
+        if prompt_tokens + params.max_tokens > 10:
             raise LimitError("too long")
+        return params
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def add(line, now):
 
     def add(images=0, videos=0, prompt="What?", deadline=None, max_tokens=3):
         output = Output(deadline=deadline, clock=lambda: now[0])
-        line.add(Request(prompt, [0] * images, [0] * videos), SamplingParams(max_tokens=max_tokens), output)
+        line.add(Request(prompt, [0] * images, [0] * videos), Sampling(max_tokens=max_tokens), output)
         return output
 
     return add
