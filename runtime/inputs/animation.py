@@ -43,7 +43,6 @@ class Animation:
         """When its frames are shown; they are decoded for it, as a WebP file does not say it otherwise."""
         delays = []
         for image in self._frames():
-            image.load()
             delay = int(image.info.get("duration") or 0)
             delays.append(delay if delay > _QUICKEST else _USUAL)
         *ticks, end = accumulate(delays, initial=0)
@@ -65,7 +64,9 @@ class Animation:
                 check_frame(image.width, image.height, self._label)
                 if not getattr(image, "is_animated", False):
                     raise MediaError(f"{self._label}: a still image, not a video; give it as an image")
-                yield from ImageSequence.Iterator(image)
+                for frame in ImageSequence.Iterator(image):
+                    frame.load()
+                    yield frame
         except MediaError:
             raise
         except Exception as error:  # Pillow's readers let nearly every exception out of a corrupt file

@@ -67,11 +67,16 @@ class PreprocessorSettings:
     sampling: FrameSampling = field(default_factory=FrameSampling)
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> PreprocessorSettings:
+    def from_folder(cls, folder: str | Path, cap_pixels_per_frame: bool = True) -> PreprocessorSettings:
         """Read a checkpoint folder as Transformers does; what no file says keeps its default.
 
         Images: ``processor_config.json`` (Transformers 5 nests both processors there), else
         ``preprocessor_config.json``. Videos: the former, else ``video_preprocessor_config.json``, else that of images.
+
+        Args:
+            folder: of the checkpoint.
+            cap_pixels_per_frame: where only images have limits, as published, a frame of a video gets qwen-vl-utils'
+                128 to 768 tokens; False gives it those of images, as Transformers does before 5.22.
 
         Raises:
             CheckpointError: a file cannot be read, or asks for what the vision graph's input cannot be.
@@ -79,12 +84,16 @@ class PreprocessorSettings:
         folder = Path(folder)
         nested = read_json(folder / "processor_config.json")
         image = nested.get("image_processor") or read_json(folder / "preprocessor_config.json")
-        video = nested.get("video_processor") or read_json(folder / "video_preprocessor_config.json") or image
+        own = nested.get("video_processor") or read_json(folder / "video_preprocessor_config.json")
+        video = own or image
         default = cls()
         frames = {name: video[name] for name in _SAMPLING if video.get(name) is not None}
+        pixels = _pixel_settings(video, default.video, folder)
+        if cap_pixels_per_frame and not own:
+            pixels = replace(pixels, min_pixels=default.video.min_pixels, max_pixels=default.video.max_pixels)
         return cls(
             image=_pixel_settings(image, default.image, folder),
-            video=_pixel_settings(video, default.video, folder),
+            video=pixels,
             sampling=replace(default.sampling, **frames),
         )
 

@@ -303,4 +303,4 @@ class TestSplitBatch:
 
     def test_bad_values(self):
         with pytest.raises(MediaError, match=r"0\.\.1"):
-            split_batch(torch.full((1, 1, 3, 4, 4), 255.0))
+            split_batch(torch.full((1, 1, 3, 4, 4), 256.0))
