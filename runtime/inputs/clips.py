@@ -73,7 +73,7 @@ def sample(
         first, part = _between(timeline, start, end, label)
         kept = [first + number for number in sampling.choose(part, label)]
         frames, decoded = clip.decode(kept, timeline)
-        if decoded.ticks == timeline.ticks:
+        if (decoded.first, decoded.ticks) == (timeline.first, timeline.ticks):
             return [frames[number] for number in kept], len(kept) / float(part.duration)
         timeline = decoded  # a sound file decodes to the same frames the next time
     raise MediaError(f"{label}: corrupt: it decodes to other frames each time")

@@ -38,12 +38,14 @@ class Timeline:
         end: when the last one ends.
         tick: seconds in the unit of both.
         rate: frames per second, where that is constant.
+        first: timestamp of the first in the file.
     """
 
     ticks: tuple[int, ...]
     end: Fraction
     tick: Fraction
     rate: Fraction | None = None
+    first: int = 0
 
     @classmethod
     def of(cls, stamps: Sequence[Stamp], tick: Fraction, rates: Sequence[Fraction | None] = ()) -> Timeline:
@@ -68,9 +70,10 @@ class Timeline:
         ticks = tuple(pts - shown[0][0] for pts, _ in shown)
         rate = next((rate for rate in rates if rate and _follows(ticks, rate * tick)), None)
         if rate:
-            return cls(ticks, len(ticks) / (rate * tick), tick, rate)
+            return cls(ticks, len(ticks) / (rate * tick), tick, rate, shown[0][0])
         before = ticks[-1] - ticks[-2] if len(ticks) > 1 else interval
-        return cls(ticks, Fraction(max(ticks[-1] + max(shown[-1][1], min(before, int(_LAST_FRAME / tick))), 1)), tick)
+        end = ticks[-1] + max(shown[-1][1], min(before, int(_LAST_FRAME / tick)))
+        return cls(ticks, Fraction(max(end, 1)), tick, None, shown[0][0])
 
     @property
     def duration(self) -> Fraction:

@@ -48,7 +48,7 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Tensor:
     lies under it. 16-bit greyscale is scaled to 8 bits, not clipped.
 
     Args:
-        source: see :data:`ImageSource`. A torch tensor is uint8, or float in 0..1 or of whole numbers in 0..255.
+        source: see :data:`ImageSource`. A torch tensor is uint8, or float in 0..1 or 0..255.
         name: what error messages call it, such as ``"image 3"``; a path is always named.
 
     Returns:
@@ -59,7 +59,7 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Tensor:
 
     Raises:
         MediaError: no such file, not an image, truncated, empty, a side of 0 pixels, over Pillow's limit of pixels,
-            another dtype or shape, or other floats.
+            another dtype or shape, or floats outside of both ranges.
     """
     if isinstance(source, (str, Path)):
         return _from_path(source, f"{name} ({source})" if name else str(source))
@@ -109,9 +109,11 @@ def channels_first(array: np.ndarray, label: str) -> Tensor:
 
 
 def rgb(pixels: Tensor, label: str) -> Tensor:
-    """Check ``[..., C, H, W]`` and give ``[..., 3, H, W]``, uint8 or float32 in 0..1; see :func:`load_image`.
+    """Check ``[..., C, H, W]`` and give ``[..., 3, H, W]``, uint8 or float32 in 0..1.
 
-    Whole numbers to 255 in a float tensor, one of them above 1, are 8-bit values, as qwen-vl-utils makes them.
+    Floats up to 1 are 0..1, what Transformers' ``do_rescale=False`` takes. With a maximum from 2 to 255 they are
+    0..255, what its default takes and qwen-vl-utils makes of a video, and are divided by 255. A maximum between 1 and 2
+    is refused: it may be 0..1 that a resize has let out of its range.
     """
     if pixels.ndim < 3 or pixels.shape[-3] not in (1, 3, 4):
         raise MediaError(f"{label}: tensor shape {list(pixels.shape)} is not [C, H, W] with C 1, 3 or 4")
@@ -122,12 +124,13 @@ def rgb(pixels: Tensor, label: str) -> Tensor:
     if pixels.is_floating_point():
         pixels = pixels.to(torch.float32)
         low, high = torch.stack(torch.aminmax(pixels)).tolist()
-        if not (low >= 0 and high <= 255) or (high > 1 and not torch.equal(pixels, pixels.round())):  # NaN too
+        if not (low >= 0 and (high <= 1 or 2 <= high <= 255)):  # true for NaN too
             raise MediaError(
-                f"{label}: float values from {low:g} to {high:g} are neither within 0..1 nor whole numbers to 255"
+                f"{label}: float values from {low:g} to {high:g} are neither within 0..1 nor within 0..255; clamp or"
+                " scale them"
             )
         if high > 1:
-            pixels = pixels.to(torch.uint8)
+            pixels = pixels / 255
     elif pixels.dtype != torch.uint8:
         raise MediaError(f"{label}: dtype {pixels.dtype} is not torch.uint8 or a float in 0..1")
     if channels == 1:

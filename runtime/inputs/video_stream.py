@@ -95,7 +95,8 @@ class VideoStream:
                     if frame.is_corrupt:
                         raise MediaError(f"{self._label}: frame {number + 1} is corrupt")
                     frames[number] = held(self._pixels(frame), len(kept), self._label)
-                agree = agree and _agrees(stamps, timeline)
+                expected = timeline.first + timeline.ticks[number] if number < len(timeline.ticks) else None
+                agree = agree and frame.pts is not None and frame.pts == expected
                 if agree and number == last:
                     return frames, timeline
             if len(stamps) < max(1, _DECODED * self._packets):
@@ -139,11 +140,3 @@ class VideoStream:
 def _timeline(stream: av.VideoStream, stamps: Sequence[Stamp]) -> Timeline:
     rates = stream.average_rate, stream.guessed_rate, stream.base_rate
     return Timeline.of(stamps, stream.time_base or Fraction(1, 1000), rates)
-
-
-def _agrees(stamps: Sequence[Stamp], timeline: Timeline) -> bool:
-    """Whether the last frame decoded is shown when the timeline says."""
-    first, last, number = stamps[0][0], stamps[-1][0], len(stamps) - 1
-    if first is None or last is None or number >= len(timeline.ticks):
-        return False
-    return last - first == timeline.ticks[number]

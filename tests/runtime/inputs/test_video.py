@@ -97,8 +97,7 @@ class TestMemory:
         """As qwen-vl-utils returns a video."""
         video = torch.from_numpy(frames()).permute(0, 3, 1, 2)
         loaded = torch.stack(list(load_video(video.float()).frames))
-        assert loaded.dtype == torch.uint8
-        assert torch.equal(loaded, video)
+        assert torch.equal((loaded * 255).round().to(torch.uint8), video)
 
 
 class TestFiles:
@@ -181,8 +180,8 @@ class TestBadInput:
         self.refused(torch.zeros(shape, dtype=torch.uint8), str(list(shape)))
 
     def test_values(self):
-        for value in (1.02, 2.5, 256.0, -1.0, math.nan):  # a resize in floats overshoots 1; that is no 8-bit value
-            self.refused(torch.full((2, 3, 4, 4), value), "0..1", "whole numbers to 255")
+        for value in (1.02, 256.0, -1.0, math.nan):  # a resize in floats overshoots 1
+            self.refused(torch.full((2, 3, 4, 4), value), "0..1", "0..255")
         self.refused(np.zeros((2, 4, 4, 3)), "float64")
 
     def test_no_such_file(self, tmp_path):
