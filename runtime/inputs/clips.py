@@ -104,7 +104,7 @@ def check_frame(width: int, height: int, label: str) -> None:
 def held(frame: Tensor, count: int, label: str) -> Tensor:
     """A frame ``[3, H, W]``, shrunk if ``count`` of them would take more than :data:`MAX_BYTES`.
 
-    Even then each has more pixels than a model is shown of it by default.
+    Of the frames kept by default each then still has more pixels than a model is shown of it.
     """
     height, width = frame.shape[1:]
     if count * frame.nbytes <= MAX_BYTES:
