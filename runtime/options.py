@@ -18,6 +18,7 @@ class PipelineOptions:
     Attributes:
         min_pixels: smallest image area; smaller ones are enlarged. By default the checkpoint's.
         max_pixels: largest image area; larger ones are shrunk. By default the checkpoint's.
+        cap_pixels_per_frame: see :meth:`~runtime.preprocessing.settings.PreprocessorSettings.from_folder`.
         strict_size: refuse an image or a video that does not fit the engines' limits; by default it is resized to fit.
         image_pixel_limit: most pixels of an image file, checked before it is decoded.
         generation_config: ``auto`` takes what a request does not say from the checkpoint's ``generation_config.json``;
@@ -42,6 +43,7 @@ class PipelineOptions:
 
     min_pixels: int | None = None
     max_pixels: int | None = None
+    cap_pixels_per_frame: bool = True
     strict_size: bool = False
     image_pixel_limit: int = 100_000_000
     generation_config: Literal["auto", "none"] = "auto"

@@ -65,7 +65,8 @@ class Pipeline:
         self.engines = engines
         self.profile = engines.manifest.profile
         self.options = options
-        settings = PreprocessorSettings.from_folder(folder).with_limits(options.min_pixels, options.max_pixels)
+        settings = PreprocessorSettings.from_folder(folder, options.cap_pixels_per_frame)
+        settings = settings.with_limits(options.min_pixels, options.max_pixels)
         preprocessor = Preprocessor(self._config.vision, settings, engines.device, engines.dtype, decode=options.decode)
         self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision)
         self._prompts = PromptBuilder(folder, self._config, options.allow_special_tokens, self.profile.max_input_len)

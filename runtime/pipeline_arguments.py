@@ -30,6 +30,13 @@ def add_pipeline_arguments(parser: argparse._ActionsContainer) -> None:
         help="none leaves the checkpoint's defaults of sampling out: greedy where no option says otherwise;"
         " default %(default)s",
     )
+    parser.add_argument(
+        "--no-cap-pixels-per-frame",
+        dest="cap_pixels_per_frame",
+        action="store_false",
+        help="frames of a video may be as large as images where the checkpoint has no limits for them;"
+        " default 128 to 768 tokens a frame",
+    )
 
 
 def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
@@ -43,6 +50,7 @@ def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
         max_pixels=arguments.max_pixels,
         allow_special_tokens=arguments.allow_special_tokens,
         generation_config=arguments.generation_config,
+        cap_pixels_per_frame=arguments.cap_pixels_per_frame,
         decode=arguments.decode,
     )
 

@@ -5,6 +5,8 @@ Letters: B batch, C channels (1, 3 or 4), H and W the sides in pixels (in this m
 
 from __future__ import annotations
 
+import os
+import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -46,7 +48,7 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Tensor:
     lies under it. 16-bit greyscale is scaled to 8 bits, not clipped.
 
     Args:
-        source: see :data:`ImageSource`. A torch tensor is uint8, or float in 0..1.
+        source: see :data:`ImageSource`. A torch tensor is uint8, or float in 0..1 or 0..255.
         name: what error messages call it, such as ``"image 3"``; a path is always named.
 
     Returns:
@@ -57,7 +59,7 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Tensor:
 
     Raises:
         MediaError: no such file, not an image, truncated, empty, a side of 0 pixels, over Pillow's limit of pixels,
-            another dtype or shape, or floats outside 0..1.
+            another dtype or shape, or floats outside of both ranges.
     """
     if isinstance(source, (str, Path)):
         return _from_path(source, f"{name} ({source})" if name else str(source))
@@ -107,7 +109,12 @@ def channels_first(array: np.ndarray, label: str) -> Tensor:
 
 
 def rgb(pixels: Tensor, label: str) -> Tensor:
-    """Check ``[..., C, H, W]`` and give ``[..., 3, H, W]``, uint8 or float32 in 0..1; see :func:`load_image`."""
+    """Check ``[..., C, H, W]`` and give ``[..., 3, H, W]``, uint8 or float32 in 0..1.
+
+    Floats up to 1 are 0..1, what Transformers' ``do_rescale=False`` takes. With a maximum from 2 to 255 they are
+    0..255, what its default takes and qwen-vl-utils makes of a video, and are divided by 255. A maximum between 1 and 2
+    is refused: it may be 0..1 that a resize has let out of its range.
+    """
     if pixels.ndim < 3 or pixels.shape[-3] not in (1, 3, 4):
         raise MediaError(f"{label}: tensor shape {list(pixels.shape)} is not [C, H, W] with C 1, 3 or 4")
     channels, height, width = pixels.shape[-3:]
@@ -117,8 +124,13 @@ def rgb(pixels: Tensor, label: str) -> Tensor:
     if pixels.is_floating_point():
         pixels = pixels.to(torch.float32)
         low, high = torch.stack(torch.aminmax(pixels)).tolist()
-        if not (low >= 0 and high <= 1):  # false for NaN too
-            raise MediaError(f"{label}: float values from {low:g} to {high:g} are not within 0..1; uint8 takes 0..255")
+        if not (low >= 0 and (high <= 1 or 2 <= high <= 255)):  # true for NaN too
+            raise MediaError(
+                f"{label}: float values from {low:g} to {high:g} are neither within 0..1 nor within 0..255; clamp or"
+                " scale them"
+            )
+        if high > 1:
+            pixels = pixels / 255
     elif pixels.dtype != torch.uint8:
         raise MediaError(f"{label}: dtype {pixels.dtype} is not torch.uint8 or a float in 0..1")
     if channels == 1:
@@ -172,13 +184,16 @@ def opened(path: str | Path, label: str, kind: str = "an image") -> Iterator[Bin
         kind: what they say it should be.
 
     Raises:
-        MediaError: an address, no such file, an empty one, or one that cannot be read.
+        MediaError: an address, no such file, not a regular one, an empty one, or one that cannot be read.
     """
     if str(path).startswith(("http://", "https://")):
         raise MediaError(f"{label}: addresses are not fetched; download it and give its path")
     try:
-        with Path(path).open("rb") as file:
-            if not file.peek(1):
+        with open(path, "rb", opener=_without_waiting) as file:  # Path.open takes no opener
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise MediaError(f"{label}: not a regular file but a pipe or a device; save it to a file first")
+            if not status.st_size:
                 raise MediaError(f"{label}: empty (0 bytes)")
             yield file
     except FileNotFoundError:
@@ -187,6 +202,11 @@ def opened(path: str | Path, label: str, kind: str = "an image") -> Iterator[Bin
         raise MediaError(f"{label}: a directory, not {kind}") from None
     except (OSError, ValueError) as error:  # no permission, a name too long, a null byte in it
         raise MediaError(f"{label}: cannot be read: {error}") from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a pipe without waiting for its other end."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _decode(file: BinaryIO, label: str) -> Tensor:

@@ -5,56 +5,28 @@ Letters: T frames, C channels, H and W the sides in pixels.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from qwen2vl_trt.errors import MediaError, MissingDependencyError
+from qwen2vl_trt.errors import MediaError
+from qwen2vl_trt.media_options import VideoOptions
 
+from .animation import Animation, is_animation
+from .bounded_file import BoundedFile
+from .clips import Clip, VideoFile, sample
+from .frame_sampling import DEFAULT_FPS, FrameSampling
 from .images import ImageSource, channels_first, load_image, opened, rgb
+from .requested_frames import check_number, requested_rate, requested_sampling
+from .video_stream import VideoStream
 
-if TYPE_CHECKING:
-    import av
-
-DEFAULT_FPS = 24.0
-"""Rate of frames given without one; Transformers 5 assumes the same."""
-
-_COMPLETE = 0.9
-"""Share of the frames a file claims that it must hold; headers are often off by a few, a truncated file by more."""
-
-
-@dataclass(frozen=True)
-class FrameSampling:
-    """Which frames of a video are kept; the fields are those of ``video_preprocessor_config.json``.
-
-    Attributes:
-        fps: frames kept of each second.
-        min_frames: fewest frames kept, if the video has so many.
-        max_frames: most frames kept.
-        temporal_patch_size: the number kept is a multiple of this, if the video has so many.
-    """
-
-    fps: float = 2.0
-    min_frames: int = 4
-    max_frames: int = 768
-    temporal_patch_size: int = 2
-
-    def indices(self, total: int, fps: float) -> list[int]:
-        """Frames to keep of ``total`` at ``fps``: those Transformers' video processor keeps, evenly spaced."""
-        unit = self.temporal_patch_size
-        most = min(self.max_frames, total) // unit * unit
-        count = math.floor(min(max(total / fps * self.fps, self.min_frames), most, total) / unit) * unit
-        if count <= 0:  # shorter than a temporal patch, where Transformers divides by zero
-            return list(range(min(total, unit)))
-        # The step is rounded, so now and then one index too many comes out, the end itself.
-        return [index for index in torch.arange(0, total, total / count).int().tolist() if index < total]
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,28 +39,33 @@ class Video:
     """
 
     frames: Sequence[ImageSource]
-    fps: float = DEFAULT_FPS
+    fps: float
 
 
-VideoSource = Video | str | Path | bytes | np.ndarray | Tensor | Sequence[ImageSource]
-"""A :class:`Video`, a path, the bytes of a video file, ``[T, C, H, W]``, ``[T, H, W, C]``, or a list of images."""
+VideoSource = Video | str | Path | bytes | VideoFile | np.ndarray | Tensor | Sequence[ImageSource]
+"""A :class:`Video`, a video file as its path, its bytes or open for reading, ``[T, C, H, W]``, ``[T, H, W, C]``, or a
+list of images."""
 
 
 def load_video(
     source: VideoSource,
+    options: VideoOptions | None = None,
     *,
-    fps: float | None = None,
     sampling: FrameSampling | None = None,
     name: str | None = None,
 ) -> Video:
     """Read one video.
 
+    A file is read in the containers MP4, MOV and 3GP, Matroska and WebM, AVI, MPEG, FLV, ASF and Ogg, as raw H.264 or
+    HEVC, or as an animated GIF or WebP. Which of its frames are kept is told in :mod:`runtime.inputs.frame_sampling`.
+    Frames given in memory are all kept, as in Transformers and qwen-vl-utils: whoever has them has chosen them (or
+    does, by :meth:`FrameSampling.indices`).
+
     Args:
         source: see :data:`VideoSource`.
-        fps: frames per second of the source, before sampling. By default what the file or the :class:`Video` says,
-            :data:`DEFAULT_FPS` where neither does.
-        sampling: which frames of a file are kept, by default ``FrameSampling()``. Frames given in memory are all
-            kept, as in Transformers: whoever has them has chosen them (or does, by :meth:`FrameSampling.indices`).
+        options: what is asked of this video; the sizes among them are not for here. By default a :class:`Video` has
+            its own rate, and other frames in memory have :data:`DEFAULT_FPS`, with a warning.
+        sampling: which frames of a file are kept where ``options`` do not say, by default ``FrameSampling()``.
         name: what error messages call it, such as ``"video 1"``; a path is always named.
 
     Returns:
@@ -96,29 +73,52 @@ def load_video(
         :func:`~runtime.inputs.images.load_image`, and whose rate is that of the frames kept.
 
     Raises:
-        MediaError: no such file, no video stream, no frame, truncated or corrupt, frames of different sizes or kinds,
-            or a rate that is not above 0.
+        MediaError: no such file, not a regular one, no video stream, no frame, truncated or corrupt, frames of
+            different sizes or kinds, or options that are out of range, contradict each other or do not apply.
         MissingDependencyError: a file, and PyAV is not installed.
     """
+    options = options or VideoOptions()
     label = name or "video"
     if isinstance(source, (str, Path)):
         label = f"{name} ({source})" if name else str(source)
-    if fps is not None:
-        _check_rate(fps, label)
-    if isinstance(source, (str, Path, bytes)):
-        return _from_file(source, fps, sampling or FrameSampling(), label)
+        with opened_video(source, label) as file:
+            return _from_file(file, options, sampling or FrameSampling(), label)
+    if isinstance(source, bytes):
+        if not source:
+            raise MediaError(f"{label}: empty (0 bytes)")
+        source = BytesIO(source)
+    if isinstance(source, VideoFile):
+        return _from_file(source, options, sampling or FrameSampling(), label)
+    return _from_memory(source, options, label)
+
+
+@contextmanager
+def opened_video(path: str | Path, label: str) -> Iterator[BoundedFile]:
+    """Open a video file for :func:`load_video`; see :func:`runtime.inputs.images.opened`."""
+    with opened(path, label, "a video") as file:
+        yield BoundedFile(file)
+
+
+def _from_file(file: VideoFile, options: VideoOptions, sampling: FrameSampling, label: str) -> Video:
+    sampling = requested_sampling(options, sampling, label)
+    clip: Clip = Animation(file, label) if is_animation(file) else VideoStream(file, label)
+    frames, fps = sample(clip, sampling, options.video_start, options.video_end, label)
+    return Video(_same_size(frames, label), fps)
+
+
+def _from_memory(
+    source: Video | np.ndarray | Tensor | Sequence[ImageSource], options: VideoOptions, label: str
+) -> Video:
+    fps = requested_rate(options, label)
     if isinstance(source, Video):
-        _check_rate(source.fps, label)
+        check_number(label, "fps", source.fps)
         fps, source = fps or source.fps, source.frames
-    fps = fps or DEFAULT_FPS
     if not len(source):
         raise MediaError(f"{label}: no frames")
-    return Video(_same_size(_frames(source, label), label), fps)
-
-
-def _check_rate(fps: float, label: str) -> None:
-    if not (isinstance(fps, (int, float)) and math.isfinite(fps) and fps > 0):
-        raise MediaError(f"{label}: fps {fps} is not a number above 0")
+    frames = _same_size(_frames(source, label), label)
+    if fps is None:
+        _logger.warning("%s: no rate given for its frames; %g a second are assumed (sample_fps)", label, DEFAULT_FPS)
+    return Video(frames, fps or DEFAULT_FPS)
 
 
 def _frames(source: np.ndarray | Tensor | Sequence[ImageSource], label: str) -> list[Tensor]:
@@ -147,65 +147,3 @@ def _same_size(frames: list[Tensor], label: str) -> list[Tensor]:
         if frame.dtype != frames[0].dtype:
             raise MediaError(f"{label}: frame {number} is {frame.dtype}, frame 1 is {frames[0].dtype}")
     return frames
-
-
-def _from_file(source: str | Path | bytes, fps: float | None, sampling: FrameSampling, label: str) -> Video:
-    try:
-        import av
-    except ImportError:
-        raise MissingDependencyError(f"{label}: reading a video file needs PyAV; pip install av") from None
-    if isinstance(source, bytes):
-        if not source:
-            raise MediaError(f"{label}: empty (0 bytes)")
-    else:
-        with opened(source, label, "a video"):  # PyAV's own words are for those who know it
-            pass
-    try:
-        with av.open(BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
-            if not container.streams.video:
-                raise MediaError(f"{label}: no video stream")
-            return _from_container(container, fps, sampling, label)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(f"{label}: not a video, truncated or corrupt: {getattr(error, 'strerror', error)}") from None
-
-
-def _from_container(
-    container: av.container.InputContainer, fps: float | None, sampling: FrameSampling, label: str
-) -> Video:
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
-    rate = fps or float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
-    claimed = stream.frames
-    if not claimed:  # some containers do not say; packets are counted without decoding
-        claimed = sum(1 for packet in container.demux(stream) if packet.size)
-        container.seek(0)
-    if not claimed:
-        raise MediaError(f"{label}: no frames")
-    kept = sampling.indices(claimed, rate)
-    frames, decoded = _decode(container, kept, label)
-    if len(frames) < len(kept):
-        if decoded < _COMPLETE * claimed:
-            raise MediaError(f"{label}: truncated or corrupt: {decoded} of {claimed} frames can be decoded")
-        container.seek(0)
-        claimed, kept = decoded, sampling.indices(decoded, rate)
-        frames, _ = _decode(container, kept, label)
-    return Video(_same_size(frames, label), len(kept) / claimed * rate)
-
-
-def _decode(container: av.container.InputContainer, kept: Sequence[int], label: str) -> tuple[list[Tensor], int]:
-    """Frames ``kept``, upright, and how many were decoded to reach the last of them."""
-    wanted, frames, decoded = set(kept), [], 0
-    for index, frame in enumerate(container.decode(video=0)):
-        decoded = index + 1
-        if index in wanted:
-            if frame.is_corrupt:
-                raise MediaError(f"{label}: frame {decoded} is corrupt")
-            frames.append(rgb(channels_first(_upright(frame), label), label))
-        if decoded > kept[-1]:
-            break
-    return frames, decoded
-
-
-def _upright(frame: Any) -> np.ndarray:
-    """``[H, W, 3]``, turned as the file says: phones store a portrait video as landscape with a rotation."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), round(getattr(frame, "rotation", 0) / 90))

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from qwen2vl_trt.media_options import VideoOptions
 from qwen2vl_trt.windows import Grid
 
 from ..inputs.images import ImageSource
-from ..inputs.video import VideoSource
+from ..inputs.video import VideoFile, VideoSource, opened_video
 from .content_keys import PixelKeys, contents_key, file_key
 from .embedder import LoadedImage, LoadedVideo, MediaEmbedder, StageTimes
 from .embedding_cache import CachedEmbedding, EmbeddingCache
@@ -66,13 +67,16 @@ class CachedMedia:
         image = self._media.load_image(source, name, contents)
         return self._medium(key or self._pixel_keys.key([image.pixels]), image, 0.0)
 
-    def load_video(self, source: VideoSource, name: str, fps: float | None = None) -> Medium:
+    def load_video(self, source: VideoSource, name: str, options: VideoOptions | None = None) -> Medium:
         """The same for a video; raises as :meth:`runtime.media.embedder.MediaEmbedder.load_video`."""
-        key = self._video_file_key(source, fps)
+        if isinstance(source, (str, Path)):
+            with opened_video(source, f"{name} ({source})") as file:  # once: what is decoded is what the key names
+                return self.load_video(file, f"{name} ({source})", options)
+        key = self._video_file_key(source, options)
         entry = self._cache.find(key) if key else None
         if key and entry:
             return Medium(key, entry.grid, entry.second_per_grid, entry)
-        video = self._media.load_video(source, name, fps)
+        video = self._media.load_video(source, name, options)
         # load_video leaves tensors as frames
         frames: Sequence[Tensor] = video.video.frames  # type: ignore[assignment]
         return self._medium(key or self._pixel_keys.key(frames), video, video.second_per_grid)
@@ -102,14 +106,11 @@ class CachedMedia:
         entry = self._cache.find(key)
         return Medium(key, loaded.grid, second_per_grid, entry or loaded)
 
-    def _video_file_key(self, source: VideoSource, fps: float | None) -> bytes | None:
-        kind = f"video {self._media.sampling} {fps!r}"
-        try:
-            if isinstance(source, (str, Path)):
-                return file_key(source, kind)
-            return contents_key(source, kind) if isinstance(source, bytes) else None
-        except (OSError, ValueError):
-            return None  # load_video says what is wrong with it
+    def _video_file_key(self, source: VideoSource, options: VideoOptions | None) -> bytes | None:
+        kind = f"video {self._media.sampling} {options or VideoOptions()}"
+        if isinstance(source, VideoFile):
+            return file_key(source, kind)
+        return contents_key(source, kind) if isinstance(source, bytes) else None
 
 
 def _contents(source: ImageSource) -> bytes | None:

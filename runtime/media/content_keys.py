@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..inputs.video import VideoFile
 
 _SIZE = 16
 _READ = 1 << 20
@@ -21,17 +22,17 @@ def contents_key(contents: bytes, kind: str) -> bytes:
     return _finish(digest)
 
 
-def file_key(path: str | Path, kind: str) -> bytes:
-    """The same of a file that is too large to hold.
+def file_key(file: VideoFile, kind: str) -> bytes:
+    """The same of a file that is too large to hold; it is read from its beginning and left there.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: the path has a null byte.
     """
     digest = hashlib.sha256(f"{kind} ".encode())
-    with Path(path).open("rb") as file:
-        while piece := file.read(_READ):
-            digest.update(piece)
+    file.seek(0)
+    while piece := file.read(_READ):
+        digest.update(piece)
+    file.seek(0)
     return _finish(digest)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from torch import Tensor
 from engines.profile import BuildProfile
 from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.errors import MediaError
+from qwen2vl_trt.media_options import VideoOptions
 from qwen2vl_trt.windows import Grid, window_layout
 
 from ..backends.runners import VisionRunner
 from ..inputs.images import ImageSource, load_image
-from ..inputs.video import FrameSampling, Video, VideoSource, load_video
+from ..inputs.video import FrameSampling, Video, VideoFile, VideoSource, load_video
 from ..preprocessing.preprocessor import PackedPixels, Preprocessor
 
 
@@ -101,23 +101,19 @@ class MediaEmbedder:
         self._profile.check_frame(grid, name, f"{width}x{height}", self._config)
         return LoadedImage(pixels, grid)
 
-    def load_video(self, source: VideoSource, name: str, fps: float | None = None) -> LoadedVideo:
+    def load_video(self, source: VideoSource, name: str, options: VideoOptions | None = None) -> LoadedVideo:
         """Decode and sample a video and check its frames' size; raises as :meth:`load_image`.
 
         Args:
             source: see :data:`runtime.inputs.video.VideoSource`.
             name: what error messages call it.
-            fps: what a message's part says, as in qwen-vl-utils: of a file, the frames to keep of each second; of
-                frames in memory, the rate that they have.
+            options: what a message's part says.
         """
-        sampling = self.sampling
-        if isinstance(source, (str, Path, bytes)) and fps is not None:
-            sampling, fps = _sampling(sampling, fps, name), None
-        elif not isinstance(source, (Video, str, Path, bytes, np.ndarray, Tensor, Sequence)):
+        if not isinstance(source, (Video, str, Path, bytes, VideoFile, np.ndarray, Tensor, Sequence)):
             raise MediaError(
                 f"{name}: a {type(source).__name__} is no video; give a path, bytes, an array or a list of frames"
             )
-        video = load_video(source, fps=fps, sampling=sampling, name=name)
+        video = load_video(source, options, sampling=self.sampling, name=name)
         height, width = load_image(video.frames[0], name=name).shape[1:]
         name = _with_path(name, source)
         grid = self._preprocessor.video_grid(len(video.frames), height, width, name=name)
@@ -173,9 +169,3 @@ class MediaEmbedder:
 
 def _with_path(name: str, source: Any) -> str:
     return f"{name}, {source}" if isinstance(source, (str, Path)) else name
-
-
-def _sampling(sampling: FrameSampling, fps: float, name: str) -> FrameSampling:
-    if not (isinstance(fps, (int, float)) and math.isfinite(fps) and fps > 0):
-        raise MediaError(f"{name}: fps {fps} is not a number above 0")
-    return replace(sampling, fps=fps)

@@ -71,11 +71,16 @@ class PreprocessorSettings:
     sampling: FrameSampling = field(default_factory=FrameSampling)
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> PreprocessorSettings:
+    def from_folder(cls, folder: str | Path, cap_pixels_per_frame: bool = True) -> PreprocessorSettings:
         """Read a checkpoint folder as Transformers does; what no file says keeps its default.
 
         Images: ``processor_config.json`` (Transformers 5 nests both processors there), else
         ``preprocessor_config.json``. Videos: the former, else ``video_preprocessor_config.json``, else that of images.
+
+        Args:
+            folder: of the checkpoint.
+            cap_pixels_per_frame: where only images have limits, as published, a frame of a video gets qwen-vl-utils'
+                128 to 768 tokens; False gives it those of images, as Transformers does before 5.22.
 
         Raises:
             CheckpointError: a file cannot be read, or asks for what the vision graph's input cannot be.
@@ -85,18 +90,20 @@ class PreprocessorSettings:
         nested = read_json(path)
         reject_unknown(nested, ("image_processor", "video_processor"), _NESTED, str(path))
         image, image_place = _find(folder, nested, "image_processor", "preprocessor_config.json")
-        video, video_place = _find(folder, nested, "video_processor", "video_preprocessor_config.json")
-        if not video:
-            video, video_place = image, image_place
+        own, video_place = _find(folder, nested, "video_processor", "video_preprocessor_config.json")
+        video, video_place = (own, video_place) if own else (image, image_place)
         of_images, of_videos = _Processor.read(image, image_place), _Processor.read(video, video_place)
         if (folder / "config.json").exists():
             vision = Qwen2VLConfig.from_folder(folder).vision
             of_images.check(vision, image_place)
             of_videos.check(vision, video_place)
         default = cls()
+        pixels = of_videos.pixels(default.video, video_place)
+        if cap_pixels_per_frame and not own:
+            pixels = replace(pixels, min_pixels=default.video.min_pixels, max_pixels=default.video.max_pixels)
         return cls(
             image=of_images.pixels(default.image, image_place),
-            video=of_videos.pixels(default.video, video_place),
+            video=pixels,
             sampling=of_videos.sampling(default.sampling),
         )
 

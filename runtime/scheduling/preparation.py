@@ -13,6 +13,7 @@ from torch import Tensor
 from engines.profile import BuildProfile
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import LimitError, MediaError
+from qwen2vl_trt.media_options import VideoOptions
 from qwen2vl_trt.messages import extract_media
 from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import PromptBuilder
@@ -113,7 +114,7 @@ class Preparer:
         """
         images = [self._media.load_image(source, f"image {n}") for n, source in enumerate(sources.images, start=1)]
         videos = [
-            self._media.load_video(source, f"video {n}", fps)
+            self._media.load_video(source, f"video {n}", VideoOptions(fps=fps))
             for n, (source, fps) in enumerate(zip(sources.videos, sources.fps, strict=True), start=1)
         ]
         return LoadedMedia(images, videos)

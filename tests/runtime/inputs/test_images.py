@@ -269,7 +269,7 @@ class TestBadInput:
     def test_tensor_dtype(self, dtype):
         self.refused(torch.zeros(3, 4, 4, dtype=dtype), str(dtype))
 
-    @pytest.mark.parametrize("value", [-0.01, 1.01, 255.0, float("nan"), float("inf")])
+    @pytest.mark.parametrize("value", [-0.01, 1.01, 255.5, float("nan"), float("inf")])
     def test_float_range(self, value):
         image = torch.rand(3, 4, 4)
         image[1, 2, 3] = value
@@ -303,4 +303,4 @@ class TestSplitBatch:
 
     def test_bad_values(self):
         with pytest.raises(MediaError, match=r"0\.\.1"):
-            split_batch(torch.full((1, 1, 3, 4, 4), 255.0))
+            split_batch(torch.full((1, 1, 3, 4, 4), 256.0))

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from qwen2vl_trt.errors import LimitError, MediaError
+from qwen2vl_trt.media_options import VideoOptions
 from runtime import Video
 from runtime.media import embedder as embedder_module
 from runtime.media.cached_media import CachedMedia
@@ -75,7 +76,7 @@ def test_other_sizes_and_types_are_other_pictures():
 def test_a_video_that_comes_again_is_not_embedded_again():
     media, engine = cached()
     frames = [picture(number) for number in range(4)]
-    clip = media.load_video(frames, "video 1", 2.0)
+    clip = media.load_video(frames, "video 1", VideoOptions(fps=2.0))
     assert clip.second_per_grid == 1.0
     embeds = media.embed([clip, media.load_image(frames[0], "image 1"), clip])[0]
     calls = len(engine.calls)
@@ -85,7 +86,7 @@ def test_a_video_that_comes_again_is_not_embedded_again():
     assert torch.equal(found, embeds[0])
     assert torch.equal(embeds[2], embeds[0])
     assert len(engine.calls) == calls
-    media.embed([media.load_video(frames[::-1], "video 1", 2.0)])
+    media.embed([media.load_video(frames[::-1], "video 1", VideoOptions(fps=2.0))])
     assert len(engine.calls) == calls + 1
 
 
@@ -93,14 +94,14 @@ def test_a_video_file_that_comes_again_is_not_decoded_again(tmp_path, monkeypatc
     path = save_video(tmp_path / "clip.mp4", [picture(number) for number in range(60)])
     media, engine = cached()
     first = media.load_video(path, "video 1")
-    often, seldom = media.embed([first, media.load_video(path, "video 1", 1.0)])[0]
+    often, seldom = media.embed([first, media.load_video(path, "video 1", VideoOptions(fps=1.0))])[0]
     assert len(often) == 2 * len(seldom)
     calls = len(engine.calls)
     monkeypatch.setattr(embedder_module, "load_video", None)
     for source in (path, str(path), path.read_bytes()):
         again = media.load_video(source, "video 1")
         assert (again.grid, again.second_per_grid) == (first.grid, first.second_per_grid)
-        media.embed([again, media.load_video(source, "video 1", 1.0)])
+        media.embed([again, media.load_video(source, "video 1", VideoOptions(fps=1.0))])
     assert len(engine.calls) == calls
 
 

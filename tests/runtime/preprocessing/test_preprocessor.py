@@ -263,7 +263,7 @@ class TestVideos:
         for source in (frames, list(frames), frames.permute(0, 2, 3, 1).contiguous().numpy()):
             packed = Preprocessor(CONFIG, self.SMALL).preprocess(videos=[source if fps is None else Video(source, fps)])
             assert [list(packed.grids[0])] == grid
-            assert packed.second_per_grid_ts == pytest.approx([seconds])
+            assert packed.second_per_grid_ts == pytest.approx([1.0 if fps is None else seconds])  # Transformers: 24 fps
             assert_pixels(packed, expected, resized=resized)
 
     def test_images_come_before_videos(self):
@@ -272,7 +272,7 @@ class TestVideos:
         expected = [DEFAULT()(images=image, return_tensors="pt")["pixel_values"]]
         expected += [self.reference(torch.stack(frames))[0] for frames in (clip, clip[:2])]
         assert packed.grids[0] == (1, 10, 8)
-        assert packed.second_per_grid_ts == (2 / 24, 0.5)
+        assert packed.second_per_grid_ts == (1.0, 0.5)
         assert_pixels(packed, torch.cat(expected), resized=True)
 
     def test_default_limits(self):

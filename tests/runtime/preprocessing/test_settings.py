@@ -80,12 +80,21 @@ class TestSettings:
         )
 
     def test_published_checkpoint(self, tmp_path):
-        """One file with the old keys serves images and videos."""
+        """One file with the old keys serves images and videos; frames have qwen-vl-utils' limits."""
         mean = [0.1, 0.2, 0.3]
         self.write(tmp_path, "preprocessor_config.json", min_pixels=3136, max_pixels=12845056, image_mean=mean)
         settings = PreprocessorSettings.from_folder(tmp_path)
-        for pixels in (settings.image, settings.video):
-            assert (pixels.min_pixels, pixels.max_pixels, pixels.image_mean) == (3136, 12845056, (0.1, 0.2, 0.3))
+        own = PixelSettings(3136, 12845056, image_mean=(0.1, 0.2, 0.3))
+        assert settings.image == own
+        assert settings.video == PixelSettings(128 * 28 * 28, 768 * 28 * 28, image_mean=(0.1, 0.2, 0.3))
+        assert PreprocessorSettings.from_folder(tmp_path, cap_pixels_per_frame=False).video == own
+
+    @pytest.mark.parametrize(("cap", "grid"), [(True, (40, 72)), (False, (52, 92))])
+    def test_a_frame_of_720p_on_a_published_checkpoint(self, cap, grid, tmp_path):
+        self.write(tmp_path, "preprocessor_config.json", min_pixels=3136, max_pixels=12845056)
+        video = PreprocessorSettings.from_folder(tmp_path, cap_pixels_per_frame=cap).video
+        height, width = smart_resize(720, 1280, 28, video.min_pixels, video.max_pixels)
+        assert (height // 14, width // 14) == grid
 
     @pytest.mark.parametrize(
         "size",

@@ -259,7 +259,7 @@ def test_only_what_lies_on_the_host_is_loaded_on_threads():
 
     loader = MediaAhead(load, overlap=True)
     image, there = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8, device="meta")
-    for videos in ([Video([there])], [[there, there]], [there[None]]):
+    for videos in ([Video([there], 2.0)], [[there, there]], [there[None]]):
         assert not loader.start(MediaSources([], videos, [None])).ahead
     assert not loader.start(MediaSources([image, there], [], [])).ahead
     assert not loader.start(MediaSources([], [], [])).ahead
