@@ -64,7 +64,7 @@ class Generation:
                     answer = _Answer(key)
                     if isinstance(image, LoadedRow):
                         answer.image, answer.prompt = image, image.row.prompt
-                        answer.tokens = batching.tokens(image) + self._params.max_tokens
+                        answer.tokens = image.size.tokens + self._params.max_tokens
                     else:
                         answer.failure = str(image)
                     queue.append(answer)

@@ -29,7 +29,8 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from .config import Qwen2VLConfig, read_json
-from .errors import CheckpointError, PromptError
+from .errors import CheckpointError, MediaError, PromptError
+from .media_options import ImageOptions, VideoOptions
 
 Message = Mapping[str, Any]
 Grid = Sequence[int]
@@ -56,14 +57,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Media:
-    """The images and videos of messages, in the order of their tokens.
-
-    ``video_fps`` has each video part's ``fps``, or None where it has none.
-    """
+    """The images and videos of messages, in the order of their tokens, and what each one's part says about it."""
 
     images: list[Any] = field(default_factory=list)
     videos: list[Any] = field(default_factory=list)
-    video_fps: list[float | None] = field(default_factory=list)
+    image_options: list[ImageOptions] = field(default_factory=list)
+    video_options: list[VideoOptions] = field(default_factory=list)
 
 
 class PromptBuilder:
@@ -245,6 +244,7 @@ def extract_media(messages: Sequence[Message], images: Sequence[Any] = (), video
 
     Raises:
         PromptError: parts without media and media without a part, a remote URL, or an unknown role or part.
+        MediaError: options of a part that are out of range.
     """
     pools = {"image": list(images), "video": list(videos)}
     given = {kind: len(pool) for kind, pool in pools.items()}
@@ -259,9 +259,15 @@ def extract_media(messages: Sequence[Message], images: Sequence[Any] = (), video
             if found is None:
                 empty[kind] += 1
                 found = pools[kind].pop(0) if pools[kind] else None
-            (media.images if kind == "image" else media.videos).append(found)
-            if kind == "video":
-                media.video_fps.append(part.get("fps"))
+            if kind == "image":
+                media.images.append(found)
+                media.image_options.append(ImageOptions())
+            else:
+                media.videos.append(found)
+                try:
+                    media.video_options.append(VideoOptions(fps=part.get("fps")))
+                except MediaError as error:
+                    raise MediaError(f"video {len(media.videos)}: {error}") from None
     for kind in pools:
         if empty[kind] != given[kind]:
             raise PromptError(

@@ -65,8 +65,10 @@ class Pipeline:
         self.engines = engines
         self.profile = engines.manifest.profile
         self.options = options
-        settings = PreprocessorSettings.from_folder(folder).with_limits(options.min_pixels, options.max_pixels)
-        preprocessor = Preprocessor(self._config.vision, settings, engines.device, engines.dtype, decode=options.decode)
+        self.settings = PreprocessorSettings.of_engines(folder, self.profile, options)
+        preprocessor = Preprocessor(
+            self._config.vision, self.settings, engines.device, engines.dtype, decode=options.decode
+        )
         self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision)
         self._prompts = PromptBuilder(folder, self._config)
         if len(self._prompts.tokenizer) > self._config.text.vocab_size:
@@ -77,7 +79,7 @@ class Pipeline:
         self._eos = GenerationConfig.from_folder(folder, self._prompts.tokenizer).eos_token_ids
         self._embeddings = EmbeddingCache(options.embedding_cache_bytes)
         self._cached_media = CachedMedia(self._media, self._embeddings)
-        self._preparer = Preparer(self._cached_media, self._prompts, self._config, self.profile)
+        self._preparer = Preparer(self._cached_media, self._prompts, self._config, self.profile, options.strict_size)
         self._media_ahead = MediaAhead(
             self._preparer.load, options.overlap and options.decode == "cpu", options.ahead_bytes
         )
@@ -279,7 +281,7 @@ class Pipeline:
             max_length: most tokens of a prompt and its answer to make graphs for; by default all that the engine takes.
 
         Raises:
-            LimitError: no such length, or an image of that size is outside the engine's profile.
+            LimitError: no such length, or an image of that size does not fit, and sizes are strict.
             EngineError: the decoder does not load.
         """
         most = self.profile.max_seq_len
@@ -306,7 +308,7 @@ class Pipeline:
 
         Raises:
             MediaError: an image cannot be read; named by its number, from 1.
-            LimitError: an image is outside the engine's profile.
+            LimitError: an image does not fit the engine, and sizes are strict.
         """
         embeddings: list[Tensor] = []
         for first in range(0, len(images), self.profile.max_batch_size):

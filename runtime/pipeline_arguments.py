@@ -18,6 +18,9 @@ def add_pipeline_arguments(parser: argparse._ActionsContainer) -> None:
     """Add the options that :func:`pipeline_options` reads, but ``--decode``, for commands that read image files."""
     parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge smaller images; default the checkpoint's")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink larger images; default the checkpoint's")
+    parser.add_argument(
+        "--strict-size", action="store_true", help="refuse what does not fit the engines instead of resizing it"
+    )
 
 
 def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
@@ -26,7 +29,12 @@ def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
     Raises:
         LimitError: a value that is not allowed.
     """
-    return PipelineOptions(min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels, decode=arguments.decode)
+    return PipelineOptions(
+        min_pixels=arguments.min_pixels,
+        max_pixels=arguments.max_pixels,
+        strict_size=arguments.strict_size,
+        decode=arguments.decode,
+    )
 
 
 def check_decode(decode: str, device: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,20 +15,22 @@ from torch import Tensor
 from engines.profile import BuildProfile
 from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.errors import MediaError
-from qwen2vl_trt.windows import Grid, window_layout
+from qwen2vl_trt.media_options import ImageOptions, VideoOptions
+from qwen2vl_trt.windows import window_layout
 
 from ..backends.runners import VisionRunner
 from ..inputs.images import ImageSource, load_image
 from ..inputs.video import FrameSampling, Video, VideoSource, load_video
 from ..preprocessing.preprocessor import PackedPixels, Preprocessor
+from ..preprocessing.sizes import MediaSize
 
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """Decoded pixels ``[3, H, W]`` and the grid that they will have."""
+    """Decoded pixels ``[3, H, W]`` and the size that they will have."""
 
     pixels: Tensor
-    grid: Grid
+    size: MediaSize
 
     @property
     def nbytes(self) -> int:
@@ -38,11 +39,10 @@ class LoadedImage:
 
 @dataclass(frozen=True)
 class LoadedVideo:
-    """Sampled frames, the grid that they will have, and seconds between temporal patches."""
+    """Sampled frames and the size that they will have."""
 
     video: Video
-    grid: Grid
-    second_per_grid: float
+    size: MediaSize
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +61,7 @@ class MediaEmbedder:
     """Loads, checks and embeds.
 
     Args:
-        preprocessor: makes the pixels.
+        preprocessor: makes the pixels, of sizes that the engine takes.
         runner: the vision engine.
         profile: its limits.
         config: the vision tower.
@@ -78,51 +78,61 @@ class MediaEmbedder:
         """Which frames of a video file are kept where a request does not say."""
         return self._preprocessor.settings.sampling
 
-    def load_image(self, source: ImageSource, name: str, contents: bytes | None = None) -> LoadedImage:
-        """Decode an image and check its size.
+    def load_image(
+        self, source: ImageSource, name: str, options: ImageOptions = ImageOptions(), contents: bytes | None = None
+    ) -> LoadedImage:
+        """Decode an image and decide its size.
 
         Args:
             source: see :data:`runtime.inputs.images.ImageSource`.
             name: what error messages call it.
+            options: of its size.
             contents: of the file, where somebody has read it already.
 
         Raises:
             MediaError: it cannot be read.
-            LimitError: it is outside the engine's profile.
+            LimitError: it does not fit the engine, and sizes are strict.
         """
         if contents is None:
             (pixels,) = self._preprocessor.load_images([source], [name])
         else:
             called = f"{name} ({source})" if isinstance(source, (str, Path)) else name
             (pixels,) = self._preprocessor.load_images([contents], [called])
-        name = _with_path(name, source)
         height, width = pixels.shape[1:]
-        grid = self._preprocessor.image_grid(height, width, name=name)
-        self._profile.check_frame(grid, name, f"{width}x{height}", self._config)
-        return LoadedImage(pixels, grid)
+        size = self._preprocessor.sizes.image(height, width, name=with_path(name, source), options=options)
+        return LoadedImage(pixels, size)
 
-    def load_video(self, source: VideoSource, name: str, fps: float | None = None) -> LoadedVideo:
-        """Decode and sample a video and check its frames' size; raises as :meth:`load_image`.
+    def load_video(self, source: VideoSource, name: str, options: VideoOptions = VideoOptions()) -> LoadedVideo:
+        """Decode and sample a video and decide its frames' size; raises as :meth:`load_image`.
 
         Args:
             source: see :data:`runtime.inputs.video.VideoSource`.
             name: what error messages call it.
-            fps: what a message's part says, as in qwen-vl-utils: of a file, the frames to keep of each second; of
-                frames in memory, the rate that they have.
+            options: of its frames and their size.
         """
-        sampling = self.sampling
+        sampling, fps = self.sampling, options.fps
         if isinstance(source, (str, Path, bytes)) and fps is not None:
-            sampling, fps = _sampling(sampling, fps, name), None
+            sampling, fps = replace(sampling, fps=fps), None
         elif not isinstance(source, (Video, str, Path, bytes, np.ndarray, Tensor, Sequence)):
             raise MediaError(
                 f"{name}: a {type(source).__name__} is no video; give a path, bytes, an array or a list of frames"
             )
         video = load_video(source, fps=fps, sampling=sampling, name=name)
         height, width = load_image(video.frames[0], name=name).shape[1:]
-        name = _with_path(name, source)
-        grid = self._preprocessor.video_grid(len(video.frames), height, width, name=name)
-        self._profile.check_frame(grid, name, f"{width}x{height}", self._config)
-        return LoadedVideo(video, grid, self._config.temporal_patch_size / video.fps)
+        size = self._preprocessor.sizes.video(
+            len(video.frames), height, width, video.fps, name=with_path(name, source), options=options
+        )
+        return LoadedVideo(video, size)
+
+    def shorten(self, loaded: LoadedVideo, tokens: int, name: str, options: VideoOptions) -> LoadedVideo | None:
+        """A video of at most so many tokens, by smaller frames and then by fewer; None where neither is enough."""
+        shorter = self._preprocessor.sizes.video_within(tokens, loaded.size, name=name, options=options)
+        if shorter is None:
+            return None
+        size, kept = shorter
+        video = loaded.video
+        frames = [video.frames[index] for index in kept]
+        return LoadedVideo(replace(video, frames=frames, fps=video.fps * len(frames) / len(video.frames)), size)
 
     def embed(
         self, images: Sequence[LoadedImage], videos: Sequence[LoadedVideo] = ()
@@ -136,17 +146,21 @@ class MediaEmbedder:
         limit = self._profile.max_batch_size
         image_embeds: list[Tensor] = []
         for first in range(0, len(images), limit):
-            pixels = [image.pixels for image in images[first : first + limit]]
-            packed = self._timed_preprocess(times, images=pixels)
+            packed = self._timed_preprocess(times, images=images[first : first + limit])
             image_embeds += self._run(packed, times).split(packed.layout.tokens_per_item)
-        video_embeds = [self._run(self._timed_preprocess(times, videos=[video.video]), times) for video in videos]
+        video_embeds = [self._run(self._timed_preprocess(times, videos=[video]), times) for video in videos]
         return image_embeds, video_embeds, times
 
     def _timed_preprocess(
-        self, times: StageTimes, images: Sequence[Tensor] = (), videos: Sequence[Video] = ()
+        self, times: StageTimes, images: Sequence[LoadedImage] = (), videos: Sequence[LoadedVideo] = ()
     ) -> PackedPixels:
         began = time.perf_counter()
-        packed = self._preprocessor.preprocess(images, videos, out=self._pixels)
+        packed = self._preprocessor.preprocess(
+            [image.pixels for image in images],
+            [video.video for video in videos],
+            grids=[image.size.grid for image in images] + [video.size.grid for video in videos],
+            out=self._pixels,
+        )
         if self._pixels is None or packed.pixel_values.numel() > self._pixels.numel():
             self._pixels = packed.pixel_values.view(-1)
         times.preprocess += time.perf_counter() - began
@@ -171,11 +185,6 @@ class MediaEmbedder:
         return embeds
 
 
-def _with_path(name: str, source: Any) -> str:
+def with_path(name: str, source: Any) -> str:
+    """What messages call an image or a video."""
     return f"{name}, {source}" if isinstance(source, (str, Path)) else name
-
-
-def _sampling(sampling: FrameSampling, fps: float, name: str) -> FrameSampling:
-    if not (isinstance(fps, (int, float)) and math.isfinite(fps) and fps > 0):
-        raise MediaError(f"{name}: fps {fps} is not a number above 0")
-    return replace(sampling, fps=fps)
