@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLIm
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import CheckpointError, PromptError
+from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.prompts import PromptBuilder, extract_media, load_tokenizer, to_messages
 from tests.support.models import MINIMAL_CONFIG
 
@@ -323,7 +324,8 @@ def test_media_come_in_order_from_parts_and_from_beside(tmp_path):
     assert media.images[2:] == ["y.png", b"png", "b.png", "/tmp/a b.png"]
     assert media.videos[0] is frames
     assert media.videos[1:] == ["v.mp4"]
-    assert media.video_fps == [2.0, None]
+    assert media.image_options == [ImageOptions()] * 6
+    assert media.video_options == [VideoOptions(fps=2.0), VideoOptions()]
     assert len(to_messages(messages, len(media.images), len(media.videos))) == 2
 
 

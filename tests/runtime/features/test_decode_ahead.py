@@ -11,6 +11,7 @@ from runtime.features import decode_ahead as module
 from runtime.features.decode_ahead import Batching, decode_ahead
 from runtime.inputs.image_listing import ImageFile
 from runtime.media.embedder import LoadedImage
+from runtime.preprocessing.sizes import MediaSize
 
 
 class Source:
@@ -18,7 +19,7 @@ class Source:
 
     def __init__(self, pixels=1, pause=0.0):
         self.loaded, self.pause = [], pause
-        self.image = LoadedImage(torch.zeros(pixels, dtype=torch.uint8), (1, 2, 2))
+        self.image = LoadedImage(torch.zeros(pixels, dtype=torch.uint8), MediaSize(28, 28, 28, 28, (1, 2, 2), 1))
         self.lock = threading.Lock()
 
     def load(self, path, name):
