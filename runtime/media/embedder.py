@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from engines.profile import BuildProfile
 from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
-from qwen2vl_trt.windows import window_layout
+from qwen2vl_trt.windows import Grid, window_layout
 
 from ..backends.runners import VisionRunner
 from ..inputs.images import ImageSource, load_image
@@ -137,19 +137,34 @@ class MediaEmbedder:
     def embed(
         self, images: Sequence[LoadedImage], videos: Sequence[LoadedVideo] = ()
     ) -> tuple[list[Tensor], list[Tensor], StageTimes]:
-        """Embed any mix of sizes, as few engine calls as the profile's ``max_batch_size`` allows.
+        """Embed any mix of sizes, as few engine calls as the profile allows, see :meth:`_groups`.
 
         Returns:
             ``[tokens, C]`` of each image and of each video, and the time spent.
         """
         times = StageTimes()
-        limit = self._profile.max_batch_size
         image_embeds: list[Tensor] = []
-        for first in range(0, len(images), limit):
-            packed = self._timed_preprocess(times, images=images[first : first + limit])
+        for group in self._groups([image.size.grid for image in images]):
+            packed = self._timed_preprocess(times, images=images[group])
             image_embeds += self._run(packed, times).split(packed.layout.tokens_per_item)
         video_embeds = [self._run(self._timed_preprocess(times, videos=[video]), times) for video in videos]
         return image_embeds, video_embeds, times
+
+    def _groups(self, grids: Sequence[Grid]) -> Iterator[slice]:
+        """Neighbours of one engine call: up to ``max_batch_size``, with no more pairs of patches than one image may have.
+
+        Full attention takes memory for the square of the longest of them, times their number, wherever it is not one
+        fused kernel, and for its mask. Together they take no more of it than the largest image alone.
+        """
+        most, start, longest = self._profile.max_hw_dims**2, 0, 0
+        for number, (_, rows, columns) in enumerate(grids):
+            longest = max(longest, rows * columns)
+            count = number - start + 1
+            if count > 1 and (count > self._profile.max_batch_size or count * longest**2 > most):
+                yield slice(start, number)
+                start, longest = number, rows * columns
+        if grids:
+            yield slice(start, len(grids))
 
     def _timed_preprocess(
         self, times: StageTimes, images: Sequence[LoadedImage] = (), videos: Sequence[LoadedVideo] = ()
@@ -170,13 +185,13 @@ class MediaEmbedder:
         """One call, or several where the frames of a video are more than a call takes: they do not see each other."""
         began = time.perf_counter()
         frames = [(1, h, w) for t, h, w in packed.grids for _ in range(t)]
-        limit = self._profile.max_batch_size
-        if len(frames) <= limit:
+        groups = list(self._groups(frames))
+        if len(groups) == 1:
             embeds = self._runner(packed.pixel_values, packed.layout)
         else:
             parts, window = [], 0
-            for first in range(0, len(frames), limit):
-                layout = window_layout(tuple(frames[first : first + limit]), self._config)
+            for group in groups:
+                layout = window_layout(tuple(frames[group]), self._config)
                 windows = len(layout.window_lengths)
                 parts.append(self._runner(packed.pixel_values[window : window + windows], layout))
                 window += windows
