@@ -151,7 +151,7 @@ class MediaEmbedder:
         return image_embeds, video_embeds, times
 
     def _groups(self, grids: Sequence[Grid]) -> Iterator[slice]:
-        """Neighbours of one engine call: up to ``max_batch_size``, with no more pairs of patches than one image may have.
+        """Neighbours of one engine call: up to ``max_batch_size``, with no more pairs of patches than one image has.
 
         Full attention takes memory for the square of the longest of them, times their number, wherever it is not one
         fused kernel, and for its mask. Together they take no more of it than the largest image alone.

@@ -18,7 +18,7 @@ from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import PromptBuilder, extract_media
 
 from ..media.cached_media import CachedMedia, Medium
-from ..media.embedder import StageTimes
+from ..media.embedder import StageTimes, with_path
 from ..preprocessing.sizes import MediaSize
 from ..request import Request
 from ..sending import send
@@ -149,10 +149,13 @@ class Preparer:
             for n, (source, options) in enumerate(zip(sources.videos, sources.video_options, strict=True), start=1)
         ]
         fitting = self._shorten(sources, images, videos)
-        notes = [self._note(f"image {n}", image.size, image.size) for n, image in enumerate(images, start=1)]
+        notes = [
+            self._note(with_path(f"image {n}", source), image.size, image.size)
+            for n, (source, image) in enumerate(zip(sources.images, images), start=1)
+        ]
         notes += [
-            self._note(f"video {n}", asked.size, video.size)
-            for n, (asked, video) in enumerate(zip(videos, fitting), start=1)
+            self._note(with_path(f"video {n}", source), asked.size, video.size)
+            for n, (source, asked, video) in enumerate(zip(sources.videos, videos, fitting), start=1)
         ]
         return LoadedMedia(images, fitting, tuple(note for note in notes if note is not None))
 
@@ -184,7 +187,7 @@ class Preparer:
         what = f"{size.resized_width}x{size.resized_height}"
         if size.frames is not None:
             what = f"{size.frames} frames of {what}"
-        if size.frames is not None and size != asked:
+        if size != asked:
             what += f" in place of {asked.frames} of {asked.resized_width}x{asked.resized_height}"
         return (
             f"{name} ({size.width}x{size.height}) is resized to {what} to fit the engines ({flag(size.limited_by)}"

@@ -76,3 +76,14 @@ def test_what_is_no_video():
     for source in (None, 3, Image.fromarray(picture(0))):
         with pytest.raises(MediaError, match=r"video 1: a .* is no video"):
             media.load_video(source, "video 1")
+
+
+def test_a_call_sees_no_more_pairs_of_patches_than_the_largest_image():
+    """Full attention, its mask and, where there is no fused kernel, its scores take memory for each of them."""
+    media, engine = embedder()
+    images = [media.load_image(picture(n, side, side), "image") for n, side in enumerate((280, 280, 140, 140, 140))]
+    media.embed(images)
+    assert engine.calls == [1, 1, 3]  # 400 patches alone; of 100 patches as many as there are
+    clip = media.load_video([picture(n, 280, 280) for n in range(6)], "video", VideoOptions(fps=2.0))
+    media.embed([], [clip])
+    assert engine.calls == [1, 1, 3, 1, 1, 1]
