@@ -123,6 +123,7 @@ def _write(answer: _Answer, writer: PartitionWriter) -> None:
         writer.fail(answer.key, answer.failure or "")
     else:
         output = answer.output
+        (size,) = output.images
         row = {
             "id": answer.key,
             "prompt": answer.prompt,
@@ -130,5 +131,7 @@ def _write(answer: _Answer, writer: PartitionWriter) -> None:
             "prompt_tokens": output.prompt_tokens,
             "output_tokens": len(output.token_ids),
             "finish_reason": output.finish_reason,
+            "original_size": [size.width, size.height],
+            "resized_size": [size.resized_width, size.resized_height],
         }
         writer.add_row(row, len(output.text) + 256)
