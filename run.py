@@ -50,6 +50,7 @@ def main() -> None:
 
 def generate(argv: list[str]) -> None:
     from runtime.inputs.images import opened
+    from runtime.media_arguments import add_media_arguments, media_options
     from runtime.request import Request
     from runtime.sampling_arguments import add_sampling_arguments, sampling_params
 
@@ -58,12 +59,22 @@ def generate(argv: list[str]) -> None:
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="repeat for several")
     parser.add_argument("--video", action="append", default=[], metavar="FILE", help="repeat for several")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print answer, token_ids, finish_reason and timings")
+    form.add_argument(
+        "--json", action="store_true", help="print answer, token_ids, finish_reason, sizes of the media and timings"
+    )
     form.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    add_media_arguments(parser)
     add_sampling_arguments(parser)
     arguments = parser.parse_args(argv)
     params = sampling_params(arguments)
-    request = Request(arguments.prompt, arguments.image, arguments.video)
+    image_options, video_options = media_options(arguments)
+    request = Request(
+        arguments.prompt,
+        arguments.image,
+        arguments.video,
+        image_options=image_options,
+        video_options=video_options,
+    )
     for kind, article, files in (("image", "an", arguments.image), ("video", "a", arguments.video)):
         for number, file in enumerate(files, start=1):
             with opened(file, f"{kind} {number} ({file})", f"{article} {kind}"):
@@ -80,6 +91,8 @@ def generate(argv: list[str]) -> None:
             "answer": output.text,
             "token_ids": output.token_ids,
             "finish_reason": output.finish_reason,
+            "images": [size.as_json() for size in output.images],
+            "videos": [size.as_json() for size in output.videos],
             "timings": dataclasses.asdict(output.timings),
         }
         print(json.dumps(answer))

@@ -95,6 +95,7 @@ def _parser() -> Parser:
 def _report(arguments: argparse.Namespace, command: str) -> Report:
     from engines.progress import progress_bar
     from runtime.backends.runners import open_engines
+    from runtime.options import PipelineOptions
     from runtime.preprocessing.preprocessor import PreprocessorSettings
 
     from .comparison import compare_inputs, compare_runners
@@ -110,9 +111,9 @@ def _report(arguments: argparse.Namespace, command: str) -> Report:
     tolerance = tolerance_of(engines.manifest.precision, against.manifest.precision if against else "fp32")
     tolerance = tolerance.override(arguments.tolerance)
     checkpoint, config = engines.checkpoint, engines.checkpoint.config
-    settings = PreprocessorSettings.from_folder(checkpoint.folder).with_limits(
-        arguments.min_pixels, arguments.max_pixels
-    )
+    options = PipelineOptions(min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels)
+    settings = PreprocessorSettings.of_engines(checkpoint.folder, engines.manifest.profile, options)
+    settings = settings.narrowed(config.vision.patch_size)  # Transformers is to resize as the pipeline does
     cases = _cases(arguments, engines, settings)
     processor = TransformersProcessor(checkpoint.folder, settings, config.vision.qwen2_vl_dim)
     feeds = [processor(case, arguments.max_tokens) for case in cases]

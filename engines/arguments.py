@@ -151,6 +151,12 @@ def _precisions() -> str:
     )
 
 
+def usual_profile(model: str) -> BuildProfile:
+    """Limits of a model's own file in ``configs/``, or the defaults where it has none."""
+    own = _CONFIGS / f"{model}.yaml"
+    return BuildConfig.from_yaml(own).profile if own.is_file() else BuildProfile()
+
+
 def plan_build(arguments: argparse.Namespace) -> BuildPlan:
     """Resolve the options: an option wins over ``--config``, and that over the model's own file in ``configs/``.
 
@@ -166,10 +172,7 @@ def plan_build(arguments: argparse.Namespace) -> BuildPlan:
     model = resolve_model(config.model if config else arguments.model or "tiny", arguments.revision)
     Qwen2VLConfig.from_folder(model.folder)
     check_tokenizer_files(model.folder)  # here, before the minutes of a build whose engines no pipeline could load
-    own = _CONFIGS / f"{model.name}.yaml"
-    if config is None and own.is_file():
-        config = BuildConfig.from_yaml(own)
-    limits = config.profile.as_dict() if config else {}
+    limits = (config.profile if config else usual_profile(model.name)).as_dict()
     limits |= {name: value for name in BuildProfile.names() if (value := getattr(arguments, name)) is not None}
     folder = arguments.engine_dir or default_engine_dir(model.name, backend.name, precision)
     calibration = _calibration(backend.precision(precision), arguments)

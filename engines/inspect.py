@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 
-from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.config import Qwen2VLConfig, VisionConfig
 
 from .manifest import Manifest
 from .profile import BuildProfile
@@ -96,16 +96,29 @@ def inspect_folder(folder: Path, verify: bool = False) -> FolderReport:
 def limits_in_words(profile: BuildProfile, config: Qwen2VLConfig) -> tuple[tuple[str, str], ...]:
     """The limits as a user meets them: pixels, images, tokens."""
     patch, unit = config.vision.patch_size, config.vision.merge_unit
-    small, large = (isqrt(dims) * patch for dims in (profile.min_hw_dims, profile.max_hw_dims))
+    small = isqrt(profile.min_hw_dims) * patch
+    sizes = ((ratio, largest_size(profile, config.vision, ratio)) for ratio in ((1, 1), (4, 3), (16, 9)))
+    largest = [f"{width} x {height} ({ratio[0]}:{ratio[1]})" for ratio, (width, height) in sizes]
     return (
-        ("smallest image", f"{profile.min_hw_dims:,} patches, about {small} x {small} pixels"),
-        ("largest image", f"{profile.max_hw_dims:,} patches, about {large} x {large} pixels"),
+        (
+            "smallest image",
+            f"{profile.min_hw_dims:,} patches, about {small} x {small} pixels; smaller ones are enlarged",
+        ),
+        ("largest image", f"{profile.max_hw_dims:,} patches, {', '.join(largest)}; larger ones are shrunk"),
         ("tokens of the largest image", f"{profile.max_hw_dims // unit:,}"),
         ("images or frames a vision call", f"{profile.max_batch_size:,}"),
         ("requests decoding together", f"{profile.max_batch_size:,}"),
         ("prompt", f"{profile.max_input_len:,} tokens, images included"),
         ("prompt and answer", f"{profile.max_seq_len:,} tokens"),
     )
+
+
+def largest_size(profile: BuildProfile, config: VisionConfig, ratio: tuple[int, int]) -> tuple[int, int]:
+    """Width and height in pixels of the largest image of about this ratio that the engines take as it is."""
+    groups = profile.max_hw_dims // config.merge_unit
+    rows = max(1, isqrt(groups * ratio[1] // ratio[0]))
+    columns = min(groups // rows, round(rows * ratio[0] / ratio[1]))
+    return columns * config.image_factor, rows * config.image_factor
 
 
 def _profiles(name: str, profile: BuildProfile, config: Qwen2VLConfig) -> dict[str, Ranges]:

@@ -70,6 +70,10 @@ class BuildProfile:
         """The limits by name."""
         return asdict(self)
 
+    def takes(self, grid: Grid) -> bool:
+        """Whether an image or a frame of this grid is within the limits."""
+        return self.min_hw_dims <= grid[1] * grid[2] <= self.max_hw_dims
+
     def check_frame(self, grid: Grid, name: str, size: str, config: VisionConfig) -> None:
         """Refuse an image or a frame outside the limits.
 
@@ -81,9 +85,9 @@ class BuildProfile:
         Raises:
             LimitError: with the size, the limits and the way out.
         """
-        patches = grid[1] * grid[2]
-        if self.min_hw_dims <= patches <= self.max_hw_dims:
+        if self.takes(grid):
             return
+        patches = grid[1] * grid[2]
         small, pixels = patches < self.min_hw_dims, config.patch_size**2
         bound = f"--min-pixels {self.min_hw_dims * pixels}" if small else f"--max-pixels {self.max_hw_dims * pixels}"
         raise LimitError(

@@ -154,9 +154,8 @@ def _settings(arguments: argparse.Namespace, given: Input, params: SamplingParam
     from .filesystem import is_uri
 
     manifest = Manifest.read(engine_dir)
-    pixels = PreprocessorSettings.from_folder(manifest.verify(engine_dir).folder).with_limits(
-        arguments.min_pixels, arguments.max_pixels
-    )
+    options, profile = pipeline_options(arguments), manifest.profile
+    pixels = PreprocessorSettings.of_engines(manifest.verify(engine_dir).folder, profile, options)
     settings = {
         "input": given.source if is_uri(given.source) else str(Path(given.source).absolute()),
         "image_column": given.columns.image,
@@ -168,7 +167,10 @@ def _settings(arguments: argparse.Namespace, given: Input, params: SamplingParam
         "precision": manifest.precision,
         "min_pixels": pixels.image.min_pixels,
         "max_pixels": pixels.image.max_pixels,
-        "decode": arguments.decode,
+        "min_hw_dims": profile.min_hw_dims,
+        "max_hw_dims": profile.max_hw_dims,
+        "strict_size": options.strict_size,
+        "decode": options.decode,
         "task": arguments.task,
         "prompt": arguments.prompt,
         "allow_special_tokens": arguments.allow_special_tokens,

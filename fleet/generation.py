@@ -65,7 +65,7 @@ class Generation:
                     answer = _Answer(key)
                     if isinstance(image, LoadedRow):
                         answer.image, answer.prompt = image, image.row.prompt
-                        answer.tokens = batching.tokens(image) + self._answer_tokens
+                        answer.tokens = image.size.tokens + self._answer_tokens
                     else:
                         answer.failure = str(image)
                     queue.append(answer)
@@ -124,6 +124,7 @@ def _write(answer: _Answer, writer: PartitionWriter) -> None:
         writer.fail(answer.key, answer.failure or "")
     else:
         output = answer.output
+        (size,) = output.images
         row = {
             "id": answer.key,
             "prompt": answer.prompt,
@@ -131,5 +132,7 @@ def _write(answer: _Answer, writer: PartitionWriter) -> None:
             "prompt_tokens": output.prompt_tokens,
             "output_tokens": len(output.token_ids),
             "finish_reason": output.finish_reason,
+            "original_size": [size.width, size.height],
+            "resized_size": [size.resized_width, size.resized_height],
         }
         writer.add_row(row, len(output.text) + 256)

@@ -40,6 +40,8 @@ ANSWER_SCHEMA = pa.schema(
         ("prompt_tokens", pa.int32()),
         ("output_tokens", pa.int32()),
         ("finish_reason", pa.string()),
+        ("original_size", pa.list_(pa.int32())),
+        ("resized_size", pa.list_(pa.int32())),
     ]
 )
 

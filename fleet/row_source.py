@@ -64,7 +64,7 @@ class RowSource:
             raise MediaError(f"row {row.id}: {row.fault}")
         assert row.image is not None
         image = self._source.load(_fetch(row.image, row.id), f"row {row.id}")
-        return LoadedRow(image.pixels, image.grid, row)
+        return LoadedRow(image.pixels, image.size, row)
 
     def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
         features: list[Tensor] = []
@@ -88,13 +88,13 @@ class RowSource:
     def _fitting(self, images: list[LoadedImage]) -> list[LoadedImage]:
         tokens = 0
         for count, image in enumerate(images):
-            tokens += self._batching.tokens(image)
+            tokens += image.size.tokens
             if count and tokens > self._max_tokens:
                 return images[:count]
         return images
 
     def _shrink(self, group: list[LoadedImage], reason: str) -> None:
-        tokens = sum(self._batching.tokens(image) for image in group)
+        tokens = sum(image.size.tokens for image in group)
         torch.cuda.empty_cache()
         if len(group) == 1:
             raise LimitError(

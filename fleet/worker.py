@@ -18,7 +18,6 @@ from runtime.features.shards import writing
 from runtime.features.sources import DecoderFeatures, VisionFeatures
 from runtime.options import PipelineOptions
 from runtime.pipeline import Pipeline
-from runtime.preprocessing.preprocessor import PreprocessorSettings
 from runtime.sampler import SamplingParams
 
 from .generation import Generation
@@ -110,24 +109,21 @@ class Worker:
         pipeline = Pipeline.from_engine_dir(settings.engine_dir, settings.device, settings.options)
         checkpoint, profile = pipeline.engines.checkpoint, pipeline.profile
         config = checkpoint.config
-        pixels = PreprocessorSettings.from_folder(checkpoint.folder).with_limits(
-            settings.options.min_pixels, settings.options.max_pixels
-        )
         unit = config.vision.merge_unit
         tokens = settings.batch_tokens or profile.max_batch_size * profile.max_hw_dims // unit
-        self._batching = Batching(profile.max_batch_size, tokens, unit, settings.threads)
+        self._batching = Batching(profile.max_batch_size, tokens, settings.threads)
         self._generation: Generation | None = None
         if settings.task == "generate":
             self._schema = ANSWER_SCHEMA
-            self._source = RowSource(VisionFeatures(pipeline, pixels), self._batching)
+            self._source = RowSource(VisionFeatures(pipeline), self._batching)
             room = settings.batch_tokens or profile.max_batch_size * profile.max_seq_len
             self._generation = Generation(pipeline, settings.params, room)
             return
         width = config.text.hidden_size
         if settings.source == "decoder":
-            source: VisionFeatures | DecoderFeatures = PromptedDecoderFeatures(pipeline, pixels, "", settings.layer)
+            source: VisionFeatures | DecoderFeatures = PromptedDecoderFeatures(pipeline, "", settings.layer)
         else:
-            source = VisionFeatures(pipeline, pixels, settings.layer)
+            source = VisionFeatures(pipeline, settings.layer)
             width = config.vision.out_hidden_size if settings.layer is None else config.vision.hidden_size
         self._schema = feature_schema(width if settings.pool == "mean" else None)
         self._source = RowSource(source, self._batching)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from engines.arguments import usual_profile
 from engines.command import Parser, positive_number, whole_number
 
 from .arithmetic import arithmetic, summary
 from .capacity import TP_SIZES, Assumptions, Load, plan
-from .tables import find_config, find_gpu
+from .tables import find_config, find_gpu, published_name
+
+_PUBLISHED_MAX_PIXELS = 12_845_056
+"""Of the published checkpoints' preprocessor; engines built with the limits in ``configs/`` take less."""
 
 
 def run_plan(argv: list[str], epilog: str) -> None:
@@ -26,20 +30,19 @@ def run_plan(argv: list[str], epilog: str) -> None:
     """
     arguments = _parser(epilog).parse_args(argv)
 
-    from runtime.preprocessing.preprocessor import PreprocessorSettings, smart_resize
+    from runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
+    from runtime.preprocessing.sizes import SizeRules
 
     config, gpu = find_config(arguments.model), find_gpu(arguments.gpu)
     folder = Path(arguments.model)
-    pixels = (
-        (PreprocessorSettings.from_folder(folder) if folder.is_dir() else PreprocessorSettings())
-        .with_limits(max_pixels=arguments.max_pixels)
-        .image
-    )
-    factor, (height, width) = config.vision.image_factor, arguments.image_size
-    height, width = smart_resize(height, width, factor, pixels.min_pixels, pixels.max_pixels)
+    published = PreprocessorSettings(image=PixelSettings(max_pixels=_PUBLISHED_MAX_PIXELS))
+    settings = PreprocessorSettings.from_folder(folder) if folder.is_dir() else published
+    settings = settings.with_limits(max_pixels=arguments.max_pixels)
+    settings = replace(settings, profile=usual_profile(published_name(arguments.model) or folder.name))
+    _, rows, columns = SizeRules(config.vision, settings).image(*arguments.image_size, name="--image-size").grid
     load = Load(
-        rows=height // config.vision.patch_size,
-        columns=width // config.vision.patch_size,
+        rows=rows,
+        columns=columns,
         text_tokens=arguments.prompt_tokens,
         output_tokens=arguments.output_tokens,
         images_per_second=arguments.images_per_second,
@@ -83,7 +86,9 @@ def _parser(epilog: str) -> Parser:
     parser.add_argument(
         "--image-size", type=_size, default=(448, 448), metavar="HxW", help="in pixels; default 448x448"
     )
-    parser.add_argument("--max-pixels", type=positive_number, metavar="N", help="shrink larger images; default 1003520")
+    parser.add_argument(
+        "--max-pixels", type=positive_number, metavar="N", help="shrink larger images; default the checkpoint's"
+    )
     parser.add_argument(
         "--prompt-tokens", type=whole_number, default=32, metavar="N", help="text and template; default %(default)s"
     )

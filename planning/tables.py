@@ -66,18 +66,23 @@ def find_config(name: str) -> Qwen2VLConfig:
         PlanError: neither; the message names the models that are known.
         CheckpointError: the folder has no readable ``config.json`` of a Qwen2.5-VL.
     """
-    table = _read("models.yaml")
-    spelling = name.lower().removeprefix("qwen/").removesuffix("-instruct")
-    raw = {model.lower(): shape for model, shape in table["models"].items()}.get(spelling)
-    if raw is None:
+    table, known = _read("models.yaml"), published_name(name)
+    if known is None:
         if not Path(name).is_dir():
             raise PlanError(
                 f"unknown model {name!r}; known: {', '.join(table['models'])}, and any checkpoint folder (its"
                 " config.json is enough)"
             )
         return Qwen2VLConfig.from_folder(name)
+    raw = table["models"][known]
     vision = table["shared"]["vision_config"] | raw["vision_config"]
     return Qwen2VLConfig.from_dict(table["shared"] | raw | {"vision_config": vision})
+
+
+def published_name(name: str) -> str | None:
+    """How a published model is spelled here; None of anything else."""
+    spelling = name.lower().removeprefix("qwen/").removesuffix("-instruct")
+    return {model.lower(): model for model in _read("models.yaml")["models"]}.get(spelling)
 
 
 def _read(name: str) -> dict[str, Any]:

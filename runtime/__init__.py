@@ -7,9 +7,12 @@ them, :mod:`runtime.service` gives a pipeline a thread of its own, for servers; 
 collections.
 """
 
+from qwen2vl_trt.media_options import ImageOptions, VideoOptions
+
 from .inputs.video import Video
 from .options import PipelineOptions
 from .pipeline import Pipeline
+from .preprocessing.sizes import MediaSize
 from .request import Event, Output, Request, Timings
 from .sampler import SamplingParams
 from .scheduling.counters import Counters
@@ -19,6 +22,8 @@ __all__ = [
     "Answer",
     "Counters",
     "Event",
+    "ImageOptions",
+    "MediaSize",
     "Output",
     "Pipeline",
     "PipelineOptions",
@@ -27,4 +32,5 @@ __all__ = [
     "Service",
     "Timings",
     "Video",
+    "VideoOptions",
 ]

@@ -65,9 +65,10 @@ class Pipeline:
         self.engines = engines
         self.profile = engines.manifest.profile
         self.options = options
-        settings = PreprocessorSettings.from_folder(folder, options.cap_pixels_per_frame)
-        settings = settings.with_limits(options.min_pixels, options.max_pixels)
-        preprocessor = Preprocessor(self._config.vision, settings, engines.device, engines.dtype, decode=options.decode)
+        self.settings = PreprocessorSettings.of_engines(folder, self.profile, options)
+        preprocessor = Preprocessor(
+            self._config.vision, self.settings, engines.device, engines.dtype, decode=options.decode
+        )
         self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision)
         self._prompts = PromptBuilder(folder, self._config, options.allow_special_tokens, self.profile.max_input_len)
         if len(self._prompts.tokenizer) > self._config.text.vocab_size:
@@ -78,7 +79,7 @@ class Pipeline:
         self._generation = GenerationConfig.from_folder(folder, self._prompts.tokenizer, options.generation_config)
         self._embeddings = EmbeddingCache(options.embedding_cache_bytes)
         self._cached_media = CachedMedia(self._media, self._embeddings)
-        self._preparer = Preparer(self._cached_media, self._prompts, self._config, self.profile)
+        self._preparer = Preparer(self._cached_media, self._prompts, self._config, self.profile, options.strict_size)
         self._media_ahead = MediaAhead(
             self._preparer.load, options.overlap and options.decode == "cpu", options.ahead_bytes
         )
@@ -284,7 +285,7 @@ class Pipeline:
             max_length: most tokens of a prompt and its answer to make graphs for; by default all that the engine takes.
 
         Raises:
-            LimitError: no such length, or an image of that size is outside the engine's profile.
+            LimitError: no such length, or an image of that size does not fit, and sizes are strict.
             EngineError: the decoder does not load.
         """
         most = self.profile.max_seq_len
@@ -311,7 +312,7 @@ class Pipeline:
 
         Raises:
             MediaError: an image cannot be read; named by its number, from 1.
-            LimitError: an image is outside the engine's profile.
+            LimitError: an image does not fit the engine, and sizes are strict.
         """
         embeddings: list[Tensor] = []
         for first in range(0, len(images), self.profile.max_batch_size):

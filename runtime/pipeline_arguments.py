@@ -37,6 +37,9 @@ def add_pipeline_arguments(parser: argparse._ActionsContainer) -> None:
         help="frames of a video may be as large as images where the checkpoint has no limits for them;"
         " default 128 to 768 tokens a frame",
     )
+    parser.add_argument(
+        "--strict-size", action="store_true", help="refuse what does not fit the engines instead of resizing it"
+    )
 
 
 def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
@@ -51,6 +54,7 @@ def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
         allow_special_tokens=arguments.allow_special_tokens,
         generation_config=arguments.generation_config,
         cap_pixels_per_frame=arguments.cap_pixels_per_frame,
+        strict_size=arguments.strict_size,
         decode=arguments.decode,
     )
 

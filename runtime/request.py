@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from qwen2vl_trt.errors import DeadlineError, PromptError, Qwen2VLError
+from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 
 from .detokenizer import FinishReason
 from .inputs.images import ImageSource, split_batch
 from .inputs.video import VideoSource
+from .preprocessing.sizes import MediaSize
 from .sampler import SamplingParams
 
 
@@ -30,6 +32,8 @@ class Request:
         deadline: seconds from its submission after which the answer is no longer wanted. One that has begun then ends
             with the token it has just got and ``finish_reason`` ``"deadline"``; one that has no token yet fails with
             DeadlineError.
+        image_options: of every image whose part of a message does not say otherwise.
+        video_options: of every video, likewise.
 
     Raises:
         DeadlineError: ``deadline`` is no finite number above 0.
@@ -39,6 +43,8 @@ class Request:
     images: Sequence[ImageSource] = ()
     videos: Sequence[VideoSource] = ()
     deadline: float | None = None
+    image_options: ImageOptions = ImageOptions()
+    video_options: VideoOptions = VideoOptions()
 
     def __post_init__(self) -> None:
         seconds = self.deadline
@@ -103,6 +109,8 @@ class Output:
         error: why it failed.
         prompt_tokens: length of the prompt, images included.
         reused_tokens: how many of them were in the cache from another request.
+        images: what became of each image, in the order of the prompt, once the request is prepared.
+        videos: likewise of each video.
         timings: see :class:`Timings`.
         arrival: when it was made, by the clock.
     """
@@ -117,6 +125,8 @@ class Output:
         self.error: Qwen2VLError | None = None
         self.timings = Timings()
         self.prompt_tokens = self.reused_tokens = 0
+        self.images: list[MediaSize] = []
+        self.videos: list[MediaSize] = []
         self.clock = clock
         self._text: list[str] = []
         self._token_ids: list[int] = []

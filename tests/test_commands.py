@@ -107,7 +107,7 @@ def test_an_answer_is_the_same_in_every_form(call, engines, user):
     code, out, errors = call(run, *engines, *question, "--max-tokens", 12, "--json")
     assert (code, errors) == (0, "")
     found = json.loads(out)
-    assert set(found) == {"answer", "token_ids", "finish_reason", "timings"}
+    assert set(found) == {"answer", "token_ids", "finish_reason", "images", "videos", "timings"}
     assert found["answer"] + "\n" == answer
     assert found["finish_reason"] == "length"
     assert len(found["token_ids"]) == 12
@@ -122,6 +122,33 @@ def test_an_answer_is_the_same_in_every_form(call, engines, user):
     assert (code, errors) == (0, "")
     code, _, errors = call(run, *engines, "--prompt", "big", "--image", "big.png", "--max-pixels", 35280)
     assert (code, errors) == (0, "")
+
+
+def test_sizes_are_named_and_options_of_media_are_followed(call, quick, caplog):
+    def ask(*options):
+        code, out, errors = call(run, *quick, "--prompt", "x", *options, "--max-tokens", 1, "--json")
+        assert (code, errors) == (0, "")
+        found = json.loads(out)
+        return found["images"], found["videos"]
+
+    (image,), videos = ask("--image", "big.png")
+    assert (image["original_size"], image["resized_size"], videos) == ([500, 700], [140, 196], [])
+    assert (image["grid_thw"], image["tokens"], image["limited_by"]) == ([1, 14, 10], 35, "max_hw_dims")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("image 1, big.png (500x700) is resized to 140x196")
+    named, _ = ask("--image", "big.png", "--image", "a.png", "--resized-height", 60, "--resized-width", 84)
+    assert [size["resized_size"] for size in named] == [[84, 56]] * 2
+    _, (video,) = ask("--video", "v.mp4", "--fps", 4, "--total-pixels", 60000)
+    assert (video["original_size"], video["frames"]) == ([96, 64], 10)
+    for options, message in (
+        (("--fps", 0), "fps is 0.0; it must be a number above 0"),
+        (("--fps", 1, "--nframes", 4), "fps 1 and nframes 4 both say"),
+        (("--min-frames", 9, "--max-frames", 8), "min_frames 9 is above max_frames 8"),
+        (("--resized-height", 56), "resized_height and resized_width go together"),
+    ):
+        code, out, errors = call(run, *quick, "--prompt", "x", "--video", "v.mp4", *options)
+        assert (code, out) == (2, "")
+        assert message in errors
 
 
 def test_features_writes_a_tensor_an_image(call, engines):
@@ -232,7 +259,7 @@ WRONG_INPUT = {
     (*ASK, "--image", "cut.png"): "image 1 (cut.png): truncated or corrupt",
     (*ASK, "--image", "wide.png"): "image 1, wide.png: 2500x10 has an aspect ratio of 250",
     (*ASK, "--image", "bomb.png"): "decompression bomb",
-    (*ASK, "--image", "big.png"): "image 1, big.png (500x700) needs 216 patches; this engine takes",
+    (*ASK, "--image", "big.png", "--strict-size"): "image 1, big.png (500x700) needs 216 patches; this engine takes",
     (*ASK, "--image", "v.mp4"): "not an image",
     (*ASK, "--video", "a.txt"): "video 1 (a.txt): no such file",
     (*ASK, "--video", "text.png"): "video 1 (text.png)",

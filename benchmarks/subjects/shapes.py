@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isqrt
 
 from engines.profile import BuildProfile
 from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.errors import BenchmarkError, LimitError
 from qwen2vl_trt.windows import Grid
-from runtime.preprocessing.preprocessor import Preprocessor, PreprocessorSettings
+from runtime.preprocessing.settings import PreprocessorSettings
+from runtime.preprocessing.sizes import SizeRules
 
 STAGES = ("vision", "decoder", "pipeline")
 _NAMES = {  # what each stage can be told
@@ -196,12 +197,12 @@ def _images_label(images: Sequence[tuple[int, int]]) -> str:
 
 
 def _grids(images: Sequence[tuple[int, int]], limits: Limits) -> tuple[Grid, ...]:
-    preprocessor, grids = Preprocessor(limits.vision, limits.settings), []
-    for number, (height, width) in enumerate(images, start=1):
-        name = f"--shapes: image {number}"
-        grids.append(preprocessor.image_grid(height, width, name=name))
-        limits.profile.check_frame(grids[-1], name, f"{height}x{width}", limits.vision)
-    return tuple(grids)
+    strict = replace(limits.settings, profile=limits.profile, strict_size=True)  # to measure what was asked for
+    rules = SizeRules(limits.vision, strict)
+    return tuple(
+        rules.image(height, width, name=f"--shapes: image {number}").grid
+        for number, (height, width) in enumerate(images, start=1)
+    )
 
 
 def _check(name: str, value: int, most: int, option: str) -> None:

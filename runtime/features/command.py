@@ -18,7 +18,6 @@ from qwen2vl_trt.errors import FeaturesError, MediaError
 if TYPE_CHECKING:
     from ..inputs.image_listing import ImageFile
     from ..pipeline import Pipeline
-    from ..preprocessing.preprocessor import PreprocessorSettings
     from .extraction import Extraction
 
 
@@ -79,22 +78,20 @@ def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argpars
     output.check(if_exists)  # before the minutes that a build may take
     images, count = _images(arguments)
     pipeline = open_pipeline(arguments)
-    from ..preprocessing.preprocessor import PreprocessorSettings
     from .decode_ahead import Batching
     from .extraction import extract_features
     from .sources import DecoderFeatures, VisionFeatures
 
     checkpoint, profile = pipeline.engines.checkpoint, pipeline.profile
-    pixels = PreprocessorSettings.from_folder(checkpoint.folder).with_limits(arguments.min_pixels, arguments.max_pixels)
     source = (
-        VisionFeatures(pipeline, pixels, arguments.layer)
+        VisionFeatures(pipeline, arguments.layer)
         if arguments.source == "vision"
-        else DecoderFeatures(pipeline, pixels, arguments.prompt, arguments.layer)
+        else DecoderFeatures(pipeline, arguments.prompt, arguments.layer)
     )
     unit = checkpoint.config.vision.merge_unit
     tokens = arguments.batch_tokens or profile.max_batch_size * profile.max_hw_dims // unit
-    batching = Batching(profile.max_batch_size, tokens, unit, arguments.workers)
-    with output.open(_settings(arguments, pipeline, pixels), if_exists, arguments.shard_size) as store:
+    batching = Batching(profile.max_batch_size, tokens, arguments.workers)
+    with output.open(_settings(arguments, pipeline), if_exists, arguments.shard_size) as store:
         with _stop_when_told() as told, _progress(count) as show:
             run = extract_features(source, images, store, batching, arguments.pool, lambda: bool(told), show)
         saved = store.saved
@@ -111,6 +108,12 @@ def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argpars
         f" (engine busy {run.engine / run.seconds:.0%} of the time, waiting for images {run.waited / run.seconds:.0%})",
         file=sys.stderr,
     )
+    if run.resized:
+        print(
+            f"warning: images that were resized to fit the engine ({pipeline.profile.min_hw_dims:,} to"
+            f" {pipeline.profile.max_hw_dims:,} patches): {run.resized:,}; --strict-size refuses them",
+            file=sys.stderr,
+        )
     if run.failed:
         print(
             f"warning: images that could not be used and were skipped: {run.failed:,}, see {output.errors}",
@@ -131,7 +134,7 @@ def _images(arguments: argparse.Namespace) -> tuple[Iterator[ImageFile], Callabl
     return list_images(arguments.input), lambda: sum(1 for _ in list_images(arguments.input))
 
 
-def _settings(arguments: argparse.Namespace, pipeline: Pipeline, pixels: PreprocessorSettings) -> dict[str, Any]:
+def _settings(arguments: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     """What the features depend on; a resumed run must have the same. JSON values only."""
     from ..inputs.image_listing import input_root
 
@@ -141,8 +144,11 @@ def _settings(arguments: argparse.Namespace, pipeline: Pipeline, pixels: Preproc
         "model": manifest.model,
         "model_hash": manifest.model_hash,
         "precision": manifest.precision,
-        "min_pixels": pixels.image.min_pixels,
-        "max_pixels": pixels.image.max_pixels,
+        "min_pixels": pipeline.settings.image.min_pixels,
+        "max_pixels": pipeline.settings.image.max_pixels,
+        "min_hw_dims": pipeline.profile.min_hw_dims,
+        "max_hw_dims": pipeline.profile.max_hw_dims,
+        "strict_size": pipeline.options.strict_size,
         "decode": pipeline.options.decode,
         "source": arguments.source,
         "prompt": arguments.prompt,

@@ -24,17 +24,12 @@ class Batching:
     Attributes:
         max_batch_size: most images in an engine call.
         max_tokens: most merged image tokens in one, unless a single image has more.
-        merge_unit: patches to a token.
         workers: threads that decode.
     """
 
     max_batch_size: int
     max_tokens: int
-    merge_unit: int
     workers: int
-
-    def tokens(self, image: LoadedImage) -> int:
-        return image.grid[1] * image.grid[2] // self.merge_unit
 
     @property
     def ahead(self) -> int:

@@ -46,6 +46,7 @@ class Extraction:
 
     Attributes:
         extracted: images whose features this run made.
+        resized: of these, resized to fit the engine.
         skipped: images whose features were there.
         failed: images that could not be used.
         first_failure: why, of the first.
@@ -56,6 +57,7 @@ class Extraction:
     """
 
     extracted: int = 0
+    resized: int = 0
     skipped: int = 0
     failed: int = 0
     first_failure: str | None = None
@@ -106,8 +108,9 @@ def extract_features(
         for (key, image), features in zip(batch, results):
             if isinstance(features, Tensor):
                 features = features.float().mean(0).to(features.dtype) if pool == "mean" else features
-                store.add(key, image.grid, features.contiguous().cpu())
+                store.add(key, image.size.grid, features.contiguous().cpu())
                 run.extracted += 1
+                run.resized += image.size.limited_by is not None
             else:
                 store.fail(key, str(features))
         batch.clear()
@@ -127,10 +130,10 @@ def extract_features(
             if isinstance(image, Exception):
                 store.fail(key, str(image))
                 continue
-            if tokens + batching.tokens(image) > batching.max_tokens:
+            if tokens + image.size.tokens > batching.max_tokens:
                 finish_batch()
             batch.append((key, image))
-            tokens += batching.tokens(image)
+            tokens += image.size.tokens
             if len(batch) == min(batching.max_batch_size, store.room):
                 finish_batch()
     run.stopped = stop()

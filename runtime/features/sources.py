@@ -12,7 +12,7 @@ from qwen2vl_trt.errors import LimitError, MediaError
 from ..backends.layer_output import end_decoder_after, end_vision_after, patches_in_raster_order
 from ..media.embedder import LoadedImage, MediaEmbedder
 from ..pipeline import Pipeline
-from ..preprocessing.preprocessor import Preprocessor, PreprocessorSettings
+from ..preprocessing.preprocessor import Preprocessor
 from ..request import Request
 
 IMAGE_FAULTS = (MediaError, LimitError)
@@ -35,8 +35,7 @@ class VisionFeatures:
     """What the vision engine gives: merged tokens ``[h * w / 4, hidden]`` in raster order, as the decoder sees them.
 
     Args:
-        pipeline: whose vision engine and way to decode to use; with ``layer``, to be used for nothing else.
-        settings: limits of the pixels.
+        pipeline: whose vision engine, sizes and way to decode to use; with ``layer``, to be used for nothing else.
         layer: of the torch backend, the block from 1 whose output to take instead: patches ``[h * w, width]`` in
             raster order.
 
@@ -44,13 +43,13 @@ class VisionFeatures:
         FeaturesError: no such layer, or not of this backend.
     """
 
-    def __init__(self, pipeline: Pipeline, settings: PreprocessorSettings, layer: int | None = None) -> None:
+    def __init__(self, pipeline: Pipeline, layer: int | None = None) -> None:
         engines = pipeline.engines
         self._config, self._layer = engines.checkpoint.config.vision, layer
         if layer is not None:
             end_vision_after(engines, layer)
         preprocessor = Preprocessor(
-            self._config, settings, engines.device, engines.dtype, decode=pipeline.options.decode
+            self._config, pipeline.settings, engines.device, engines.dtype, decode=pipeline.options.decode
         )
         self._media = MediaEmbedder(preprocessor, engines.vision, pipeline.profile, self._config)
 
@@ -62,7 +61,7 @@ class VisionFeatures:
         if self._layer is None:
             return embeds
         merge = self._config.spatial_merge_size
-        return [patches_in_raster_order(groups, image.grid, merge) for groups, image in zip(embeds, images)]
+        return [patches_in_raster_order(groups, image.size.grid, merge) for groups, image in zip(embeds, images)]
 
 
 class DecoderFeatures:
@@ -70,7 +69,6 @@ class DecoderFeatures:
 
     Args:
         pipeline: whose engines to use; with ``layer``, to be used for nothing else.
-        settings: limits of the pixels, the pipeline's own.
         prompt: what is asked about each image; ``<image>`` marks its place, in front without.
         layer: of the torch backend, the layer from 1 whose output to take instead, as Transformers counts its
             ``hidden_states``.
@@ -79,10 +77,8 @@ class DecoderFeatures:
         FeaturesError: no such layer, or not of this backend.
     """
 
-    def __init__(
-        self, pipeline: Pipeline, settings: PreprocessorSettings, prompt: str, layer: int | None = None
-    ) -> None:
-        self._vision = VisionFeatures(pipeline, settings)
+    def __init__(self, pipeline: Pipeline, prompt: str, layer: int | None = None) -> None:
+        self._vision = VisionFeatures(pipeline)
         self._pipeline, self._prompt = pipeline, prompt
         if layer is not None:
             end_decoder_after(pipeline.engines, layer)

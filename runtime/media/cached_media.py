@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qwen2vl_trt.media_options import VideoOptions
-from qwen2vl_trt.windows import Grid
+from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 
 from ..inputs.images import ImageSource
 from ..inputs.video import VideoFile, VideoSource, opened_video
+from ..preprocessing.sizes import MediaSize
 from .content_keys import PixelKeys, contents_key, file_key
 from .embedder import LoadedImage, LoadedVideo, MediaEmbedder, StageTimes
 from .embedding_cache import CachedEmbedding, EmbeddingCache
@@ -23,15 +23,13 @@ class Medium:
     """An image or a video of a request.
 
     Attributes:
-        key: names its content, 16 bytes.
-        grid: ``(t, h, w)`` in patches.
-        second_per_grid: of a video, seconds between temporal patches.
+        key: names its content and what it is resized to, 16 bytes.
+        size: what it is resized to.
         content: its pixels, or its embedding where that was in the cache.
     """
 
     key: bytes
-    grid: Grid
-    second_per_grid: float
+    size: MediaSize
     content: LoadedImage | LoadedVideo | CachedEmbedding
 
     @property
@@ -43,9 +41,8 @@ class Medium:
 class CachedMedia:
     """A :class:`~runtime.media.embedder.MediaEmbedder` behind an embedding cache.
 
-    A file goes by its bytes, so that one in the cache is not even decoded; anything else by its pixels. The same
-    picture as a file and as an array is therefore embedded twice. The processor's settings are one pipeline's, as the
-    cache is, so a content has one size.
+    A file goes by its bytes and the options of its part, so that one in the cache is not even decoded; anything else by
+    its pixels and its size. The same picture as a file and as an array is therefore embedded twice.
 
     Attributes:
         hits: media that needed no engine call, those repeated within a batch included.
@@ -57,17 +54,17 @@ class CachedMedia:
         self._pixel_keys = PixelKeys()
         self.hits = self.misses = 0
 
-    def load_image(self, source: ImageSource, name: str) -> Medium:
+    def load_image(self, source: ImageSource, name: str, options: ImageOptions = ImageOptions()) -> Medium:
         """Find an image in the cache or load it; raises as :meth:`runtime.media.embedder.MediaEmbedder.load_image`."""
         contents = _contents(source)
-        key = contents_key(contents, "image") if contents else None
+        key = contents_key(contents, f"image {options}") if contents else None
         entry = self._cache.find(key) if key else None
         if key and entry:
-            return Medium(key, entry.grid, 0.0, entry)
-        image = self._media.load_image(source, name, contents)
-        return self._medium(key or self._pixel_keys.key([image.pixels]), image, 0.0)
+            return Medium(key, entry.size, entry)
+        image = self._media.load_image(source, name, options, contents)
+        return self._medium(key or self._pixel_keys.key([image.pixels], str(image.size.grid)), image)
 
-    def load_video(self, source: VideoSource, name: str, options: VideoOptions | None = None) -> Medium:
+    def load_video(self, source: VideoSource, name: str, options: VideoOptions = VideoOptions()) -> Medium:
         """The same for a video; raises as :meth:`runtime.media.embedder.MediaEmbedder.load_video`."""
         if isinstance(source, (str, Path)):
             with opened_video(source, f"{name} ({source})") as file:  # once: what is decoded is what the key names
@@ -75,11 +72,26 @@ class CachedMedia:
         key = self._video_file_key(source, options)
         entry = self._cache.find(key) if key else None
         if key and entry:
-            return Medium(key, entry.grid, entry.second_per_grid, entry)
+            return Medium(key, entry.size, entry)
         video = self._media.load_video(source, name, options)
         # load_video leaves tensors as frames
         frames: Sequence[Tensor] = video.video.frames  # type: ignore[assignment]
-        return self._medium(key or self._pixel_keys.key(frames), video, video.second_per_grid)
+        return self._medium(key or self._pixel_keys.key(frames, str(video.size.grid)), video)
+
+    def shorten(
+        self, medium: Medium, tokens: int, source: VideoSource, name: str, options: VideoOptions
+    ) -> Medium | None:
+        """What :meth:`load_video` gave, of at most so many tokens; None if that cannot be.
+
+        See :meth:`runtime.media.embedder.MediaEmbedder.shorten`.
+        """
+        loaded = medium.content
+        if not isinstance(loaded, LoadedVideo):  # in the cache as a whole
+            loaded = self._media.load_video(source, name, options)
+        shorter = self._media.shorten(loaded, tokens, name, options)
+        if shorter is None:
+            return None
+        return self._medium(contents_key(medium.key, f"{shorter.size.grid} {shorter.size.frames}"), shorter)
 
     def embed(self, media: Sequence[Medium]) -> tuple[list[Tensor], StageTimes]:
         """Embeddings ``[tokens, C]`` of each, equal contents once, and the time that the engine took."""
@@ -99,15 +111,14 @@ class CachedMedia:
         self.hits += len(media) - len(missing)
         for (medium, _), embeds in zip([*images, *videos], [*image_embeds, *video_embeds], strict=True):
             found[medium.key] = embeds
-            self._cache.store(medium.key, CachedEmbedding(embeds, medium.grid, medium.second_per_grid))
+            self._cache.store(medium.key, CachedEmbedding(embeds, medium.size))
         return [found[medium.key] for medium in media], times
 
-    def _medium(self, key: bytes, loaded: LoadedImage | LoadedVideo, second_per_grid: float) -> Medium:
-        entry = self._cache.find(key)
-        return Medium(key, loaded.grid, second_per_grid, entry or loaded)
+    def _medium(self, key: bytes, loaded: LoadedImage | LoadedVideo) -> Medium:
+        return Medium(key, loaded.size, self._cache.find(key) or loaded)
 
-    def _video_file_key(self, source: VideoSource, options: VideoOptions | None) -> bytes | None:
-        kind = f"video {self._media.sampling} {options or VideoOptions()}"
+    def _video_file_key(self, source: VideoSource, options: VideoOptions) -> bytes | None:
+        kind = f"video {self._media.sampling} {options}"
         if isinstance(source, VideoFile):
             return file_key(source, kind)
         return contents_key(source, kind) if isinstance(source, bytes) else None

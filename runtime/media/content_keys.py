@@ -48,9 +48,12 @@ class PixelKeys:
     def __init__(self) -> None:
         self._seeds = (secrets.randbits(62), secrets.randbits(62))
 
-    def key(self, frames: Iterable[Tensor]) -> bytes:
-        """16 bytes that name ``[3, H, W]`` frames: their values, types and sizes, whatever their memory layout."""
-        digest = hashlib.sha256()
+    def key(self, frames: Iterable[Tensor], kind: str = "") -> bytes:
+        """16 bytes that name ``[3, H, W]`` frames: their values, types and sizes, whatever their memory layout.
+
+        ``kind`` says what becomes of them.
+        """
+        digest = hashlib.sha256(f"{kind} ".encode())
         for frame in frames:
             digest.update(f"{frame.device.type} {frame.dtype} {tuple(frame.shape)} ".encode())
             # [H, W, 3], as a decoded file lies in memory: no copy is made of one.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,22 @@ from torch import Tensor
 from engines.profile import BuildProfile
 from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.errors import MediaError
-from qwen2vl_trt.media_options import VideoOptions
+from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.windows import Grid, window_layout
 
 from ..backends.runners import VisionRunner
 from ..inputs.images import ImageSource, load_image
 from ..inputs.video import FrameSampling, Video, VideoFile, VideoSource, load_video
 from ..preprocessing.preprocessor import PackedPixels, Preprocessor
+from ..preprocessing.sizes import MediaSize
 
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """Decoded pixels ``[3, H, W]`` and the grid that they will have."""
+    """Decoded pixels ``[3, H, W]`` and the size that they will have."""
 
     pixels: Tensor
-    grid: Grid
+    size: MediaSize
 
     @property
     def nbytes(self) -> int:
@@ -38,11 +39,10 @@ class LoadedImage:
 
 @dataclass(frozen=True)
 class LoadedVideo:
-    """Sampled frames, the grid that they will have, and seconds between temporal patches."""
+    """Sampled frames and the size that they will have."""
 
     video: Video
-    grid: Grid
-    second_per_grid: float
+    size: MediaSize
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +61,7 @@ class MediaEmbedder:
     """Loads, checks and embeds.
 
     Args:
-        preprocessor: makes the pixels.
+        preprocessor: makes the pixels, of sizes that the engine takes.
         runner: the vision engine.
         profile: its limits.
         config: the vision tower.
@@ -78,36 +78,37 @@ class MediaEmbedder:
         """Which frames of a video file are kept where a request does not say."""
         return self._preprocessor.settings.sampling
 
-    def load_image(self, source: ImageSource, name: str, contents: bytes | None = None) -> LoadedImage:
-        """Decode an image and check its size.
+    def load_image(
+        self, source: ImageSource, name: str, options: ImageOptions = ImageOptions(), contents: bytes | None = None
+    ) -> LoadedImage:
+        """Decode an image and decide its size.
 
         Args:
             source: see :data:`runtime.inputs.images.ImageSource`.
             name: what error messages call it.
+            options: of its size.
             contents: of the file, where somebody has read it already.
 
         Raises:
             MediaError: it cannot be read.
-            LimitError: it is outside the engine's profile.
+            LimitError: it does not fit the engine, and sizes are strict.
         """
         if contents is None:
             (pixels,) = self._preprocessor.load_images([source], [name])
         else:
             called = f"{name} ({source})" if isinstance(source, (str, Path)) else name
             (pixels,) = self._preprocessor.load_images([contents], [called])
-        name = _with_path(name, source)
         height, width = pixels.shape[1:]
-        grid = self._preprocessor.image_grid(height, width, name=name)
-        self._profile.check_frame(grid, name, f"{width}x{height}", self._config)
-        return LoadedImage(pixels, grid)
+        size = self._preprocessor.sizes.image(height, width, name=with_path(name, source), options=options)
+        return LoadedImage(pixels, size)
 
-    def load_video(self, source: VideoSource, name: str, options: VideoOptions | None = None) -> LoadedVideo:
-        """Decode and sample a video and check its frames' size; raises as :meth:`load_image`.
+    def load_video(self, source: VideoSource, name: str, options: VideoOptions = VideoOptions()) -> LoadedVideo:
+        """Decode and sample a video and decide its frames' size; raises as :meth:`load_image`.
 
         Args:
             source: see :data:`runtime.inputs.video.VideoSource`.
             name: what error messages call it.
-            options: what a message's part says.
+            options: of its frames and their size.
         """
         if not isinstance(source, (Video, str, Path, bytes, VideoFile, np.ndarray, Tensor, Sequence)):
             raise MediaError(
@@ -115,34 +116,63 @@ class MediaEmbedder:
             )
         video = load_video(source, options, sampling=self.sampling, name=name)
         height, width = load_image(video.frames[0], name=name).shape[1:]
-        name = _with_path(name, source)
-        grid = self._preprocessor.video_grid(len(video.frames), height, width, name=name)
-        self._profile.check_frame(grid, name, f"{width}x{height}", self._config)
-        return LoadedVideo(video, grid, self._config.temporal_patch_size / video.fps)
+        size = self._preprocessor.sizes.video(
+            len(video.frames), height, width, video.fps, name=with_path(name, source), options=options
+        )
+        return LoadedVideo(video, size)
+
+    def shorten(self, loaded: LoadedVideo, tokens: int, name: str, options: VideoOptions) -> LoadedVideo | None:
+        """A video of at most so many tokens, by smaller frames and then by fewer; None where neither is enough."""
+        shorter = self._preprocessor.sizes.video_within(tokens, loaded.size, name=name, options=options)
+        if shorter is None:
+            return None
+        size, kept = shorter
+        video = loaded.video
+        frames = [video.frames[index] for index in kept]
+        return LoadedVideo(replace(video, frames=frames, fps=video.fps * len(frames) / len(video.frames)), size)
 
     def embed(
         self, images: Sequence[LoadedImage], videos: Sequence[LoadedVideo] = ()
     ) -> tuple[list[Tensor], list[Tensor], StageTimes]:
-        """Embed any mix of sizes, as few engine calls as the profile's ``max_batch_size`` allows.
+        """Embed any mix of sizes, as few engine calls as the profile allows, see :meth:`_groups`.
 
         Returns:
             ``[tokens, C]`` of each image and of each video, and the time spent.
         """
         times = StageTimes()
-        limit = self._profile.max_batch_size
         image_embeds: list[Tensor] = []
-        for first in range(0, len(images), limit):
-            pixels = [image.pixels for image in images[first : first + limit]]
-            packed = self._timed_preprocess(times, images=pixels)
+        for group in self._groups([image.size.grid for image in images]):
+            packed = self._timed_preprocess(times, images=images[group])
             image_embeds += self._run(packed, times).split(packed.layout.tokens_per_item)
-        video_embeds = [self._run(self._timed_preprocess(times, videos=[video.video]), times) for video in videos]
+        video_embeds = [self._run(self._timed_preprocess(times, videos=[video]), times) for video in videos]
         return image_embeds, video_embeds, times
 
+    def _groups(self, grids: Sequence[Grid]) -> Iterator[slice]:
+        """Neighbours of one engine call: up to ``max_batch_size``, with no more pairs of patches than one image has.
+
+        Full attention takes memory for the square of the longest of them, times their number, wherever it is not one
+        fused kernel, and for its mask. Together they take no more of it than the largest image alone.
+        """
+        most, start, longest = self._profile.max_hw_dims**2, 0, 0
+        for number, (_, rows, columns) in enumerate(grids):
+            longest = max(longest, rows * columns)
+            count = number - start + 1
+            if count > 1 and (count > self._profile.max_batch_size or count * longest**2 > most):
+                yield slice(start, number)
+                start, longest = number, rows * columns
+        if grids:
+            yield slice(start, len(grids))
+
     def _timed_preprocess(
-        self, times: StageTimes, images: Sequence[Tensor] = (), videos: Sequence[Video] = ()
+        self, times: StageTimes, images: Sequence[LoadedImage] = (), videos: Sequence[LoadedVideo] = ()
     ) -> PackedPixels:
         began = time.perf_counter()
-        packed = self._preprocessor.preprocess(images, videos, out=self._pixels)
+        packed = self._preprocessor.preprocess(
+            [image.pixels for image in images],
+            [video.video for video in videos],
+            grids=[image.size.grid for image in images] + [video.size.grid for video in videos],
+            out=self._pixels,
+        )
         if self._pixels is None or packed.pixel_values.numel() > self._pixels.numel():
             self._pixels = packed.pixel_values.view(-1)
         times.preprocess += time.perf_counter() - began
@@ -152,13 +182,13 @@ class MediaEmbedder:
         """One call, or several where the frames of a video are more than a call takes: they do not see each other."""
         began = time.perf_counter()
         frames = [(1, h, w) for t, h, w in packed.grids for _ in range(t)]
-        limit = self._profile.max_batch_size
-        if len(frames) <= limit:
+        groups = list(self._groups(frames))
+        if len(groups) == 1:
             embeds = self._runner(packed.pixel_values, packed.layout)
         else:
             parts, window = [], 0
-            for first in range(0, len(frames), limit):
-                layout = window_layout(tuple(frames[first : first + limit]), self._config)
+            for group in groups:
+                layout = window_layout(tuple(frames[group]), self._config)
                 windows = len(layout.window_lengths)
                 parts.append(self._runner(packed.pixel_values[window : window + windows], layout))
                 window += windows
@@ -167,5 +197,6 @@ class MediaEmbedder:
         return embeds
 
 
-def _with_path(name: str, source: Any) -> str:
+def with_path(name: str, source: Any) -> str:
+    """What messages call an image or a video."""
     return f"{name}, {source}" if isinstance(source, (str, Path)) else name

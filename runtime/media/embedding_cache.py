@@ -8,16 +8,15 @@ from threading import Lock
 
 from torch import Tensor
 
-from qwen2vl_trt.windows import Grid
+from ..preprocessing.sizes import MediaSize
 
 
 @dataclass(frozen=True)
 class CachedEmbedding:
-    """``embeds [tokens, C]`` on the engine's device, the grid they are of, and of a video its seconds a patch."""
+    """``embeds [tokens, C]`` on the engine's device, and the size that they are of."""
 
     embeds: Tensor
-    grid: Grid
-    second_per_grid: float
+    size: MediaSize
 
 
 class EmbeddingCache:
@@ -53,7 +52,7 @@ class EmbeddingCache:
         if key in self._entries or entry.embeds.nbytes > self.limit:
             return
         # A copy: a view would keep the whole batch that it was computed in.
-        entry = CachedEmbedding(entry.embeds.clone(), entry.grid, entry.second_per_grid)
+        entry = CachedEmbedding(entry.embeds.clone(), entry.size)
         with self._lock:
             self._entries[key] = entry
             self.nbytes += entry.embeds.nbytes

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl_trt.config import VisionConfig
-from qwen2vl_trt.errors import EngineError, MediaError
+from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.windows import Grid, WindowLayout, window_layout
 
 from ..inputs.images import ImageSource, load_image
@@ -30,7 +30,8 @@ from ..inputs.jpeg_decoder import JpegDecoder, check_gpu_decoding
 from ..inputs.video import VideoSource, load_video
 from .frames import Frame, FrameWriter, window_rows_and_columns
 from .host_writer import HostWriter
-from .settings import PixelSettings, PreprocessorSettings, smart_resize
+from .settings import PixelSettings, PreprocessorSettings
+from .sizes import SizeRules
 from .staging import DEFAULT_LIMIT, Staging
 from .torch_writer import TorchWriter
 from .triton_writer import TritonWriter, triton_is_installed
@@ -99,24 +100,13 @@ class Preprocessor:
             raise ValueError(f"dtype {dtype} is neither torch.float32 nor torch.bfloat16")
         self.config = config
         self.settings = settings or PreprocessorSettings()
+        self.sizes = SizeRules(config, self.settings)
         self.device = torch.device(device)
         self.dtype = dtype
         if decode == "gpu":
             check_gpu_decoding(self.device)
         self._decoder = JpegDecoder(self.device) if decode == "gpu" else None
         self._writer = self._choose_writer(kernels, memory_limit)
-
-    def image_grid(self, height: int, width: int, *, name: str = "image") -> Grid:
-        """Grid ``(1, h, w)`` that an image of this size will have; no pixel is needed.
-
-        Raises:
-            MediaError: a side of 0 pixels, or an aspect ratio over 200.
-        """
-        return self._grid(1, height, width, self.settings.image, name)
-
-    def video_grid(self, frames: int, height: int, width: int, *, name: str = "video") -> Grid:
-        """Grid ``(t, h, w)`` that this many frames of this size will have; raises as :meth:`image_grid`."""
-        return self._grid(-(-frames // self.config.temporal_patch_size), height, width, self.settings.video, name)
 
     def load_images(self, sources: Sequence[ImageSource], names: Sequence[str]) -> list[Tensor]:
         """Decode images, JPEG files where ``decode`` says, see :func:`~runtime.inputs.images.load_image`.
@@ -134,6 +124,7 @@ class Preprocessor:
         images: Sequence[ImageSource] = (),
         videos: Sequence[VideoSource] = (),
         *,
+        grids: Sequence[Grid] | None = None,
         out: Tensor | None = None,
     ) -> PackedPixels:
         """Resize, normalise and patchify a batch of any mix of sizes.
@@ -141,44 +132,41 @@ class Preprocessor:
         Args:
             images: see :func:`~runtime.inputs.images.load_image`, which costs nothing for tensors it has loaded.
             videos: see :func:`~runtime.inputs.video.load_video`; files are sampled as ``settings.sampling`` says.
+            grids: to resize each image, then each video, to; by default what ``sizes`` says of them.
             out: flat memory of the output's type and device to write into, if it is large enough. On a CPU most of
                 the time goes into the pages of fresh memory, so a caller that is done with a batch passes it on.
 
         Raises:
-            MediaError: what the loaders and :meth:`image_grid` refuse, as ``image 2`` or ``video 1``.
+            MediaError: what the loaders and ``sizes`` refuse, as ``image 2`` or ``video 1``.
             ValueError: nothing to preprocess.
         """
         if not images and not videos:
             raise ValueError("preprocess() needs at least one image or video")
         items: list[tuple[list[Tensor], Grid, PixelSettings]] = []
         seconds = []
+        given = iter(grids) if grids is not None else None
         names = [f"image {number}" for number in range(1, len(images) + 1)]
-        for number, image in enumerate(self.load_images(images, names), start=1):
-            grid = self.image_grid(image.shape[1], image.shape[2], name=f"image {number}")
+        for image, name in zip(self.load_images(images, names), names):
+            grid = next(given) if given else self.sizes.image(image.shape[1], image.shape[2], name=name).grid
             items.append(([image], grid, self.settings.image))
         for number, clip in enumerate(videos, start=1):
-            video = load_video(clip, sampling=self.settings.sampling, name=f"video {number}")
+            name = f"video {number}"
+            video = load_video(clip, sampling=self.settings.sampling, name=name)
             frames = [load_image(frame) for frame in video.frames]
-            grid = self.video_grid(len(frames), frames[0].shape[1], frames[0].shape[2], name=f"video {number}")
+            height, width = frames[0].shape[1:]
+            grid = next(given) if given else self.sizes.video(len(frames), height, width, video.fps, name=name).grid
             frames += frames[-1:] * (-len(frames) % self.config.temporal_patch_size)
             items.append((frames, grid, self.settings.video))
             seconds.append(self.config.temporal_patch_size / video.fps)
-        grids = tuple(grid for _, grid, _ in items)
-        layout = window_layout(grids, self.config)
+        packed = tuple(grid for _, grid, _ in items)
+        layout = window_layout(packed, self.config)
         shape = torch.Size((len(layout.window_lengths), self.config.window_slots, self.config.qwen2_vl_dim))
         if out is None or out.numel() < shape.numel():
             out = torch.empty(shape.numel(), dtype=self.dtype, device=self.device)
         pixel_values = out[: shape.numel()].view(shape)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             self._writer.write(list(self._frames(items)), pixel_values)
-        return PackedPixels(pixel_values, grids, layout, tuple(seconds))
-
-    def _grid(self, frames: int, height: int, width: int, settings: PixelSettings, name: str) -> Grid:
-        try:
-            size = smart_resize(height, width, self.config.image_factor, settings.min_pixels, settings.max_pixels)
-        except MediaError as error:
-            raise MediaError(f"{name}: {error}") from None
-        return frames, size[0] // self.config.patch_size, size[1] // self.config.patch_size
+        return PackedPixels(pixel_values, packed, layout, tuple(seconds))
 
     def _choose_writer(self, kernels: Kernels, memory_limit: int) -> FrameWriter:
         if self.device.type == "cpu":

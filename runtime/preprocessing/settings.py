@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
+from engines.profile import BuildProfile
 from qwen2vl_trt.config import Qwen2VLConfig, VisionConfig, read_json
 from qwen2vl_trt.errors import CheckpointError, LimitError, MediaError
 from qwen2vl_trt.known_fields import Harmless
 from qwen2vl_trt.schema import checked, inside, reject_unknown
 
 from ..inputs.video import FrameSampling
+
+if TYPE_CHECKING:
+    from ..options import PipelineOptions
 
 MAX_ASPECT_RATIO = 200
 
@@ -61,14 +65,61 @@ class PixelSettings:
                 " and at most max_pixels"
             )
 
+    def with_limits(self, min_pixels: int | None = None, max_pixels: int | None = None) -> PixelSettings:
+        """Replace limits; where only one is given, it moves the other one if that contradicts it.
+
+        Raises:
+            LimitError: ``min_pixels`` below 1 or above ``max_pixels``.
+        """
+        least = self.min_pixels if min_pixels is None else min_pixels
+        most = self.max_pixels if max_pixels is None else max_pixels
+        if max_pixels is None:
+            most = max(most, least)
+        elif min_pixels is None:
+            least = min(least, most)
+        return replace(self, min_pixels=least, max_pixels=most)
+
+    def within(self, least: int, most: int) -> PixelSettings:
+        """These limits where they lie between others, else those."""
+        return replace(
+            self, min_pixels=min(max(self.min_pixels, least), most), max_pixels=max(min(self.max_pixels, most), least)
+        )
+
 
 @dataclass(frozen=True)
 class PreprocessorSettings:
-    """What a checkpoint says about pixels; the defaults are Transformers'."""
+    """What a checkpoint says about pixels, the defaults are Transformers'; and what engines take of them.
+
+    Attributes:
+        image: of images.
+        video: of video frames.
+        sampling: which frames of a video file are kept.
+        profile: the engines' limits, which images and frames are resized to fit; None knows of no engine.
+        strict_size: refuse what does not fit them.
+    """
 
     image: PixelSettings = PixelSettings()
     video: PixelSettings = PixelSettings(min_pixels=128 * 28 * 28, max_pixels=28 * 28 * 768)
     sampling: FrameSampling = field(default_factory=FrameSampling)
+    profile: BuildProfile | None = None
+    strict_size: bool = False
+
+    @classmethod
+    def of_engines(cls, folder: str | Path, profile: BuildProfile, options: PipelineOptions) -> PreprocessorSettings:
+        """What a pipeline over engines has.
+
+        Args:
+            folder: the checkpoint.
+            profile: the engines' limits.
+            options: the pipeline's.
+
+        Raises:
+            CheckpointError: see :meth:`from_folder`.
+            LimitError: see :meth:`with_limits`.
+        """
+        settings = cls.from_folder(folder, options.cap_pixels_per_frame)
+        settings = settings.with_limits(options.min_pixels, options.max_pixels)
+        return replace(settings, profile=profile, strict_size=options.strict_size)
 
     @classmethod
     def from_folder(cls, folder: str | Path, cap_pixels_per_frame: bool = True) -> PreprocessorSettings:
@@ -107,17 +158,21 @@ class PreprocessorSettings:
             sampling=of_videos.sampling(default.sampling),
         )
 
+    def narrowed(self, patch_size: int) -> PreprocessorSettings:
+        """With the engines' limits of the area as the checkpoint's, for who knows these alone, as Transformers does."""
+        if self.profile is None:
+            return self
+        area = patch_size**2
+        least, most = self.profile.min_hw_dims * area, self.profile.max_hw_dims * area
+        return replace(self, image=self.image.within(least, most), video=self.video.within(least, most))
+
     def with_limits(self, min_pixels: int | None = None, max_pixels: int | None = None) -> PreprocessorSettings:
         """Override the limits of images; video frames, which have their own, are only ever lowered by it.
 
         Raises:
             LimitError: ``min_pixels`` below 1 or above ``max_pixels``.
         """
-        image = replace(
-            self.image,
-            min_pixels=self.image.min_pixels if min_pixels is None else min_pixels,
-            max_pixels=self.image.max_pixels if max_pixels is None else max_pixels,
-        )
+        image = self.image.with_limits(min_pixels, max_pixels)
         most = min(self.video.max_pixels, image.max_pixels) if max_pixels is not None else self.video.max_pixels
         video = replace(self.video, min_pixels=min(self.video.min_pixels, most), max_pixels=most)
         return replace(self, image=image, video=video)

@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.profile import BuildProfile
+from engines.profile import BuildProfile, flag
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import LimitError, MediaError
-from qwen2vl_trt.media_options import VideoOptions
+from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.messages import extract_media
 from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import PromptBuilder
 
 from ..media.cached_media import CachedMedia, Medium
-from ..media.embedder import StageTimes
+from ..media.embedder import StageTimes, with_path
+from ..preprocessing.sizes import MediaSize
 from ..request import Request
 from ..sampler import Sampling
 from ..sending import send
@@ -28,19 +29,31 @@ from .prefix import token_keys
 
 @dataclass(frozen=True)
 class MediaSources:
-    """What a request gives as images and videos, its messages' included, and each video's ``fps`` where they say."""
+    """What a request gives as images and videos, its messages' included.
+
+    Attributes:
+        images: in the order of their tokens.
+        videos: likewise.
+        image_options: of each image.
+        video_options: of each video.
+        room: tokens of all images and videos together that the text leaves; None where there is no video, which alone
+            follows it.
+    """
 
     images: list[Any]
     videos: list[Any]
-    fps: list[float | None]
+    image_options: list[ImageOptions]
+    video_options: list[VideoOptions]
+    room: int | None = None
 
 
 @dataclass(frozen=True)
 class LoadedMedia:
-    """Images and videos, each in the order of the request."""
+    """Images and videos, each in the order of the request; ``notes`` tells of those that did not fit as they were."""
 
     images: list[Medium]
     videos: list[Medium]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +73,7 @@ class Prepared:
         images: in the order of their tokens.
         videos: the same.
         keys: ``[S, 6]``, see :func:`runtime.scheduling.prefix.token_keys`.
+        notes: a line for each image and video that did not fit the engines as it was.
     """
 
     token_ids: list[int]
@@ -69,6 +83,7 @@ class Prepared:
     images: list[Medium]
     videos: list[Medium]
     keys: np.ndarray
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -84,40 +99,102 @@ class Preparer:
         prompts: tokenizes.
         config: the model.
         profile: the engines' limits.
+        strict_size: a video is not made shorter to fit them.
     """
 
     def __init__(
-        self, media: CachedMedia, prompts: PromptBuilder, config: Qwen2VLConfig, profile: BuildProfile
+        self,
+        media: CachedMedia,
+        prompts: PromptBuilder,
+        config: Qwen2VLConfig,
+        profile: BuildProfile,
+        strict_size: bool = False,
     ) -> None:
         self._media, self._prompts, self._config, self._profile = media, prompts, config, profile
+        self._strict_size = strict_size
 
     def sources(self, request: Request) -> MediaSources:
         """Find a request's media.
 
         Raises:
-            MediaError: they are no list.
+            MediaError: they are no list, or the options of a part are out of range.
             PromptError: the messages are wrong, or have other numbers of places.
         """
         images, videos = _listed(request.images, "images", 4), _listed(request.videos, "videos", 5)
-        fps: list[float | None] = [None] * len(videos)
+        image_options, video_options = [request.image_options] * len(images), [request.video_options] * len(videos)
         if not isinstance(request.prompt, str):
             media = extract_media(request.prompt, images, videos)
-            images, videos, fps = media.images, media.videos, [options.fps for options in media.video_options]
-        return MediaSources(images, videos, fps)
+            images, videos = media.images, media.videos
+            image_options = [options.over(request.image_options) for options in media.image_options]
+            video_options = [options.over(request.video_options) for options in media.video_options]
+        room = None
+        if videos and not self._strict_size:
+            side = self._config.vision.spatial_merge_size
+            single = (1, side, side)  # of one token
+            prompt = self._prompts.build(request.prompt, [single] * len(images), [single] * len(videos))
+            room = self._profile.max_input_len - len(prompt.token_ids) + len(images) + len(videos)
+        return MediaSources(images, videos, image_options, video_options, room)
 
     def load(self, sources: MediaSources) -> LoadedMedia:
         """Load them; any thread may.
 
         Raises:
             MediaError: an image or a video cannot be read.
-            LimitError: one is outside the engines' profile.
+            LimitError: one does not fit the engines, and sizes are strict.
         """
-        images = [self._media.load_image(source, f"image {n}") for n, source in enumerate(sources.images, start=1)]
-        videos = [
-            self._media.load_video(source, f"video {n}", VideoOptions(fps=fps))
-            for n, (source, fps) in enumerate(zip(sources.videos, sources.fps, strict=True), start=1)
+        images = [
+            self._media.load_image(source, f"image {n}", options)
+            for n, (source, options) in enumerate(zip(sources.images, sources.image_options, strict=True), start=1)
         ]
-        return LoadedMedia(images, videos)
+        videos = [
+            self._media.load_video(source, f"video {n}", options)
+            for n, (source, options) in enumerate(zip(sources.videos, sources.video_options, strict=True), start=1)
+        ]
+        fitting = self._shorten(sources, images, videos)
+        notes = [
+            self._note(with_path(f"image {n}", source), image.size, image.size)
+            for n, (source, image) in enumerate(zip(sources.images, images), start=1)
+        ]
+        notes += [
+            self._note(with_path(f"video {n}", source), asked.size, video.size)
+            for n, (source, asked, video) in enumerate(zip(sources.videos, videos, fitting), start=1)
+        ]
+        return LoadedMedia(images, fitting, tuple(note for note in notes if note is not None))
+
+    def _shorten(self, sources: MediaSources, images: list[Medium], videos: list[Medium]) -> list[Medium]:
+        """The videos in what text and images leave; where that is too little, as they are.
+
+        Those that are shorter than an equal share keep what they have, the others share the rest equally.
+        """
+        if sources.room is None:
+            return videos
+        room = sources.room - sum(image.size.tokens for image in images)
+        if sum(video.size.tokens for video in videos) <= room:
+            return videos
+        fitting = list(videos)
+        for done, index in enumerate(sorted(range(len(videos)), key=lambda index: videos[index].size.tokens)):
+            share = room // (len(videos) - done)
+            if videos[index].size.tokens > share:
+                source, options = sources.videos[index], sources.video_options[index]
+                shorter = self._media.shorten(videos[index], share, source, f"video {index + 1}", options)
+                if shorter is None:
+                    return videos
+                fitting[index] = shorter
+            room -= fitting[index].size.tokens
+        return fitting
+
+    def _note(self, name: str, asked: MediaSize, size: MediaSize) -> str | None:
+        if size.limited_by is None:
+            return None
+        what = f"{size.resized_width}x{size.resized_height}"
+        if size.frames is not None:
+            what = f"{size.frames} frames of {what}"
+        if size != asked:
+            what += f" in place of {asked.frames} of {asked.resized_width}x{asked.resized_height}"
+        return (
+            f"{name} ({size.width}x{size.height}) is resized to {what} to fit the engines ({flag(size.limited_by)}"
+            f" {getattr(self._profile, size.limited_by):,}); --strict-size refuses it"
+        )
 
     def prepare(self, request: Request, media: LoadedMedia | None = None) -> Prepared:
         """Tokenize a request's prompt around its media.
@@ -133,7 +210,7 @@ class Preparer:
         """
         media = self.load(self.sources(request)) if media is None else media
         loaded, clips = media.images, media.videos
-        image_grids, video_grids = [image.grid for image in loaded], [clip.grid for clip in clips]
+        image_grids, video_grids = [image.size.grid for image in loaded], [clip.size.grid for clip in clips]
         prompt = self._prompts.build(request.prompt, image_grids, video_grids)
         if len(prompt.token_ids) > self._profile.max_input_len:
             raise LimitError(
@@ -141,17 +218,17 @@ class Preparer:
                 f" {self._profile.max_input_len:,} (--max-input-len). Shorten it, shrink the images (--max-pixels), or"
                 " rebuild."
             )
-        seconds = [clip.second_per_grid for clip in clips]
+        seconds = [clip.size.second_per_grid for clip in clips]
         position_ids, delta = rope_index(prompt.token_ids, self._config, image_grids, video_grids, seconds)
         keys = token_keys(
             prompt.token_ids,
             position_ids.numpy(),
             [
-                (token_id, [medium.key for medium in media], [self._tokens(medium) for medium in media])
+                (token_id, [medium.key for medium in media], [medium.size.tokens for medium in media])
                 for token_id, media in ((self._config.image_token_id, loaded), (self._config.video_token_id, clips))
             ],
         )
-        return Prepared(prompt.token_ids, prompt.text, position_ids, delta, loaded, clips, keys)
+        return Prepared(prompt.token_ids, prompt.text, position_ids, delta, loaded, clips, keys, media.notes)
 
     def fit_answer(self, prompt_tokens: int, params: Sampling) -> Sampling:
         """The settings, with ``max_tokens`` lowered to what the prompt leaves of a slot if the request did not say it.
@@ -194,10 +271,6 @@ class Preparer:
                     row.index_copy_(0, places, torch.cat([next(following) for _ in media]).to(row.dtype))
             inputs.append(row)
         return inputs, times
-
-    def _tokens(self, medium: Medium) -> int:
-        t, h, w = medium.grid
-        return t * h * w // self._config.vision.merge_unit
 
 
 def _listed(media: Any, name: str, dimensions: int) -> list[Any]:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
+from ..media.fit_warnings import FitWarnings
 from ..request import Output, Request
 from ..sampler import Sampling
 from .media_ahead import Loading, MediaAhead
@@ -43,6 +44,7 @@ class WaitingLine:
         self._line: deque[WaitingRequest] = deque()
         self._next_deadline = math.inf  # nobody's passes before
         self._interrupted: Future[None] = Future()
+        self._fit_warnings = FitWarnings()
 
     def __len__(self) -> int:
         return len(self._line)
@@ -115,6 +117,9 @@ class WaitingLine:
                 waiting.output.timings.preprocess = waiting.loading.seconds + self._clock() - began
                 waiting.loading = None  # it holds what was given beside what was made of it
                 waiting.output.prompt_tokens = len(waiting.prepared.token_ids)
+                waiting.output.images = [image.size for image in waiting.prepared.images]
+                waiting.output.videos = [video.size for video in waiting.prepared.videos]
+                self._fit_warnings.tell(waiting.prepared.notes)
             number += 1
 
     def next_group(self, free_slots: int, most_media: int) -> list[tuple[WaitingRequest, Prepared]]:

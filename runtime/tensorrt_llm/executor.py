@@ -241,7 +241,7 @@ class TensorRTLLMExecutor:
     def _picture(self, image: Medium) -> Image.Image:
         """In the size that the vision tower sees, so that its processor has nothing left to resize."""
         assert isinstance(image.content, LoadedImage)  # nothing was embedded here, so nothing is cached
-        _, rows, columns = image.grid
+        _, rows, columns = image.size.grid
         patch = self._config.vision.patch_size
         picture = Image.fromarray(np.ascontiguousarray(image.content.pixels.permute(1, 2, 0).cpu().numpy()))
         return picture.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC)

@@ -129,6 +129,8 @@ def test_answers_are_those_of_the_prompts_asked_alone(job, images, pipeline, tmp
             "prompt_tokens": output.prompt_tokens,
             "output_tokens": len(output.token_ids),
             "finish_reason": output.finish_reason,
+            "original_size": [output.images[0].width, output.images[0].height],
+            "resized_size": [output.images[0].resized_width, output.images[0].resized_height],
         }
     assert list(failures(batch.output)) == ["row 4"]
     # Images have 6, 20 and 8 tokens, answers 9: together 61. The cache has room for four rows.

@@ -433,11 +433,6 @@ def bad_requests(tmp_path):
         "truncated": (Request("x", [whole.getvalue()[:200]]), MediaError, "truncated or corrupt"),
         "no pixels": (Request("x", [np.zeros((0, 5, 3), np.uint8)]), MediaError, "no pixels"),
         "ratio": (Request("x", [np.zeros((10, 2500, 3), np.uint8)]), MediaError, "aspect ratio of 250"),
-        "too large": (
-            Request("x", [picture(0, 600, 600)]),
-            LimitError,
-            r"\(600x600\) needs .* patches; this engine takes 4 to 180 .*--max-pixels 35280",
-        ),
         "few images": (Request("<image> <image>", [image]), PromptError, "places for images .*: 2; images given: 1"),
         "many images": (Request("<image>", [image, image]), PromptError, "places for images .*: 1; images given: 2"),
         "no place in messages": (Request([{"role": "user", "content": [{"type": "text", "text": "x"}]}], [image]),
@@ -532,8 +527,6 @@ def test_a_named_request_or_image_is_wrong(pipeline):
         pipeline.hidden_states([random_request(0), Request("")])
     with pytest.raises(MediaError, match=r"image 6: .* no pixels"):
         pipeline.embed_images([picture(0)] * 5 + [np.zeros((0, 3, 3), np.uint8)])
-    with pytest.raises(LimitError, match=r"image 1 .*this engine takes 4 to 180"):
-        pipeline.embed_images([picture(0, 700, 500)])
 
 
 def test_pixel_limits_resize_images(engine_dirs, pipelines):

@@ -27,8 +27,8 @@ class FakeEngine:
         return pixel_values.mean((1, 2))[layout.merge_index // groups][:, None]
 
 
-def embedder(min_pixels=3136, max_pixels=100_000):
-    settings = PreprocessorSettings().with_limits(min_pixels, max_pixels)
+def embedder(min_pixels=3136, max_pixels=100_000, strict_size=False):
+    settings = PreprocessorSettings(profile=PROFILE, strict_size=strict_size).with_limits(min_pixels, max_pixels)
     settings = replace(settings, video=replace(settings.video, min_pixels=3136, max_pixels=100_000))
     engine = FakeEngine()
     return MediaEmbedder(Preprocessor(CONFIG, settings), engine, PROFILE, CONFIG), engine

@@ -11,6 +11,7 @@ from runtime.features import decode_ahead as module
 from runtime.features.decode_ahead import Batching, decode_ahead
 from runtime.inputs.image_listing import ImageFile
 from runtime.media.embedder import LoadedImage
+from runtime.preprocessing.sizes import MediaSize
 
 
 class Source:
@@ -18,7 +19,7 @@ class Source:
 
     def __init__(self, pixels=1, pause=0.0):
         self.loaded, self.pause = [], pause
-        self.image = LoadedImage(torch.zeros(pixels, dtype=torch.uint8), (1, 2, 2))
+        self.image = LoadedImage(torch.zeros(pixels, dtype=torch.uint8), MediaSize(28, 28, 28, 28, (1, 2, 2), 1))
         self.lock = threading.Lock()
 
     def load(self, path, name):
@@ -42,7 +43,7 @@ def wait_until(condition):
 
 
 def test_in_order_whatever_ends_first():
-    with decode_ahead(Source(pause=0.002), images(40), Batching(4, 100, 4, 3)) as decoded:
+    with decode_ahead(Source(pause=0.002), images(40), Batching(4, 100, 3)) as decoded:
         found = list(decoded)
     assert [key for key, _ in found] == [f"key {number}" for number in range(40)]
     assert [key for key, image in found if isinstance(image, Exception)] == ["key 5"]
@@ -51,7 +52,7 @@ def test_in_order_whatever_ends_first():
 
 def test_the_next_batch_is_decoded_while_nobody_asks():
     source = Source()
-    with decode_ahead(source, images(100), Batching(4, 100, 4, 2)) as decoded:
+    with decode_ahead(source, images(100), Batching(4, 100, 2)) as decoded:
         for _ in range(4):  # a batch, with which the engine is busy now
             next(decoded)
         wait_until(lambda: len(source.loaded) == 4 + 7)  # one place came free with each image, the last is still ours
@@ -63,7 +64,7 @@ def test_the_next_batch_is_decoded_while_nobody_asks():
 def test_waiting_pixels_are_bounded(monkeypatch, pixels):
     monkeypatch.setattr(module, "DEFAULT_AHEAD_BYTES", 1000)
     source = Source(pixels)
-    with decode_ahead(source, images(60), Batching(16, 100, 4, 1)) as decoded:
+    with decode_ahead(source, images(60), Batching(16, 100, 1)) as decoded:
         next(decoded)
         time.sleep(0.02)
         assert len(source.loaded) <= 2  # while no image's size is known, one a thread
@@ -81,7 +82,7 @@ def test_waiting_pixels_are_bounded(monkeypatch, pixels):
 
 def test_what_was_not_asked_for_is_not_decoded():
     source = Source(pause=0.01)
-    with decode_ahead(source, images(1000), Batching(100, 100, 4, 1)) as decoded:
+    with decode_ahead(source, images(1000), Batching(100, 100, 1)) as decoded:
         for _ in range(3):
             next(decoded)
     assert len(source.loaded) < 20

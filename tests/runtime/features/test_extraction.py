@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qwen2vl_trt.errors import FeaturesError, LimitError, MediaError, PromptError
-from runtime import Pipeline, Request
+from runtime import Pipeline, PipelineOptions, Request
 from runtime.features.command import add_features_arguments, run_features
 from runtime.features.shards import shard_paths
+from runtime.pipeline_arguments import add_decode_argument, add_pipeline_arguments, pipeline_options
 from tests.support import features_process
 from tests.support.feature_files import stored
 from tests.support.media_files import save_images
@@ -48,12 +49,16 @@ def extract(pipeline, *options):
     from engines.arguments import add_build_arguments
     from engines.command import Parser
 
+    def open_pipeline(arguments):
+        asked = pipeline_options(arguments)
+        return pipeline if asked == pipeline.options else Pipeline(pipeline.engines, asked)
+
     parser = Parser()
     add_build_arguments(parser)
-    for name in ("--min-pixels", "--max-pixels"):
-        parser.add_argument(name, type=int)
+    add_pipeline_arguments(parser)
+    add_decode_argument(parser)
     add_features_arguments(parser)
-    run_features(parser.parse_args([str(option) for option in options]), lambda arguments: pipeline)
+    run_features(parser.parse_args([str(option) for option in options]), open_pipeline)
 
 
 def assert_equal(found, expected):
@@ -178,7 +183,7 @@ def test_bad_images_are_named_and_skipped(pipelines, images, tmp_path, capsys):
     Image.new("RGB", (700, 500)).save(folder / "large.png")
     Path(folder / "not-\udcff-unicode.png").write_bytes(whole)
     output = tmp_path / "out"
-    extract(pipelines["torch"], "--input", folder, "--output", output, "--shard-size", 3)
+    extract(pipelines["torch"], "--input", folder, "--output", output, "--shard-size", 3, "--strict-size")
     good = [f"{number:04d}.png" for number in (0, 1, 2, 4, 5, 6, 7)]
     expected = dict(zip(good, pipelines["torch"].embed_images([folder / name for name in good])))
     assert_equal(stored(output), expected)
@@ -197,12 +202,12 @@ def test_bad_images_are_named_and_skipped(pipelines, images, tmp_path, capsys):
         in capsys.readouterr().err
     )
     (folder / "0003.png").write_bytes(whole)
-    extract(pipelines["torch"], "--input", folder, "--output", output, "--resume")
+    extract(pipelines["torch"], "--input", folder, "--output", output, "--resume", "--strict-size")
     assert "1 images, 7 were there" in capsys.readouterr().err
     assert sorted(stored(output)) == sorted([*good, "0003.png"])
     assert len((output / "errors.jsonl").read_text().splitlines()) == 3
     file = tmp_path / "f.safetensors"
-    extract(pipelines["torch"], "--input", folder, "--output", file)
+    extract(pipelines["torch"], "--input", folder, "--output", file, "--strict-size")
     assert len(load_file(file)) == 8
     assert len((tmp_path / "f.errors.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "f.safetensors.parts").exists()
@@ -212,9 +217,23 @@ def test_no_good_image_at_all(pipelines, tmp_path):
     folder = save_images(tmp_path / "in", 2, [(500, 700)])
     for output in ("out", "f.safetensors"):
         with pytest.raises(FeaturesError, match=r"none of the 2 images could be used; the first: image 1, .*0000\.png"):
-            extract(pipelines["torch"], "--input", folder, "--output", tmp_path / output)
+            extract(pipelines["torch"], "--input", folder, "--output", tmp_path / output, "--strict-size")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.errors.jsonl", "in", "out"]
     assert (tmp_path / "out" / "errors.jsonl").exists()
+
+
+def test_images_that_do_not_fit_are_resized_and_counted(pipelines, tmp_path, capsys):
+    """The features are those of the limits that checkpoint and engine share."""
+    folder = save_images(tmp_path / "in", 3, [(500, 700), (60, 80), (700, 500)])
+    for number, options in enumerate([(), ("--source", "decoder", "--prompt", "x")]):
+        extract(pipelines["torch"], "--input", folder, "--output", tmp_path / f"out{number}", *options)
+        errors = capsys.readouterr().err
+        assert "resized to fit the engine (4 to 180 patches): 2; --strict-size refuses them" in errors
+        assert "skipped" not in errors
+    limits = PipelineOptions(min_pixels=3136, max_pixels=180 * 14**2)
+    files = sorted(folder.iterdir())
+    fitted = Pipeline(pipelines["torch"].engines, limits).embed_images(files)
+    assert_equal(stored(tmp_path / "out0"), dict(zip([file.name for file in files], fitted)))
 
 
 def test_a_prompt_too_long_with_some_images(pipelines, folder, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from qwen2vl_trt.errors import LimitError, MediaError
-from qwen2vl_trt.media_options import VideoOptions
+from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from runtime import Video
 from runtime.media import embedder as embedder_module
 from runtime.media.cached_media import CachedMedia
@@ -49,7 +49,8 @@ def test_a_file_in_the_cache_is_not_even_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(embedder_module, "load_image", None)
     for source in (path, str(path), path.read_bytes(), bytearray(path.read_bytes())):
         again = media.load_image(source, "image 1")
-        assert again.grid == (1, 4, 6)
+        assert again.size.grid == (1, 4, 6)
+        assert (again.size.width, again.size.height) == (84, 56)
         assert torch.equal(media.embed([again])[0][0], first)
     assert engine.calls == [1]
     monkeypatch.undo()
@@ -73,15 +74,31 @@ def test_other_sizes_and_types_are_other_pictures():
     assert sum(engine.calls) == 4
 
 
+def test_one_picture_in_two_sizes_is_two_pictures(tmp_path):
+    """Whether it goes by its file or by its pixels."""
+    media, engine = cached()
+    path = tmp_path / "a.png"
+    path.write_bytes(png(picture(0, 112, 112)))
+    small = ImageOptions(max_pixels=56 * 56)
+    for source in (path, path.read_bytes(), picture(0, 112, 112)):
+        whole, shrunk, again = (
+            media.load_image(source, "image", options) for options in (ImageOptions(), small, small)
+        )
+        assert (whole.size.grid, shrunk.size.grid) == ((1, 8, 8), (1, 4, 4))
+        assert whole.key != shrunk.key == again.key
+        assert [len(embeds) for embeds in media.embed([whole, shrunk, again])[0]] == [16, 4, 4]
+    assert sum(engine.calls) == 4  # file and bytes are one, pixels another, in two sizes each
+
+
 def test_a_video_that_comes_again_is_not_embedded_again():
     media, engine = cached()
     frames = [picture(number) for number in range(4)]
     clip = media.load_video(frames, "video 1", VideoOptions(fps=2.0))
-    assert clip.second_per_grid == 1.0
+    assert clip.size.second_per_grid == 1.0
     embeds = media.embed([clip, media.load_image(frames[0], "image 1"), clip])[0]
     calls = len(engine.calls)
     again = media.load_video(Video(frames, fps=4.0), "video 1")
-    assert again.second_per_grid == 0.5  # a rate moves positions, not pixels
+    assert again.size.second_per_grid == 0.5  # a rate moves positions, not pixels
     found = media.embed([again])[0][0]
     assert torch.equal(found, embeds[0])
     assert torch.equal(embeds[2], embeds[0])
@@ -100,7 +117,7 @@ def test_a_video_file_that_comes_again_is_not_decoded_again(tmp_path, monkeypatc
     monkeypatch.setattr(embedder_module, "load_video", None)
     for source in (path, str(path), path.read_bytes()):
         again = media.load_video(source, "video 1")
-        assert (again.grid, again.second_per_grid) == (first.grid, first.second_per_grid)
+        assert again.size == first.size
         media.embed([again, media.load_video(source, "video 1", VideoOptions(fps=1.0))])
     assert len(engine.calls) == calls
 
@@ -116,7 +133,7 @@ def test_errors_are_those_of_loading(tmp_path):
         media.load_image("https://x/y.png", "image 2")
     large = tmp_path / "large.png"
     large.write_bytes(png(picture(0, 600, 700)))
-    media, _ = cached(min_pixels=1, max_pixels=10**6)
+    media, _ = cached(min_pixels=1, max_pixels=10**6, strict_size=True)
     with pytest.raises(LimitError, match=r"image 3, .*large.png \(700x600\)"):
         media.load_image(large, "image 3")
     with pytest.raises(MediaError, match=r"video 1 \(.*none.mp4\): no such file"):

@@ -7,7 +7,7 @@ from PIL import Image
 from qwen2vl_trt.errors import LimitError, MediaError
 from qwen2vl_trt.media_options import VideoOptions
 from runtime import Video
-from tests.support.fake_vision import CONFIG, embedder, picture
+from tests.support.fake_vision import embedder, picture
 from tests.support.media_files import save_video
 
 
@@ -20,7 +20,7 @@ def test_images_are_embedded_as_many_at_a_time_as_the_engine_takes():
     assert times.preprocess > 0
     assert times.vision > 0
     for image, embedding in zip(images, together):
-        assert len(embedding) == image.grid[1] * image.grid[2] // CONFIG.merge_unit
+        assert len(embedding) == image.size.tokens
         assert torch.equal(embedding, media.embed([image])[0][0])
 
 
@@ -30,7 +30,7 @@ def test_a_long_video_takes_several_calls(frames):
     video = media.load_video([picture(n) for n in range(frames)], "video 1", VideoOptions(fps=2.0))
     _, [embedding], _ = media.embed([], [video])
     patches = -(-frames // 2)
-    assert video.grid == (patches, 4, 6)
+    assert video.size.grid == (patches, 4, 6)
     assert engine.calls == [3] * (patches // 3) + [patches % 3] * (patches % 3 > 0)
     assert len(embedding) == patches * 6
     packed = media._preprocessor.preprocess(videos=[video.video])
@@ -44,12 +44,12 @@ def test_images_and_videos_together():
     image_embeds, video_embeds, _ = media.embed(images, videos)
     assert [len(embedding) for embedding in image_embeds] == [6, 6]
     assert [len(embedding) for embedding in video_embeds] == [12, 12]
-    assert [video.second_per_grid for video in videos] == [0.5, 0.5]
+    assert [video.size.second_per_grid for video in videos] == [0.5, 0.5]
     assert media.embed([])[0] == []
 
 
 def test_what_the_engine_does_not_take_is_named():
-    media, _ = embedder(min_pixels=1, max_pixels=10**6)
+    media, _ = embedder(min_pixels=1, max_pixels=10**6, strict_size=True)
     with pytest.raises(LimitError, match=r"image 3 \(700x600\) needs .*16 to 400 .*--max-pixels 78400"):
         media.load_image(picture(0, 600, 700), "image 3")
     with pytest.raises(LimitError, match=r"image 1 \(28x28\) needs 4 patches.*--min-pixels 3136"):
@@ -64,15 +64,11 @@ def test_the_rate_of_a_message_samples_a_file_and_describes_frames(tmp_path):
     for source in (path, str(path), path.read_bytes()):
         assert len(media.load_video(source, "video 1").video.frames) == 12  # 6 s at 2 frames/s
         assert len(media.load_video(source, "video 1", VideoOptions(fps=1.0)).video.frames) == 6
-        assert media.load_video(source, "video 1", VideoOptions(fps=1.0)).second_per_grid == pytest.approx(2.0)
+        assert media.load_video(source, "video 1", VideoOptions(fps=1.0)).size.second_per_grid == pytest.approx(2.0)
     frames = [picture(number) for number in range(6)]
     assert len(media.load_video(frames, "video 1", VideoOptions(fps=1.0)).video.frames) == 6
-    assert media.load_video(frames, "video 1", VideoOptions(fps=1.0)).second_per_grid == 2.0
-    assert media.load_video(Video(frames, fps=4.0), "video 1").second_per_grid == 0.5
-    for fps in (0, -1, float("nan"), float("inf"), "fast"):
-        for source in (path, frames):
-            with pytest.raises(MediaError, match=r"video 1.*fps"):
-                media.load_video(source, "video 1", VideoOptions(fps=fps))
+    assert media.load_video(frames, "video 1", VideoOptions(fps=1.0)).size.second_per_grid == 2.0
+    assert media.load_video(Video(frames, fps=4.0), "video 1").size.second_per_grid == 0.5
 
 
 def test_what_is_no_video():
@@ -80,3 +76,14 @@ def test_what_is_no_video():
     for source in (None, 3, Image.fromarray(picture(0))):
         with pytest.raises(MediaError, match=r"video 1: a .* is no video"):
             media.load_video(source, "video 1")
+
+
+def test_a_call_sees_no_more_pairs_of_patches_than_the_largest_image():
+    """Full attention, its mask and, where there is no fused kernel, its scores take memory for each of them."""
+    media, engine = embedder()
+    images = [media.load_image(picture(n, side, side), "image") for n, side in enumerate((280, 280, 140, 140, 140))]
+    media.embed(images)
+    assert engine.calls == [1, 1, 3]  # 400 patches alone; of 100 patches as many as there are
+    clip = media.load_video([picture(n, 280, 280) for n in range(6)], "video", VideoOptions(fps=2.0))
+    media.embed([], [clip])
+    assert engine.calls == [1, 1, 3, 1, 1, 1]

@@ -5,12 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.media.embedding_cache import CachedEmbedding, EmbeddingCache
+from runtime.preprocessing.sizes import MediaSize
 
 ROW = 4 * 8  # bytes
+SIZE = MediaSize(60, 30, 56, 28, (1, 2, 4), 2)
 
 
 def entry(tokens, value=0.0):
-    return CachedEmbedding(torch.full((tokens, 8), value), (1, tokens, 4), 0.0)
+    return CachedEmbedding(torch.full((tokens, 8), value), SIZE)
 
 
 def test_the_least_recently_used_makes_room():
@@ -38,11 +40,11 @@ def test_zero_keeps_nothing():
 
 def test_a_batch_does_not_stay_for_one_of_its_images():
     cache, batch = EmbeddingCache(100 * ROW), torch.arange(80.0).view(10, 8)
-    cache.store(b"a", CachedEmbedding(batch[2:4], (1, 2, 4), 0.5))
+    cache.store(b"a", CachedEmbedding(batch[2:4], SIZE))
     found = cache.find(b"a")
     assert found.embeds.untyped_storage().nbytes() == 2 * ROW
     assert torch.equal(found.embeds, batch[2:4])
-    assert (found.grid, found.second_per_grid) == ((1, 2, 4), 0.5)
+    assert found.size is SIZE
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 6)), max_size=60), st.integers(0, 12))

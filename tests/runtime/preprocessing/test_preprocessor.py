@@ -232,11 +232,11 @@ class TestPreprocess:
         processor = Preprocessor(CONFIG)
         reference = DEFAULT()
         for height, width in EXACT_SIZES + RESIZED_SIZES:
-            frames, rows, columns = processor.image_grid(height, width)
+            frames, rows, columns = processor.sizes.image(height, width).grid
             assert frames == 1
             assert rows * columns == reference.get_number_of_image_patches(height, width)
         with pytest.raises(MediaError, match=r"^image 3: 1x300 has"):
-            processor.image_grid(300, 1, name="image 3")
+            processor.sizes.image(300, 1, name="image 3")
 
 
 class TestVideos:
@@ -293,7 +293,7 @@ class TestVideos:
         processor = Preprocessor(CONFIG)
         for count, height, width in [(1, 300, 364), (5, 720, 200), (4, 30, 30)]:
             packed = processor.preprocess(videos=[torch.zeros(count, 3, height, width, dtype=torch.uint8)])
-            assert processor.video_grid(count, height, width) == packed.grids[0]
+            assert processor.sizes.video(count, height, width, 24.0).grid == packed.grids[0]
 
 
 def test_transparent_png_is_seen_on_white():

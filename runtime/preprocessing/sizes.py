@@ -1,0 +1,229 @@
+"""The size that an image, or the frames of a video, are resized to: within the checkpoint's limits and the engines'.
+
+The checkpoint's limits, or those that a request gives in their place, decide as in Transformers. Where the engines do
+not take that size, it is the one that Transformers makes of the limits that both have in common; where even that is
+outside, because sides are whole numbers of merge groups, the nearest that fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from engines.profile import BuildProfile
+from qwen2vl_trt.config import VisionConfig
+from qwen2vl_trt.errors import LimitError, MediaError
+from qwen2vl_trt.media_options import ImageOptions, VideoOptions
+from qwen2vl_trt.windows import Grid
+
+from .settings import PixelSettings, PreprocessorSettings, smart_resize
+
+_LEAST_FRAME_TOKENS = 128
+"""A long clip loses frames before its frames get smaller than this, as in qwen-vl-utils."""
+
+
+@dataclass(frozen=True)
+class MediaSize:
+    """What became of an image, or of the frames of a video.
+
+    A box in the pixels that the model saw becomes one in the original by ``width / resized_width`` and
+    ``height / resized_height``.
+
+    Attributes:
+        width: as it came, upright as its EXIF orientation says.
+        height: likewise.
+        resized_width: as the model saw it.
+        resized_height: likewise.
+        grid: ``(t, h, w)`` in patches.
+        tokens: of the prompt.
+        limited_by: the limit of the engines that changed the size, ``min_hw_dims``, ``max_hw_dims`` or, of a video,
+            ``max_input_len``; None where checkpoint and request alone decided.
+        frames: of a video, how many are kept.
+        second_per_grid: of a video, seconds between temporal patches.
+    """
+
+    width: int
+    height: int
+    resized_width: int
+    resized_height: int
+    grid: Grid
+    tokens: int
+    limited_by: str | None = None
+    frames: int | None = None
+    second_per_grid: float = 0.0
+
+    def as_json(self) -> dict[str, object]:
+        """For ``--json``."""
+        values: dict[str, object] = {
+            "original_size": [self.width, self.height],
+            "resized_size": [self.resized_width, self.resized_height],
+            "grid_thw": list(self.grid),
+            "tokens": self.tokens,
+            "limited_by": self.limited_by,
+        }
+        if self.frames is not None:
+            values |= {"frames": self.frames, "second_per_grid": self.second_per_grid}
+        return values
+
+
+class SizeRules:
+    """Decides sizes; no pixel is needed.
+
+    Args:
+        config: the vision tower.
+        settings: limits of the checkpoint and of the engines.
+    """
+
+    def __init__(self, config: VisionConfig, settings: PreprocessorSettings) -> None:
+        self._config, self._settings = config, settings
+
+    def image(
+        self, height: int, width: int, *, name: str = "image", options: ImageOptions = ImageOptions()
+    ) -> MediaSize:
+        """Size of an image.
+
+        Args:
+            height: as it came.
+            width: likewise.
+            name: what error messages call it.
+            options: what its request says.
+
+        Raises:
+            MediaError: a side of 0 pixels, or an aspect ratio over 200.
+            LimitError: it does not fit the engines, and ``strict_size`` forbids to resize it further.
+        """
+        wanted, pixels = _asked((height, width), options, self._settings.image)
+        return self._size((height, width), wanted, pixels, name, 1)
+
+    def video(
+        self,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float,
+        *,
+        name: str = "video",
+        options: VideoOptions = VideoOptions(),
+    ) -> MediaSize:
+        """Size of so many kept frames, which follow each other at a rate; raises as :meth:`image`.
+
+        ``total_pixels`` of the options is shared out among the frames as in qwen-vl-utils.
+        """
+        wanted, pixels = _asked((height, width), options, self._settings.video)
+        if options.total_pixels is not None and options.resized_height is None:
+            share = options.total_pixels * self._config.temporal_patch_size // frames
+            most = max(min(pixels.max_pixels, share), int(pixels.min_pixels * 1.05))
+            pixels = pixels.with_limits(max_pixels=most)
+        return self._video((height, width), wanted, pixels, name, frames, fps)
+
+    def video_within(
+        self, tokens: int, size: MediaSize, *, name: str = "video", options: VideoOptions = VideoOptions()
+    ) -> tuple[MediaSize, Sequence[int]] | None:
+        """Make a video shorter: smaller frames, down to 128 tokens or ``min_pixels``, and then fewer frames.
+
+        Args:
+            tokens: most that it may have.
+            size: what :meth:`video` gave.
+            name: what error messages call it.
+            options: what its request says.
+
+        Returns:
+            Its size and which of its frames are kept, evenly spaced; None where ``min_frames`` are too many.
+        """
+        unit, area = self._config.temporal_patch_size, self._config.image_factor**2
+        original, count = (size.height, size.width), size.frames or 1
+        fps = unit / size.second_per_grid
+        wanted, pixels = _asked(original, options, self._settings.video)
+        least = options.min_pixels or max(pixels.min_pixels, _LEAST_FRAME_TOKENS * area)
+        most = min(max(tokens // size.grid[0] * area, least), size.resized_height * size.resized_width)
+        pixels = pixels.with_limits(max_pixels=most)
+        found, kept = self._video(original, wanted, pixels, name, count, fps), range(count)
+        if found.tokens <= tokens:
+            return replace(found, limited_by="max_input_len"), kept
+        fewer = tokens // (found.tokens // found.grid[0]) * unit
+        if fewer < max(1, min(options.min_frames or self._settings.sampling.min_frames, count)):
+            return None
+        found = self._video(original, wanted, pixels, name, fewer, fps * fewer / count)
+        return replace(found, limited_by="max_input_len"), [number * count // fewer for number in range(fewer)]
+
+    def _video(
+        self,
+        original: tuple[int, int],
+        wanted: tuple[int, int],
+        pixels: PixelSettings,
+        name: str,
+        frames: int,
+        fps: float,
+    ) -> MediaSize:
+        unit = self._config.temporal_patch_size
+        found = self._size(original, wanted, pixels, name, -(-frames // unit))
+        return replace(found, frames=frames, second_per_grid=unit / fps)
+
+    def _size(
+        self, original: tuple[int, int], wanted: tuple[int, int], pixels: PixelSettings, name: str, patches: int
+    ) -> MediaSize:
+        try:
+            resized = self._resize(wanted, pixels)
+        except MediaError as error:
+            raise MediaError(f"{name}: {error}") from None
+        grid = self._grid(resized, patches)
+        limited_by, profile = None, self._settings.profile
+        if profile is not None and not profile.takes(grid):
+            if self._settings.strict_size:
+                profile.check_frame(grid, name, f"{original[1]}x{original[0]}", self._config)
+            limited_by = "max_hw_dims" if grid[1] * grid[2] > profile.max_hw_dims else "min_hw_dims"
+            resized = self._fit(wanted, pixels, profile, name)
+            grid = self._grid(resized, patches)
+        tokens = patches * grid[1] * grid[2] // self._config.merge_unit
+        return MediaSize(original[1], original[0], resized[1], resized[0], grid, tokens, limited_by)
+
+    def _resize(self, size: tuple[int, int], pixels: PixelSettings) -> tuple[int, int]:
+        return smart_resize(*size, self._config.image_factor, pixels.min_pixels, pixels.max_pixels)
+
+    def _grid(self, size: tuple[int, int], patches: int) -> Grid:
+        return patches, size[0] // self._config.patch_size, size[1] // self._config.patch_size
+
+    def _fit(self, size: tuple[int, int], pixels: PixelSettings, profile: BuildProfile, name: str) -> tuple[int, int]:
+        patch = self._config.patch_size**2
+        pixels = pixels.within(profile.min_hw_dims * patch, profile.max_hw_dims * patch)
+        resized = self._resize(size, pixels)
+        if profile.takes(self._grid(resized, 1)):
+            return resized
+        return self._nearest(size, pixels, profile, name)
+
+    def _nearest(
+        self, size: tuple[int, int], pixels: PixelSettings, profile: BuildProfile, name: str
+    ) -> tuple[int, int]:
+        """Of all sizes that fit, the one whose sides differ least, by their ratios, from those at the wanted area."""
+        unit, factor = self._config.merge_unit, self._config.image_factor
+        least, most = -(-profile.min_hw_dims // unit), profile.max_hw_dims // unit  # merge groups
+        height, width = size
+        area = min(max(height * width, pixels.min_pixels), pixels.max_pixels)
+        scale = math.sqrt(area / (height * width)) / factor
+        ideal_rows, ideal_columns = height * scale, width * scale
+
+        def distance(groups: tuple[int, int]) -> float:
+            return math.log(groups[0] / ideal_rows) ** 2 + math.log(groups[1] / ideal_columns) ** 2
+
+        fitting = []
+        for rows in range(1, most + 1):
+            fewest, largest = -(-least // rows), most // rows
+            if fewest <= largest:
+                near = math.floor(ideal_columns)
+                fitting += [(rows, min(max(columns, fewest), largest)) for columns in (near, near + 1)]
+        if not fitting:
+            raise LimitError(
+                f"{name} ({width}x{height}): no image has {profile.min_hw_dims:,} to {profile.max_hw_dims:,} patches"
+                f" (--min-hw-dims, --max-hw-dims), which these engines take: a patch count is a multiple of {unit}."
+                " Rebuild."
+            )
+        rows, columns = min(fitting, key=distance)
+        return rows * factor, columns * factor
+
+
+def _asked(size: tuple[int, int], options: ImageOptions, usual: PixelSettings) -> tuple[tuple[int, int], PixelSettings]:
+    """Height and width to begin with, and the limits of the area: the usual ones for a size that the options name."""
+    if options.resized_height is not None and options.resized_width is not None:
+        return (options.resized_height, options.resized_width), usual
+    return size, usual.with_limits(options.min_pixels, options.max_pixels)
