@@ -15,6 +15,7 @@ from qwen2vl_trt.errors import BuildError, MissingDependencyError
 from qwen2vl_trt.quantization import fp8_layers
 
 from .cpu_precision import cpu_precision
+from .onnxruntime_version import check_onnxruntime
 from .precision import BF16, FP8, FP8_DECODER, FP8_IN_FP32, FP16_DECODER, FP16_REFUSED, FP32, Precision
 from .profile import BuildProfile
 from .progress import BuildSteps
@@ -174,7 +175,13 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         # ONNX Runtime has no BF16 or FP16 matrix product on the CPU: it computes in FP32 from the weights' type.
-        Backend("onnxruntime", (FP32, FP8_IN_FP32), ("torch", "onnxruntime"), _build_onnxruntime),
+        Backend(
+            "onnxruntime",
+            (FP32, FP8_IN_FP32),
+            ("torch", "onnxruntime"),
+            _build_onnxruntime,
+            check=check_onnxruntime,
+        ),
         Backend("torch", (BF16, FP32, FP16_DECODER, FP8), ("torch",), _build_torch, steps=1, on_cpu=cpu_precision),
         _tensorrt(TENSORRT),
         _tensorrt(TENSORRT_RTX),
@@ -199,6 +206,7 @@ def find_backend(name: str, precision: str | None, device: str | None = None) ->
     Raises:
         BuildError: unknown, or not a combination that works; the message names those that do. Or its package is of a
             release that does not work.
+        EngineError: likewise, of ONNX Runtime.
         MissingDependencyError: its package is not installed.
     """
     if name not in BACKENDS:
