@@ -63,7 +63,9 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group.add_argument("--backend", help=f"{', '.join(BACKENDS)} (default {DEFAULT_BACKEND})")
-    group.add_argument("--precision", help="by default the backend's first: " + _precisions())
+    group.add_argument(
+        "--precision", help=f"by default the backend's first (torch: fp32 on a CPU without bf16): {_precisions()}"
+    )
     group.add_argument("--engine-dir", type=Path, metavar="DIR", help="default artifacts/MODEL-BACKEND-PRECISION")
     group.add_argument("--config", type=Path, metavar="YAML", help="model and limits from a file like configs/*.yaml")
     for name in BuildProfile.names():
@@ -167,7 +169,8 @@ def plan_build(arguments: argparse.Namespace) -> BuildPlan:
     config = BuildConfig.from_yaml(arguments.config) if arguments.config else None
     if config and arguments.model and config.model != arguments.model:
         raise BuildError(f"--model {arguments.model} contradicts {arguments.config}, which is for {config.model}")
-    backend, precision = find_backend(arguments.backend or DEFAULT_BACKEND, arguments.precision)
+    device = getattr(arguments, "device", None)  # build_engines.py has no such option
+    backend, precision = find_backend(arguments.backend or DEFAULT_BACKEND, arguments.precision, device)
     backend = _with_options(backend, arguments)
     model = resolve_model(config.model if config else arguments.model or "tiny", arguments.revision)
     Qwen2VLConfig.from_folder(model.folder)

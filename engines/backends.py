@@ -14,6 +14,8 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, MissingDependencyError
 from qwen2vl_trt.quantization import fp8_layers
 
+from .cpu_precision import cpu_precision
+from .onnxruntime_version import check_onnxruntime
 from .precision import BF16, FP8, FP8_DECODER, FP8_IN_FP32, FP16_DECODER, FP16_REFUSED, FP32, Precision
 from .profile import BuildProfile
 from .progress import BuildSteps
@@ -43,13 +45,14 @@ class Backend:
 
     Attributes:
         name: as ``--backend`` takes it.
-        precisions: what it can be built in; the first is the default.
+        precisions: what it can be built in; the first is the default, but for ``on_cpu``.
         packages: whose versions an engine depends on.
         build: writes an engine's files into a folder and returns those that it made (not the checkpoint's).
         steps: that it reports.
         extra: of this project, which installs the packages.
         check: raises where the packages are there and yet cannot be used.
         options: of this backend alone; None where it has none.
+        on_cpu: chooses the default where the engines are to run on a CPU.
     """
 
     name: str
@@ -60,6 +63,13 @@ class Backend:
     extra: str | None = None
     check: Callable[[], object] = lambda: None
     options: TensorRTOptions | TensorRTLLMOptions | None = None
+    on_cpu: Callable[[], Precision] | None = None
+
+    def default_precision(self, device: str | None) -> Precision:
+        """What to build in unless told, for a device (by default a GPU where torch sees one)."""
+        if self.on_cpu and (device == "cpu" or (device is None and not torch.cuda.is_available())):
+            return self.on_cpu()
+        return self.precisions[0]
 
     def precision(self, name: str) -> Precision:
         """One of the precisions, by its name.
@@ -165,8 +175,14 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         # ONNX Runtime has no BF16 or FP16 matrix product on the CPU: it computes in FP32 from the weights' type.
-        Backend("onnxruntime", (FP32, FP8_IN_FP32), ("torch", "onnxruntime"), _build_onnxruntime),
-        Backend("torch", (BF16, FP32, FP16_DECODER, FP8), ("torch",), _build_torch, steps=1),
+        Backend(
+            "onnxruntime",
+            (FP32, FP8_IN_FP32),
+            ("torch", "onnxruntime"),
+            _build_onnxruntime,
+            check=check_onnxruntime,
+        ),
+        Backend("torch", (BF16, FP32, FP16_DECODER, FP8), ("torch",), _build_torch, steps=1, on_cpu=cpu_precision),
         _tensorrt(TENSORRT),
         _tensorrt(TENSORRT_RTX),
         Backend(
@@ -184,12 +200,13 @@ BACKENDS = {
 DEFAULT_BACKEND = "onnxruntime" if find_spec("onnxruntime") else "torch"
 
 
-def find_backend(name: str, precision: str | None) -> tuple[Backend, str]:
-    """Look up a backend and the precision to build it in.
+def find_backend(name: str, precision: str | None, device: str | None = None) -> tuple[Backend, str]:
+    """Look up a backend and the precision to build it in; without one, the default for the device.
 
     Raises:
         BuildError: unknown, or not a combination that works; the message names those that do. Or its package is of a
             release that does not work.
+        EngineError: likewise, of ONNX Runtime.
         MissingDependencyError: its package is not installed.
     """
     if name not in BACKENDS:
@@ -205,7 +222,7 @@ def find_backend(name: str, precision: str | None) -> tuple[Backend, str]:
             f"backend {name} needs {missing[0]}, which is not installed (pip install {missing[0]}; ONNX Runtime has the"
             " operators for Python 3.11 and newer). --backend torch needs nothing more."
         )
-    chosen = backend.precision(precision) if precision else backend.precisions[0]
+    chosen = backend.precision(precision) if precision else backend.default_precision(device)
     backend.check()
     return backend, chosen.name
 

@@ -20,6 +20,21 @@ if not torch.cuda.is_available():
 allow_torchvision()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-onednn-packing",
+        action="store_true",
+        help="let oneDNN's packing operator fail for every type, as it does for BF16 on a CPU without AVX-512",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--no-onednn-packing"):
+        from tests.support.onednn_packing import TYPES, packing_without
+
+        torch.ops.mkldnn._reorder_linear_weight = packing_without(*TYPES)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """One thread for PyTorch (and ONNX Runtime, which follows it): on tiny tensors and a busy machine two are slower.

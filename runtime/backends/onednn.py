@@ -3,10 +3,14 @@
 A plain ``torch.nn.functional.linear`` rearranges its weight inside every call: harmless in a large matrix product,
 but decoding reads each weight once a token and then costs two to three times the memory traffic. The operators are
 those that torch's own compiler emits for frozen CPU graphs (``torch/_inductor/fx_passes/mkldnn_fusion.py``); torch
-offers them under no public name, so their use stays in this file and :func:`available` decides.
+offers them under no public name and may change them, and a CPU without AVX-512 has them in FP32 alone. So their use
+stays in this file, and :func:`available` decides by trying.
 """
 
 from __future__ import annotations
+
+import logging
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +18,32 @@ from torch import Tensor, nn
 from qwen2vl_trt.layers import FP8Linear, SwiGLU
 from qwen2vl_trt.ops import quantize_fp8, rescale
 
+logger = logging.getLogger(__name__)
 
-def available() -> bool:
-    """Whether this torch has the operators."""
-    operators = torch.ops.mkldnn
-    return torch.backends.mkldnn.is_available() and all(
-        hasattr(operators, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
-    )
+_TRIED_WIDTH = 32
+_TOLERANCE = 0.05
+"""Share of the largest result, several roundings to BF16; a wrong layout gives numbers that have nothing in common."""
+
+
+@cache
+def available(dtype: torch.dtype) -> bool:
+    """Whether packed layers of a type run here, and right: one small layer is computed both ways, once a process."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):  # its own initialisation would draw from the caller's generator
+        mlp = SwiGLU(_TRIED_WIDTH, _TRIED_WIDTH, bias=True)
+    mlp, x = mlp.to_empty(device="cpu").to(dtype), torch.empty(3, _TRIED_WIDTH, dtype=dtype)
+    try:
+        with torch.no_grad():
+            for tensor in (x, *mlp.parameters()):
+                tensor.normal_(generator=generator)
+            found, expected = PackedSwiGLU(mlp)(x), mlp(x)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        logger.info("no packed linear layers of %s here: %s", dtype, " ".join(str(error).split())[:200])
+        return False
+    if not (found - expected).abs().max() <= _TOLERANCE * expected.abs().max():
+        logger.warning("packed linear layers of %s are wrong here; they are left out, which costs time", dtype)
+        return False
+    return True
 
 
 class PackedLinear(nn.Module):

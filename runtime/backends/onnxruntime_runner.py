@@ -13,6 +13,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from engines.onnxruntime_version import check_onnxruntime
 from engines.profile import BuildProfile
 from export.graphs import cache_names
 from qwen2vl_trt.checkpoint import Checkpoint
@@ -53,8 +54,9 @@ def open_session(path: Path, device: torch.device, model: bytes | None = None) -
     """Open a graph; ``model`` is used instead of the file's content, with the weights that lie beside the file.
 
     Raises:
-        EngineError: it does not load, or the device is not available.
+        EngineError: it does not load, the device is not available, or this ONNX Runtime is too old.
     """
+    check_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # From BF16 weights to FP32 ones once, at load, however large: by default one of over 1 GB (3B's embedding) would be

@@ -295,8 +295,7 @@ def _empty_share(layout: WindowLayout) -> float:
 
 
 def _pack(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    # FP16 stays plain: oneDNN packs it on the newest CPUs alone.
-    if device.type == "cpu" and dtype != torch.float16 and onednn.available():
+    if device.type == "cpu" and onednn.available(dtype):
         onednn.pack(module, dtype)
 
 

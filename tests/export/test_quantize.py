@@ -4,11 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import export.quantize
 from export.quantize import CalibrationSample, fp8_config, quantize_checkpoint
@@ -91,17 +91,22 @@ def model_optimizers_own(samples):
     return model
 
 
+def layer_of(model, name):
+    """A layer of Transformers' model, by its published name."""
+    name = name.replace("visual.", "model.visual.").replace("model.layers.", "model.language_model.layers.")
+    return model.get_submodule(name)
+
+
 def take_weights(model, checkpoint):
     """Give Model Optimizer's model the weights of the checkpoint that Model Optimizer wrote."""
     for layer in fp8_layers(checkpoint):
-        name = layer.replace("visual.", "model.visual.").replace("model.layers.", "model.language_model.layers.")
-        module = model.get_submodule(name)
+        module = layer_of(model, layer)
         module.weight.data = checkpoint.load(f"{layer}.weight").float() * checkpoint.load(f"{layer}.weight_scale")
         module.weight_quantizer.disable()
 
 
 def errors(ours, reference, sample):
-    """Cosine and relative error of image embeddings and of hidden states."""
+    """Relative error of image embeddings and of hidden states."""
     tower, decoder, config = ours
     layout = window_layout(tuple(sample.image_grids), config.vision)
     found = tower(
@@ -113,17 +118,40 @@ def errors(ours, reference, sample):
     embeds = torch.randn(1, positions.shape[-1], config.text.hidden_size, generator=torch.Generator().manual_seed(0))
     expected = reference.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
     pairs.append((decoder.model(embeds, positions)[0], expected.last_hidden_state))
-    return [
-        (float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0)), float((a - b).norm() / b.norm()))
-        for a, b in pairs
-    ]
+    return [float((a - b).norm() / b.norm()) for a, b in pairs]
+
+
+@contextmanager
+def layers_compared(ours, reference, layers):
+    """The relative error of each of our layers, given what goes into the reference's, while that runs."""
+    tower, decoder, _ = ours
+    found, hooks = {}, []
+
+    def compare(name, layer):
+        def hook(module, inputs, output):
+            found[name] = float((layer(inputs[0]) - output).norm() / output.norm())
+
+        hooks.append(layer_of(reference, name).register_forward_hook(hook))
+
+    for name in layers:
+        vision = name.startswith("visual.")
+        compare(name, (tower if vision else decoder).get_submodule(name.removeprefix("visual.")))
+    yield found
+    for hook in hooks:
+        hook.remove()
 
 
 @torch.no_grad()
 def test_it_computes_what_model_optimizers_own_model_does(tmp_path):
-    """Over the weights as written, measured: vision 0.99999 and 4e-3, where FP32 sums in another order round to another
-    FP8 number; decoder 1.0000000 and 3e-7. Over the weights before they were written: 0.99995 and 1e-2, 0.995 and 1e-1.
-    Model Optimizer divides a weight by its scale in BF16 when it writes a checkpoint: near a tie, another E4M3 number.
+    """Layer by layer over the weights as written; as a whole no further off than E4M3 itself.
+
+    A number that lies between two E4M3 numbers rounds to the other one if it differs in its last bit, as FP32 sums in
+    another order do: a step of up to an eighth, which shifts the sums of the next layer, where more numbers round
+    otherwise. So whole models agree within E4M3's steps only, by CPU: measured 4e-3 and from 3e-7 to 1e-4. A layer
+    that is given the same input differs by the few numbers on such a tie (x / scale and x * (1 / scale)), each 1/8 of
+    one of at least 64 summands in one token; 1/8 / sqrt(64) / sqrt(tokens) is below 5e-3. Over the weights before they
+    were written as a whole: 1e-2 and 1e-1. Model Optimizer divides a weight by its scale in BF16 when it writes a
+    checkpoint: near a tie, another E4M3 number.
     """
     checkpoint = tiny()
     samples = list(Calibration(checkpoint, training_data(8)))
@@ -138,14 +166,14 @@ def test_it_computes_what_model_optimizers_own_model_does(tmp_path):
     load_weights(decoder, quantized, "", torch.float32)
 
     reference = model_optimizers_own(samples)
-    before = errors((tower, decoder, config), reference, sample)
+    ours = tower, decoder, config
+    before = errors(ours, reference, sample)
     take_weights(reference, quantized)
-    after = errors((tower, decoder, config), reference, sample)
-    for cosine, error in before:
-        assert (cosine > 0.99, error < 0.15) == (True, True), (before, after)
-    (vision_cosine, vision_error), (decoder_cosine, decoder_error) = after
-    assert (vision_cosine > 0.9999, vision_error < 1e-2) == (True, True), after
-    assert (decoder_cosine > 0.999999, decoder_error < 1e-4) == (True, True), after
+    with layers_compared(ours, reference, layers) as of_layers:
+        after = errors(ours, reference, sample)
+    assert max(before + after) < 0.15, (before, after)
+    assert of_layers.keys() == set(layers)
+    assert max(of_layers.values()) < 5e-3, of_layers
 
 
 class TestWhatGoesWrong:
