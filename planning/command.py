@@ -6,7 +6,6 @@ import argparse
 import json
 import re
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 from engines.command import Parser, positive_number, whole_number
@@ -26,12 +25,13 @@ def run_plan(argv: list[str], epilog: str) -> None:
     """
     arguments = _parser(epilog).parse_args(argv)
 
+    from qwen2vl_trt.hub import find_local
     from runtime.preprocessing.preprocessor import PreprocessorSettings, smart_resize
 
     config, gpu = find_config(arguments.model), find_gpu(arguments.gpu)
-    folder = Path(arguments.model)
+    local = find_local(arguments.model)
     pixels = (
-        (PreprocessorSettings.from_folder(folder) if folder.is_dir() else PreprocessorSettings())
+        (PreprocessorSettings.from_folder(local.folder) if local else PreprocessorSettings())
         .with_limits(max_pixels=arguments.max_pixels)
         .image
     )
@@ -67,7 +67,7 @@ def _parser(epilog: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--model", required=True, metavar="NAME", help="Qwen2.5-VL-{3B,7B,32B,72B}, or a checkpoint folder"
+        "--model", required=True, metavar="NAME", help="tiny, Qwen2.5-VL-{3B,7B,32B,72B}, or a checkpoint folder"
     )
     parser.add_argument("--gpu", required=True, metavar="NAME", help="as in planning/gpus.yaml: H200, H100, L40S, ...")
     parser.add_argument(
