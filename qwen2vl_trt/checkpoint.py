@@ -29,6 +29,8 @@ from .foreign import QUANTIZATION_FILE, refuse_foreign
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+RECORD = "calibration.json"
+"""What a quantised checkpoint was made from, where it was quantised here."""
 
 # Everything beside the weights that changes an answer. Files that a checkpoint lacks are left out of the hash.
 _HASHED_FILES = (
@@ -111,8 +113,8 @@ class Checkpoint:
 
     @property
     def companions(self) -> tuple[Path, ...]:
-        """The files beside the weights that belong to the model: configuration, tokenizer, templates, index."""
-        return tuple(path for name in (*_HASHED_FILES, INDEX_FILE) if (path := self.folder / name).is_file())
+        """The files beside the weights that belong to the model: configuration, tokenizer, templates, index, record."""
+        return tuple(path for name in (*_HASHED_FILES, INDEX_FILE, RECORD) if (path := self.folder / name).is_file())
 
     def __contains__(self, name: str) -> bool:
         return name in self._locations

@@ -11,12 +11,12 @@ import pytest
 from engines.arguments import BuildPlan, CalibrationChoice
 from engines.backends import BACKENDS
 from engines.profile import BuildProfile
-from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.checkpoint import RECORD, Checkpoint
 from qwen2vl_trt.errors import BuildError, MissingDependencyError
 from qwen2vl_trt.hub import ResolvedModel, resolve_model
 from runtime import quantized_model
 from runtime.calibration import CalibrationData
-from runtime.quantized_model import RECORD, quantize_first
+from runtime.quantized_model import quantize_first
 from tiny.calibration import training_data
 
 
