@@ -211,7 +211,7 @@ def plan_build(arguments: argparse.Namespace) -> BuildPlan:
     fresh = BuildConfig.from_yaml(own).limits if config is None and own.is_file() else {}
     given = (config.limits if config else {}) | _given(arguments, BuildProfile.names())
     profile = BuildProfile.from_dict((found.profile.as_dict() if found else fresh) | given)
-    defaults, kept = BuildProfile.from_dict(fresh | given).as_dict(), profile.as_dict()
+    defaults, kept = BuildProfile().as_dict() | fresh | given, profile.as_dict()
     return BuildPlan(
         model,
         _with_options(backend, arguments, found),
