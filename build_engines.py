@@ -17,8 +17,7 @@ EXAMPLES = """examples:
 
 def main() -> None:
     from engines.arguments import add_build_arguments, plan_build
-    from engines.build import build_engines
-    from runtime.quantized_model import quantize_first
+    from runtime.engine_folder import build_planned
     from tiny.calibration import training_data
 
     parser = Parser(
@@ -28,11 +27,12 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_build_arguments(parser)
-    parser.add_argument("--force", action="store_true", help="build even if the folder already holds the same engines")
-    arguments = parser.parse_args()
-    plan = quantize_first(plan_build(arguments), training_data)
-    built = build_engines(plan.model, plan.backend, plan.precision, plan.profile, plan.folder, arguments.force)
-    print(f"{plan.folder}: {'built' if built else 'up to date'}", file=sys.stderr)
+    plan = plan_build(parser.parse_args())
+    if build_planned(plan, training_data):
+        state = "built"
+    else:
+        state = "up to date" + (f", built with {' '.join(plan.kept)}" if plan.kept else "")
+    print(f"{plan.folder}: {state}", file=sys.stderr)
 
 
 if __name__ == "__main__":

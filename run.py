@@ -186,22 +186,11 @@ def _parser(command: str, description: str, files: bool = True) -> Parser:
 
 
 def _engine_folder(arguments: argparse.Namespace) -> Path:
-    """--engine-dir as it is, unless a model is named too; else the model's engines, built where missing."""
-    from engines.arguments import built_folder, plan_build
-    from engines.build import build_engines
-    from runtime.backends.runners import default_device
-    from runtime.quantized_model import quantize_first
+    """The engines that the options name, built where missing."""
+    from runtime.engine_folder import engine_folder
     from tiny.calibration import training_data
 
-    folder = built_folder(arguments)
-    if folder is not None:
-        return folder
-    plan = plan_build(arguments)
-    if arguments.device is None:
-        default_device(plan.backend.name)  # ends here, before the minutes of a build, where it cannot run
-    plan = quantize_first(plan, training_data)
-    build_engines(plan.model, plan.backend, plan.precision, plan.profile, plan.folder)
-    return plan.folder
+    return engine_folder(arguments, training_data)
 
 
 def _pipeline(arguments: argparse.Namespace) -> Pipeline:

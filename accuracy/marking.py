@@ -14,6 +14,7 @@ import onnx
 import onnxruntime as ort
 import torch
 
+from engines.onnx_file import read_onnx
 from qwen2vl_trt.errors import EngineError
 
 from .recorder import Recorder
@@ -37,24 +38,26 @@ def marked_graph(path: Path, blocks: int, prefix: str) -> tuple[bytes, list[str]
         The serialised model, weights left where they are, and the marked outputs' names, those of the checkpoint.
 
     Raises:
-        EngineError: another number of blocks.
+        EngineError: another number of blocks, or a corrupt file.
     """
-    model = onnx.load(path, load_external_data=False)
-    last: dict[str, str] = {}
-    for node in model.graph.node:
-        scope = node.name.rpartition(".")[0]
-        if _BLOCK.fullmatch(scope):
-            last[scope] = node.output[0]
-        elif scope.startswith(_STEM) and node.op_type != "Cast":
-            last[_STEM] = node.output[0]
-    found = [scope for scope in last if scope != _STEM]
-    if len(found) != blocks:
-        raise EngineError(f"{path}: blocks cannot be told apart by its nodes' names; found {len(found)} of {blocks}")
-    for scope, value in last.items():
-        name = prefix + scope
-        model.graph.node.append(onnx.helper.make_node("Cast", [value], [name], to=onnx.TensorProto.FLOAT))
-        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    return model.SerializeToString(), [prefix + scope for scope in last]
+    with read_onnx(path) as model:
+        last: dict[str, str] = {}
+        for node in model.graph.node:
+            scope = node.name.rpartition(".")[0]
+            if _BLOCK.fullmatch(scope):
+                last[scope] = node.output[0]
+            elif scope.startswith(_STEM) and node.op_type != "Cast":
+                last[_STEM] = node.output[0]
+        found = [scope for scope in last if scope != _STEM]
+        if len(found) != blocks:
+            raise EngineError(
+                f"{path}: blocks cannot be told apart by its nodes' names; found {len(found)} of {blocks}"
+            )
+        for scope, value in last.items():
+            name = prefix + scope
+            model.graph.node.append(onnx.helper.make_node("Cast", [value], [name], to=onnx.TensorProto.FLOAT))
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+        return model.SerializeToString(), [prefix + scope for scope in last]
 
 
 class RecordingSession:

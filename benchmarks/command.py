@@ -7,10 +7,10 @@ import json
 import math
 from pathlib import Path
 
-from engines.arguments import add_build_arguments, built_folder, plan_build
-from engines.build import build_engines
+from engines.arguments import add_build_arguments
 from engines.command import Parser, positive_number
 from qwen2vl_trt.errors import BenchmarkError
+from runtime.engine_folder import engine_folder
 from runtime.pipeline_arguments import add_decode_argument, check_decode
 
 from .bench import summary
@@ -158,12 +158,9 @@ def _folder(arguments: argparse.Namespace) -> Path:
         arguments.model = str(random_checkpoint(arguments.model, arguments.layers, arguments.blocks, root))
     elif arguments.layers or arguments.blocks:
         raise BenchmarkError("--layers and --blocks cut a model of --random-weights; a trained one stays whole")
-    folder = built_folder(arguments)
-    if folder is None:
-        plan = plan_build(arguments)
-        build_engines(plan.model, plan.backend, plan.precision, plan.profile, plan.folder)
-        folder = plan.folder
-    return folder
+    from tiny.calibration import training_data
+
+    return engine_folder(arguments, training_data)
 
 
 def _rival(text: str | None, options: EngineOptions) -> str | None:

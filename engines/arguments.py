@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
-from qwen2vl_trt.config import Qwen2VLConfig
-from qwen2vl_trt.errors import BuildError
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.hub import ResolvedModel, resolve_model
 from qwen2vl_trt.prompts import check_tokenizer_files
 
 from .attention_mask import ATTENTION_MASKS
 from .backends import BACKENDS, DEFAULT_BACKEND, Backend, find_backend
 from .build import default_engine_dir
+from .differences import differences, in_words
+from .manifest import Manifest
 from .precision import Precision
 from .profile import BuildConfig, BuildProfile, flag
 from .tensorrt_llm_options import VISION_BACKENDS, TensorRTLLMOptions
@@ -35,15 +39,24 @@ _HELP = {
 
 @dataclass(frozen=True)
 class CalibrationChoice:
-    """What to quantise with: a folder of images (None: the model's own data) and how many of them."""
+    """What to quantise with, as far as the user says: a folder of images, and how many of them.
+
+    Without a folder it is the model's own data, or what a checkpoint was quantised with that is there already.
+    """
 
     folder: Path | None
-    size: int
+    size: int | None
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What to build, and where; ``calibration`` where it is to be quantised."""
+    """What to build, and where.
+
+    Attributes:
+        calibration: where the model is to be quantised.
+        force: replace other engines in the folder.
+        kept: options, in words, that the engines in the folder were built with and nobody gave this time.
+    """
 
     model: ResolvedModel
     backend: Backend
@@ -51,6 +64,8 @@ class BuildPlan:
     profile: BuildProfile
     folder: Path
     calibration: CalibrationChoice | None = None
+    force: bool = False
+    kept: tuple[str, ...] = ()
 
 
 def add_build_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +83,7 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--engine-dir", type=Path, metavar="DIR", help="default artifacts/MODEL-BACKEND-PRECISION")
     group.add_argument("--config", type=Path, metavar="YAML", help="model and limits from a file like configs/*.yaml")
+    group.add_argument("--force", action="store_true", help="build, and replace the engines that are in the folder")
     for name in BuildProfile.names():
         group.add_argument(flag(name), type=int, metavar="N", help=_HELP[name])
     fp8 = parser.add_argument_group("quantisation (--precision fp8 of a model that is not quantised)")
@@ -106,32 +122,48 @@ def built_folder(arguments: argparse.Namespace) -> Path | None:
     """The folder to run as it is: ``--engine-dir`` without a model. None where a model is to be built first.
 
     Raises:
-        BuildError: an option that only a build can follow.
+        BuildError: an option that only a build can follow, or one that the engines in the folder were built without.
+        EngineError: the folder holds no engines.
     """
-    if arguments.engine_dir is None or arguments.model or arguments.config:
+    folder: Path | None = arguments.engine_dir
+    if folder is None or arguments.model or arguments.config:
         return None
-    for name in ("revision", "backend", "precision", *BuildProfile.names(), *_CALIBRATION, *_TENSORRT, *_TENSORRT_LLM):
+    as_built = f"{folder} runs as it was built; name the --model to build again"
+    for name in ("revision", *_CALIBRATION):
         if getattr(arguments, name) is not None:
-            raise BuildError(
-                f"{flag(name)} says how to build, but {arguments.engine_dir} runs as it was built; name the --model to"
-                " build again"
-            )
-    return arguments.engine_dir
+            raise BuildError(f"{flag(name)} says how to build, but {as_built}")
+    if arguments.force:
+        raise BuildError(f"--force builds, but {as_built}")
+    found = Manifest.read(folder)
+    given = {name: getattr(arguments, name) or getattr(found, name) for name in ("backend", "precision")}
+    wanted = replace(found, profile=replace(found.profile, **_given(arguments, BuildProfile.names())), **given)
+    if _given(arguments, (*_TENSORRT, *_TENSORRT_LLM)) and given["backend"] in BACKENDS:
+        options = _with_options(BACKENDS[given["backend"]], arguments, found).options
+        wanted = replace(wanted, options=options.as_dict() if options else {})
+    differing = differences(wanted, found)
+    if differing:
+        raise BuildError(f"{in_words(folder, differing)}. {as_built}")
+    return folder
 
 
-def _with_options(backend: Backend, arguments: argparse.Namespace) -> Backend:
-    for names, options, whose in (
+def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The options of these names that are given."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def _with_options(backend: Backend, arguments: argparse.Namespace, found: Manifest | None) -> Backend:
+    """A backend with the options that are given, the others as the engines have them that are there."""
+    given: dict[str, Any] = {}
+    for names, kind, whose in (
         (_TENSORRT, TensorRTOptions, "the TensorRT backends"),
         (_TENSORRT_LLM, TensorRTLLMOptions, "backend tensorrt-llm"),
     ):
-        given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-        if given and not isinstance(backend.options, options):
-            raise BuildError(f"{flag(next(iter(given)))} is for {whose}, not for {backend.name}")
-        if "compute_capabilities" in given:
-            given["compute_capabilities"] = tuple(given["compute_capabilities"])
-        if given:
-            backend = replace(backend, options=options(**given))
-    return backend
+        of_kind = _given(arguments, names)
+        if of_kind and not isinstance(backend.options, kind):
+            raise BuildError(f"{flag(next(iter(of_kind)))} is for {whose}, not for {backend.name}")
+        given |= of_kind
+    there = found.options if found and found.backend == backend.name else {}
+    return backend.with_options(there | given)
 
 
 def _calibration(precision: Precision, arguments: argparse.Namespace) -> CalibrationChoice | None:
@@ -140,8 +172,8 @@ def _calibration(precision: Precision, arguments: argparse.Namespace) -> Calibra
             if getattr(arguments, name) is not None:
                 raise BuildError(f"{flag(name)} is for --precision fp8, not for {precision.name}")
         return None
-    size = CALIBRATION_SIZE if arguments.calibration_size is None else arguments.calibration_size
-    if size < 1:
+    size = arguments.calibration_size
+    if size is not None and size < 1:
         raise BuildError(f"--calibration-size is {size}; it must be at least 1")
     return CalibrationChoice(arguments.calibration_data, size)
 
@@ -153,30 +185,57 @@ def _precisions() -> str:
     )
 
 
-def usual_profile(model: str) -> BuildProfile:
+def usual_profile(model: str | None) -> BuildProfile:
     """Limits of a model's own file in ``configs/``, or the defaults where it has none."""
     own = _CONFIGS / f"{model}.yaml"
-    return BuildConfig.from_yaml(own).profile if own.is_file() else BuildProfile()
+    return BuildProfile.from_dict(BuildConfig.from_yaml(own).limits) if own.is_file() else BuildProfile()
 
 
 def plan_build(arguments: argparse.Namespace) -> BuildPlan:
     """Resolve the options: an option wins over ``--config``, and that over the model's own file in ``configs/``.
 
+    What nobody gave is as in the engines that the folder holds already (so that they serve), and a default where it
+    holds none or ``--force`` replaces them.
+
     Raises:
         BuildError: impossible limits, an unknown backend or precision, or an unreadable configuration.
-        CheckpointError: the model cannot be found, is another than Qwen2.5-VL, or has no tokenizer or chat template.
+        CheckpointError: the model cannot be found, is incomplete, is another than Qwen2.5-VL, or has no tokenizer or
+            chat template.
     """
     config = BuildConfig.from_yaml(arguments.config) if arguments.config else None
     if config and arguments.model and config.model != arguments.model:
         raise BuildError(f"--model {arguments.model} contradicts {arguments.config}, which is for {config.model}")
     device = getattr(arguments, "device", None)  # build_engines.py has no such option
-    backend, precision = find_backend(arguments.backend or DEFAULT_BACKEND, arguments.precision, device)
-    backend = _with_options(backend, arguments)
+    found = _engines_in(arguments.engine_dir, arguments.force)
+    name = arguments.backend or (found.backend if found else DEFAULT_BACKEND)
+    as_found = found.precision if found and found.backend == name else None
+    backend, precision = find_backend(name, arguments.precision or as_found, device)
     model = resolve_model(config.model if config else arguments.model or "tiny", arguments.revision)
-    Qwen2VLConfig.from_folder(model.folder)
+    Checkpoint(model.folder)
     check_tokenizer_files(model.folder)  # here, before the minutes of a build whose engines no pipeline could load
-    limits = (config.profile if config else usual_profile(model.name)).as_dict()
-    limits |= {name: value for name in BuildProfile.names() if (value := getattr(arguments, name)) is not None}
     folder = arguments.engine_dir or default_engine_dir(model.name, backend.name, precision)
-    calibration = _calibration(backend.precision(precision), arguments)
-    return BuildPlan(model, backend, precision, BuildProfile.from_dict(limits), folder, calibration)
+    if arguments.engine_dir is None:
+        found = _engines_in(folder, arguments.force)
+    fresh = usual_profile(model.name).as_dict() if config is None else {}
+    given = (config.limits if config else {}) | _given(arguments, BuildProfile.names())
+    profile = BuildProfile.from_dict((found.profile.as_dict() if found else fresh) | given)
+    defaults, kept = BuildProfile().as_dict() | fresh | given, profile.as_dict()
+    return BuildPlan(
+        model,
+        _with_options(backend, arguments, found),
+        precision,
+        profile,
+        folder,
+        _calibration(backend.precision(precision), arguments),
+        arguments.force,
+        tuple(f"{flag(limit)} {kept[limit]}" for limit in kept if kept[limit] != defaults[limit]),
+    )
+
+
+def _engines_in(folder: Path | None, force: bool) -> Manifest | None:
+    if folder is None or force:
+        return None
+    try:
+        return Manifest.read(folder)
+    except EngineError:  # none, or damaged: a build sees to it
+        return None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,10 +30,16 @@ _FP8_SINCE = (8, 9)
 
 @dataclass(frozen=True)
 class BuildJob:
-    """One build: a model, the folder that gets its engines, how, and whom to tell of its progress."""
+    """One build: a model, how, and whom to tell of its progress.
+
+    Attributes:
+        folder: that the files are written into; empty.
+        engine_dir: that they are for.
+    """
 
     checkpoint: Checkpoint
     folder: Path
+    engine_dir: Path
     precision: Precision
     profile: BuildProfile
     options: TensorRTOptions | TensorRTLLMOptions | None
@@ -53,6 +60,7 @@ class Backend:
         check: raises where the packages are there and yet cannot be used.
         options: of this backend alone; None where it has none.
         on_cpu: chooses the default where the engines are to run on a CPU.
+        bound_to: the package whose engines run in the release alone that built them; None where any runs them.
     """
 
     name: str
@@ -63,6 +71,7 @@ class Backend:
     extra: str | None = None
     check: Callable[[], object] = lambda: None
     options: TensorRTOptions | TensorRTLLMOptions | None = None
+    bound_to: str | None = None
     on_cpu: Callable[[], Precision] | None = None
 
     def default_precision(self, device: str | None) -> Precision:
@@ -84,6 +93,27 @@ class Backend:
             raise BuildError(FP16_REFUSED)
         known = [precision.name for precision in self.precisions]
         raise BuildError(f"backend {self.name} cannot be built in {name!r}, only in {', '.join(known)}")
+
+    def with_options(self, values: Mapping[str, Any]) -> Backend:
+        """This backend with some of its options changed; names that are no option are passed over.
+
+        Args:
+            values: from a command line or a manifest.
+
+        Raises:
+            BuildError: a value without meaning.
+        """
+        if self.options is None:
+            return self
+        known = {field.name for field in fields(self.options)}
+        changes: Any = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known
+        }
+        try:
+            options = replace(self.options, **changes)
+        except TypeError as error:
+            raise BuildError(f"options of backend {self.name} are of a wrong type: {error}") from None
+        return replace(self, options=options)
 
     def versions(self) -> dict[str, str]:
         """Installed versions of the packages, asked of themselves: onnxruntime-gpu is onnxruntime too."""
@@ -130,7 +160,16 @@ def _tensorrt(variant: Variant) -> Backend:
         options = job.options if isinstance(job.options, TensorRTOptions) else TensorRTOptions()
         if job.precision.fp8:
             _check_fp8_hardware(options)
-        return build_plans(variant, job.checkpoint, job.folder, job.precision, job.profile, job.steps, options)
+        return build_plans(
+            variant,
+            job.checkpoint,
+            job.folder,
+            job.precision,
+            job.profile,
+            job.steps,
+            options,
+            engine_dir=job.engine_dir,
+        )
 
     return Backend(
         variant.backend,
@@ -141,6 +180,7 @@ def _tensorrt(variant: Variant) -> Backend:
         extra=variant.backend,
         check=lambda: load_tensorrt(variant),
         options=TensorRTOptions(),
+        bound_to=variant.module,
     )
 
 
@@ -168,6 +208,7 @@ def _build_tensorrt_llm(job: BuildJob) -> list[Path]:
         job.steps,
         TensorRTOptions(),
         engines=("vision",),
+        engine_dir=job.engine_dir,
     )
 
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from qwen2vl_trt import __version__
 from qwen2vl_trt.checkpoint import Checkpoint
@@ -16,14 +12,13 @@ from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.hub import ResolvedModel
 
 from .backends import Backend, BuildJob, check_quantization
-from .manifest import FILE, BuiltFile, Manifest
+from .differences import differences, in_words
+from .manifest import BuiltFile, Manifest, OtherFormatError
 from .profile import BuildProfile
 from .progress import BuildSteps, progress_bar
+from .staging import LOCK, MANIFEST_FILE, MODEL_FILES, alone, staged
 
 logger = logging.getLogger(__name__)
-
-_LOCK = ".lock"
-"""Stays in the folder, and so marks it as one that builds may clear."""
 
 
 def build_engines(
@@ -36,20 +31,18 @@ def build_engines(
         backend: with ``precision``, from :func:`engines.backends.find_backend`.
         precision: one of the backend's.
         profile: the limits.
-        folder: where the engines go; made if missing. Files of an older build are replaced.
-        force: build even if the folder holds the same.
+        folder: where the engines go; made if missing. Damaged engines there are built again.
+        force: build whatever the folder holds; older engines work until the new ones do (see :mod:`engines.staging`).
 
     Returns:
         Whether anything was built.
 
     Raises:
         CheckpointError: the model cannot be read or does not fit its configuration.
-        BuildError: the folder cannot be written, or holds a model that no build put there; the model is not of the
-            precision's kind (quantised or not).
+        BuildError: the folder cannot be written, holds other engines (named; ``force`` replaces them), or holds a model
+            that no build put there; the model is not of the precision's kind (quantised or not).
     """
     checkpoint = Checkpoint(model.folder)
-    if folder.resolve() == model.folder.resolve():
-        raise BuildError(f"{folder} is the checkpoint itself; give --engine-dir another folder")
     numbers = backend.precision(precision)
     check_quantization(checkpoint, numbers)
     planned = Manifest(
@@ -62,43 +55,28 @@ def build_engines(
         versions={"qwen2vl-trt": __version__, **backend.versions()},
         options=backend.options.as_dict() if backend.options else {},
     )
+    if not force and _is_built(planned, folder):
+        return False
+    if folder.resolve() == model.folder.resolve():
+        raise BuildError(f"{folder} is the checkpoint itself; give --engine-dir another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not force and _is_built(planned, folder):
-            return False
         _check_ours(folder)
-        with _alone(folder):  # two builds at once: the second waits, then finds the first one's work
+        with alone(folder):  # two builds at once: the second waits, then finds the first one's work
             if not force and _is_built(planned, folder):
                 return False
-            (folder / FILE).unlink(missing_ok=True)
-            with progress_bar() as progress:
+            with staged(folder) as staging, progress_bar() as progress:
                 steps = BuildSteps(progress, model.name, backend.steps)
-                files = backend.build(BuildJob(checkpoint, folder, numbers, profile, backend.options, steps))
-            replace(planned, files={path.name: BuiltFile.of(path) for path in files}).write(folder)
+                files = backend.build(BuildJob(checkpoint, staging, folder, numbers, profile, backend.options, steps))
+                replace(planned, files={path.name: BuiltFile.of(path) for path in files}).write(staging)
     except OSError as error:
-        raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None
+        raise BuildError(f"{folder}: {error.strerror or error}; what it held is unchanged") from None
     return True
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("%s: another build is at work there; waiting for it", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _check_ours(folder: Path) -> None:
     """A build clears its folder of older models: never one that is somebody's checkpoint."""
-    from export.weights import MODEL_FILES
-
-    if (folder / FILE).exists() or (folder / _LOCK).exists():
+    if (folder / MANIFEST_FILE).exists() or (folder / LOCK).exists():
         return
     for path in sorted(folder.iterdir()):
         if path.suffix in MODEL_FILES:
@@ -106,12 +84,23 @@ def _check_ours(folder: Path) -> None:
 
 
 def _is_built(planned: Manifest, folder: Path) -> bool:
+    """Whether the folder holds what is planned.
+
+    Raises:
+        BuildError: it holds other engines.
+    """
+    way_out = "Pass --force to replace them, or give another --engine-dir"
     try:
         found = Manifest.read(folder)
-        if replace(found, files={}) != planned:
-            return False
+        differing = differences(planned, found)
+        if differing:
+            raise BuildError(f"{in_words(folder, differing)}. {way_out}")
         found.verify(folder)
-    except EngineError:
+    except OtherFormatError as error:
+        raise BuildError(f"{error} {way_out}") from None
+    except EngineError as error:
+        if (folder / MANIFEST_FILE).exists():
+            logger.warning("%s It is built again.", error)
         return False
     return True
 

@@ -11,6 +11,7 @@ import onnx
 from qwen2vl_trt.config import Qwen2VLConfig, VisionConfig
 
 from .manifest import Manifest
+from .onnx_file import read_onnx
 from .profile import BuildProfile
 from .tensorrt_profiles import Ranges, decoder_ranges, vision_ranges
 
@@ -128,23 +129,24 @@ def _profiles(name: str, profile: BuildProfile, config: Qwen2VLConfig) -> dict[s
 
 
 def _graph(path: Path, name: str, profiles: dict[str, Ranges]) -> GraphReport:
-    graph = onnx.load(path, load_external_data=False).graph
-    types = {
-        value.name: _type(value.type.tensor_type.elem_type)
-        for value in (*graph.value_info, *graph.input, *graph.output)
-    }
-    dequantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
-    return GraphReport(
-        name,
-        tuple(map(_tensor, graph.input)),
-        tuple(map(_tensor, graph.output)),
-        tuple(
-            (node.name, node.op_type, "FP8" if node.input[0] in dequantised else types.get(node.output[0], "?"))
-            for node in graph.node
-            if node.op_type in _COMPUTES
-        ),
-        profiles,
-    )
+    with read_onnx(path) as model:
+        graph = model.graph
+        types = {
+            value.name: _type(value.type.tensor_type.elem_type)
+            for value in (*graph.value_info, *graph.input, *graph.output)
+        }
+        dequantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+        return GraphReport(
+            name,
+            tuple(map(_tensor, graph.input)),
+            tuple(map(_tensor, graph.output)),
+            tuple(
+                (node.name, node.op_type, "FP8" if node.input[0] in dequantised else types.get(node.output[0], "?"))
+                for node in graph.node
+                if node.op_type in _COMPUTES
+            ),
+            profiles,
+        )
 
 
 def _tensor(value: onnx.ValueInfoProto) -> TensorReport:

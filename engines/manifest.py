@@ -1,7 +1,7 @@
 """The manifest of an engine folder: what it was built from, for what, and with what.
 
-It is written last and atomically. A folder without one holds no engine, so a killed build leaves nothing that
-loads; a folder whose files differ from it is refused, naming the difference.
+It takes its place last (see :mod:`engines.staging`). A folder without one holds no engine, so a killed build leaves
+nothing that loads; a folder whose files differ from it is refused, naming the difference.
 
 A plan has gigabytes, and hashing them at every start would cost more than loading them. A file that still has its size
 and its time of modification is taken for the one that was built; one with another time (edited, replaced, copied
@@ -24,12 +24,16 @@ from qwen2vl_trt.schema import checked, reject_unknown
 
 from .plan_file import whole_file
 from .profile import BuildProfile
+from .staging import MANIFEST_FILE, finish
 
-FILE = "manifest.json"
 FORMAT = 2
 """Raised when an engine folder of an older build must not be loaded any more."""
 
 _SECOND = 10**9  # in the nanoseconds of mtime_ns
+
+
+class OtherFormatError(EngineError):
+    """An engine folder of another release, which loads there."""
 
 
 @dataclass(frozen=True)
@@ -102,33 +106,47 @@ class Manifest:
         Raises:
             BuildError: the disk is full, or the folder cannot be written.
         """
-        with whole_file(folder / FILE) as file:
+        with whole_file(folder / MANIFEST_FILE) as file:
             file.write(json.dumps(asdict(self), indent=2).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read a folder's manifest.
+        """Read a folder's manifest, once a build that was killed at its very end is finished.
 
         Raises:
             EngineError: there is none, it is corrupt, or of another format.
         """
-        path = folder / FILE
+        path = folder / MANIFEST_FILE
+        try:
+            finish(folder)
+        except OSError as error:
+            raise EngineError(
+                f"{folder}: a build was killed while its files took their places, and it cannot be finished"
+                f" ({error.strerror or error}). Make the folder writable."
+            ) from None
         try:
             raw = msgspec.json.decode(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
-            what = f"{folder} holds no engine: it has no {FILE}" if folder.is_dir() else f"there is no folder {folder}"
+            what = (
+                f"{folder} holds no engine: it has no {MANIFEST_FILE}"
+                if folder.is_dir()
+                else f"there is no folder {folder}"
+            )
             raise EngineError(f"{what}. Build one with build_engines.py.") from None
         except (OSError, ValueError, RecursionError) as error:
             raise EngineError(f"{path} cannot be read ({error}). Rebuild with build_engines.py.") from None
         found = raw.get("format") if isinstance(raw, dict) else None
         if found != FORMAT:
-            raise EngineError(
+            raise OtherFormatError(
                 f"{folder} was built in format {found}, this release loads format {FORMAT}."
                 " Rebuild with build_engines.py."
             )
         try:
-            manifest = checked(raw, cls, FILE)
-            reject_unknown(raw, [each.name for each in fields(cls)], {}, FILE)
+            manifest = checked(raw, cls, MANIFEST_FILE)
+            reject_unknown(raw, [each.name for each in fields(cls)], {}, MANIFEST_FILE)
+            for name in manifest.files:
+                if Path(name).name != name or "\0" in name:
+                    raise CheckpointError(f"{MANIFEST_FILE}: {name!r} is no name of a file")
             BuildProfile.from_dict(raw["profile"])  # its names
         except (BuildError, CheckpointError) as error:
             raise EngineError(f"{path} is corrupt ({error}). Rebuild with build_engines.py.") from None

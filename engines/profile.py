@@ -104,10 +104,10 @@ def flag(name: str) -> str:
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """One file of ``configs/``: a model and its limits."""
+    """One file of ``configs/``: a model and the limits that it names."""
 
     model: str
-    profile: BuildProfile
+    limits: dict[str, int]
 
     @classmethod
     def from_yaml(cls, path: Path) -> BuildConfig:
@@ -125,6 +125,8 @@ class BuildConfig:
         if not isinstance(raw, dict) or not isinstance(raw.get("model"), str):
             raise BuildError(f"{path} does not name its model (model: Qwen2.5-VL-7B)")
         try:
-            return cls(raw.pop("model"), BuildProfile.from_dict(raw))
+            model = raw.pop("model")
+            BuildProfile.from_dict(raw)
+            return cls(model, raw)
         except BuildError as error:
             raise BuildError(f"{path}: {error}") from None

@@ -37,11 +37,13 @@ def build_plans(
     steps: BuildSteps,
     options: TensorRTOptions,
     engines: Collection[str] = ("vision", "decoder"),
+    engine_dir: Path | None = None,
 ) -> list[Path]:
     """Export both graphs into a folder and build plans; the graphs stay beside them.
 
     Args:
         engines: those to build.
+        engine_dir: that the files are for, where it is another folder: the timing cache is kept beside it.
 
     Returns:
         The files: two graphs, two plans, and for each plan the layers that TensorRT made of it.
@@ -68,7 +70,7 @@ def build_plans(
         if graph.stem not in engines:
             continue
         steps(f"building the {graph.stem} engine")
-        files += _build_plan(trt, variant, graph, ranges[graph.stem], options, steps)
+        files += _build_plan(trt, variant, graph, ranges[graph.stem], options, steps, engine_dir or folder)
     return files
 
 
@@ -142,6 +144,7 @@ def _build_plan(
     profiles: tuple[Ranges, ...],
     options: TensorRTOptions,
     steps: BuildSteps,
+    engine_dir: Path,
 ) -> list[Path]:
     log = tensorrt_log(trt)
     with deferred_interrupt() as interrupted:
@@ -152,7 +155,7 @@ def _build_plan(
         config.progress_monitor = monitor = progress_monitor(trt, steps, interrupted)
         cache = None
         if not variant.builds_anywhere:  # TensorRT for RTX times nothing: its timing cache does nothing
-            cache = timing_cache_path(path.parent, trt.__version__, torch.cuda.get_device_name())
+            cache = timing_cache_path(engine_dir, trt.__version__, torch.cuda.get_device_name())
             load_timing_cache(config, cache)
         log.clear()
         with whole_file(path.with_suffix(".engine")) as file:

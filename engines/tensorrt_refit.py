@@ -20,6 +20,8 @@ import onnx
 
 from qwen2vl_trt.errors import BuildError, EngineError
 
+from .onnx_file import read_onnx
+
 
 @dataclass(frozen=True)
 class StoredWeight:
@@ -31,12 +33,17 @@ class StoredWeight:
 
 
 def stored_weights(path: Path) -> dict[str, StoredWeight]:
-    """The weights that an ONNX file reads from other files, by their name there and in TensorRT."""
+    """The weights that an ONNX file reads from other files, by their name there and in TensorRT.
+
+    Raises:
+        EngineError: it cannot be read, or is corrupt.
+    """
     weights = {}
-    for value in onnx.load(path, load_external_data=False).graph.initializer:
-        if value.data_location == onnx.TensorProto.EXTERNAL:
-            entry = {field.key: field.value for field in value.external_data}
-            weights[value.name] = StoredWeight(entry["location"], int(entry["offset"]), int(entry["length"]))
+    with read_onnx(path) as model:
+        for value in model.graph.initializer:
+            if value.data_location == onnx.TensorProto.EXTERNAL:
+                entry = {field.key: field.value for field in value.external_data}
+                weights[value.name] = StoredWeight(entry["location"], int(entry["offset"]), int(entry["length"]))
     return weights
 
 

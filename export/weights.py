@@ -7,7 +7,6 @@ a symbolic link; a hard link serves both (``tests/export/test_weights.py``).
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
@@ -27,24 +26,15 @@ from .graphs import Graph
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILES = {".json", ".jinja", ".txt", ".safetensors"}
-"""Suffixes of the files that belong to a model in a built folder, and that the next build there replaces."""
-
 
 def link_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Put a checkpoint's files into a folder: weights as hard links, copied where that is impossible.
-
-    Files of the same kinds that the folder holds of an older model are removed: a single weight file would be read
-    instead of the new shards, a chat template would be part of the model's hash.
+    """Put a checkpoint's files into an empty folder: weights as hard links, copied where that is impossible.
 
     Raises:
-        BuildError: the disk is full, or the folder cannot be written.
+        BuildError: the disk is full, or the folder cannot be written or holds a model.
     """
     weights = {checkpoint.locate(name).path for name in checkpoint.names}
     try:
-        for old in folder.iterdir():
-            if old.suffix in MODEL_FILES:
-                old.unlink()
         for source in checkpoint.companions:
             shutil.copyfile(source, folder / source.name)
         for source in sorted(checkpoint.folder.glob("*.safetensors")):
@@ -58,9 +48,9 @@ def _link_or_copy(source: Path, target: Path) -> None:
     """The target must not exist: writing through an old hard link would change the checkpoint that it came from."""
     try:
         os.link(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-            raise
+    except FileExistsError:
+        raise
+    except OSError as error:  # of many numbers, by file system; what copying does not mend, it runs into itself
         logger.warning("%s is copied: a hard link to %s is not possible (%s)", target, source, error.strerror)
         shutil.copyfile(source, target)
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import re
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
 from engines.arguments import usual_profile
@@ -14,7 +13,7 @@ from engines.command import Parser, positive_number, whole_number
 
 from .arithmetic import arithmetic, summary
 from .capacity import TP_SIZES, Assumptions, Load, plan
-from .tables import find_config, find_gpu, published_name
+from .tables import find_config, find_gpu
 
 _PUBLISHED_MAX_PIXELS = 12_845_056
 """Of the published checkpoints' preprocessor; engines built with the limits in ``configs/`` take less."""
@@ -30,15 +29,15 @@ def run_plan(argv: list[str], epilog: str) -> None:
     """
     arguments = _parser(epilog).parse_args(argv)
 
+    from qwen2vl_trt.hub import find_local, published_name
     from runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
     from runtime.preprocessing.sizes import SizeRules
 
-    config, gpu = find_config(arguments.model), find_gpu(arguments.gpu)
-    folder = Path(arguments.model)
+    config, gpu, local = find_config(arguments.model), find_gpu(arguments.gpu), find_local(arguments.model)
     published = PreprocessorSettings(image=PixelSettings(max_pixels=_PUBLISHED_MAX_PIXELS))
-    settings = PreprocessorSettings.from_folder(folder) if folder.is_dir() else published
+    settings = PreprocessorSettings.from_folder(local.folder) if local else published
     settings = settings.with_limits(max_pixels=arguments.max_pixels)
-    settings = replace(settings, profile=usual_profile(published_name(arguments.model) or folder.name))
+    settings = replace(settings, profile=usual_profile(local.name if local else published_name(arguments.model)))
     _, rows, columns = SizeRules(config.vision, settings).image(*arguments.image_size, name="--image-size").grid
     load = Load(
         rows=rows,
@@ -70,7 +69,7 @@ def _parser(epilog: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--model", required=True, metavar="NAME", help="Qwen2.5-VL-{3B,7B,32B,72B}, or a checkpoint folder"
+        "--model", required=True, metavar="NAME", help="tiny, Qwen2.5-VL-{3B,7B,32B,72B}, or a checkpoint folder"
     )
     parser.add_argument("--gpu", required=True, metavar="NAME", help="as in planning/gpus.yaml: H200, H100, L40S, ...")
     parser.add_argument(

@@ -10,6 +10,8 @@ import yaml
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import PlanError
+from qwen2vl_trt.foreign import refuse_foreign
+from qwen2vl_trt.hub import TINY, find_local, published_name
 
 _FOLDER = Path(__file__).resolve().parent
 
@@ -66,23 +68,19 @@ def find_config(name: str) -> Qwen2VLConfig:
         PlanError: neither; the message names the models that are known.
         CheckpointError: the folder has no readable ``config.json`` of a Qwen2.5-VL.
     """
-    table, known = _read("models.yaml"), published_name(name)
-    if known is None:
-        if not Path(name).is_dir():
-            raise PlanError(
-                f"unknown model {name!r}; known: {', '.join(table['models'])}, and any checkpoint folder (its"
-                " config.json is enough)"
-            )
-        return Qwen2VLConfig.from_folder(name)
-    raw = table["models"][known]
+    local = find_local(name)
+    if local is not None:
+        refuse_foreign(local.folder)
+        return Qwen2VLConfig.from_folder(local.folder)
+    table = _read("models.yaml")
+    raw = table["models"].get(published_name(name))
+    if raw is None:
+        raise PlanError(
+            f"unknown model {name!r}; known: {TINY}, {', '.join(table['models'])}, and any checkpoint folder (its"
+            " config.json is enough)"
+        )
     vision = table["shared"]["vision_config"] | raw["vision_config"]
     return Qwen2VLConfig.from_dict(table["shared"] | raw | {"vision_config": vision})
-
-
-def published_name(name: str) -> str | None:
-    """How a published model is spelled here; None of anything else."""
-    spelling = name.lower().removeprefix("qwen/").removesuffix("-instruct")
-    return {model.lower(): model for model in _read("models.yaml")["models"]}.get(spelling)
 
 
 def _read(name: str) -> dict[str, Any]:

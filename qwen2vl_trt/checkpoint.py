@@ -22,12 +22,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import Qwen2VLConfig
+from .config import Qwen2VLConfig, read_json
+from .downloads import lacking
 from .errors import CheckpointError
+from .foreign import QUANTIZATION_FILE, refuse_foreign
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-QUANTIZATION_FILE = "hf_quant_config.json"
+RECORD = "calibration.json"
+"""What a quantised checkpoint was made from, where it was quantised here."""
 
 # Everything beside the weights that changes an answer. Files that a checkpoint lacks are left out of the hash.
 _HASHED_FILES = (
@@ -90,7 +93,7 @@ class Checkpoint:
 
     Raises:
         CheckpointError: no such folder, no ``config.json``, not a Qwen2.5-VL, no safetensors, a shard missing,
-            truncated or corrupt, or a tensor of a type that torch cannot hold.
+            truncated or corrupt, a download cut short, or a tensor of a type that torch cannot hold.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -99,6 +102,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: there is no such folder")
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is a file; a checkpoint is a folder with config.json")
+        refuse_foreign(self.folder)
         self.config = Qwen2VLConfig.from_folder(self.folder)
         self._shards, self._locations = _read_index(self.folder)
 
@@ -109,8 +113,8 @@ class Checkpoint:
 
     @property
     def companions(self) -> tuple[Path, ...]:
-        """The files beside the weights that belong to the model: configuration, tokenizer, templates, index."""
-        return tuple(path for name in (*_HASHED_FILES, INDEX_FILE) if (path := self.folder / name).is_file())
+        """The files beside the weights that belong to the model: configuration, tokenizer, templates, index, record."""
+        return tuple(path for name in (*_HASHED_FILES, INDEX_FILE, RECORD) if (path := self.folder / name).is_file())
 
     def __contains__(self, name: str) -> bool:
         return name in self._locations
@@ -185,16 +189,21 @@ def _read_index(folder: Path) -> tuple[dict[str, Path], dict[str, TensorLocation
                 f"{folder} has its weights as pickled .bin files, which are not read;"
                 " safetensors are needed (in Transformers: model.save_pretrained(folder))"
             )
-        raise CheckpointError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+        raise lacking(folder, f"has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
 
     weight_map = _read_weight_map(folder / INDEX_FILE)
-    shards: dict[str, Path] = {}
-    headers: dict[str, dict[str, TensorLocation]] = {}
-    for shard in sorted(set(weight_map.values())):
+    named = sorted(set(weight_map.values()))
+    there = {path.name for path in folder.iterdir() if path.is_file()}
+    for shard in named:
         if Path(shard).name != shard:
             raise CheckpointError(f"{folder / INDEX_FILE} names {shard!r}, which is not a file name in that folder")
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder}: shard {shard} is missing; {INDEX_FILE} names it")
+    missing = [shard for shard in named if shard not in there]
+    if missing:
+        part = f"{len(named) - len(missing)} of the {len(named)} shards that {INDEX_FILE} names"
+        raise lacking(folder, f"has {part}; {missing[0]} is missing")
+    shards: dict[str, Path] = {}
+    headers: dict[str, dict[str, TensorLocation]] = {}
+    for shard in named:
         shards[shard] = (folder / shard).resolve()
         headers[shard] = read_header(folder / shard)
 
@@ -207,10 +216,7 @@ def _read_index(folder: Path) -> tuple[dict[str, Path], dict[str, TensorLocation
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from None
+    weight_map = read_json(path).get("weight_map")
     sound = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
     if not sound or not weight_map:
         raise CheckpointError(f"{path}: weight_map does not map tensor names to file names")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from .config import Qwen2VLConfig
+from .downloads import is_cut_short
 from .errors import CheckpointError
+from .foreign import ADAPTER_FILE, gguf_in_words, refuse_foreign
+
+logger = logging.getLogger(__name__)
 
 TINY = "tiny"
 SIZES = ("3B", "7B", "32B", "72B")
@@ -14,6 +20,7 @@ HUB_MODELS = {f"Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size 
 
 # What a checkpoint needs. No *.bin and no *.pth: some repositories carry the weights twice.
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+_FIRST = ["config.json", ADAPTER_FILE]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -36,42 +43,67 @@ def resolve_model(name: str | Path, revision: str | None = None) -> ResolvedMode
     """Find a model, downloading it where it is one of the hub's and not yet in the hub's cache.
 
     Args:
-        name: ``tiny`` (ships with the project), ``Qwen2.5-VL-{3B,7B,32B,72B}`` with or without ``-Instruct``,
-            a hub id ``Org/Name``, or a folder. The names win over folders of the same name (write ``./tiny`` for
-            a folder); a folder wins over a hub id.
+        name: a checkpoint folder, ``tiny`` (ships with the project), ``Qwen2.5-VL-{3B,7B,32B,72B}`` with or without
+            ``-Instruct``, or a hub id ``Org/Name``. A folder wins over a name, as in Transformers, and a log line says
+            so; one without ``config.json`` does not stand in the way of ``tiny`` and the short names.
         revision: branch, tag or commit; only a hub model has one.
 
     Raises:
-        CheckpointError: unknown name, no such folder, or the hub cannot deliver it.
+        CheckpointError: unknown name, no such folder, or the hub cannot deliver it or has another kind of model there.
     """
     text = str(name)
-    alias = _alias(text)
-    folder = Path(text).expanduser()
-    if alias == TINY:
-        found = ResolvedModel(TINY, _tiny_folder())
-    elif alias is not None:
+    found = find_local(name)
+    if found is not None:
+        if revision is not None:
+            raise CheckpointError(
+                f"model {text!r} is the folder {found.folder} and has no revision {revision!r}: only a model of the hub"
+                " has revisions"
+            )
+        if _is_known(text) and found.folder == Path(text).expanduser():
+            logger.warning("--model %s is taken to be the folder %s here, not the hub's", text, found.folder)
+        return found
+    alias = published_name(text)
+    if alias is not None:
         return _from_hub(alias, HUB_MODELS[alias], revision)
-    elif text and folder.is_dir():
-        found = ResolvedModel(_safe_name(folder), folder)
-    elif isinstance(name, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1:
+    if Path(text).expanduser().is_file():
+        raise CheckpointError(f"unknown model {text!r}: {_file_in_words(Path(text))}")
+    if isinstance(name, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1:
         raise CheckpointError(f"{name}: there is no such folder")
-    elif _HUB_ID.fullmatch(text):
+    if _HUB_ID.fullmatch(text):
         return _from_hub(text.replace("/", "--"), text, revision)
-    else:
-        raise CheckpointError(
-            f"unknown model {text!r}; known are {', '.join([TINY, *HUB_MODELS])},"
-            " any hub id (Org/Name) and the path of a checkpoint folder"
-        )
-    if revision is not None:
-        raise CheckpointError(f"model {text!r} has no revision {revision!r}: only a model of the hub has revisions")
-    return found
+    raise CheckpointError(
+        f"unknown model {text!r}; known are {', '.join([TINY, *HUB_MODELS])},"
+        " any hub id (Org/Name) and the path of a checkpoint folder"
+    )
 
 
-def _alias(text: str) -> str | None:
-    """``tiny`` or the short name of a published model, whatever its spelling; None for everything else."""
+def find_local(name: str | Path) -> ResolvedModel | None:
+    """Find a model that needs no hub: a folder, or ``tiny``; None for every other name.
+
+    Raises:
+        CheckpointError: ``tiny`` is not installed.
+    """
+    text = str(name)
+    folder = Path(text).expanduser()
+    if (folder / "config.json").is_file() if _is_known(text) else text and folder.is_dir():
+        return ResolvedModel(_safe_name(folder), folder)
+    return ResolvedModel(TINY, _tiny_folder()) if text.lower() == TINY else None
+
+
+def _is_known(text: str) -> bool:
+    return text.lower() == TINY or published_name(text) is not None
+
+
+def published_name(text: str) -> str | None:
+    """The short name of a published model, whatever its spelling; None for everything else."""
     spelling = text.lower().removeprefix("qwen/").removesuffix("-instruct")
-    known = {alias.lower(): alias for alias in HUB_MODELS}
-    return TINY if text.lower() == TINY else known.get(spelling)
+    return {name.lower(): name for name in HUB_MODELS}.get(spelling)
+
+
+def _file_in_words(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return f"{path} {gguf_in_words(path.name)}"
+    return f"{path} is a file; a checkpoint is a folder with config.json"
 
 
 def _tiny_folder() -> Path:
@@ -90,10 +122,10 @@ def _safe_name(folder: Path) -> str:
 
 
 def _from_hub(name: str, repository: str, revision: str | None) -> ResolvedModel:
-    from huggingface_hub import snapshot_download  # slow to import, and not needed for a local folder
+    from httpx import TransportError
+    from huggingface_hub import list_repo_files, snapshot_download  # slow to import, and not needed for a local folder
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -102,7 +134,16 @@ def _from_hub(name: str, repository: str, revision: str | None) -> ResolvedModel
 
     instead = "The path of a checkpoint folder (config.json, *.safetensors, tokenizer files) serves as --model, too."
     try:
+        first = Path(snapshot_download(repository, revision=revision, allow_patterns=_FIRST))
+        if not any((first / file).is_file() for file in _FIRST):
+            gguf = [file for file in list_repo_files(repository, revision=revision) if file.endswith(".gguf")]
+            what = gguf_in_words(gguf[0]) if gguf else "is no checkpoint: it has no config.json on the hub"
+            raise CheckpointError(f"{repository} {what}")
+        refuse_foreign(first)  # here, before the gigabytes of another kind of model
+        Qwen2VLConfig.from_folder(first)
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=_PATTERNS))
+    except CheckpointError:
+        raise
     except GatedRepoError:
         problem = f"is gated: accept its terms at https://huggingface.co/{repository} and run 'hf auth login'"
     except RepositoryNotFoundError:
@@ -111,10 +152,18 @@ def _from_hub(name: str, repository: str, revision: str | None) -> ResolvedModel
         problem = f"has no revision {revision!r} on the Hugging Face hub"
     except HFValidationError:
         problem = "is no valid name on the Hugging Face hub"
-    except (LocalEntryNotFoundError, ConnectionError):
-        problem = "is not in the local cache, and the Hugging Face hub (huggingface.co) cannot be reached"
-    except (HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, ConnectionError, TransportError):
+        there = "an incomplete download" if is_cut_short(_storage(repository)) else "not"
+        problem = f"is {there} in the local cache, and the Hugging Face hub (huggingface.co) cannot be reached"
+    except OSError as error:
         problem = f"could not be fetched from the Hugging Face hub: {' '.join(str(error).split())}"
     else:
         return ResolvedModel(name, folder, folder.name)
     raise CheckpointError(f"{repository} {problem}. {instead}")
+
+
+def _storage(repository: str) -> Path:
+    """The folder of a repository in the hub's cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"

@@ -15,6 +15,7 @@ from typing import Any
 
 from .chat_template import ChatTemplate
 from .config import Qwen2VLConfig, read_json
+from .downloads import lacking
 from .errors import CheckpointError, LimitError, PromptError
 from .inert_text import InertText
 from .messages import Message, to_messages
@@ -192,11 +193,11 @@ def check_tokenizer_files(folder: str | Path) -> None:
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise CheckpointError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json")
+        raise lacking(folder, "has no tokenizer: neither tokenizer.json nor vocab.json")
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return
     if not read_json(folder / "tokenizer_config.json").get("chat_template"):
-        raise CheckpointError(f"{folder} {_NO_TEMPLATE}")
+        raise lacking(folder, _NO_TEMPLATE)
 
 
 def load_tokenizer(folder: str | Path) -> Any:

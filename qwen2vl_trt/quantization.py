@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import QUANTIZATION_FILE, Checkpoint
+from .checkpoint import Checkpoint
 from .config import read_json
 from .errors import CheckpointError
+from .foreign import QUANTIZATION_FILE
 from .layers import FP8Linear
 from .weights import EMBEDDING, checkpoint_names
 
@@ -105,11 +106,10 @@ def _stated(checkpoint: Checkpoint) -> bool:
         if raw is None:
             return False
     stated = raw if isinstance(raw, dict) else {}
-    method = "modelopt" if path.is_file() else stated.get("quant_method")
     algorithm = stated.get("quant_algo")
-    if method != "modelopt" or algorithm != "FP8":
+    if algorithm != "FP8":  # other methods are refused where the folder is opened
         raise CheckpointError(
-            f"{checkpoint.folder} is quantised by {method or 'an unknown method'} to {algorithm or 'an unknown type'};"
+            f"{checkpoint.folder} is quantised by modelopt to {algorithm or 'an unknown type'};"
             " supported is FP8 by NVIDIA Model Optimizer (modelopt). Take the unquantised checkpoint: --precision fp8"
             " quantises it"
         )

@@ -168,23 +168,28 @@ def _wanted(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
 def _compare(checkpoint: Checkpoint, names: Mapping[str, str], wanted: Mapping[str, tuple[int, ...]]) -> None:
     missing = [name for name in wanted if name not in names]
     extra = [theirs for ours, theirs in names.items() if ours not in wanted]
-    if checkpoint.config.text.tie_word_embeddings:  # a tied module may hold only one of the two
+    if checkpoint.config.text.tie_word_embeddings:
+        if EMBEDDING in missing and LM_HEAD in missing:  # one tensor would do for both
+            missing.remove(LM_HEAD)
+        # A tied module may hold only one of the two.
         extra = [theirs for theirs in extra if theirs not in (names.get(LM_HEAD), names.get(EMBEDDING))]
-    misshapen, whole = [], []
+    misshapen: dict[str, str] = {}  # by their name: two parameters may have one source
+    whole: dict[str, str] = {}
     for ours, shape in wanted.items():
         if ours in names:
-            location = checkpoint.locate(names[ours])
+            theirs = names[ours]
+            location = checkpoint.locate(theirs)
             if not _fits(ours, location.shape, shape):
-                misshapen.append(f"{names[ours]} {list(location.shape)} instead of {list(shape)}")
+                misshapen[theirs] = f"{theirs} {list(location.shape)} instead of {list(shape)}"
             elif not location.dtype.is_floating_point:
-                whole.append(f"{names[ours]} {location.dtype}")
+                whole[theirs] = f"{theirs} {location.dtype}"
     problems = [
         f"{len(found)} {what} ({', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''})"
         for what, found in (
             ("missing", missing),
             ("unexpected", extra),
-            ("misshapen", misshapen),
-            ("not of floating point", whole),
+            ("misshapen", list(misshapen.values())),
+            ("not of floating point", list(whole.values())),
         )
         if found
     ]

@@ -1,13 +1,13 @@
 """From a model to its FP8 checkpoint, made once and found again.
 
 The checkpoint lies in ``artifacts/<model>-fp8``. A record that is written into it before it gets that name says what it
-was made from: a folder of that name is whole, and another model or other calibration data makes it anew.
+was made from: a folder of that name is whole. One of another model or of other calibration data stays, unless
+``--force`` replaces it. Engines have the record too, and serve without the checkpoint that they were built from.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,18 +16,16 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from engines.arguments import BuildPlan
+from engines.arguments import CALIBRATION_SIZE, BuildPlan, CalibrationChoice
+from engines.manifest import Manifest
 from engines.progress import progress_bar
 from export.quantize import check_quantizer, quantize_checkpoint
-from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.checkpoint import RECORD, Checkpoint
 from qwen2vl_trt.config import read_json
-from qwen2vl_trt.errors import BuildError, CheckpointError
-from qwen2vl_trt.hub import ResolvedModel
+from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError
 from qwen2vl_trt.quantization import fp8_layers
 
 from .calibration import Calibration, CalibrationData
-
-RECORD = "calibration.json"
 
 
 @dataclass(frozen=True)
@@ -39,78 +37,123 @@ class _Record:
     samples: int
     quantized_hash: str = ""
 
+    @classmethod
+    def of(cls, folder: Path) -> _Record | None:
+        """The record of a folder that is as it was made."""
+        try:
+            found = cls(**read_json(folder / RECORD))
+            return found if Checkpoint(folder).hash == found.quantized_hash else None
+        except (CheckpointError, TypeError):
+            return None
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be quantised, and with what as far as the user says."""
+
+    name: str
+    checkpoint: Checkpoint
+    choice: CalibrationChoice
+    own_data: Callable[[int], CalibrationData]
+
+    def data(self, size: int) -> CalibrationData:
+        if self.choice.folder is not None:
+            return CalibrationData.from_folder(self.choice.folder, size)
+        if self.name == "tiny":
+            return self.own_data(size)
+        raise BuildError(f"quantising {self.name} to FP8 needs images like those it will see: --calibration-data DIR")
+
+    def difference(self, found: _Record) -> str | None:
+        """What a quantised checkpoint was made from, in words, if it does not do."""
+        if found.model_hash != self.checkpoint.hash:
+            return "another model"
+        if self.choice == CalibrationChoice(None, None):
+            return None
+        data = self.data(self.choice.size or found.samples)
+        same = (found.calibration, found.samples) == (data.identity, len(data.requests))
+        return None if same else f"other calibration data ({found.samples} samples)"
+
 
 def quantize_first(plan: BuildPlan, own_data: Callable[[int], CalibrationData]) -> BuildPlan:
     """Replace a model that is to be built in FP8 by its quantised checkpoint, made where it is missing.
 
     Args:
-        plan: as it is where it is for another precision, or the model is quantised already.
+        plan: as it is where it is for another precision, or the model is quantised already. Engines in its folder hold
+            the quantised checkpoint that they were built from: it is the one, if it does.
         own_data: makes the tiny model's calibration data of a size.
 
     Raises:
-        BuildError: no calibration data for this model, or something wrong with them; the folder cannot be written.
+        BuildError: no calibration data for this model, or something wrong with them; a quantised checkpoint or engines
+            are there that were made from something else; the folder cannot be written.
         MissingDependencyError: Model Optimizer is needed and not installed.
         CheckpointError: the model cannot be read.
     """
     if plan.calibration is None or fp8_layers(checkpoint := Checkpoint(plan.model.folder)):
         return plan
-    folder, size = plan.calibration.folder, plan.calibration.size
+    wanted = _Wanted(plan.model.name, checkpoint, plan.calibration, own_data)
+    engines = not plan.force and _holds_engines(plan.folder)
+    if engines and (built := _Record.of(plan.folder)):
+        difference = wanted.difference(built)
+        if difference:
+            raise BuildError(
+                f"{plan.folder} holds engines that were quantised from {difference}. Pass --force to replace them, or"
+                " give another --engine-dir"
+            )
+        return replace(plan, model=replace(plan.model, folder=plan.folder))
     vision = plan.backend.precision(plan.precision).fp8_vision
-    if folder is not None:
-        data = CalibrationData.from_folder(folder, size)
-    elif plan.model.name == "tiny":
-        data = own_data(size)
-    else:
-        raise BuildError(
-            f"quantising {plan.model.name} to FP8 needs images like those it will see: --calibration-data DIR"
-        )
-    return replace(plan, model=replace(plan.model, folder=quantized_folder(plan.model, checkpoint, data, vision)))
-
-
-def quantized_folder(model: ResolvedModel, checkpoint: Checkpoint, data: CalibrationData, vision: bool = True) -> Path:
-    """The folder of a model's FP8 checkpoint, of the decoder alone without ``vision``; raises as
-    :func:`quantize_first`.
-    """
-    folder = Path("artifacts") / f"{model.name}-fp8{'' if vision else '-decoder'}"
-    wanted = _Record(checkpoint.hash, data.identity, len(data.requests))
+    folder = Path("artifacts") / f"{wanted.name}-fp8{'' if vision else '-decoder'}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):  # two at once: the second finds the first one's work
-            if not _is_made(wanted, folder):
-                _make(wanted, folder, checkpoint, data, vision)
+            _check_ours(folder)
+            found = _Record.of(folder)
+            difference = wanted.difference(found) if found else None
+            if difference and not plan.force:
+                raise BuildError(f"{folder} was quantised from {difference}; pass --force to make it anew")
+            if engines and not found:  # here, before the hour of a calibration
+                raise BuildError(
+                    f"{plan.folder} holds engines that do not say what they were quantised from. Run them as they are"
+                    " (--engine-dir without --model), or pass --force to replace them"
+                )
+            if difference or not found:
+                _make(folder, checkpoint, wanted.data(wanted.choice.size or CALIBRATION_SIZE), vision)
     except OSError as error:
         raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None
-    return folder
+    return replace(plan, model=replace(plan.model, folder=folder))
 
 
-def _is_made(wanted: _Record, folder: Path) -> bool:
-    if not folder.exists():
-        return False
-    if not (folder / RECORD).is_file():
-        raise BuildError(f"{folder} is not a checkpoint that was quantised here (it has no {RECORD}); move it away")
+def _holds_engines(folder: Path) -> bool:
     try:
-        found = _Record(**read_json(folder / RECORD))
-        return replace(found, quantized_hash="") == wanted and Checkpoint(folder).hash == found.quantized_hash
-    except (CheckpointError, TypeError):
+        Manifest.read(folder).verify(folder)
+    except EngineError:
         return False
+    return True
 
 
-def _make(wanted: _Record, folder: Path, checkpoint: Checkpoint, data: CalibrationData, vision: bool) -> None:
+def _check_ours(folder: Path) -> None:
+    if folder.exists() and not (folder / RECORD).is_file():
+        raise BuildError(f"{folder} is not a checkpoint that was quantised here (it has no {RECORD}); move it away")
+
+
+def _make(folder: Path, checkpoint: Checkpoint, data: CalibrationData, vision: bool) -> None:
     check_quantizer()
     calibration = Calibration(checkpoint, data)
     calibration.check()
-    unfinished = folder.parent / f".{folder.name}.{os.getpid()}"
+    unfinished, older = (folder.parent / f".{folder.name}.{state}" for state in ("unfinished", "older"))
     try:
+        for left in (unfinished, older):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         with progress_bar() as progress:
             task = progress.add_task("calibrating", total=len(data.requests))
             device = "cuda" if torch.cuda.is_available() else "cpu"
             made = quantize_checkpoint(
                 checkpoint, unfinished, calibration, device, lambda: progress.advance(task), vision
             )
-        record = json.dumps(asdict(replace(wanted, quantized_hash=made.hash)), indent=2)
-        (unfinished / RECORD).write_text(record, encoding="utf-8")
+        record = _Record(checkpoint.hash, data.identity, len(data.requests), made.hash)
+        (unfinished / RECORD).write_text(json.dumps(asdict(record), indent=2), encoding="utf-8")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(older)
         unfinished.rename(folder)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for left in (unfinished, older):
+            shutil.rmtree(left, ignore_errors=True)

@@ -213,6 +213,41 @@ def test_a_model_is_built_where_engines_are_missing(call, user):
     assert json.loads((user / "ours" / "manifest.json").read_text())["profile"]["max_batch_size"] == 3
 
 
+def test_engines_that_are_there_serve_what_they_can_and_are_replaced_by_force_alone(call, user):
+    """The defaults are others than the limits here; a default that nobody gave is no difference."""
+    ask = (*ASK, "--max-tokens", 1)
+    there = ("--model", "model", "--engine-dir", "kept")
+    build = (*there, "--backend", "torch", "--precision", "fp32")
+    assert call(build_engines, *build, *LIMITS) == (0, "", "kept: built\n")
+    manifest = user / "kept" / "manifest.json"
+    before = manifest.stat().st_mtime_ns
+
+    assert call(run, *there, *ask)[0] == 0
+    assert call(run, *there, *ask, "--backend", "torch", "--max-batch-size", 2)[0] == 0
+    assert call(run, "--engine-dir", "kept", *ask, "--precision", "fp32", "--max-batch-size", 2)[0] == 0
+    code, _, errors = call(build_engines, *there)
+    assert (code, errors) == (0, f"kept: up to date, built with {' '.join(LIMITS)}\n")
+
+    for script, *options, message in (
+        (run, *there, *ask, "--max-batch-size", 4, "--max-batch-size 2 there, 4 wanted"),
+        (run, *there, *ask, "--backend", "onnxruntime", "--backend torch there, onnxruntime wanted"),
+        (run, *there, *ask, "--precision", "bf16", "--precision fp32 there, bf16 wanted"),
+        (run, "--model", "tiny", "--engine-dir", "kept", *ask, "--model model ("),
+        (run, "features", *there, "--image", "a.png", "--output", "k", "--max-seq-len", 500, "--max-seq-len 400 there"),
+        (run, "bench", "vision", *there, "--max-hw-dims", 181, "--max-hw-dims 180 there, 181 wanted"),
+        (build_engines, *there, "--max-batch-size", 4, "Pass --force to replace them, or give another --engine-dir"),
+    ):
+        assert_one_line(call(script, *options), message, options)
+        assert manifest.stat().st_mtime_ns == before, options
+    for options in (("--max-batch-size", 4), ("--force",), ("--revision", "main")):
+        assert_one_line(call(run, "--engine-dir", "kept", *ask, *options), "runs as it was built", options)
+
+    assert call(run, *build, *ask, "--max-batch-size", 4, "--force")[0] == 0
+    profile = json.loads(manifest.read_text())["profile"]
+    assert (profile["max_batch_size"], profile["max_seq_len"]) == (4, 8192), "built from scratch"
+    assert call(run, *there, *ask)[0] == 0
+
+
 def test_fp8_quantises_first(call, user):
     pytest.importorskip("modelopt", reason="NVIDIA Model Optimizer is not installed: the quantize extra")
     options = ("--model", "tiny", "--precision", "fp8", "--backend", "torch", "--calibration-size", 12, *LIMITS)
@@ -227,7 +262,7 @@ def test_fp8_quantises_first(call, user):
     assert_one_line(found, "is quantised to FP8 and cannot be built in bf16: --precision fp8", again)
     (user / "broken").mkdir(exist_ok=True)
     (user / "broken" / "cut.png").write_bytes((user / "cut.png").read_bytes())
-    found = call(run, *options, "--calibration-data", "broken", "--image", "a.png", *ASK)
+    found = call(run, *options, "--calibration-data", "broken", "--force", "--image", "a.png", *ASK)
     assert_one_line(found, "calibration data, broken/cut.png: ", "broken")
 
 
@@ -443,7 +478,7 @@ def test_an_interrupt_is_one_word_and_code_130(user, call, quick):
     building = start(
         user, ROOT / "build_engines.py", "--model", "model", "--backend", "onnxruntime", "--engine-dir", "stopped"
     )
-    while not (user / "stopped" / "model.safetensors").exists():
+    while not (user / "stopped" / ".building" / "model.safetensors").exists():
         time.sleep(0.05)
     time.sleep(0.5)
     building.send_signal(signal.SIGINT)

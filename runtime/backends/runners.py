@@ -119,12 +119,19 @@ class Engines:
     @cached_property
     def vision(self) -> VisionRunner:
         """Raises EngineError where the engine does not load."""
+        self._check_unchanged()
         return self.backend.load_vision(self)
 
     @cached_property
     def decoder(self) -> DecoderRunner:
         """Raises EngineError where the engine does not load."""
+        self._check_unchanged()
         return self.backend.load_decoder(self)
+
+    def _check_unchanged(self) -> None:
+        """One engine may be loaded long after the other: not from another build."""
+        if Manifest.read(self.folder) != self.manifest:
+            raise EngineError(f"{self.folder} was built again since it was opened; open it again")
 
 
 def parse_device(name: str) -> torch.device:
@@ -175,6 +182,10 @@ def open_engines(folder: str | Path, device: str | None = None) -> Engines:
     except (KeyError, BuildError):
         kind = f"backend {manifest.backend!r} in {manifest.precision!r}"
         raise EngineError(f"{folder} is for {kind}, which this release cannot run") from None
+    try:
+        BACKENDS[manifest.backend].with_options(manifest.options)
+    except BuildError as error:
+        raise EngineError(f"{folder}: its manifest is corrupt ({error}). Rebuild.") from None
     backend = cast(Backend, import_module(module))
     chosen = parse_device(device or backend.default_device())
     return Engines(folder, manifest, checkpoint, chosen, precision, backend)

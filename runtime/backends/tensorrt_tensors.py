@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 import torch
 
+from engines.onnx_file import read_onnx
 from engines.tensorrt_profiles import Ranges
 from qwen2vl_trt.errors import EngineError, LimitError
 
@@ -50,26 +51,30 @@ def expected_tensors(path: Path, profiles: tuple[Ranges, ...]) -> dict[str, Engi
     """What an engine must have that was built from an ONNX file for these profiles.
 
     Outputs called ``new_`` + an input are the caches: written in place.
+
+    Raises:
+        EngineError: the file cannot be read, or is corrupt.
     """
-    graph = onnx.load(path, load_external_data=False).graph
     tensors = {}
-    for values, is_input in ((graph.input, True), (graph.output, False)):
-        for value in values:
-            dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-            bounds = [
-                (
-                    tuple(ranges[dim].least if isinstance(dim, str) else dim for dim in dims),
-                    tuple(ranges[dim].most if isinstance(dim, str) else dim for dim in dims),
+    with read_onnx(path) as model:
+        graph = model.graph
+        for values, is_input in ((graph.input, True), (graph.output, False)):
+            for value in values:
+                dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+                bounds = [
+                    (
+                        tuple(ranges[dim].least if isinstance(dim, str) else dim for dim in dims),
+                        tuple(ranges[dim].most if isinstance(dim, str) else dim for dim in dims),
+                    )
+                    for ranges in (profiles if is_input else ())
+                ]
+                tensors[value.name] = EngineTensor(
+                    tuple(-1 if isinstance(dim, str) else dim for dim in dims),
+                    _ONNX_DTYPES[value.type.tensor_type.elem_type],
+                    is_input,
+                    value.name.removeprefix("new_") if not is_input and value.name.startswith("new_") else None,
+                    tuple(bounds),
                 )
-                for ranges in (profiles if is_input else ())
-            ]
-            tensors[value.name] = EngineTensor(
-                tuple(-1 if isinstance(dim, str) else dim for dim in dims),
-                _ONNX_DTYPES[value.type.tensor_type.elem_type],
-                is_input,
-                value.name.removeprefix("new_") if not is_input and value.name.startswith("new_") else None,
-                tuple(bounds),
-            )
     return tensors
 
 

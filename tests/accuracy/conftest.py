@@ -6,7 +6,7 @@ import pytest
 
 from engines.backends import find_backend
 from engines.build import build_engines
-from engines.profile import BuildConfig
+from engines.profile import BuildConfig, BuildProfile
 from qwen2vl_trt.hub import resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def tiny(tmp_path_factory):
     """Engine folders of the tiny model by backend and precision; do not write into them."""
     folder = tmp_path_factory.mktemp("tiny")
-    profile = BuildConfig.from_yaml(ROOT / "configs" / "tiny.yaml").profile
+    profile = BuildProfile.from_dict(BuildConfig.from_yaml(ROOT / "configs" / "tiny.yaml").limits)
     built = {}
     for kind in (("onnxruntime", "fp32"), ("torch", "fp32"), ("torch", "bf16")):
         built[kind] = folder / "-".join(kind)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 
-from engines.manifest import FILE
+from engines.staging import MANIFEST_FILE
 
 
 def damage(source: Path, folder: Path, graph: str, block: str, factor: float = 1.01) -> Path:
@@ -23,7 +23,7 @@ def damage(source: Path, folder: Path, graph: str, block: str, factor: float = 1
     model.graph.initializer.append(onnx.helper.make_tensor("factor", onnx.TensorProto.FLOAT, [], [factor]))
     nodes.insert(at, onnx.helper.make_node("Mul", [mlp, "factor"], ["damaged"], name=f"{block}.mlp.Mul_damaged"))
     path.write_bytes(model.SerializeToString())
-    manifest = json.loads((folder / FILE).read_text())
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
     del manifest["files"][path.name]  # else the folder is refused, as it ought to be
-    (folder / FILE).write_text(json.dumps(manifest))
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     return folder

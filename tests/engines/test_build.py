@@ -4,11 +4,13 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,11 @@ import torch
 
 import export.onnx_model
 import export.weights
-from engines.backends import DEFAULT_BACKEND, find_backend
+from engines.backends import BACKENDS, DEFAULT_BACKEND, find_backend
 from engines.build import build_engines, default_engine_dir
-from engines.manifest import FILE, Manifest
+from engines.manifest import Manifest
 from engines.profile import BuildProfile
+from engines.staging import MANIFEST_FILE
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError, MissingDependencyError
 from qwen2vl_trt.hub import ResolvedModel
@@ -73,6 +76,12 @@ def content(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+def edit_manifest(folder, change):
+    raw = json.loads((folder / MANIFEST_FILE).read_text())
+    change(raw)
+    (folder / MANIFEST_FILE).write_text(json.dumps(raw))
+
+
 def spoil(*arguments, **options):
     raise AssertionError("this must not run")
 
@@ -96,51 +105,84 @@ class TestAgain:
         assert build(checkpoint, tmp_path)
         before = content(tmp_path)
         assert build(checkpoint, tmp_path, force=True)
-        assert content(tmp_path)[FILE] != before[FILE]
+        assert content(tmp_path)[MANIFEST_FILE] != before[MANIFEST_FILE]
         assert loads(tmp_path)
 
     @pytest.mark.parametrize(
-        "changes",
+        ("changes", "said"),
         [
-            {"profile": BuildProfile(max_batch_size=3)},
-            {"precision": "bf16"},
-            {"name": "another name"},
+            ({"profile": replace(PROFILE, max_batch_size=3)}, "--max-batch-size 2 there, 3 wanted"),
+            ({"profile": replace(PROFILE, max_hw_dims=100)}, "--max-hw-dims 64 there, 100 wanted"),
+            ({"precision": "bf16"}, "--precision fp32 there, bf16 wanted"),
+            ({"backend": "onnxruntime"}, "--backend torch there, onnxruntime wanted"),
         ],
-        ids=lambda changes: next(iter(changes)),
+        ids=lambda value: str(value)[:20],
     )
-    def test_another_wish_builds_again(self, checkpoint, tmp_path, changes):
+    def test_other_engines_are_replaced_by_force_alone(self, checkpoint, tmp_path, changes, said):
         assert build(checkpoint, tmp_path)
-        assert build(checkpoint, tmp_path, **changes)
-        assert not build(checkpoint, tmp_path, **changes)
+        before = content(tmp_path)
+        with pytest.raises(BuildError) as refused:
+            build(checkpoint, tmp_path, **changes)
+        assert str(refused.value) == (
+            f"{tmp_path} holds other engines: {said}. Pass --force to replace them, or give another --engine-dir"
+        )
+        assert content(tmp_path) == before
         assert loads(tmp_path)
+        assert build(checkpoint, tmp_path, force=True, **changes)
+        assert not build(checkpoint, tmp_path, **changes)
 
-    def test_other_weights_build_again(self, model, checkpoint, tmp_path):
+    def test_all_that_differs_is_said(self, checkpoint, tmp_path):
+        build(checkpoint, tmp_path)
+        with pytest.raises(BuildError, match="precision fp32 there, bf16 wanted; --max-batch-size 2 there, 8 wanted"):
+            build(checkpoint, tmp_path, precision="bf16", profile=replace(PROFILE, max_batch_size=8))
+
+    def test_other_weights_are_built_by_force_alone(self, model, checkpoint, tmp_path):
         other = save_model(random_model(model.config, seed=1), tmp_path / "other")
         folder = tmp_path / "engines"
         assert build(checkpoint, folder)
-        assert build(other, folder)
+        hashes = [Checkpoint(source).hash[:12] for source in (checkpoint, other)]
+        said = f"--model random ({hashes[0]}) there, new ({hashes[1]}) wanted"
+        with pytest.raises(BuildError, match=re.escape(said)):
+            build(other, folder, name="new")
+        assert build(other, folder, force=True)
         assert open_engines(folder, "cpu").checkpoint.hash == Checkpoint(other).hash
         assert (folder / "model.safetensors").stat().st_ino == (other / "model.safetensors").stat().st_ino
 
-    def test_another_version_builds_again(self, checkpoint, tmp_path):
+    def test_another_name_and_other_versions_are_no_difference(self, checkpoint, tmp_path):
         build(checkpoint, tmp_path)
-        raw = json.loads((tmp_path / FILE).read_text())
-        raw["versions"]["torch"] = "1.0"
-        (tmp_path / FILE).write_text(json.dumps(raw))
-        assert build(checkpoint, tmp_path)
+        edit_manifest(tmp_path, lambda raw: raw["versions"].update(torch="1.0", onnxruntime="1.0"))
+        assert not build(checkpoint, tmp_path, name="another name")
 
-    def test_a_damaged_folder_is_repaired(self, checkpoint, tmp_path):
+    def test_a_plan_of_another_release_is_a_difference(self, checkpoint, tmp_path, monkeypatch):
+        """It does not load in this one; and it is not thrown away, for it does in its own."""
+        build(checkpoint, tmp_path)
+        edit_manifest(tmp_path, lambda raw: raw["versions"].update({"torch": "1.0"}))
+        monkeypatch.setitem(BACKENDS, "torch", replace(BACKENDS["torch"], bound_to="torch"))
+        with pytest.raises(BuildError, match=r"torch 1\.0 there, .* wanted"):
+            build(checkpoint, tmp_path)
+
+    def test_engines_of_another_format_are_replaced_by_force_alone(self, checkpoint, tmp_path):
+        build(checkpoint, tmp_path)
+        edit_manifest(tmp_path, lambda raw: raw.update(format=1))
+        with pytest.raises(BuildError, match=r"was built in format 1, .* --force"):
+            build(checkpoint, tmp_path)
+        assert build(checkpoint, tmp_path, force=True)
+        assert loads(tmp_path)
+
+    def test_a_damaged_folder_is_repaired(self, checkpoint, tmp_path, caplog):
         build(checkpoint, tmp_path)
         (tmp_path / "model.safetensors").unlink()
         (tmp_path / "model.safetensors").write_bytes(b"damaged")
         assert not loads(tmp_path)
-        assert build(checkpoint, tmp_path)
+        with caplog.at_level(logging.WARNING):
+            assert build(checkpoint, tmp_path)
+        assert "is damaged" in caplog.text
         assert loads(tmp_path)
 
-    @pytest.mark.parametrize("damage", ["{", '{"format": 0}', ""])
+    @pytest.mark.parametrize("damage", ["{", '{"format": 2}', "", "[" * 200_000])
     def test_a_damaged_manifest_is_repaired(self, checkpoint, tmp_path, damage):
         build(checkpoint, tmp_path)
-        (tmp_path / FILE).write_text(damage)
+        (tmp_path / MANIFEST_FILE).write_text(damage)
         assert build(checkpoint, tmp_path)
         assert loads(tmp_path)
 
@@ -148,8 +190,14 @@ class TestAgain:
         """What a model of one file leaves must not be read in place of the shards of the next."""
         shards = save_model(random_model(model.config, seed=1), tmp_path / "shards", shards=3)
         folder = tmp_path / "engines"
+        (folder / "notes").mkdir(parents=True)
+        (folder / "photo.png").touch()
         for source in (checkpoint, shards, checkpoint):
-            assert build(source, folder)
+            assert build(source, folder, force=True)
+            assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {
+                *("manifest.json", "photo.png", "notes"),
+                *(path.name for path in source.iterdir()),
+            }
             assert open_engines(folder, "cpu").checkpoint.hash == Checkpoint(source).hash
             assert not build(source, folder)
 
@@ -211,8 +259,9 @@ class TestRefused:
 class TestInterrupted:
     @pytest.mark.parametrize("step", ["link", "vision", "decoder", "manifest"])
     def test_by_an_exception_at_any_step(self, checkpoint, untied_model, tmp_path, monkeypatch, step):
-        """An engine was there before: it must not load with half of the new one."""
+        """An engine was there before: it still loads, and nothing is left beside it."""
         build(checkpoint, tmp_path)
+        before = content(tmp_path)
         traced = []
 
         def interrupt(*arguments):  # not by a signal: where tests run in the background, Python may not handle it
@@ -232,10 +281,8 @@ class TestInterrupted:
             if step == "manifest":
                 patch.setattr("engines.plan_file.os.fsync", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                build(checkpoint, tmp_path, "onnxruntime", profile=PROFILE)
-        assert not (tmp_path / FILE).exists()
-        assert not loads(tmp_path)
-        assert build(checkpoint, tmp_path)
+                build(checkpoint, tmp_path, "onnxruntime", profile=PROFILE, force=True)
+        assert content(tmp_path) == before
         assert loads(tmp_path)
 
     def test_by_a_full_disk_at_the_end(self, checkpoint, tmp_path, monkeypatch):
@@ -244,10 +291,9 @@ class TestInterrupted:
 
         with monkeypatch.context() as patch:
             patch.setattr("engines.plan_file.os.fsync", full)
-            with pytest.raises(BuildError, match="No space left on device; nothing that loads was left there"):
+            with pytest.raises(BuildError, match="No space left on device"):
                 build(checkpoint, tmp_path)
-        assert not loads(tmp_path)
-        assert not list(tmp_path.glob(f".{FILE}*"))
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
         assert build(checkpoint, tmp_path)
         assert loads(tmp_path)
 
@@ -268,8 +314,7 @@ class TestInterrupted:
                     killed.kill()
                     break
         assert killed.returncode == -signal.SIGKILL
-        assert (folder / "vision.onnx").exists()
-        assert not (folder / FILE).exists()
+        assert (folder / ".building" / "vision.onnx").exists()
         with pytest.raises(EngineError, match="holds no engine"):
             open_engines(folder)
 
@@ -278,6 +323,7 @@ class TestInterrupted:
         assert [build.returncode for build in builds] == [0, 0], answers
         assert sorted(out.split()[-1] for out, _ in answers) == ["False", "True"]
         assert sum(err.count("exporting the decoder graph") for _, err in answers) == 1
+        assert not (folder / ".building").exists()
         assert loads(folder)
 
 
@@ -309,14 +355,30 @@ def test_a_disk_that_is_really_full(checkpoint, small_disk, caplog):
     folder = disk / "engines"
     with pytest.raises(BuildError) as refused:
         build(checkpoint, folder)
-    assert str(refused.value) == f"{folder}: No space left on device; nothing that loads was left there"
-    assert not loads(folder)
+    assert str(refused.value) == f"{folder / '.building'}: No space left on device; nothing that loads was left there"
+    assert [path.name for path in folder.iterdir()] == [".lock"]
     assert enlarge()
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert build(checkpoint, folder)
     assert "is copied: a hard link to" in caplog.text
     assert Manifest.read(folder).verify(folder).hash == Checkpoint(checkpoint).hash
+
+
+def test_a_disk_that_is_too_small_for_both_keeps_the_old_engines(model, checkpoint, small_disk, tmp_path):
+    disk, enlarge = small_disk
+    assert enlarge()
+    folder = disk / "engines"
+    build(checkpoint, folder)
+    (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 300_000))
+    other = save_model(random_model(model.config, seed=1), tmp_path / "other")
+    with pytest.raises(BuildError, match="No space left on device"):
+        build(other, folder, force=True)
+    assert open_engines(folder, "cpu").checkpoint.hash == Checkpoint(checkpoint).hash
+    assert not (folder / ".building").exists()
+    (disk / "filler").unlink()
+    assert build(other, folder, force=True)
+    assert open_engines(folder, "cpu").checkpoint.hash == Checkpoint(other).hash
 
 
 def test_bf16_weights_in_a_torch_engine(tied_model, tmp_path):

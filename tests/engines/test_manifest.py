@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from engines.manifest import FILE, FORMAT, BuiltFile, Manifest, file_hash
+from engines.manifest import FORMAT, BuiltFile, Manifest, file_hash
 from engines.profile import BuildProfile
+from engines.staging import MANIFEST_FILE
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, EngineError
 
@@ -37,14 +38,14 @@ def refused(folder):
 
 
 def edit(folder, **changes):
-    raw = json.loads((folder / FILE).read_text())
-    (folder / FILE).write_text(json.dumps(raw | changes))
+    raw = json.loads((folder / MANIFEST_FILE).read_text())
+    (folder / MANIFEST_FILE).write_text(json.dumps(raw | changes))
 
 
 def test_what_is_written_is_read(tmp_path):
     MANIFEST.write(tmp_path)
     assert Manifest.read(tmp_path) == MANIFEST
-    assert [path.name for path in tmp_path.iterdir()] == [FILE], "no temporary file is left"
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST_FILE], "no temporary file is left"
 
 
 def test_a_built_folder_verifies(folder):
@@ -75,8 +76,8 @@ def test_writing_replaces_at_once(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_a_manifest_is_refused(folder, tmp_path):
-    (folder / FILE).unlink()
-    assert refused(folder) == f"{folder} holds no engine: it has no {FILE}. Build one with build_engines.py."
+    (folder / MANIFEST_FILE).unlink()
+    assert refused(folder) == f"{folder} holds no engine: it has no {MANIFEST_FILE}. Build one with build_engines.py."
     assert refused(tmp_path / "none") == f"there is no folder {tmp_path / 'none'}. Build one with build_engines.py."
 
 
@@ -92,7 +93,7 @@ def test_a_folder_without_a_manifest_is_refused(folder, tmp_path):
     ],
 )
 def test_a_corrupt_manifest(folder, content, said):
-    (folder / FILE).write_bytes(content)
+    (folder / MANIFEST_FILE).write_bytes(content)
     message = refused(folder)
     assert said in message
     assert str(folder) in message
@@ -119,7 +120,7 @@ def test_a_corrupt_manifest(folder, content, said):
 def test_a_manifest_with_senseless_entries(folder, changes):
     edit(folder, **changes)
     message = refused(folder)
-    assert f"{folder / FILE} is corrupt" in message
+    assert f"{folder / MANIFEST_FILE} is corrupt" in message
     assert "Rebuild" in message
 
 

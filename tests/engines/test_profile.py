@@ -84,7 +84,7 @@ def test_frames_count_one_by_one():
 def test_a_configuration_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("model: Qwen2.5-VL-7B\nmax_batch_size: 3\n")
-    assert BuildConfig.from_yaml(path) == BuildConfig("Qwen2.5-VL-7B", BuildProfile(max_batch_size=3))
+    assert BuildConfig.from_yaml(path) == BuildConfig("Qwen2.5-VL-7B", {"max_batch_size": 3})
 
 
 @pytest.mark.parametrize(

@@ -99,14 +99,8 @@ class TestTinyModel:
         model = resolve_model(rtx_checkpoint)
         assert not build_engines(model, backend, "bf16", PROFILE, rtx_engines.folder("bf16"))
         other = replace(backend, options=TensorRTOptions(weight_streaming=True))
-        with pytest.raises(TypeError):  # another option builds again
-            build_engines(model, other, "bf16", PROFILE, copy_of(rtx_engines.folder("bf16"), rtx_engines.parent))
-
-
-def copy_of(folder, parent):
-    target = parent / "copy"
-    shutil.copytree(folder, target, dirs_exist_ok=True)
-    return target
+        with pytest.raises(BuildError, match=r"--weight-streaming default there, True wanted\. Pass --force"):
+            build_engines(model, other, "bf16", PROFILE, rtx_engines.folder("bf16"))
 
 
 SMALLEST = BuildProfile(min_hw_dims=4, max_hw_dims=4, max_batch_size=1, max_input_len=1, max_seq_len=2)
@@ -406,13 +400,13 @@ class TestProgressAndInterrupt:
         with progress_bar() as progress:
             steps = BuildSteps(progress, "test", 5)
             path = tmp_path / "vision.onnx"
-            return tensorrt_build._build_plan(trt, TENSORRT_RTX, path, (ranges,), TensorRTOptions(), steps)
+            return tensorrt_build._build_plan(trt, TENSORRT_RTX, path, (ranges,), TensorRTOptions(), steps, tmp_path)
 
     def test_the_command_ends_cleanly(self, trt, rtx_checkpoint, tmp_path):
         command = [sys.executable, "build_engines.py", "--model", str(rtx_checkpoint), "--backend", "tensorrt-rtx"]
         folder = tmp_path / "engines"
         process = subprocess.Popen([*command, "--engine-dir", str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and not (folder / "decoder.onnx").exists():
+        while process.poll() is None and not (folder / ".building" / "decoder.onnx").exists():
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=120)

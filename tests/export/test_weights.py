@@ -77,7 +77,14 @@ def test_the_links_of_the_hubs_cache_lead_to_the_blob(folder, tmp_path):
     assert (target / "model.safetensors").stat().st_ino == blob.stat().st_ino
 
 
-@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM, errno.EMLINK], ids=errno.errorcode.get)
+_NO_LINK = [
+    *(errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP),
+    *(errno.EINVAL, errno.ENOTTY, errno.EBADF, errno.ENOTCONN),
+]
+"""What file systems, containers and security modules answer."""
+
+
+@pytest.mark.parametrize("number", _NO_LINK, ids=errno.errorcode.get)
 def test_weights_are_copied_where_no_link_is_possible(folder, tmp_path, monkeypatch, caplog, number):
     def refuse(source, target):
         raise OSError(number, os.strerror(number))
@@ -94,40 +101,28 @@ def test_weights_are_copied_where_no_link_is_possible(folder, tmp_path, monkeypa
     assert os.strerror(number) in message
 
 
-def test_another_error_of_a_link_is_one(folder, tmp_path, monkeypatch):
+def test_what_a_copy_runs_into_is_the_error(folder, tmp_path, monkeypatch):
     def refuse(source, target):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
+    target = tmp_path / "engines"
+    target.mkdir()
     monkeypatch.setattr(weights.os, "link", refuse)
-    with pytest.raises(BuildError, match=os.strerror(errno.EIO)):
-        link_checkpoint(Checkpoint(folder), tmp_path)
+    monkeypatch.setattr(weights.shutil, "copyfile", full_disk)
+    with pytest.raises(BuildError, match=os.strerror(errno.ENOSPC)):
+        link_checkpoint(Checkpoint(folder), target)
 
 
-def test_an_older_model_in_the_folder_is_replaced_and_not_written_through(model, folder, tmp_path):
+def test_a_model_in_the_folder_is_not_written_through(model, folder, tmp_path):
     """The old weights are a hard link to another checkpoint, which must keep its bytes."""
     old = save_model(random_model(model.config, seed=1), tmp_path / "old")
     before = (old / "model.safetensors").read_bytes()
     target = tmp_path / "engines"
     target.mkdir()
     link_checkpoint(Checkpoint(old), target)
-    link_checkpoint(Checkpoint(folder), target)
+    with pytest.raises(BuildError, match=os.strerror(errno.EEXIST)):
+        link_checkpoint(Checkpoint(folder), target)
     assert (old / "model.safetensors").read_bytes() == before
-    assert (target / "model.safetensors").stat().st_ino == (folder / "model.safetensors").stat().st_ino
-
-
-@pytest.mark.parametrize("shards", [(1, 3), (3, 1), (3, 2)], ids=str)
-def test_no_file_of_an_older_model_is_left(model, tmp_path, shards):
-    """One that the new model lacks would be read instead of it, or be part of its hash."""
-    old = save_model(random_model(model.config, seed=1), tmp_path / "old", shards=shards[0])
-    (old / "chat_template.jinja").write_text("the old one's")
-    new = save_model(model, tmp_path / "new", shards=shards[1])
-    target = tmp_path / "engines"
-    target.mkdir()
-    (target / "notes.md").write_text("of the user")
-    link_checkpoint(Checkpoint(old), target)
-    link_checkpoint(Checkpoint(new), target)
-    assert Checkpoint(target).hash == Checkpoint(new).hash
-    assert {path.name for path in target.iterdir()} == {path.name for path in new.iterdir()} | {"notes.md"}
 
 
 @pytest.mark.parametrize("dialect", ["new", "published"])

@@ -144,8 +144,14 @@ def test_gpus_and_models_go_by_any_spelling(tmp_path):
     assert find_gpu("H100").sources["fp8"].startswith("assumed 0.8 of the data sheet's 1979")
     with pytest.raises(PlanError, match="unknown GPU 'H300'; known: H200, H100, "):
         find_gpu("H300")
-    with pytest.raises(PlanError, match=r"unknown model 'x'; known: Qwen2\.5-VL-3B, "):
+    with pytest.raises(PlanError, match=r"unknown model 'x'; known: tiny, Qwen2\.5-VL-3B, "):
         find_config("x")
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         find_config(str(tmp_path))
     assert find_config("tiny/checkpoint").text.hidden_size == 128
+
+
+def test_a_folder_that_is_no_checkpoint_does_not_stand_in_the_way_of_tiny(monkeypatch, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_config("tiny").text.hidden_size == 128

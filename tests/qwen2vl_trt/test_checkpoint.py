@@ -177,8 +177,8 @@ def test_a_git_lfs_pointer_is_called_one(single):
 
 def test_a_folder_of_another_model_is_named(single):
     config = json.loads((single / "config.json").read_text())
-    (single / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl"}))
-    refuses(single, str(single), "model_type is 'qwen3_vl'", "Qwen2.5-VL")
+    (single / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    refuses(single, str(single), "model_type is 'gpt2'", "Qwen2.5-VL")
 
 
 def test_shard_with_bytes_left_over(single):

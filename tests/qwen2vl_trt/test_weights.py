@@ -4,6 +4,7 @@ import importlib.machinery
 import json
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from qwen2vl_trt.weights import (
     load_weights,
     map_names,
 )
+from tests.support.models import edit_checkpoint, save_model
 
 
 def make_config(tied):
@@ -296,6 +298,24 @@ def test_tensor_of_no_known_part_is_found_by_the_check(reference, tmp_path):
 def test_misshapen_tensor_is_named_with_both_shapes(reference, tmp_path, name, shape):
     for message in broken(reference, tmp_path, lambda tensors: tensors | {name: torch.zeros(shape)}):
         assert f"1 misshapen ({name} {list(shape)} instead of [" in message
+
+
+def test_one_tensor_of_two_parameters_is_named_once(tmp_path):
+    """A vocabulary that grew after config.json was written, with tied embeddings."""
+    model = Qwen2_5_VLForConditionalGeneration(make_config(tied=True))
+    tower, decoder = make_modules(model)
+    for change, said in (
+        (lambda tensors, name: tensors | {name: torch.zeros(100, 32)}, "[100, 32] instead of [96, 32]"),
+        (lambda tensors, name: tensors | {name: tensors[name].to(torch.int8)}, "torch.int8"),
+        (lambda tensors, name: {key: value for key, value in tensors.items() if key != name}, "1 missing"),
+    ):
+        folder = save_model(model, tmp_path / said, dialect="published")
+        edit_checkpoint(folder, partial(change, name="model.embed_tokens.weight"))
+        with pytest.raises(CheckpointError) as caught:
+            check_weights(Checkpoint(folder), {"visual.": tower, "": decoder})
+        assert said in str(caught.value)
+        assert str(caught.value).count("embed_tokens") == 1
+        assert "lm_head" not in str(caught.value)
 
 
 def test_whole_numbers_are_no_weights(reference, tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.profile import BuildConfig
+from engines.profile import BuildConfig, BuildProfile
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.windows import window_layout
@@ -17,7 +17,7 @@ from tiny.report import answer_scenes
 from tiny.scenes import TASKS
 
 CASES = 75  # a task
-PROFILE = BuildConfig.from_yaml(Path(__file__).parents[2] / "configs" / "tiny.yaml").profile
+PROFILE = BuildProfile.from_dict(BuildConfig.from_yaml(Path(__file__).parents[2] / "configs" / "tiny.yaml").limits)
 
 
 @pytest.fixture(scope="module")

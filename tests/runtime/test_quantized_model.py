@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from engines.arguments import BuildPlan, CalibrationChoice
-from engines.backends import BACKENDS
+from engines.backends import BACKENDS, find_backend
+from engines.build import build_engines
 from engines.profile import BuildProfile
-from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.checkpoint import RECORD, Checkpoint
 from qwen2vl_trt.errors import BuildError, MissingDependencyError
 from qwen2vl_trt.hub import ResolvedModel, resolve_model
 from runtime import quantized_model
 from runtime.calibration import CalibrationData
-from runtime.quantized_model import RECORD, quantize_first
+from runtime.quantized_model import quantize_first
 from tiny.calibration import training_data
 
 
@@ -70,17 +71,55 @@ class TestFound:
         assert record["samples"] == 2
         assert [path.name for path in Path("artifacts").iterdir() if path.is_dir()] == ["tiny-fp8"]
 
-    def test_made_anew(self, made):
+    def test_what_is_not_given_is_no_difference(self, made):
+        first = quantize_first(plan(), training_data)
+        assert quantize_first(plan(size=None), training_data).model == first.model
+        assert len(made) == 1
+
+    def test_of_other_data_or_another_model_it_is_made_anew_by_force_alone(self, made, tmp_path):
         folder = quantize_first(plan(), training_data).model.folder
-        quantize_first(plan(size=3), training_data)  # more samples
-        quantize_first(plan(size=3), lambda size: CalibrationData(training_data(size).requests, "others"))
+        other = ResolvedModel("tiny", tmp_path / "other")
+        shutil.copytree(resolve_model("tiny").folder, other.folder)
+        (other.folder / "config.json").write_text((other.folder / "config.json").read_text() + " ")
+        before = (folder / RECORD).read_text()
+        for wanted, data, said in (
+            (plan(size=3), training_data, r"other calibration data \(2 samples\)"),
+            (plan(size=2), lambda size: CalibrationData(training_data(size).requests, "others"), "other calibration"),
+            (plan(other, size=None), training_data, "another model"),
+        ):
+            with pytest.raises(BuildError, match=f"artifacts/tiny-fp8 was quantised from {said}.*; pass --force"):
+                quantize_first(wanted, data)
+            assert (folder / RECORD).read_text() == before
+            quantize_first(replace(wanted, force=True), data)
+            before = (folder / RECORD).read_text()
+        assert len(made) == 4
+
+    def test_damaged_it_is_made_anew(self, made):
+        folder = quantize_first(plan(), training_data).model.folder
         (folder / RECORD).write_text("{}")
         quantize_first(plan(), training_data)
         (folder / "config.json").write_text((folder / "config.json").read_text() + " ")  # not what was made
         quantize_first(plan(), training_data)
         (folder / "model.safetensors").unlink()
         quantize_first(plan(), training_data)
-        assert len(made) == 6
+        assert len(made) == 4
+
+    def test_engines_serve_without_the_checkpoint_that_they_were_built_from(self, made, tmp_path):
+        first = quantize_first(plan(), training_data)
+        backend, precision = find_backend("torch", "fp8")
+        build_engines(first.model, backend, precision, BuildProfile(), tmp_path / "engines")
+        shutil.rmtree(first.model.folder)
+        found = quantize_first(plan(size=None), training_data)
+        assert found.model.folder == Path("engines")
+        assert not build_engines(found.model, backend, precision, BuildProfile(), tmp_path / "engines")
+        with pytest.raises(BuildError, match=r"engines holds engines that were quantised from other .* --force"):
+            quantize_first(plan(size=3), training_data)
+        assert len(made) == 1
+        (tmp_path / "engines" / RECORD).unlink()
+        with pytest.raises(BuildError, match="do not say what they were quantised from"):
+            quantize_first(plan(size=None), training_data)
+        quantize_first(replace(plan(size=3), force=True), training_data)
+        assert len(made) == 2
 
     def test_a_model_that_is_quantised_already(self, made, fp8_checkpoint):
         given = plan(ResolvedModel("other", fp8_checkpoint))
@@ -124,8 +163,15 @@ class TestWhatGoesWrong:
         before = Checkpoint(folder).hash
         monkeypatch.setattr(quantized_model, "quantize_checkpoint", lambda *others: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            quantize_first(plan(size=3), training_data)
+            quantize_first(replace(plan(size=3), force=True), training_data)
         assert Checkpoint(folder).hash == before
+
+    def test_what_a_killed_run_left_is_cleared(self, made):
+        left = [Path("artifacts") / f".tiny-fp8.{state}" for state in ("unfinished", "older")]
+        for folder in left:
+            folder.mkdir(parents=True)
+        quantize_first(plan(), training_data)
+        assert not any(folder.exists() for folder in left)
 
     def test_model_optimizer_missing(self, made, monkeypatch):
         monkeypatch.setattr("export.quantize.find_spec", lambda name: None if name == "requests" else object())

@@ -1,0 +1,107 @@
+"""An engine folder is replaced as a whole: the old engines work until the new ones do.
+
+A build writes into ``.building`` inside the folder: the same file system, so that weights can be hard-linked and files
+move by being renamed. When all is written, one rename, ``.building`` to ``.built``, decides. Before it the old engines
+are untouched; a full disk or a kill leaves them as they are. After it the new ones are whole, and only their files
+must still move to their places, the manifest last: :func:`finish` does that, can be broken off anywhere and done
+again, and is called by whoever reads the manifest. So at every moment either the old or the new engines load.
+
+The folder itself is not renamed: it may be a mount point, it may hold other files of the user's, and exchanging two
+folders leaves a moment without one where the file system cannot do it in one step. Files are never written in place:
+they may be hard links to a checkpoint, and a running process keeps the files that it has mapped.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_FILE = "manifest.json"
+LOCK = ".lock"
+"""Stays in the folder, and so marks it as one that builds may clear."""
+MODEL_FILES = {".json", ".jinja", ".txt", ".safetensors"}
+"""Suffixes of the files that belong to a model in a built folder, and that the next build there replaces."""
+
+_BUILDING, _BUILT = ".building", ".built"
+_NAMES = ".names"
+"""In ``.built``: the names of all its files, of those too that have moved already."""
+_ENGINE_FILES = {f"{engine}{suffix}" for engine in ("vision", "decoder") for suffix in (".onnx", ".engine", ".layers")}
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process builds in the folder, and keep them waiting.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("%s: another build is at work there; waiting for it", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """An empty folder for a build's files, which replace the older ones when the ``with`` ends well.
+
+    Only while :func:`alone`. What a killed build left is cleared first.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    _move(folder)
+    building = folder / _BUILDING
+    _remove(building)
+    building.mkdir()
+    try:
+        yield building
+        names = sorted(path.name for path in building.iterdir())
+        (building / _NAMES).write_text("\n".join(names), encoding="utf-8")
+        building.rename(folder / _BUILT)
+    finally:
+        _remove(building)
+    _move(folder)
+
+
+def finish(folder: Path) -> None:
+    """Move the files of a build that was killed while it did so.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if (folder / _BUILT).is_dir():
+        with alone(folder):
+            _move(folder)
+
+
+def _move(folder: Path) -> None:
+    built = folder / _BUILT
+    if (built / _NAMES).is_file():
+        names = (built / _NAMES).read_text(encoding="utf-8").split("\n")
+        for old in folder.iterdir():  # one that the new model lacks would be read instead of its own
+            if (old.suffix in MODEL_FILES or old.name in _ENGINE_FILES) and old.name not in {*names, MANIFEST_FILE}:
+                old.unlink()
+        for name in sorted(names, key=lambda name: name == MANIFEST_FILE):
+            if (built / name).is_file():
+                (built / name).replace(folder / name)
+        (built / _NAMES).unlink()
+    _remove(built)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,108 @@
+"""Folders that hold something else than a Qwen2.5-VL that can be read: named for what they are, with the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .config import read_json
+from .downloads import lacking
+from .errors import CheckpointError
+
+QUANTIZATION_FILE = "hf_quant_config.json"
+ADAPTER_FILE = "adapter_config.json"
+
+_FAMILIES = {
+    "qwen2_vl": "Qwen2-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "qwen3_vl_moe": "Qwen3-VL",
+    "qwen2_5_omni": "Qwen2.5-Omni",
+    "qwen2_5_omni_thinker": "Qwen2.5-Omni",
+    "qwen3_omni_moe": "Qwen3-Omni",
+    "qwen2_5_vl_text": "the text half of Qwen2.5-VL alone",
+    "qwen2": "Qwen2 or Qwen2.5 without vision",
+    "qwen2_moe": "Qwen2 without vision",
+    "qwen3": "Qwen3 without vision",
+    "qwen3_moe": "Qwen3 without vision",
+}
+"""By ``model_type``: what is easily taken for a Qwen2.5-VL."""
+_METHODS = {
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "LLM Compressor (compressed-tensors)",
+    "fp8": "Transformers' block-wise FP8",
+}
+_OLD_FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
+"""Of AutoGPTQ and AutoAWQ before they wrote into ``config.json``."""
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a folder that is known to be something else.
+
+    What it does not know it leaves to the reading of ``config.json``.
+
+    Raises:
+        CheckpointError: an adapter, GGUF, no ``config.json``, another model of Qwen's, or a quantisation that is not
+            read.
+    """
+    if (folder / ADAPTER_FILE).is_file():
+        adapter = read_json(folder / ADAPTER_FILE)
+        kind, base = (_word(adapter.get(name)) for name in ("peft_type", "base_model_name_or_path"))
+        raise CheckpointError(
+            f"{folder} holds an adapter ({kind or 'PEFT'}, {ADAPTER_FILE}), which is not applied here. Merge it into"
+            f" {base or 'its model'} (PEFT: merge_and_unload, then save_pretrained) and give the merged folder"
+        )
+    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    if gguf and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder} {gguf_in_words(gguf[0])}")
+    if not (folder / "config.json").is_file():
+        nested = sorted(path.parent for parent in ("*", "snapshots/*") for path in folder.glob(f"{parent}/config.json"))
+        if nested:
+            raise CheckpointError(f"{folder} is no checkpoint: it has no config.json. Its folder {nested[-1]} has one")
+        raise lacking(folder, "is no checkpoint: it has no config.json")
+    config = read_json(folder / "config.json")
+    family = _FAMILIES.get(_word(config.get("model_type")))
+    if family is not None:
+        raise CheckpointError(
+            f"{folder} is {family} (model_type {config['model_type']!r}); Qwen2.5-VL alone is supported"
+            " (Qwen2.5-VL-3B, for one). Transformers and vLLM run it"
+        )
+    method = _quantization(folder, config)
+    if method is not None:
+        raise CheckpointError(
+            f"{folder} is quantised by {method}; supported is FP8 by NVIDIA Model Optimizer (modelopt). Take the"
+            " unquantised checkpoint: --precision fp8 quantises it"
+        )
+
+
+def gguf_in_words(name: str) -> str:
+    """What is said of a folder or a repository with a GGUF file of this name."""
+    return (
+        f"holds GGUF, llama.cpp's format ({name}), which is not read: take the checkpoint that it was made from"
+        " (config.json, *.safetensors, tokenizer files)"
+    )
+
+
+def _quantization(folder: Path, config: dict[str, Any]) -> str | None:
+    """The method that a checkpoint is quantised by, where it is not Model Optimizer."""
+    raw = config.get("quantization_config")
+    if raw is None:
+        if isinstance(config.get("quantization"), dict):  # its group_size and bits
+            return "MLX"
+        if (folder / QUANTIZATION_FILE).is_file():
+            return None
+        return next((method for file, method in _OLD_FILES.items() if (folder / file).is_file()), None)
+    stated = raw if isinstance(raw, dict) else {}
+    method = _word(stated.get("quant_method"))
+    if method == "modelopt":
+        return None
+    if not method and "group_size" in stated and "bits" in stated:  # MLX writes its table under both names
+        return "MLX"
+    bits = stated.get("bits") or (8 if stated.get("load_in_8bit") else 4 if stated.get("load_in_4bit") else None)
+    name = _METHODS.get(method, method) or "an unknown method"
+    return f"{name} ({bits} bits)" if type(bits) is int else name
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else ""
