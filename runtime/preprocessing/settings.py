@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from msgspec import Meta
 
@@ -16,9 +16,6 @@ from qwen2vl_trt.known_fields import Harmless
 from qwen2vl_trt.schema import checked, inside, reject_unknown
 
 from ..inputs.video import FrameSampling
-
-if TYPE_CHECKING:
-    from ..options import PipelineOptions
 
 MAX_ASPECT_RATIO = 200
 
@@ -103,23 +100,6 @@ class PreprocessorSettings:
     sampling: FrameSampling = field(default_factory=FrameSampling)
     profile: BuildProfile | None = None
     strict_size: bool = False
-
-    @classmethod
-    def of_engines(cls, folder: str | Path, profile: BuildProfile, options: PipelineOptions) -> PreprocessorSettings:
-        """What a pipeline over engines has.
-
-        Args:
-            folder: the checkpoint.
-            profile: the engines' limits.
-            options: the pipeline's.
-
-        Raises:
-            CheckpointError: see :meth:`from_folder`.
-            LimitError: see :meth:`with_limits`.
-        """
-        settings = cls.from_folder(folder, options.cap_pixels_per_frame)
-        settings = settings.with_limits(options.min_pixels, options.max_pixels)
-        return replace(settings, profile=profile, strict_size=options.strict_size)
 
     @classmethod
     def from_folder(cls, folder: str | Path, cap_pixels_per_frame: bool = True) -> PreprocessorSettings:
