@@ -8,7 +8,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 run: .venv/run
 	$(BIN)/python run.py --model tiny --image docs/digits.png --prompt "What digits are in the image?"
 
-test: .venv/test
+test: .venv/test .venv/vocabulary
 	$(BIN)/python -m pytest
 
 # The preprocessor's Triton kernels, on the CPU. Triton lies apart: PyTorch for CUDA brings the version that it needs, and
@@ -35,6 +35,11 @@ lint: .venv/test
 
 .venv/kernels: | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==3.9.0
+	mv $@.part $@
+
+# The vocabulary of the published tokenizer, for tests/published; the package is not imported, its dependencies are many.
+.venv/vocabulary: | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part dashscope==2.0.2
 	mv $@.part $@
 
 clean:
