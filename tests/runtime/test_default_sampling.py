@@ -1,4 +1,4 @@
-"""An answer without settings is what Transformers' ``generate`` gives without settings, whatever the checkpoint says."""
+"""An answer without settings is what Transformers' ``generate`` gives, whatever the checkpoint says."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def test_answers_without_settings_equal_transformers(backend, content, opened, r
 
 
 def test_none_is_the_way_out_of_what_is_not_implemented(opened):
-    with pytest.raises(CheckpointError, match="num_beams is 4; only None or 1 is supported.*--generation-config none"):
+    with pytest.raises(CheckpointError, match=r"num_beams is 4; only None or 1 is supported.*--generation-config none"):
         opened("torch", {"num_beams": 4})
     assert opened("torch", {"num_beams": 4}, "none").generate(REQUESTS[0], SamplingParams(2))[0].text is not None
 

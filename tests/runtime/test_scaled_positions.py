@@ -1,4 +1,4 @@
-"""A model with scaled rotary positions from end to end against Transformers, within and beyond the trained positions."""
+"""A model with scaled rotary positions against Transformers, within and beyond the trained positions."""
 
 import json
 
