@@ -77,6 +77,9 @@ def _is_set(attribute: onnx.AttributeProto) -> bool:
     return bool(onnx.helper.get_attribute_value(attribute))
 
 
+_SCALED = "_scaled"  # ends the names of rotary angles with the softmax scale
+
+
 def lower(trt: Any, network: Any, path: Path, attention_mask: str = ATTENTION_MASKS[0]) -> list[Any]:
     """Repair every attention of a parsed network.
 
@@ -171,7 +174,7 @@ def _attention_faults(
         if _made_by(trt, producers, attention.get_input(index), trt.LayerType.ELEMENTWISE):
             yield f"scales its {what} in the network's type"
     rotary = _rotary_of(trt, producers, attention, 0)
-    if not _made_by(trt, producers, rotary.get_input(1), trt.LayerType.ELEMENTWISE):
+    if not rotary.get_input(1).name.endswith(_SCALED):  # a model's own factor is a multiplication, too
         yield "has no softmax scale"
 
 
@@ -212,7 +215,7 @@ class _ScaledRotary:
         self.arrays.append(np.full((1,) * len(angle.shape), scale, dtype=np.float32))
         factor = self._network.add_constant(self.arrays[-1].shape, self._trt.Weights(self.arrays[-1])).get_output(0)
         scaled = self._network.add_elementwise(angle, factor, self._trt.ElementWiseOperation.PROD).get_output(0)
-        scaled.name = f"{angle.name}_scaled"
+        scaled.name = f"{angle.name}{_SCALED}"
         return scaled
 
 

@@ -62,11 +62,17 @@ class TensorRTLLMOptions:
         return self.max_num_tokens
 
     def check_model(self, config: TextConfig) -> None:
-        """See whether each GPU gets a whole number of heads.
+        """See whether TensorRT-LLM runs the model as it is, and each GPU gets a whole number of heads.
 
         Raises:
             BuildError: it does not; the message names the sizes that do.
         """
+        if config.rope_scaling is not None:
+            # It reads config.json itself, and takes the type of the scaling for the kind of the positions.
+            raise BuildError(
+                "the model's rotary positions are scaled (rope_scaling), which is not for backend tensorrt-llm; run it"
+                " with another backend"
+            )
         parts = {
             "attention heads": config.num_attention_heads,
             "key-value heads": config.num_key_value_heads,

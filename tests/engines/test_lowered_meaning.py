@@ -1,5 +1,6 @@
 """The lowered network means what ONNX Runtime computes; the network as TensorRT's parser leaves it does not."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import onnxruntime
@@ -10,6 +11,7 @@ from engines.attention_mask import ATTENTION_MASKS
 from engines.tensorrt_build import parse
 from export.onnx_model import export_onnx
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.rope_scaling import YarnScaling
 from qwen2vl_trt.windows import window_layout
 from tests.engines.network_interpreter import run_network
 from tests.engines.test_lowering import parse_only
@@ -18,12 +20,15 @@ from tests.support.models import model_config, random_model, relative_error, sav
 CAPACITY = 24
 
 
-@pytest.fixture(scope="module")
-def exported(trt, tmp_path_factory):
+@pytest.fixture(scope="module", params=["plain", "yarn"])
+def exported(trt, tmp_path_factory, request):
     """A small random model in FP32 as TensorRT gets it, its cache of a static length."""
     folder = tmp_path_factory.mktemp("meaning")
     (folder / "graphs").mkdir()
     checkpoint = Checkpoint(save_model(random_model(model_config(), seed=3), folder / "checkpoint"))
+    if request.param == "yarn":  # cosines and sines have a factor of their own
+        scaling = YarnScaling(factor=4.0, original_max_position_embeddings=8)
+        checkpoint.config = replace(checkpoint.config, text=replace(checkpoint.config.text, rope_scaling=scaling))
     export_onnx(checkpoint, folder / "graphs", torch.float32, CAPACITY)
     return SimpleNamespace(folder=folder / "graphs", config=checkpoint.config)
 

@@ -22,6 +22,7 @@ from engines.tensorrt_llm_options import TensorRTLLMOptions
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, MissingDependencyError
 from qwen2vl_trt.hub import resolve_model
+from qwen2vl_trt.rope_scaling import LinearScaling
 from tests.support import fake_tensorrt_llm
 
 TINY = resolve_model("tiny")
@@ -227,6 +228,11 @@ class TestBuild:
         qwen_3b = replace(config, num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008)
         with pytest.raises(BuildError, match=r"4 does not divide this model's 2 key-value heads; 1, 2 do$"):
             TensorRTLLMOptions(tp_size=4).check_model(qwen_3b)
+
+    def test_scaled_positions_are_refused(self):
+        config = Checkpoint(TINY.folder).config.text
+        with pytest.raises(BuildError, match=r"scaled \(rope_scaling\), which is not for backend tensorrt-llm"):
+            TensorRTLLMOptions().check_model(replace(config, rope_scaling=LinearScaling(2.0)))
 
     def test_a_step_that_holds_no_prompt(self, trtllm, tmp_path):
         with pytest.raises(BuildError, match=r"--max-num-tokens 100 is below --max-input-len 4,096"):

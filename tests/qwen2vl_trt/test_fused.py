@@ -1,5 +1,7 @@
 """Joined layers give what the separate ones give; FP8 ones join where that is the same arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from qwen2vl_trt.decoder import Decoder, DecoderAttention
 from qwen2vl_trt.fused import FusedAttention, FusedSwiGLU, fuse_attention, fuse_decoder, fuse_mlp, join
 from qwen2vl_trt.layers import FP8Linear, SwiGLU
 from qwen2vl_trt.pointwise import Pointwise
+from qwen2vl_trt.rope_scaling import YarnScaling
 from tests.support.models import model_config, our_config, random_model, relative_error
 
 
@@ -50,6 +53,22 @@ def test_a_fused_decoder_equals_a_plain_one(dtype):
     assert not any(name.endswith(("q_proj", "gate_proj")) for name, _ in decoder.named_modules())
     found, _ = decoder.model(x, positions)
     assert relative_error(found, expected) <= (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@torch.no_grad()
+def test_a_decoder_with_pointwise_functions_scales_its_positions_too():
+    torch.manual_seed(0)
+    config = replace(our_config(model_config()).text, rope_scaling=YarnScaling(4.0, 8))
+    decoder = Decoder(config).eval()
+    x, positions = torch.randn(2, 30, 64), torch.arange(30).expand(3, 2, 30)
+    expected, _ = decoder.model(x, positions)
+    decoder.model.rotary_scale = 1.0
+    without, _ = decoder.model(x, positions)
+    assert relative_error(without, expected) > 1e-3
+    decoder.model.rotary_scale = YarnScaling(4.0, 8).resolved_attention_factor(512)
+    fuse_decoder(decoder, torch.float32)
+    found, _ = decoder.model(x, positions)
+    assert relative_error(found, expected) < 1e-6
 
 
 @pytest.mark.parametrize("bias", [True, False])
