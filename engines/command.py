@@ -77,7 +77,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
 
 class _Interrupt:
-    """Makes Ctrl-C and SIGTERM a KeyboardInterrupt, and notes which: an import may turn that into any other exception."""
+    """Makes Ctrl-C and SIGTERM a KeyboardInterrupt, and notes which: imports may turn it into another exception."""
 
     def __init__(self) -> None:
         self.seen: int | None = None

@@ -34,6 +34,7 @@ def connect(address: str | None, num_cpus: int) -> Iterator[dict[str, float]]:
         BatchError: there is no cluster.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or its C++ tells stderr how it starts actors again
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what later releases do, instead of a warning
     import ray
 
@@ -95,4 +96,6 @@ def run_partitions(
                 raise BatchError(row["fatal"])
             yield row
     except RayError as error:
-        raise BatchError(f"Ray: {str(error).strip().splitlines()[-1]}; run again with --resume to go on") from error
+        cause = getattr(error, "cause", None) or error  # of a worker's; Ray's own text ends with advice on its settings
+        said = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
+        raise BatchError(f"Ray: {said}; run again with --resume to go on") from error

@@ -3,9 +3,9 @@
 ``features-00000.safetensors`` and so on hold one tensor an image, named by its key; their metadata's ``grids`` says
 each image's ``[1, h, w]`` in patches. A shard is written beside its place, synced to the disk, read back, then renamed:
 it is there whole or not at all, so the shards alone say what is done. A thread writes one shard while the next is
-filled. ``index.jsonl`` (a line an image: which shard, shape, grid) is for readers, appended after each shard and rebuilt
-from the shards when a run resumes. JSON lines because any language reads them without this project, they can be
-appended, and a torn last line harms nothing.
+filled. ``index.jsonl`` (a line an image: which shard, shape, grid) is for readers, appended after each shard and
+rebuilt from the shards when a run resumes. JSON lines because any language reads them without this project, they can
+be appended, and a torn last line harms nothing.
 ``errors.jsonl`` names each image that the latest run could not use, ``settings.json`` what the features depend on.
 """
 

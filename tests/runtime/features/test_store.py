@@ -170,13 +170,14 @@ def test_a_damaged_shard(tmp_path, damage):
     assert sorted(stored(tmp_path)) == sorted(KEYS)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc, to know which file is synced")
 def test_a_shard_that_does_not_read_back_does_not_count(tmp_path, monkeypatch):
     """As on a disk that loses or changes what was written to it."""
     sync = os.fsync
     for number, damage in enumerate(("cut", "header", "shape")):
 
         def fsync(descriptor, damage=damage):
-            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            path = Path(f"/proc/self/fd/{descriptor}").readlink()
             if ".features-00001" in path.name:
                 content = path.read_bytes()
                 damaged = {"cut": content[:-1], "header": content.replace(b"{", b"?", 1)}
