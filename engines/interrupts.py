@@ -25,7 +25,7 @@ def deferred_interrupt() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():  # no signals there, they go to the main thread
         yield came
         return
-    numbers: list[int] = []
+    kept: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     # A shell's background job ignores Ctrl-C; None is a handler of C, which Python cannot put back.
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
@@ -35,7 +35,7 @@ def deferred_interrupt() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
     def note(number: int, frame: object) -> None:
-        numbers.append(number)
+        kept.append(number)
         came.set()
         restore()
 
@@ -45,5 +45,5 @@ def deferred_interrupt() -> Iterator[threading.Event]:
         yield came
     finally:
         restore()
-        for number in numbers:
-            signal.raise_signal(number)
+        if kept:
+            signal.raise_signal(kept[0])

@@ -34,7 +34,6 @@ def connect(address: str | None, num_cpus: int) -> Iterator[dict[str, float]]:
         BatchError: there is no cluster.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or its C++ tells stderr how it starts actors again
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what later releases do, instead of a warning
     import ray
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -88,6 +89,9 @@ class Driver:
 def _drive(pipe: Connection, address: str | None, num_cpus: int) -> None:
     if hasattr(os, "setsid"):
         os.setsid()
+    # Python's messages alone, which say what worker was lost: Ray's C++ warns of its own design, and prints stacks.
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         with connect(address, num_cpus) as resources:

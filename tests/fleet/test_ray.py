@@ -185,7 +185,7 @@ def test_answers_and_a_row_that_kills_its_worker(ray, engine_dir, pipeline, tmp_
     ],
 )
 def test_ended_by_a_signal(ray, engine_dir, tmp_path, number, send, after):
-    """To the command alone or to its whole group, at work or while Ray starts: one line, a code, and nothing is left."""
+    """To the command alone or to its whole group, at work or while Ray starts: one line, a code, nothing left."""
     folder = save_images(tmp_path / "in", 2000, [(56, 56)])
     output, log = tmp_path / "out", tmp_path / "log"
     options = ("--engine-dir", engine_dir, "--input", folder, "--output", output, "--task", "features")
@@ -194,8 +194,9 @@ def test_ended_by_a_signal(ray, engine_dir, tmp_path, number, send, after):
     wait_for(lambda: done(output) >= after and any(p.name() == "raylet" for p in ray.processes()), process, log)
     send(process.pid, number)
     code = process.wait(DEADLINE)
-    left = ray.processes()  # at once, not a minute later as Ray's agents
-    assert (code, left) == ((143, []) if number == signal.SIGTERM else (130, []))
+    assert code == (143 if number == signal.SIGTERM else 130)
+    _, left = psutil.wait_procs(ray.processes(), 5)  # Ray's own agents would live on for a minute
+    assert not left
     word = "terminated" if number == signal.SIGTERM else "interrupted"
     saved = len(rows(output))
     assert log.read_text() == f"{word}: {saved:,} rows are saved; run again with --resume to go on\n"
