@@ -150,12 +150,11 @@ def inspect(argv: list[str]) -> None:
     parser.add_argument("--layers", action="store_true", help="list every layer that computes, with its type")
     parser.add_argument("--verify", action="store_true", help="read every byte that was built: damage of the disk too")
     arguments = parser.parse_args(argv)
-    from rich.console import Console
-
     from engines.inspect import inspect_folder
     from engines.inspect_table import print_report
+    from engines.tables import stdout_console
 
-    print_report(inspect_folder(arguments.folder, arguments.verify), Console(soft_wrap=True), arguments.layers)
+    print_report(inspect_folder(arguments.folder, arguments.verify), stdout_console(), arguments.layers)
 
 
 def plan(argv: list[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.command import FAILED, Parser, positive_number
-from qwen2vl_trt.errors import CompareError
+from qwen2vl_trt.errors import CompareError, Qwen2VLError
 
 if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from runtime.preprocessing.preprocessor import PreprocessorSettings
 
     from .cases import Case
+    from .comparison import Row
     from .report import Report
 
 REFERENCES = ("transformers", "torch")
@@ -34,20 +35,22 @@ def compare(argv: list[str]) -> None:
 
     check_extra()
     quieten()
-    from rich.console import Console
+    from engines.tables import stdout_console
 
     from .tables import print_report
 
     for path in (arguments.json, arguments.plot):
         _check_file(path)  # before the minutes that a comparison may take
     report = _report(arguments, shlex.join(["run.py", "compare", *argv]))
-    print_report(report, Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 140))
+    print_report(report, stdout_console())
     if arguments.json:
         report.write_json(arguments.json)
     if arguments.plot:
         from .plot import plot
 
         plot(report, arguments.plot)
+    if report.ended_by is not None:
+        raise report.ended_by
     if report.departures:
         sys.stdout.flush()
         sys.exit(FAILED)
@@ -130,14 +133,24 @@ def _report(arguments: argparse.Namespace, command: str) -> Report:
     engine = EngineRunner(_name(engines), engines, layers, saved)
     reference, yardstick, others = _runners(arguments, engines, against, wanted)
     runners = [engine, *others, yardstick]
-    with progress_bar() as progress:
-        task = progress.add_task("comparing", total=len(cases) * (1 + len(runners)))
-        rows = compare_runners(
-            reference, runners, feeds, lambda runner: progress.update(task, advance=1, description=runner)
-        )
     inputs = compare_inputs(
         ProcessorRunner(feeds), PreprocessorRunner(cases, checkpoint, settings, engines.device), len(cases)
     )
+    rows: list[Row] = []
+    ended_by = None
+    try:
+        with progress_bar() as progress:
+            task = progress.add_task("comparing", total=len(cases) * (1 + len(runners)))
+            rows.extend(
+                compare_runners(
+                    reference, runners, feeds, lambda runner: progress.update(task, advance=1, description=runner)
+                )
+            )
+    except (KeyboardInterrupt, Qwen2VLError) as reason:
+        if not rows:
+            raise
+        ended_by = reason
+    finished = len(rows) == len(runners)
     if saved is not None:
         saved.write()
     return Report(
@@ -148,11 +161,12 @@ def _report(arguments: argparse.Namespace, command: str) -> Report:
         cases=tuple((case, len(feed["input_ids"])) for case, feed in zip(cases, feeds)),
         inputs=inputs,
         engine=rows[0],
-        yardstick=rows[-1],
-        others=tuple(rows[1:-1]),
+        yardstick=rows[-1] if finished else None,
+        others=tuple(rows[1:-1] if finished else rows[1:]),
         notes=tuple(notes),
         machine=machine(),
         command=command,
+        ended_by=ended_by,
     )
 
 

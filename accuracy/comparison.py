@@ -61,8 +61,10 @@ class Row:
 
 def compare_runners(
     reference: BaseRunner, others: Sequence[BaseRunner], feeds: Sequence[Feed], on_case: Callable[[str], None]
-) -> list[Row]:
+) -> Iterator[Row]:
     """Let the reference answer every case greedily, the others the same tokens, and compare every output.
+
+    Yields a row of each of the others, once it has answered all cases.
 
     Args:
         reference: gives ``greedy_ids``, which the others are forced to take.
@@ -76,15 +78,13 @@ def compare_runners(
         for path, feed, outputs in zip(stored, feeds, _outputs(reference, _told(feeds, reference, on_case))):
             save_file({name: np.ascontiguousarray(array) for name, array in outputs.items()}, path)
             forced.append({**feed, FORCED: outputs[GREEDY]})
-        rows = []
         for runner in others:
             seconds: list[float] = []
             compare = _comparing(seconds)
             run = Comparator.run([runner], _told(forced, runner, on_case), streaming=True)
             accuracy = Comparator.compare_accuracy([_stored(reference.name, stored), run], compare_func=compare)
             (results,) = accuracy[0].values()
-            rows.append(Row(runner.name, tuple(dict(result) for result in results), sum(seconds)))
-        return rows
+            yield Row(runner.name, tuple(dict(result) for result in results), sum(seconds))
 
 
 def compare_inputs(reference: BaseRunner, runner: BaseRunner, cases: int) -> Row:

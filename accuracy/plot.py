@@ -25,7 +25,7 @@ def plot(report: Report, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [name for name in report.yardstick.outputs if not is_input(name)]
+    names = [name for name in report.rows[-1].outputs if not is_input(name)]
     places = range(len(names))
     figure = Figure(figsize=(max(8.0, min(20.0, 0.32 * len(names) + 3)), 4.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -69,18 +69,12 @@ def plot(report: Report, path: Path) -> None:
 
 
 def _styled(report: Report) -> list[tuple[Row, dict[str, Any]]]:
-    styles: list[tuple[Row, dict[str, Any]]] = [
-        (
-            report.yardstick,
-            {
-                "color": "black",
-                "linestyle": "--",
-                "linewidth": 1,
-                "zorder": 3,
-                "label": f"{report.yardstick.name} (yardstick)",
-            },
+    styles: list[tuple[Row, dict[str, Any]]] = []
+    if report.yardstick is not None:
+        label = f"{report.yardstick.name} (yardstick)"
+        styles.append(
+            (report.yardstick, {"color": "black", "linestyle": "--", "linewidth": 1, "zorder": 3, "label": label})
         )
-    ]
     colours = cycle(("tab:green", "tab:purple", "tab:brown", "tab:pink"))
     for row, colour in zip(report.others, colours):
         styles.append((row, {"color": colour, "marker": ".", "linewidth": 1, "label": row.name}))

@@ -34,11 +34,12 @@ class Report:
         cases: what was asked, and the number of prompt tokens of each.
         inputs: our preprocessor and prompt builder against Transformers' processor.
         engine: the engine against the reference.
-        yardstick: Transformers in BF16 against it.
+        yardstick: Transformers in BF16 against it; None where Ctrl-C or an error was before it.
         others: further runners, for information.
         notes: what could not be compared.
         machine: see :func:`accuracy.machine.machine`.
         command: as it was typed.
+        ended_by: the Ctrl-C or the error; without a yardstick there is no verdict.
     """
 
     folder: Path
@@ -48,16 +49,17 @@ class Report:
     cases: tuple[tuple[Case, int], ...]
     inputs: Row
     engine: Row
-    yardstick: Row
+    yardstick: Row | None
     others: tuple[Row, ...]
     notes: tuple[str, ...]
     machine: Mapping[str, Any]
     command: str
+    ended_by: BaseException | None = None
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """Everything that ran the model."""
-        return (self.engine, *self.others, self.yardstick)
+        return (self.engine, *self.others, *([] if self.yardstick is None else [self.yardstick]))
 
     @property
     def asked(self) -> str:
@@ -67,6 +69,8 @@ class Report:
     @cached_property
     def departures(self) -> dict[str, str]:
         """What of the engine's outputs is over the tolerance, and how; blocks are not judged, they explain."""
+        if self.yardstick is None:
+            return {}
         outputs = self.inputs.outputs | {n: f for n, f in self.engine.outputs.items() if not is_block(n)}
         found = {name: self.departure(name, figures) for name, figures in outputs.items()}
         found["greedy tokens"] = self.tolerance.token_departure(self.engine.agreement)
@@ -88,7 +92,8 @@ class Report:
 
     def departure(self, name: str, figures: Figures) -> str | None:
         """What of one of the engine's outputs is over the tolerance."""
-        return self.tolerance.departure(name, figures, self.yardstick.outputs.get(name))
+        yardstick = None if self.yardstick is None else self.yardstick.outputs.get(name)
+        return self.tolerance.departure(name, figures, yardstick)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON: figures that are not finite become null."""
@@ -117,13 +122,13 @@ class Report:
             "inputs": _row(self.inputs),
             "rows": {
                 "engine": _row(self.engine),
-                "yardstick": _row(self.yardstick),
+                "yardstick": None if self.yardstick is None else _row(self.yardstick),
                 "others": [_row(row) for row in self.others],
             },
             "notes": list(self.notes),
             "departures": self.departures,
             "first_departing_block": first and first[0],
-            "passed": not self.departures,
+            "passed": None if self.yardstick is None else not self.departures,
         }
 
     def write_json(self, path: Path) -> None:

@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from engines.tables import print_table
+
 from .comparison import Row
 from .figures import Figures
 from .report import Report, is_block
@@ -15,9 +17,9 @@ _FIGURES = ("max absolute", "mean absolute", "max relative", "mean relative", "c
 
 def print_report(report: Report, console: Console) -> None:
     """Print the outputs, the blocks where they were recorded, and the verdict."""
-    console.print(_outputs(report))
+    print_table(_outputs(report), console)
     if report.layers:
-        console.print(_blocks(report))
+        print_table(_blocks(report), console)
     for row in report.rows:
         console.print(f"{row.name}: {_tokens(row)}", highlight=False)
     for note in report.notes:
@@ -27,6 +29,9 @@ def print_report(report: Report, console: Console) -> None:
         console.print(
             f"first block that departs: {first[0]}: {first[1]}" if first else "no block departs", highlight=False
         )
+    if report.yardstick is None:
+        console.print(f"ended before {report.engine.name} could be judged", highlight=False)
+        return
     for name, reason in report.departures.items():
         console.print(f"DEPARTS: {name} of {report.engine.name}: {reason}", style="red", highlight=False)
     if not report.departures:
@@ -40,7 +45,7 @@ def _outputs(report: Report) -> Table:
         table.add_column(column, justify="right")
     for name, figures in report.inputs.outputs.items():
         table.add_row(name, report.inputs.name, *_cells(figures), end_section=True, style=_style(report, name, figures))
-    for name in report.yardstick.outputs:
+    for name in report.engine.outputs:
         if is_block(name):
             continue
         rows = [(row, row.outputs[name]) for row in report.rows if name in row.outputs]

@@ -74,18 +74,19 @@ def main(argv: list[str]) -> None:
         write_json(arguments.export_times, summary.times(report))
     if arguments.export_profile is not None:
         write_json(arguments.export_profile, summary.operators(report))
-    if arguments.trace is not None:
+    if arguments.trace is not None and report.trace is not None:
         write_json(arguments.trace, report.trace)
-    if arguments.trace_plot is not None:
+    if arguments.trace_plot is not None and report.trace is not None:
         from .bench.plot import what_ran
         from .bench.timeline_plot import save_timeline
 
-        assert report.trace is not None
         save_timeline(report.trace, f"{what_ran(report)}: {report.results[-1].case.label}", arguments.trace_plot)
     if arguments.plot is not None:
         from .bench.plot import save_plot
 
         save_plot(report, arguments.plot)
+    if report.ended_by is not None:
+        raise report.ended_by
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

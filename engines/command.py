@@ -55,7 +55,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
     Exit codes: 0 done; 1 the output cannot be written; 2 a :class:`~qwen2vl_trt.errors.Qwen2VLError` or a package
     that is not installed, named in one line; 130 interrupted; 143 terminated, which goes the same way: what Ctrl-C
-    saves and clears away, so does the end of a container or of a job's time.
+    saves and clears away, so does the end of a container or of a job's time. Both are a KeyboardInterrupt in ``main``,
+    whose message, if it has one, says what was saved.
     """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
     if sys.stdout is not None:  # a terminal without UTF-8 shows a question mark, it does not end the command
@@ -66,12 +67,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             main()
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where a failure is still caught
-        except KeyboardInterrupt:
-            interrupt.exit()
-        except SystemExit as ended:
-            if ended.code == INTERRUPTED and interrupt.terminated:
-                sys.exit(TERMINATED)
-            raise
+        except KeyboardInterrupt as reason:
+            interrupt.exit(str(reason))
         except Exception as error:
             if interrupt.seen:
                 interrupt.exit()
@@ -80,37 +77,34 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
 
 class _Interrupt:
-    """Notes Ctrl-C besides raising it: in the midst of an import it may come out as any other exception.
-
-    SIGTERM is made a Ctrl-C, so that it reaches whoever handles that.
-    """
+    """Makes Ctrl-C and SIGTERM a KeyboardInterrupt, and notes which: imports may turn it into another exception."""
 
     def __init__(self) -> None:
-        self.seen = self.terminated = False
-        self._installed = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background job ignores it
+        self.seen: int | None = None
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        # A shell's background job ignores Ctrl-C, which stays so.
+        self._before = {number: handler for number, handler in usual.items() if signal.getsignal(number) == handler}
 
     def __enter__(self) -> _Interrupt:
-        if self._installed:
-            signal.signal(signal.SIGINT, self._on_signal)
-            signal.signal(signal.SIGTERM, self._on_termination)
+        for number in self._before:
+            signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._installed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def exit(self) -> NoReturn:
-        print("terminated" if self.terminated else "interrupted", file=sys.stderr)
-        sys.exit(TERMINATED if self.terminated else INTERRUPTED)
+    def exit(self, message: str = "") -> NoReturn:
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)  # impatience is no news
+        terminated = self.seen == signal.SIGTERM
+        word = "terminated" if terminated else "interrupted"
+        print(f"{word}: {message}" if message else word, file=sys.stderr)
+        sys.exit(TERMINATED if terminated else INTERRUPTED)
 
     def _on_signal(self, number: int, frame: object) -> NoReturn:
-        self.seen = True
+        self.seen = self.seen or number
         raise KeyboardInterrupt
-
-    def _on_termination(self, number: int, frame: object) -> None:
-        self.terminated = True
-        signal.raise_signal(signal.SIGINT)
 
 
 def _report(error: Exception) -> NoReturn:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .inspect import FolderReport, GraphReport, TensorReport
+from .tables import print_table
 
 
 def print_report(report: FolderReport, console: Console, layers: bool = False) -> None:
@@ -81,7 +82,7 @@ def _grouped(tensors: tuple[TensorReport, ...]) -> list[tuple[str, TensorReport]
 
 
 def _print(table: Table, console: Console) -> None:
-    console.print(table)
+    print_table(table, console)
     console.print()
 
 

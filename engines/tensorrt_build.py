@@ -14,6 +14,7 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError
 
 from .attention_mask import ATTENTION_MASKS
+from .interrupts import deferred_interrupt
 from .lowering import lower
 from .plan_file import stream_writer, whole_file
 from .precision import Precision
@@ -21,7 +22,7 @@ from .profile import BuildProfile
 from .progress import BuildSteps
 from .tensorrt_log import tensorrt_log
 from .tensorrt_module import Variant, load_tensorrt
-from .tensorrt_monitor import deferred_interrupt, progress_monitor
+from .tensorrt_monitor import progress_monitor
 from .tensorrt_options import TensorRTOptions
 from .tensorrt_profiles import Ranges, decoder_ranges, vision_ranges
 from .tensorrt_refit import strip_weights

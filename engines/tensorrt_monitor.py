@@ -2,36 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from .progress import BuildSteps
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[threading.Event]:
-    """Keep Ctrl-C until the end of the ``with``; TensorRT's callbacks into Python swallow an exception.
-
-    Yields:
-        Set once Ctrl-C was pressed.
-
-    Raises:
-        KeyboardInterrupt: at the end, in place of any other exception.
-    """
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # no signals there, they go to the main thread
-        yield interrupted
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if interrupted.is_set():
-            raise KeyboardInterrupt
 
 
 def progress_monitor(trt: Any, steps: BuildSteps, interrupted: threading.Event) -> Any:

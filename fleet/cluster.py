@@ -94,4 +94,6 @@ def run_partitions(
                 raise BatchError(row["fatal"])
             yield row
     except RayError as error:
-        raise BatchError(f"Ray: {str(error).strip().splitlines()[-1]}; run again with --resume to go on") from error
+        cause = getattr(error, "cause", None) or error  # of a worker's; Ray's own text ends with advice on its settings
+        said = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
+        raise BatchError(f"Ray: {said}; run again with --resume to go on") from error

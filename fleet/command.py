@@ -12,12 +12,13 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.command import INTERRUPTED, Parser, positive_number
+from engines.command import Parser, positive_number
 from qwen2vl_trt.errors import BatchError
+from runtime.features.names import as_unicode
 from runtime.pipeline_arguments import pipeline_options
 from runtime.sampler import SamplingParams
 from runtime.sampling_arguments import add_sampling_arguments, sampling_params
@@ -135,6 +136,8 @@ def _checked(arguments: argparse.Namespace) -> SamplingParams:
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise BatchError(f"{output} is a file; name a folder")
+    if as_unicode(str(output.absolute())) != str(output.absolute()):
+        raise BatchError(f"{str(output.absolute())!r} is not valid UTF-8, which Parquet files need; rename the folder")
     if not output.parent.is_dir():
         raise BatchError(f"{output} cannot be written: there is no folder {output.parent}")
     target = output if output.is_dir() else output.parent
@@ -189,6 +192,7 @@ def _opened(
 
     from runtime.features.shards import write_durably, writing
     from runtime.features.store import check_settings
+    from runtime.inputs.image_listing import counted
 
     from .inputs import divide, read_partitions
     from .partition_file import DATA, ERRORS
@@ -215,11 +219,13 @@ def _opened(
                     if (output / name).exists():
                         shutil.rmtree(output / name)
                     (output / name).mkdir()
-                divide(given, arguments.partition_rows, output / _INPUT)
+                passed_over = divide(given, arguments.partition_rows, output / _INPUT)
+                if passed_over:
+                    print(f"passed over: {counted(passed_over)}", file=sys.stderr)
                 write_durably(output / _SETTINGS, json.dumps(settings, indent=2).encode())  # last: the run has begun
         yield read_partitions(output / _INPUT), work
-        shutil.rmtree(output / _WORK, ignore_errors=True)
     finally:
+        shutil.rmtree(output / _WORK, ignore_errors=True)
         lock.release()
 
 
@@ -231,7 +237,7 @@ def _run(
     partitions: list[Partition],
     work: Path,
 ) -> None:
-    from .cluster import connect, run_partitions
+    from .driver import Driver
     from .partition_file import ERRORS, read_done
     from .worker import WorkerSettings
 
@@ -248,8 +254,11 @@ def _run(
     cores = os.cpu_count() or 1
     cpus = arguments.cpus_per_worker or max(1, cores // workers)
     if waiting:
-        with connect(arguments.address, max(cores, cpus * workers)) as resources:
-            gpus = _gpus(arguments, resources, workers)
+        with (
+            _saying_what_is_saved(output, partitions, work),
+            Driver(arguments.address, max(cores, cpus * workers)) as ray,
+        ):
+            gpus = _gpus(arguments, ray.resources, workers)
             settings = WorkerSettings(
                 engine_dir=engine_dir,
                 output=output,
@@ -270,14 +279,9 @@ def _run(
             )
             tally.began = time.perf_counter()
             with _progress(sum(partition.rows for partition in partitions), tally.rows) as show:
-                try:
-                    for result in run_partitions(waiting, settings, cpus, gpus):
-                        tally.add(result)
-                        show(tally.rows, tally.rate)
-                except KeyboardInterrupt:
-                    rows = f"{tally.saved + tally.skipped:,} rows are saved"
-                    print(f"interrupted: {rows}; run again with --resume to go on", file=sys.stderr)
-                    sys.exit(INTERRUPTED)
+                for result in ray.run(waiting, settings, cpus, gpus):
+                    tally.add(result)
+                    show(tally.rows, tally.rate)
     if tally.failed and not tally.saved + tally.skipped:
         raise BatchError(f"none of the {tally.failed:,} rows could be used; the first: {tally.first_failure}")
     there = f", {tally.skipped:,} were there" if tally.skipped else ""
@@ -285,6 +289,21 @@ def _run(
     print(f"{arguments.output}: {tally.saved:,} rows{there}{rate}", file=sys.stderr)
     if tally.failed:
         print(f"warning: {tally.failed:,} rows could not be used: see {arguments.output / ERRORS}", file=sys.stderr)
+
+
+@contextmanager
+def _saying_what_is_saved(output: Path, partitions: list[Partition], work: Path) -> Iterator[None]:
+    """Let an interrupt say how many rows the output holds: more than have been told, as workers are ahead of that."""
+    from .partition_file import read_done
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            work.rename(work.with_name("ended"))  # now no worker that lives on, on another machine, can add to them
+        done = [read_done(output, partition.number) for partition in partitions]
+        saved = sum(found.saved for found in done if found is not None)
+        raise KeyboardInterrupt(f"{saved:,} rows are saved; run again with --resume to go on") from None
 
 
 def _gpus(arguments: argparse.Namespace, resources: dict[str, float], workers: int) -> float:

@@ -13,7 +13,7 @@ def check_extra() -> None:
     Raises:
         MissingDependencyError: naming the first that is not, and the extra.
     """
-    for package in ("ray", "pyarrow"):
+    for package in ("ray", "pyarrow", "psutil"):
         if find_spec(package) is None:
             raise MissingDependencyError(
                 f"run.py batch needs {package}, which is not installed: pip install 'qwen2vl-trt[ray]'"

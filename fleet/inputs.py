@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -18,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwen2vl_trt.errors import BatchError, MediaError
+from runtime.features.names import as_unicode
 from runtime.features.shards import writing
-from runtime.inputs.image_listing import IMAGE_SUFFIXES, list_images
+from runtime.inputs.image_listing import IMAGE_SUFFIXES, counted, list_images
 
 from .filesystem import is_uri, open_filesystem
-from .rows import JSON_LINES, TABLES, Columns, Partition, generated_id, parse_line
+from .rows import JSON_LINES, TABLES, Columns, Partition, generated_id, own_id, parse_line
 
 PARTITIONS, IMAGES = "partitions.parquet", "images.parquet"
 _LISTED = Columns("image", None, "id")
@@ -62,8 +64,10 @@ def find_input(source: str, image: str | None, prompt: str | None, row_id: str |
     if not source.endswith(TABLES):
         if image or prompt or row_id:
             raise BatchError(f"{source} is images, not a table: it has no columns to name")
-        if next(_listed(source), None) is None:
-            raise MediaError(f"{source}: no image there; a folder of tables is given as 'DIR/*.parquet'")
+        there: Counter[str] = Counter()
+        if next(_listed(source, there), None) is None:
+            others = f", but {counted(there)}" if there else ""
+            raise MediaError(f"{source}: no image there{others}; a folder of tables is given as 'DIR/*.parquet'")
         return Input(source, _LISTED, ())
     tables = tuple(_match(source))
     if not tables:
@@ -74,17 +78,25 @@ def find_input(source: str, image: str | None, prompt: str | None, row_id: str |
         _column(tables[0], found, "prompt", prompt),
         _column(tables[0], found, "id", row_id),
     )
-    for table in tables[1:]:
-        missing = set(columns.names) - _column_names(table) if not table.endswith(JSON_LINES) else set()
-        if missing:
-            raise BatchError(f"{table} has no column {min(missing)!r}, which {tables[0]} has")
+    for table in tables:
+        if table.endswith(JSON_LINES):
+            continue
+        counts = found if table == tables[0] else _column_names(table)
+        for name in columns.names:
+            if not counts[name]:
+                raise BatchError(f"{table} has no column {name!r}, which {tables[0]} has")
+            if counts[name] > 1:
+                raise BatchError(f"{table} has {counts[name]} columns {name!r}; one of them is to be read")
     return Input(source, columns, tables)
 
 
-def divide(given: Input, rows: int, folder: Path) -> None:
+def divide(given: Input, rows: int, folder: Path) -> Counter[str]:
     """Write the partitions of an input into a folder, ``partitions.parquet`` last.
 
     Memory: 16 bytes a row for the ids of tables; of folders, what listing one takes.
+
+    Returns:
+        How many files of a folder are no images and were passed over, by suffix.
 
     Raises:
         BatchError: two rows have the same id or one has none, there is no row, or a table cannot be read.
@@ -93,14 +105,15 @@ def divide(given: Input, rows: int, folder: Path) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tables = given.tables
+        passed_over: Counter[str] = Counter()
         if not tables:
-            _write_listing(given.source, folder / IMAGES, rows)
+            _write_listing(given.source, folder / IMAGES, rows, passed_over)
             tables = (str((folder / IMAGES).resolve()),)
     root = os.path.commonpath([PurePosixPath(table).parent for table in tables])
     partitions: list[Partition] = []
     digests = bytearray()
     for table in tables:
-        name = os.path.relpath(table, root).replace(os.sep, "/")
+        name = _name(table, root)
         # The ids of a listing are paths, each there once: only those of tables are compared.
         columns = given.columns if given.tables else replace(given.columns, id=None)
         starts, count = _scan(table, name, columns, rows, digests)
@@ -113,8 +126,10 @@ def divide(given: Input, rows: int, folder: Path) -> None:
     _refuse_duplicates(tables, root, given.columns, digests)
     with writing(folder / PARTITIONS):
         temporary = folder / f".{PARTITIONS}.tmp"
-        pq.write_table(pa.Table.from_pylist([asdict(partition) for partition in partitions]), temporary)
+        listed = [asdict(partition) | {"path": os.fsencode(partition.path)} for partition in partitions]
+        pq.write_table(pa.Table.from_pylist(listed), temporary)  # a path as its bytes: it need not be Unicode
         temporary.replace(folder / PARTITIONS)
+    return passed_over
 
 
 def read_partitions(folder: Path) -> list[Partition]:
@@ -124,8 +139,9 @@ def read_partitions(folder: Path) -> list[Partition]:
         BatchError: their list is damaged, or a table is no longer what it was.
     """
     try:
-        partitions = [Partition(**row) for row in pq.read_table(folder / PARTITIONS).to_pylist()]
-    except (OSError, pa.ArrowException, TypeError) as error:
+        listed = pq.read_table(folder / PARTITIONS).to_pylist()
+        partitions = [Partition(**row | {"path": os.fsdecode(row["path"])}) for row in listed]
+    except (OSError, pa.ArrowException, TypeError, KeyError) as error:
         raise BatchError(f"{folder / PARTITIONS} cannot be read: {error}; --overwrite starts again") from None
     for path, size in {partition.path: partition.size for partition in partitions}.items():
         if _size(path) != size:
@@ -146,10 +162,10 @@ def _match(source: str) -> list[str]:
     return [f"{scheme}://{path}" for path in found]
 
 
-def _listed(source: str) -> Iterator[tuple[str, str]]:
+def _listed(source: str, passed_over: Counter[str]) -> Iterator[tuple[str, str]]:
     """Id and absolute path or URI of each image, in an order that does not change."""
     if not is_uri(source):
-        for key, path in list_images(source):
+        for key, path in list_images(source, passed_over):
             yield key, str(Path(path).absolute())
         return
     filesystem, path = open_filesystem(source)
@@ -157,7 +173,10 @@ def _listed(source: str) -> Iterator[tuple[str, str]]:
     try:
         if filesystem.isdir(path):
             root = path.rstrip("/")
-            found = [name for name in filesystem.find(path) if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+            suffixes = {name: PurePosixPath(name).suffix.lower() for name in filesystem.find(path)}
+            found = [name for name, suffix in suffixes.items() if suffix in IMAGE_SUFFIXES]
+            others = Counter(suffix or "without a suffix" for suffix in suffixes.values())
+            passed_over.update({suffix: count for suffix, count in others.items() if suffix not in IMAGE_SUFFIXES})
         else:
             found = [name for name in filesystem.glob(path) if filesystem.isfile(name)]
             plain = path[: min((path.index(c) for c in "*?[" if c in path), default=len(path))]
@@ -168,15 +187,14 @@ def _listed(source: str) -> Iterator[tuple[str, str]]:
         yield name.removeprefix(f"{root}/"), f"{scheme}://{name}"
 
 
-def _write_listing(source: str, path: Path, rows: int) -> None:
-    schema = pa.schema([("id", pa.string()), ("image", pa.string())])
+def _write_listing(source: str, path: Path, rows: int, passed_over: Counter[str]) -> None:
+    # A path as its bytes, which need not be Unicode as a string must.
+    schema = pa.schema([("id", pa.string()), ("image", pa.struct([("path", pa.binary())]))])
     temporary = path.with_name(f".{path.name}.tmp")
     with pq.ParquetWriter(temporary, schema) as writer:
-        group: list[dict[str, str]] = []
-        for key, image in _listed(source):
-            names = {"id": key, "image": image}
-            # A name that is not Unicode cannot be stored: the row stays, and its file will not be found.
-            group.append({k: v.encode("utf-8", "backslashreplace").decode() for k, v in names.items()})
+        group: list[dict[str, Any]] = []
+        for key, image in _listed(source, passed_over):
+            group.append({"id": as_unicode(key), "image": {"path": os.fsencode(image)}})
             if len(group) == rows:
                 writer.write_table(pa.Table.from_pylist(group, schema))
                 group = []
@@ -185,22 +203,23 @@ def _write_listing(source: str, path: Path, rows: int) -> None:
     temporary.replace(path)
 
 
-def _column_names(table: str) -> set[str]:
+def _column_names(table: str) -> Counter[str]:
+    """Of a table's columns, each with the number of those of that name."""
     filesystem, path = open_filesystem(table)
     try:
         with filesystem.open(path, "rb") as file:
             if not table.endswith(JSON_LINES):
-                return set(pq.read_schema(file).names)
+                return Counter(pq.read_schema(file).names)
             parsed = (parse_line(line) for line in file if line.strip())
             first = next((values for values in parsed if isinstance(values, dict)), None)
     except (OSError, pa.ArrowException) as error:
         raise BatchError(f"{table} cannot be read: {error}") from None
     if first is None:
         raise BatchError(f"{table} holds no JSON object, one of which belongs on each line")
-    return set(first)
+    return Counter(dict.fromkeys(first, 1))
 
 
-def _column(table: str, found: set[str], kind: str, given: str | None) -> str | None:
+def _column(table: str, found: Counter[str], kind: str, given: str | None) -> str | None:
     if (given or kind) in found:
         return given or kind
     if given or kind == "image":
@@ -277,7 +296,12 @@ def _ids_of_lines(file: Any, table: str, name: str, columns: Columns) -> Iterato
 def _own_id(value: Any, table: str, number: int, columns: Columns) -> str:
     if value is None:
         raise BatchError(f"{table}: row {number} has no {columns.id!r}; every row needs one, or none of them")
-    return str(value)
+    return own_id(value)
+
+
+def _name(table: str, root: str) -> str:
+    """Of a table, in the ids of its rows."""
+    return as_unicode(os.path.relpath(table, root).replace(os.sep, "/"))
 
 
 def _refuse_duplicates(tables: tuple[str, ...], root: str, columns: Columns, digests: bytearray) -> None:
@@ -287,7 +311,7 @@ def _refuse_duplicates(tables: tuple[str, ...], root: str, columns: Columns, dig
         return
     wanted, places = values[twice[0] : twice[0] + 1].tobytes(), []
     for table in tables:
-        name = os.path.relpath(table, root).replace(os.sep, "/")
+        name = _name(table, root)
         for number, row_id, _ in _ids(table, name, columns):
             if _digest(row_id) == wanted:
                 places.append(f"{name} row {number}")
@@ -298,4 +322,4 @@ def _refuse_duplicates(tables: tuple[str, ...], root: str, columns: Columns, dig
 
 
 def _digest(row_id: str) -> bytes:
-    return hashlib.blake2b(row_id.encode("utf-8", "surrogateescape"), digest_size=_DIGEST).digest()
+    return hashlib.blake2b(row_id.encode("utf-8", "surrogatepass"), digest_size=_DIGEST).digest()

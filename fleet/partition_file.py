@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qwen2vl_trt.errors import BatchError
 from qwen2vl_trt.windows import Grid
+from runtime.features.names import as_unicode
 from runtime.features.shards import write_durably, writing
 
 from .journal import Journal
@@ -96,7 +97,7 @@ def read_done(output: Path, number: int) -> Done | None:
         with writing(errors):
             # Attempts that overlap write the same under names of their own.
             temporary = errors.with_name(f".{errors.name}.{uuid.uuid4().hex}")
-            write_durably(temporary, content.encode("utf-8", "backslashreplace"))
+            write_durably(temporary, content.encode())
             temporary.replace(errors)
     return Done(metadata.num_rows, failures)
 
@@ -139,6 +140,10 @@ class PartitionWriter:
         """Rows still to come, at most: with as many images a shard, `run.py features` makes the same batches."""
         return self._rows - self._saved
 
+    def refusal(self, key: str) -> str | None:
+        """Every id that a row can have is stored."""
+        return None
+
     def add(self, key: str, grid: Grid, features: Tensor) -> None:
         """Keep an image's features."""
         values = features.to(torch.float32).reshape(-1).numpy()
@@ -159,7 +164,7 @@ class PartitionWriter:
 
     def fail(self, key: str, reason: str) -> None:
         """Note that a row has no result, and why."""
-        self.failures.append({"id": key, "error": reason})
+        self.failures.append({"id": as_unicode(key), "error": as_unicode(reason)})
         self._journal.finish(key)
 
     def flush(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwen2vl_trt.errors import BatchError
+from runtime.features.names import as_unicode
 
 from .filesystem import is_uri, open_filesystem
 
@@ -132,6 +134,11 @@ def _json_lines(partition: Partition, columns: Columns) -> Iterator[dict[str, An
                 return
 
 
+def own_id(value: Any) -> str:
+    """What a row with an id of its own is called; some writers of Parquet store text as bytes."""
+    return as_unicode(value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value))
+
+
 def parse_line(line: bytes) -> dict[str, Any] | str:
     """The object on a line of JSON lines, or what is wrong with the line."""
     try:
@@ -146,10 +153,11 @@ def _row(values: dict[str, Any] | str, columns: Columns, partition: Partition, n
     if isinstance(values, str):
         return Row(row_id, fault=values)
     if columns.id is not None and values.get(columns.id) is not None:
-        row_id = str(values[columns.id])
+        row_id = own_id(values[columns.id])
     image, prompt = values.get(columns.image), values.get(columns.prompt) if columns.prompt else None
     if isinstance(image, dict):  # as Hugging Face's datasets store images
-        image = image.get("bytes") or image.get("path")
+        path = image.get("path")
+        image = image.get("bytes") or (os.fsdecode(path) if isinstance(path, bytes) else path)
     if image is None:
         return Row(row_id, fault=f"the column {columns.image!r} is empty")
     if not isinstance(image, (str, bytes)):

@@ -505,7 +505,7 @@ def test_terminated(user, quick):
         time.sleep(0.02)
     extracting.terminate()
     code, _, errors = finish(extracting)
-    saved = int(errors.removeprefix("interrupted: ").split()[0].replace(",", ""))
+    saved = int(errors.removeprefix("terminated: ").split()[0].replace(",", ""))
     assert (code, saved) == (143, len((output / "index.jsonl").read_text().splitlines()))
     assert 50 <= saved < 2000
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.table import Table
 
 from engines.progress import progress_bar
+from engines.tables import print_table, stdout_console
 from runtime.inputs.video import Video
 from runtime.pipeline import Pipeline
 from runtime.request import Request
@@ -26,25 +26,31 @@ _TITLES = {"read": "read an image", "count": "count the digits", "two_images": "
 def print_accuracy(pipeline: Pipeline, cases: int, seed: int, as_json: bool) -> None:
     """Ask held-out scenes of every task and print the scores on stdout; a progress bar goes to a terminal's stderr.
 
+    Those of the tasks that are over are printed even if Ctrl-C or an error ends the rest.
+
     Args:
         pipeline: what answers.
         cases: scenes a task.
         seed: chooses the scenes.
         as_json: one JSON object by task instead of a table.
     """
-    with progress_bar() as progress:
-        asked = progress.add_task("held-out scenes", total=cases * len(TASKS))
+    scores: dict[str, Score] = {}
+    try:
+        with progress_bar() as progress:
+            asked = progress.add_task("held-out scenes", total=cases * len(TASKS))
 
-        def answer(scenes: list[Scene]) -> list[str]:
-            answers = answer_scenes(pipeline, scenes)
-            progress.advance(asked, len(scenes))
-            return answers
+            def answer(scenes: list[Scene]) -> list[str]:
+                answers = answer_scenes(pipeline, scenes)
+                progress.advance(asked, len(scenes))
+                return answers
 
-        scores = evaluate(answer, TASKS, cases, seed, BATCH_SIZE)
-    if as_json:
-        print(json.dumps({task: asdict(score) for task, score in scores.items()}))
-    else:
-        Console().print(_table(scores))
+            for task in TASKS:
+                scores |= evaluate(answer, (task,), cases, seed, BATCH_SIZE)
+    finally:
+        if scores and as_json:
+            print(json.dumps({task: asdict(score) for task, score in scores.items()}))
+        elif scores:
+            print_table(_table(scores), stdout_console())
 
 
 def answer_scenes(pipeline: Pipeline, scenes: list[Scene]) -> list[str]:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 
 from engines.progress import progress_bar
+from qwen2vl_trt.errors import Qwen2VLError
 from qwen2vl_trt.windows import window_layout
 from runtime.backends.runners import Engines, open_engines
 from runtime.preprocessing.preprocessor import PreprocessorSettings
@@ -171,12 +172,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Report:
-    """Of one run: the engines, the rates of the device, a result a case, and a timeline where asked for."""
+    """Of one run: the engines, the rates of the device, a result a case, and a timeline where asked for.
+
+    ``ended_by`` is the Ctrl-C or the error before which all of ``results`` were measured; None where there are no more.
+    """
 
     engines: Engines
     rates: Rates
     results: list[Result]
     trace: dict[str, Any] | None = None
+    ended_by: BaseException | None = None
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -184,9 +189,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def run(options: Options) -> Report:
-    """Measure everything.
+    """Measure everything, or what there is time for until Ctrl-C or an error.
 
-    Raises:
+    Raises, if nothing has been measured before:
         EngineError: the engines cannot run here.
         LimitError: a shape outside their profile.
         BenchmarkError: a shape of no stage, or a process that died.
@@ -197,6 +202,24 @@ def run(options: Options) -> Report:
     todo = cases(options.stages, options.shapes, limits)
     rates = measure_rates(engines.device, engines.dtype)
     results: list[Result] = []
+    trace, ended_by = None, None
+    try:
+        _measure_stages(options, engines, todo, results)
+        if options.trace:
+            with Worker("the timeline", partial(PipelineSubject, options.engines)) as worker:
+                trace = worker.call("trace", [case for case in todo if case.stage == "pipeline"][-1])
+    except (KeyboardInterrupt, Qwen2VLError, RuntimeError) as reason:
+        if not results:
+            raise
+        ended_by = reason
+    else:
+        rates = rates.best(measure_rates(engines.device, engines.dtype))  # a busy moment hits one of the two at most
+    _add_floors(results, engines, rates)
+    return Report(engines, rates, results, trace, ended_by)
+
+
+def _measure_stages(options: Options, engines: Engines, todo: list[Case], results: list[Result]) -> None:
+    """Add a result of each case, once it is whole."""
     with progress_bar() as progress:
         task = progress.add_task("measuring", total=len(todo))
         for stage in options.stages:
@@ -214,13 +237,6 @@ def run(options: Options) -> Report:
                 operators = profile_operators(partial(OURS[stage], replace(options.engines, streams=1)), of_stage)
                 for result, found in zip(results[-len(of_stage) :], operators):
                     result.operators = found
-    rates = rates.best(measure_rates(engines.device, engines.dtype))  # a busy moment hits one of the two at most
-    _add_floors(results, engines, rates)
-    trace = None
-    if options.trace:
-        with Worker("the timeline", partial(PipelineSubject, options.engines)) as worker:
-            trace = worker.call("trace", [case for case in todo if case.stage == "pipeline"][-1])
-    return Report(engines, rates, results, trace)
 
 
 def _start(stage: str, options: Options, engines: Engines) -> list[Worker]:

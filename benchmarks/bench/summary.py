@@ -85,6 +85,7 @@ def as_dict(report: Report, command: list[str]) -> dict[str, Any]:
     engines = report.engines
     return {
         "command": command,
+        "interrupted": report.ended_by is not None,
         "machine": machine_of(report),
         "engines": {
             "folder": str(engines.folder),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.command import Parser, positive_number
+from engines.interrupts import deferred_interrupt
 from qwen2vl_trt.errors import FeaturesError, MediaError
 
 if TYPE_CHECKING:
@@ -61,14 +62,15 @@ def add_features_arguments(parser: Parser) -> None:
 def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespace], Pipeline]) -> None:
     """Extract features as the options say.
 
-    Ends with 0 even if some images could not be used (a warning counts them), with 130 after Ctrl-C and 143 after
-    SIGTERM, which first save what is done.
+    Ends with 0 even if some images could not be used (a warning counts them). Ctrl-C and SIGTERM first save what is
+    done.
 
     Raises:
         FeaturesError: the output is in the way or cannot be written, the options do not fit, or no image could be
             used.
         MediaError: no images.
     """
+    from ..inputs.image_listing import counted
     from .output import Output
 
     if (arguments.source == "decoder") != (arguments.prompt is not None):
@@ -76,7 +78,8 @@ def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argpars
     output = Output(arguments.output)
     if_exists: Any = "resume" if arguments.resume else "overwrite" if arguments.overwrite else "refuse"
     output.check(if_exists)  # before the minutes that a build may take
-    images, count = _images(arguments)
+    passed_over: Counter[str] = Counter()
+    images, count = _images(arguments, passed_over)
     pipeline = open_pipeline(arguments)
     from .decode_ahead import Batching
     from .extraction import extract_features
@@ -92,22 +95,23 @@ def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argpars
     tokens = arguments.batch_tokens or profile.max_batch_size * profile.max_hw_dims // unit
     batching = Batching(profile.max_batch_size, tokens, arguments.workers)
     with output.open(_settings(arguments, pipeline), if_exists, arguments.shard_size) as store:
-        with _stop_when_told() as told, _progress(count) as show:
-            run = extract_features(source, images, store, batching, arguments.pool, lambda: bool(told), show)
-        saved = store.saved
-        if not run.stopped:
-            output.finish(store)
-    if run.stopped:
-        print(f"interrupted: {saved:,} images are saved; run again with --resume to go on", file=sys.stderr)
-        sys.exit(128 + told[0])  # as shells report it
-    if run.failed and not saved:
+        try:
+            with deferred_interrupt() as told, _progress(count) as show:
+                run = extract_features(source, images, store, batching, arguments.pool, told.is_set, show)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{store.saved:,} images are saved; run again with --resume to go on") from None
+        output.finish(store)
+    if run.failed and not store.saved:
         raise FeaturesError(f"none of the {run.failed:,} images could be used; the first: {run.first_failure}")
     skipped = f", {run.skipped:,} were there" if run.skipped else ""
+    others = f", {passed_over.total():,} other files passed over" if passed_over else ""
     print(
-        f"{output.path}: {run.extracted:,} images{skipped}, {run.images_per_second:.1f} images/s"
+        f"{output.path}: {run.extracted:,} images{skipped}{others}, {run.images_per_second:.1f} images/s"
         f" (engine busy {run.engine / run.seconds:.0%} of the time, waiting for images {run.waited / run.seconds:.0%})",
         file=sys.stderr,
     )
+    if passed_over:
+        print(f"passed over: {counted(passed_over)}", file=sys.stderr)
     if run.resized:
         print(
             f"warning: images that were resized to fit the engine ({pipeline.profile.min_hw_dims:,} to"
@@ -121,17 +125,17 @@ def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argpars
         )
 
 
-def _images(arguments: argparse.Namespace) -> tuple[Iterator[ImageFile], Callable[[], int]]:
-    """The images, and what counts them, which may take as long as listing them."""
-    from ..inputs.image_listing import given_images, list_images
+def _images(arguments: argparse.Namespace, passed_over: Counter[str]) -> tuple[Iterator[ImageFile], Callable[[], int]]:
+    """The images, which count what is passed over as they are listed, and what counts them, which may take as long."""
+    from ..inputs.image_listing import counted, given_images, list_images
 
     if arguments.image:
         given = given_images(arguments.image)
         return iter(given), lambda: len(given)
-    first = next(list_images(arguments.input), None)  # before the minutes that a build may take
-    if first is None:
-        raise MediaError(f"{arguments.input}: no image there; run.py features --help says which files are taken")
-    return list_images(arguments.input), lambda: sum(1 for _ in list_images(arguments.input))
+    there: Counter[str] = Counter()
+    if next(list_images(arguments.input, there), None) is None:  # before the minutes that a build may take
+        raise MediaError(f"{arguments.input}: no image there" + (f", but {counted(there)}" if there else ""))
+    return list_images(arguments.input, passed_over), lambda: sum(1 for _ in list_images(arguments.input))
 
 
 def _settings(arguments: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
@@ -156,29 +160,6 @@ def _settings(arguments: argparse.Namespace, pipeline: Pipeline) -> dict[str, An
         "layer": arguments.layer,
         "pool": arguments.pool,
     }
-
-
-@contextmanager
-def _stop_when_told() -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM (a spot machine that goes away) is put into the list; a second one ends at once."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    told: list[int] = []
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: object) -> None:
-        told.append(number)
-        restore()
-
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # a background job ignores Ctrl-C
-            signal.signal(number, note)
-    try:
-        yield told
-    finally:
-        restore()
 
 
 @contextmanager

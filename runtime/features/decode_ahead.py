@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from qwen2vl_trt.errors import MediaError
-
 from ..inputs.image_listing import ImageFile
 from ..media.ahead import DEFAULT_AHEAD_BYTES, room_for_another
 from ..media.embedder import LoadedImage
@@ -55,10 +53,7 @@ def decode_ahead(
 
     def load(number: int, image: ImageFile) -> LoadedImage | Exception:
         try:
-            image.key.encode()  # the names of a shard's tensors are Unicode
             return source.load(image.path, f"image {number}")
-        except UnicodeEncodeError:
-            return MediaError(f"image {number} ({image.path!r}): its name is not valid UTF-8; rename it")
         except IMAGE_FAULTS as error:
             return error
 

@@ -33,6 +33,8 @@ class Store(Protocol):
 
     def __contains__(self, key: str) -> bool: ...
 
+    def refusal(self, key: str) -> str | None: ...
+
     def add(self, key: str, grid: Grid, features: Tensor) -> None: ...
 
     def fail(self, key: str, reason: str) -> None: ...
@@ -53,7 +55,6 @@ class Extraction:
         seconds: the whole run.
         waited: of these, for images to be decoded.
         engine: of these, in the preprocessor and the engines.
-        stopped: whether it ended early because it was told to.
     """
 
     extracted: int = 0
@@ -64,7 +65,6 @@ class Extraction:
     seconds: float = 0.0
     waited: float = 0.0
     engine: float = 0.0
-    stopped: bool = False
 
     @property
     def images_per_second(self) -> float:
@@ -136,8 +136,7 @@ def extract_features(
             tokens += image.size.tokens
             if len(batch) == min(batching.max_batch_size, store.room):
                 finish_batch()
-    run.stopped = stop()
-    if not run.stopped:
+    if not stop():
         finish_batch()
     store.flush()
     run.failed, run.first_failure = store.failed, store.first_failure
@@ -149,6 +148,8 @@ def _missing(images: Iterable[ImageFile], store: Store, run: Extraction) -> Iter
     for number, image in enumerate(images, start=1):
         if image.key in store:
             run.skipped += 1
+        elif (reason := store.refusal(image.key)) is not None:
+            store.fail(image.key, f"image {number} ({image.path!r}): {reason}")
         else:
             yield number, image
 

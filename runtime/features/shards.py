@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
 from qwen2vl_trt.errors import FeaturesError
+from qwen2vl_trt.windows import Grid
 
 SHARDS = "features-*.safetensors"
-_LARGEST_HEADER = 100_000_000  # bytes; readers of safetensors refuse more
+LARGEST_HEADER = 100_000_000
+"""Bytes; readers of safetensors refuse more."""
 _COPY_BLOCK = 1 << 24
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, SafetensorError)
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -36,6 +44,17 @@ def shard_number(path: Path) -> int:
     return int(digits)
 
 
+def write_shard(path: Path, tensors: dict[str, Tensor], grids: dict[str, Grid]) -> None:
+    """Write a shard, and read it back before it gets its name.
+
+    Raises:
+        OSError: it cannot be written, or what is on the disk is not what was written.
+    """
+    content = save(tensors, {"grids": json.dumps(grids)})
+    shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
+    _write_durably(path, lambda file: file.write(content), shapes)
+
+
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
     """A shard's tensors by key (``dtype``, ``shape``, ``data_offsets``), its grids by key, and where its data begin.
 
@@ -43,15 +62,20 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
         FeaturesError: the file is no whole shard.
     """
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            tensors = json.loads(file.read(min(length, _LARGEST_HEADER)))
-            size = file.seek(0, os.SEEK_END)
-        grids = json.loads(tensors.pop("__metadata__")["grids"])
-        if set(grids) != set(tensors) or size != 8 + length + sum(_size(tensor) for tensor in tensors.values()):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+        return _read_header(path)
+    except _DAMAGE:
         raise FeaturesError(f"{path} is damaged or not of this command; delete it and --resume") from None
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    with safe_open(path, "pt"):
+        pass  # what safetensors itself does not read is no shard: a name that it refuses, a gap, a byte too many
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        tensors = json.loads(file.read(length))
+    grids = json.loads(tensors.pop("__metadata__")["grids"])
+    if set(grids) != set(tensors):
+        raise ValueError
     return tensors, grids, 8 + length
 
 
@@ -71,6 +95,8 @@ def merge_shards(folder: Path, target: Path) -> None:
     offset = 0
     for path in shard_paths(folder):
         found, shard_grids, begin = read_header(path)
+        if twice := tensors.keys() & found.keys():
+            raise FeaturesError(f"{path}: {min(twice)} is in an earlier shard too; delete one of the two and --resume")
         for key, tensor in found.items():
             start, end = tensor["data_offsets"]
             tensors[key] = {**tensor, "data_offsets": [start + offset, end + offset]}
@@ -79,7 +105,7 @@ def merge_shards(folder: Path, target: Path) -> None:
         parts.append((path, begin))
     header = json.dumps({"__metadata__": {"grids": json.dumps(grids)}, **tensors}).encode()
     header += b" " * (-len(header) % 8)  # as safetensors does, so that the data are aligned
-    if len(header) > _LARGEST_HEADER:
+    if len(header) > LARGEST_HEADER:
         raise FeaturesError(
             f"{target}: {len(tensors):,} images are more than one safetensors file takes; they are safe in {folder}"
             " as shards. Rename that folder and use it as it is."
@@ -92,8 +118,9 @@ def merge_shards(folder: Path, target: Path) -> None:
                 shard.seek(begin)
                 shutil.copyfileobj(shard, file, _COPY_BLOCK)
 
+    shapes = {key: tensor["shape"] for key, tensor in tensors.items()}
     with writing(target, f"; the features are safe in {folder}: run again with --resume"):
-        _write_durably(target, write)
+        _write_durably(target, write, shapes)
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -101,13 +128,18 @@ def write_durably(path: Path, content: bytes) -> None:
     _write_durably(path, lambda file: file.write(content))
 
 
-def _write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def _write_durably(
+    path: Path, write: Callable[[BinaryIO], object], shapes: Mapping[str, list[int]] | None = None
+) -> None:
+    """With ``shapes``, of tensors by key, what was written must read back as a shard of these."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if shapes is not None:
+            _read_back(temporary, shapes)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -118,6 +150,15 @@ def _write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _read_back(written: Path, shapes: Mapping[str, list[int]]) -> None:
+    try:
+        tensors, _, _ = _read_header(written)
+        if {key: tensor["shape"] for key, tensor in tensors.items()} != shapes:
+            raise ValueError
+    except _DAMAGE:
+        raise OSError(errno.EIO, "it does not read back as it was written; the disk may be damaged") from None
 
 
 @contextmanager

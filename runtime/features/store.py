@@ -1,11 +1,11 @@
 """A folder of features that survives a kill: shards that appear whole, and what follows from them.
 
 ``features-00000.safetensors`` and so on hold one tensor an image, named by its key; their metadata's ``grids`` says
-each image's ``[1, h, w]`` in patches. A shard is written beside its place, synced to the disk, then renamed: it is
-there whole or not at all, so the shards alone say what is done. A thread writes one shard while the next is filled.
-``index.jsonl`` (a line an image: which shard, shape, grid) is for readers, appended after each shard and rebuilt from
-the shards when a run resumes. JSON lines because any language reads them without this project, they can be appended,
-and a torn last line harms nothing.
+each image's ``[1, h, w]`` in patches. A shard is written beside its place, synced to the disk, read back, then renamed:
+it is there whole or not at all, so the shards alone say what is done. A thread writes one shard while the next is
+filled. ``index.jsonl`` (a line an image: which shard, shape, grid) is for readers, appended after each shard and
+rebuilt from the shards when a run resumes. JSON lines because any language reads them without this project, they can
+be appended, and a torn last line harms nothing.
 ``errors.jsonl`` names each image that the latest run could not use, ``settings.json`` what the features depend on.
 """
 
@@ -24,13 +24,23 @@ from typing import Any, Literal
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from safetensors.torch import save
 from torch import Tensor
 
 from qwen2vl_trt.errors import FeaturesError
 from qwen2vl_trt.windows import Grid
 
-from .shards import SHARDS, read_header, shard_number, shard_path, shard_paths, write_durably, writing
+from .names import as_unicode, header_bytes, name_fault
+from .shards import (
+    LARGEST_HEADER,
+    SHARDS,
+    read_header,
+    shard_number,
+    shard_path,
+    shard_paths,
+    write_durably,
+    write_shard,
+    writing,
+)
 
 IfExists = Literal["refuse", "resume", "overwrite"]
 
@@ -55,6 +65,7 @@ class _Shard:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
     bytes: int = 0
+    header: int = 0
 
 
 class FeatureStore:
@@ -85,6 +96,10 @@ class FeatureStore:
         """Images that the current shard still takes; at least 1."""
         return self._shard_size - len(self._shard.tensors)
 
+    def refusal(self, key: str) -> str | None:
+        """Why nothing can be stored under a key, if so."""
+        return name_fault(key)
+
     def add(self, key: str, grid: Grid, features: Tensor) -> None:
         """Keep an image's features; they are on the disk after :meth:`flush`, and when the shard after theirs is full.
 
@@ -94,7 +109,8 @@ class FeatureStore:
         shard = self._shard
         shard.tensors[key], shard.grids[key] = features, grid
         shard.bytes += features.numel() * features.element_size()
-        if not self.room or shard.bytes >= SHARD_BYTES:
+        shard.header += header_bytes(key)
+        if not self.room or shard.bytes >= SHARD_BYTES or shard.header >= LARGEST_HEADER // 2:
             self._hand_over()
 
     def fail(self, key: str, reason: str) -> None:
@@ -104,7 +120,7 @@ class FeatureStore:
             FeaturesError: the note cannot be written.
         """
         with writing(self.folder / ERRORS):
-            self._errors.write(json.dumps({"image": key, "error": reason}) + "\n")
+            self._errors.write(json.dumps({"image": as_unicode(key), "error": as_unicode(reason)}) + "\n")
             self._errors.flush()
         self.failed += 1
         self.first_failure = self.first_failure or reason
@@ -139,7 +155,7 @@ class FeatureStore:
     def _write(self, shard: _Shard) -> None:
         path = shard_path(self.folder, shard.number)
         with writing(path, f"; {self.saved:,} images are safe in {self.folder}: run again with --resume"):
-            write_durably(path, save(shard.tensors, {"grids": json.dumps(shard.grids)}))
+            write_shard(path, shard.tensors, shard.grids)
             self.saved += len(shard.tensors)
             with (self.folder / _INDEX).open("a", encoding="utf-8") as index:
                 index.writelines(
@@ -258,4 +274,4 @@ def _index_line(key: str, shard: str, shape: list[int], grid: Grid) -> str:
 
 
 def _digest(key: str) -> bytes:
-    return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=_DIGEST).digest()
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=_DIGEST).digest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -14,6 +15,9 @@ IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()  # noqa: SIM905
 )
 """Of a folder these are taken, in any case; whatever a glob matches is taken."""
+
+_NAMED = 8
+"""Suffixes of other files that a message names."""
 
 
 class ImageFile(NamedTuple):
@@ -38,13 +42,18 @@ def input_root(source: str) -> Path:
     return Path(*plain)
 
 
-def list_images(source: str) -> Iterator[ImageFile]:
+def list_images(source: str, passed_over: Counter[str] | None = None) -> Iterator[ImageFile]:
     """The images of a folder and the folders below it, or those that a glob (``**`` included) matches.
 
     Keys are paths relative to :func:`input_root`, with ``/``. Order: a folder's files by name, then its folders by
     name. Memory: the names in one folder; of a glob, all that it matches. Names that begin with a dot are left out, as
     shells do. Links to files are followed, and listed if they lead nowhere: reading them says so. Links to folders,
     which may lead in a circle, are followed where a glob names or matches one, not below a folder or a ``**``.
+
+    Args:
+        source: the folder, the glob, or one file.
+        passed_over: counts, by suffix, what lies in the folders and is not taken; names with a dot in front are not
+            counted.
 
     Raises:
         MediaError: there is no such folder or match, the source is empty, or a folder cannot be listed.
@@ -53,7 +62,7 @@ def list_images(source: str) -> Iterator[ImageFile]:
         raise MediaError("the input is empty: it names no folder, file or glob")
     root = input_root(source)
     if Path(source).is_dir():
-        yield from _walk(str(root), "")
+        yield from _walk(str(root), "", Counter() if passed_over is None else passed_over)
         return
     if Path(source).is_file():
         yield ImageFile(root.joinpath(source).name, source)
@@ -62,7 +71,8 @@ def list_images(source: str) -> Iterator[ImageFile]:
     if not matches:
         raise MediaError(f"{source}: there is no such folder, and as a glob it matches no file")
     for match in matches:
-        yield ImageFile(os.path.relpath(match, root).replace(os.sep, "/"), match)
+        # Not os.path.relpath: behind a wildcard it would call a/../b.png and c/../b.png by one name.
+        yield ImageFile(Path(match).relative_to(root).as_posix(), match)
 
 
 def given_images(paths: Sequence[str]) -> list[ImageFile]:
@@ -77,6 +87,14 @@ def given_images(paths: Sequence[str]) -> list[ImageFile]:
             raise MediaError(f"{path} is given twice; each image's features are stored under its path")
         seen.add(path)
     return [ImageFile(path, path) for path in paths]
+
+
+def counted(passed_over: Counter[str]) -> str:
+    """What was passed over, for a message: ``12 .heic, 3 .txt``; of the rarest suffixes their sum."""
+    most = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{count:,} {kind}" for kind, count in most[:_NAMED]]
+    others = sum(count for _, count in most[_NAMED:])
+    return ", ".join([*parts, f"{others:,} others"] if others else parts)
 
 
 def _matches(folder: str, pattern: Sequence[str]) -> Iterator[str]:
@@ -97,7 +115,7 @@ def _is_image_file(path: str) -> bool:
     return Path(path).is_file() or (Path(path).is_symlink() and not Path(path).exists())
 
 
-def _walk(folder: str, prefix: str) -> Iterator[ImageFile]:
+def _walk(folder: str, prefix: str, passed_over: Counter[str]) -> Iterator[ImageFile]:
     files: list[str] = []
     folders: list[str] = []
     try:
@@ -109,6 +127,8 @@ def _walk(folder: str, prefix: str) -> Iterator[ImageFile]:
                     folders.append(entry.name)
                 elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and _is_image_file(entry.path):
                     files.append(entry.name)
+                else:
+                    passed_over[_kind(entry)] += 1
     except OSError as error:
         _cannot_be_listed(error)
     files.sort()
@@ -117,7 +137,13 @@ def _walk(folder: str, prefix: str) -> Iterator[ImageFile]:
         yield ImageFile(prefix + name, f"{folder}/{name}")
     del files
     for name in folders:
-        yield from _walk(f"{folder}/{name}", f"{prefix}{name}/")
+        yield from _walk(f"{folder}/{name}", f"{prefix}{name}/", passed_over)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    if entry.is_dir():
+        return "links to folders"
+    return Path(entry.name).suffix.lower() or "without a suffix"
 
 
 def _cannot_be_listed(error: OSError) -> NoReturn:

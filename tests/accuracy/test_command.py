@@ -5,18 +5,30 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from importlib import util
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from accuracy import extra
+from accuracy import command, extra, tables
+from accuracy.report import is_block
+from accuracy.transformers_runner import TransformersRunner
 from engines.backends import find_backend
 from engines.build import build_engines
 from engines.profile import BuildProfile
-from qwen2vl_trt.errors import CompareError, EngineError, LimitError, MediaError, MissingDependencyError
+from qwen2vl_trt.errors import (
+    CompareError,
+    EngineError,
+    ExecutionError,
+    LimitError,
+    MediaError,
+    MissingDependencyError,
+)
 from qwen2vl_trt.hub import resolve_model
 from tests.accuracy.damaged import damage
 from tests.support.engine_folders import PROFILE, write_checkpoint
@@ -94,10 +106,50 @@ def test_the_torch_engine_in_bf16_is_no_worse_than_transformers_in_bf16(tiny, co
         assert f"{runner}: 55 of 55 greedy tokens agree" in out
 
 
-def test_the_torch_engine_in_fp32(tiny, compare):
+def test_the_torch_engine_in_fp32_at_any_width(tiny, compare, monkeypatch):
+    """Every figure is printed whole, however narrow the terminal."""
+    reports, print_report = [], tables.print_report
+    monkeypatch.setattr(tables, "print_report", lambda *given: (reports.append(given[0]), print_report(*given)))
     code, out = compare("--engine-dir", tiny["torch", "fp32"], "--layers", *PICTURE)
     assert code == 0
     assert "torch fp32 is within the tolerance of fp32" in out
+    rows = [reports[0].inputs, *reports[0].rows]
+    figures = [
+        f"{value:.2e}"
+        for row in rows
+        for name, of in row.outputs.items()
+        for value in ((of.mean_relative,) if is_block(name) else (of.max_absolute, of.mean_absolute, of.max_relative))
+        if value
+    ]
+    assert len(figures) > 20
+    for width in (40, 60, 100, 1000):
+        printed = StringIO()
+        print_report(reports[0], Console(file=printed, soft_wrap=True, width=width))
+        assert not Counter(figures) - Counter(printed.getvalue().split()), width
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ExecutionError("out of memory")])
+def test_what_was_compared_is_not_lost(tiny, monkeypatch, capsys, tmp_path, error):
+    """Before the yardstick there is no verdict, but the engine's figures are there."""
+
+    def fails(self, *given, **options):
+        raise error
+
+    infer = TransformersRunner.infer_impl
+    monkeypatch.setattr(
+        TransformersRunner, "infer_impl", lambda self, feed: (fails if "bf16" in self.name else infer)(self, feed)
+    )
+    options = ("--json", tmp_path / "r.json", "--plot", tmp_path / "r.png")
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        command.compare([str(part) for part in ("--engine-dir", tiny["torch", "fp32"], *PICTURE, *options)])
+    out = capsys.readouterr().out
+    assert "torch fp32: 6 of 6 greedy tokens agree" in out
+    assert "ended before torch fp32 could be judged" in out
+    assert "within the tolerance" not in out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["passed"], report["departures"], report["rows"]["yardstick"]) == (None, {}, None)
+    assert report["rows"]["engine"]["outputs"]["logits"]["mean_relative"] < 1e-5
+    assert (tmp_path / "r.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

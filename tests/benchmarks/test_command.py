@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import run
+from benchmarks.bench import run as run_bench
 from engines.backends import find_backend
 from engines.build import build_engines
 from engines.command import run_command
 from engines.profile import BuildProfile
+from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.hub import resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -152,6 +154,45 @@ def check_rival(result):
     assert result["ratios"][unit] == pytest.approx(ours["throughput"][unit] / rival["throughput"][unit])
     theirs, median = (each["milliseconds"]["latency"]["median"] for each in (rival, ours))
     assert result["ratios"]["latency"] == pytest.approx(theirs / median)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [(KeyboardInterrupt, 130, "interrupted\n"), (BenchmarkError("it died"), 2, "error: it died\n")],
+)
+def test_what_was_measured_is_not_lost(no_processes, bench, engines, monkeypatch, tmp_path, error, code, said):
+    """Ctrl-C, or a contender that dies, in the third shape of four."""
+    measure, measured = run_bench.measure, []
+
+    def ended(case, *given):
+        if len(measured) == 2:
+            raise error
+        measured.append(case)
+        return measure(case, *given)
+
+    monkeypatch.setattr(run_bench, "measure", ended)
+    options = (
+        "--json",
+        "--export-times",
+        "t.json",
+        "--plot",
+        "p.png",
+        "--trace",
+        "trace.json",
+        "--trace-plot",
+        "t.png",
+    )
+    found, out, errors = bench("--engine-dir", engines / "torch", *FEW, *SHAPES, *options)
+    assert (found, errors) == (code, said)
+    report = json.loads(out)
+    assert report["interrupted"]
+    assert [result["stage"] for result in report["results"]] == ["vision", "decoder"]
+    for result in report["results"]:
+        check_consistent(result, result["ours"])
+        assert all(floor["reached"] > 0 for floor in result["floors"].values())
+    assert [case["stage"] for case in json.loads((tmp_path / "t.json").read_text())] == ["vision", "decoder"]
+    assert (tmp_path / "p.png").exists()
+    assert not list(tmp_path.glob("t*.png")) + list(tmp_path.glob("trace*"))
 
 
 def test_streams_and_a_full_disk(bench, engines):

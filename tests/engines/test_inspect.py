@@ -25,8 +25,18 @@ ROOT = Path(__file__).parents[2]
 def printed(folder, layers=False):
     """The lines, with single spaces."""
     out = StringIO()
-    print_report(inspect_folder(folder), Console(file=out, soft_wrap=True), layers)
+    print_report(inspect_folder(folder), Console(file=out, soft_wrap=True, width=1000), layers)
     return [" ".join(line.split()) for line in out.getvalue().splitlines()]
+
+
+def test_a_narrow_terminal_cuts_nothing(folder):
+    report = inspect_folder(folder)
+    words = []
+    for width in (40, 60, 1000):
+        out = StringIO()
+        print_report(report, Console(file=out, soft_wrap=True, width=width), layers=True)
+        words.append(set(out.getvalue().split()))
+    assert words[0] == words[1] == words[2]
 
 
 @pytest.fixture(scope="module", params=["torch fp32", "torch bf16", "onnxruntime fp32", "tensorrt-rtx bf16"])

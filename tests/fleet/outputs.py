@@ -19,7 +19,8 @@ def failures(output):
     """Reason by id of every bad row; an id that is there twice, or that has a result too, fails."""
     found = {}
     for path in sorted((output / "errors").glob("*.jsonl")):
-        for line in map(json.loads, path.read_text().splitlines()):
+        for line in map(json.loads, path.read_bytes().splitlines()):
+            json.dumps(line, ensure_ascii=False).encode()  # valid Unicode
             assert line["id"] not in found
             found[line["id"]] = line["error"]
     assert not set(found) & set(rows(output))

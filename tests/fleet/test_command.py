@@ -1,12 +1,12 @@
 """The command's options, what it refuses, and how it ends; workers run in the test's own process instead of Ray's."""
 
+import os
 import sys
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import pytest
 
-import fleet.cluster
+import fleet.driver
 import fleet.extra
 import run
 from fleet.cluster import connect
@@ -18,25 +18,30 @@ from tests.support.media_files import save_images
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch):
-    """Ray's place is taken by a loop; what it was asked for is kept."""
+    """The place of Ray's driver is taken by a loop; what it was asked for is kept."""
     asked = {}
 
-    @contextmanager
-    def local(address, num_cpus):
-        asked.update(address=address, num_cpus=num_cpus)
-        yield {"CPU": 2.0, **asked.get("resources", {})}
+    class Loop:
+        def __init__(self, address, num_cpus):
+            asked.update(address=address, num_cpus=num_cpus)
+            self.resources = {"CPU": 2.0, **asked.get("resources", {})}
 
-    def run_partitions(partitions, settings, num_cpus, num_gpus):
-        asked.update(settings=settings, worker_cpus=num_cpus, worker_gpus=num_gpus)
-        worker = Worker(settings)
-        for partition in partitions:
-            answer = worker(asdict(partition))
-            if answer["fatal"]:
-                raise BatchError(answer["fatal"])
-            yield answer
+        def __enter__(self):
+            return self
 
-    monkeypatch.setattr(fleet.cluster, "connect", local)
-    monkeypatch.setattr(fleet.cluster, "run_partitions", run_partitions)
+        def __exit__(self, *error):
+            pass
+
+        def run(self, partitions, settings, num_cpus, num_gpus):
+            asked.update(settings=settings, worker_cpus=num_cpus, worker_gpus=num_gpus)
+            worker = Worker(settings)
+            for partition in partitions:
+                answer = worker(asdict(partition))
+                if answer["fatal"]:
+                    raise BatchError(answer["fatal"])
+                yield answer
+
+    monkeypatch.setattr(fleet.driver, "Driver", Loop)
     return asked
 
 
@@ -120,18 +125,22 @@ def test_a_resumed_run_must_be_the_same(batch, images, tmp_path):
 
 
 def test_an_interrupted_job_goes_on_where_it_was(batch, images, tmp_path, monkeypatch, capsys):
-    run_partitions = fleet.cluster.run_partitions
+    """What it says is what the output holds: a worker is a partition ahead of what the driver was told."""
+    run_all = fleet.driver.Driver.run
 
-    def interrupted(partitions, *rest):
-        yield from run_partitions(partitions[:2], *rest)
+    def interrupted(self, partitions, *rest):
+        told = run_all(self, partitions[:2], *rest)
+        yield next(told)
+        next(told)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fleet.cluster, "run_partitions", interrupted)
-    with pytest.raises(SystemExit) as end:
+    monkeypatch.setattr(fleet.driver.Driver, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"^8 rows are saved; run again with --resume to go on$"):
         batch("--input", images, "--partition-rows", 4)
-    assert end.value.code == 130
-    assert capsys.readouterr().err == "interrupted: 8 rows are saved; run again with --resume to go on\n"
-    monkeypatch.setattr(fleet.cluster, "run_partitions", run_partitions)
+    assert len(rows(tmp_path / "out")) == 8
+    assert not (tmp_path / "out" / ".work").exists()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(fleet.driver.Driver, "run", run_all)
     batch("--input", images, "--partition-rows", 4, "--resume")
     assert len(rows(tmp_path / "out")) == 10
 
@@ -198,6 +207,68 @@ def test_what_is_refused_before_the_work(batch, images, tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # the superuser may write anywhere
     with pytest.raises(BatchError, match="read-only"):
         batch(*given, output=tmp_path / "new")
+
+
+def test_a_worker_that_lives_on_adds_nothing_to_what_was_counted(batch, images, tmp_path, monkeypatch):
+    """On another machine of a cluster it ends later than the command."""
+    left = []
+
+    def interrupted(self, partitions, settings, *rest):
+        worker = Worker(settings)
+        worker(asdict(partitions[0]))
+        link, left[:] = os.link, [lambda: worker(asdict(partitions[1]))]
+        monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
+        try:
+            left[0]()  # its attempt is written, and not yet linked
+        finally:
+            monkeypatch.setattr(os, "link", link)
+        yield
+
+    monkeypatch.setattr(fleet.driver.Driver, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"^4 rows are saved"):
+        batch("--input", images, "--partition-rows", 4)
+    assert "cannot be written" in left[0]()["fatal"]
+    assert len(rows(tmp_path / "out")) == 4
+
+
+def test_what_lies_in_the_folder_and_is_passed_over(batch, images, tmp_path, capsys):
+    for name in ("1.xcf", "2.xcf", "notes.txt"):
+        (images / name).touch()
+    for form in (str(images), f"file://{images}"):
+        batch("--input", form, "--overwrite")
+        assert capsys.readouterr().err.startswith("passed over: 2 .xcf, 1 .txt\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "1.xcf").touch()
+    with pytest.raises(MediaError, match=r"other: no image there, but 1 \.xcf; a folder of tables is given as"):
+        batch("--input", tmp_path / "other", "--overwrite")
+
+
+def test_whatever_an_image_or_a_row_is_called(batch, pipeline, images, tmp_path):
+    """Each is in the output under one id, which every reader of Parquet and JSON takes."""
+    names = ["__metadata__", "a\nb.png", "\x7f\u2028.png", "\u00e9.png", "e\u0301.png", "\udcff.png"]
+    content = (images / "0000.png").read_bytes()
+    (expected,) = pipeline.embed_images([content])
+    (tmp_path / "odd").mkdir()
+    for name in names:
+        (tmp_path / "odd" / name).write_bytes(content)
+    (tmp_path / "odd" / "bad\udcfe.png").write_text("no image")
+    batch("--input", tmp_path / "odd" / "*")
+    assert sorted(rows(tmp_path / "out")) == sorted([*names[:-1], "\\udcff.png"])
+    assert {tuple(row["features"]) for row in rows(tmp_path / "out").values()} == {tuple(expected.flatten().tolist())}
+    assert list(failures(tmp_path / "out")) == ["bad\\udcfe.png"]
+    ids = ["", "__metadata__", "a\n", "\ud800", "\udcff", "é", "e\u0301", "x" * 200_000]
+    table = tmp_path / "rows\udcff.jsonl"
+    write_lines(table, [{"id": row, "image": "in/0000.png"} for row in ids] + [{"id": "\ud801", "image": "no"}])
+    batch("--input", table, "--overwrite")
+    assert sorted(rows(tmp_path / "out")) == sorted([*ids[:3], "\\ud800", "\\udcff", *ids[5:]])
+    assert list(failures(tmp_path / "out")) == ["\\ud801"]
+    write_lines(table, [{"image": "in/0000.png"}, {"image": "no"}])
+    batch("--input", table, "--overwrite")
+    assert list(rows(tmp_path / "out")) == ["rows\\udcff.jsonl:0"]
+    assert list(failures(tmp_path / "out")) == ["rows\\udcff.jsonl:1"]
+    batch("--input", table, "--resume")
+    with pytest.raises(BatchError, match="is not valid UTF-8, which Parquet files need"):
+        batch("--input", images, output=tmp_path / "out\udcff")
 
 
 def test_two_runs_exclude_each_other(batch, images, tmp_path):

@@ -133,6 +133,17 @@ def test_ids_are_unique(tmp_path):
         read(write_lines(tmp_path / "a.jsonl", [{"image": "a", "id": 1}, {"image": "a"}]), tmp_path)
 
 
+def test_ids_of_bytes_and_columns_of_one_name(tmp_path):
+    (part,) = read(table(tmp_path / "a.parquet", 2, id=[b"x", b"\xff"]), tmp_path)
+    assert [row.id for row in part] == ["x", "\\udcff"]
+    twice = pa.table([["1"], ["2"], ["a.png"]], names=["id", "id", "image"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(BatchError, match=r"twice\.parquet has 2 columns 'id'; one of them is to be read"):
+        read(tmp_path / "twice.parquet", tmp_path)
+    pq.write_table(pa.table([["1"], ["2"], ["a.png"]], names=["x", "x", "image"]), tmp_path / "twice.parquet")
+    assert [[row.id for row in part] for part in read(tmp_path / "twice.parquet", tmp_path)] == [["twice.parquet:0"]]
+
+
 def test_a_table_that_changes(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"image": "a"}] * 3)
     read(path, tmp_path)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,9 @@ class Ray:
         with log.open("w") as file:
             return subprocess.Popen(
                 [*command, "--cpus-per-worker", "1", *map(str, options)],
-                env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                # A shell's background job ignores Ctrl-C, and its children inherit that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
 
     def processes(self):
@@ -78,6 +81,13 @@ def wait_for(condition, process, log):
         time.sleep(0.02)
 
 
+def wait_until_none_is_left(ray):
+    deadline = time.monotonic() + DEADLINE
+    while ray.processes():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def done(output):
     return len(list((output / "data").glob("*.parquet")))
 
@@ -101,6 +111,7 @@ def test_a_lost_worker_and_a_lost_driver(ray, engine_dir, pipeline, tmp_path):
     wait_for(lambda: done(output) > before, process, log)
     process.kill()
     process.wait()
+    wait_until_none_is_left(ray)  # nobody told the driver: it saw that its parent had ended
     before = done(output)
     assert 4 < before < 40
     process = ray.start(tmp_path / "again", *options, "--resume")
@@ -161,7 +172,37 @@ def test_answers_and_a_row_that_kills_its_worker(ray, engine_dir, pipeline, tmp_
     requests = [Request(f"What is {number}?", [folder / f"{number:04d}.png"]) for number in good]
     expected = pipeline.generate(requests, SamplingParams(max_tokens=6))
     assert [found[f"row {number}"]["answer"] for number in good] == [answer.text for answer in expected]
-    deadline = time.monotonic() + DEADLINE
-    while ray.processes():  # the command leaves none behind
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until_none_is_left(ray)
+
+
+@pytest.mark.parametrize(
+    ("number", "send", "after"),
+    [
+        (signal.SIGTERM, os.kill, 4),
+        (signal.SIGTERM, os.killpg, 4),
+        (signal.SIGINT, os.killpg, 4),
+        (signal.SIGTERM, os.killpg, 0),
+    ],
+)
+def test_ended_by_a_signal(ray, engine_dir, tmp_path, number, send, after):
+    """To the command alone or to its whole group, at work or while Ray starts: one line, a code, nothing left."""
+    folder = save_images(tmp_path / "in", 2000, [(56, 56)])
+    output, log = tmp_path / "out", tmp_path / "log"
+    options = ("--engine-dir", engine_dir, "--input", folder, "--output", output, "--task", "features")
+    options += ("--pool", "mean", "--partition-rows", 50)
+    process = ray.start(log, *options)
+    wait_for(lambda: done(output) >= after and any(p.name() == "raylet" for p in ray.processes()), process, log)
+    send(process.pid, number)
+    code = process.wait(DEADLINE)
+    assert code == (143 if number == signal.SIGTERM else 130)
+    _, left = psutil.wait_procs(ray.processes(), 5)  # Ray's own agents would live on for a minute
+    assert not left
+    word = "terminated" if number == signal.SIGTERM else "interrupted"
+    saved = len(rows(output))
+    assert log.read_text() == f"{word}: {saved:,} rows are saved; run again with --resume to go on\n"
+    assert after * 50 <= saved < 2000
+    assert not (output / ".work").exists()
+    if number == signal.SIGINT:
+        assert ray.start(tmp_path / "again", *options, "--resume").wait(DEADLINE) == 0
+        assert f"out: {2000 - saved:,} rows, {saved:,} were there, " in (tmp_path / "again").read_text()
+        assert len(rows(output)) == 2000

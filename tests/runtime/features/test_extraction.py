@@ -194,7 +194,7 @@ def test_bad_images_are_named_and_skipped(pipelines, images, tmp_path, capsys):
         "0003.png": "image 4 ",
         "0004.jpg": "not an image",
         "large.png": "needs 216 patches",
-        "not-\udcff-unicode.png": "not valid UTF-8",
+        "not-\\udcff-unicode.png": "not valid UTF-8",
     }
     assert {key: reasons[key] in reason for key, reason in errors.items()} == dict.fromkeys(reasons, True)
     assert (
@@ -211,6 +211,45 @@ def test_bad_images_are_named_and_skipped(pipelines, images, tmp_path, capsys):
     assert len(load_file(file)) == 8
     assert len((tmp_path / "f.errors.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "f.safetensors.parts").exists()
+
+
+def test_whatever_an_image_is_called(pipelines, tmp_path, monkeypatch, capsys):
+    """Every shard is read by safetensors, and each image is in one or in errors.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    content = (save_images(tmp_path / "in", 1) / "0000.png").read_bytes()
+    (tmp_path / "in" / "0000.png").unlink()
+    good = ["a\nb.png", "\x7f\u2028.png", 'quote"\\.png', "\u00e9.png", "e\u0301.png", " .png", f"{'ü' * 120}.png"]
+    for name in (*good, "__metadata__", "\udcff.png"):
+        (tmp_path / "in" / name).write_bytes(content)
+    (expected,) = pipelines["torch"].embed_images([content])
+    for output in ("out", "f.safetensors"):
+        extract(pipelines["torch"], "--input", "in/*", "--output", output, "--shard-size", 4)
+        found = stored(tmp_path / "out") if output == "out" else load_file(output)
+        assert_equal(found, dict.fromkeys(good, expected))
+        path = Path("out/errors.jsonl" if output == "out" else "f.errors.jsonl")
+        errors = {line["image"]: line["error"] for line in map(json.loads, path.read_text().splitlines())}
+        assert sorted(errors) == ["\\udcff.png", "__metadata__"]
+        assert "('in/__metadata__'): safetensors keeps this name for itself; rename it" in errors["__metadata__"]
+        assert "images that could not be used and were skipped: 2" in capsys.readouterr().err
+    monkeypatch.chdir("in")
+    extract(pipelines["torch"], "--image", "./__metadata__", "--output", tmp_path / "given")
+    assert_equal(stored(tmp_path / "given"), {"./__metadata__": expected})
+    with pytest.raises(FeaturesError, match=r"none of the 1 images could be used; the first: .* keeps this name"):
+        extract(pipelines["torch"], "--image", "__metadata__", "--output", tmp_path / "new")
+
+
+def test_what_lies_in_the_folder_and_is_passed_over(pipelines, tmp_path, capsys):
+    folder = save_images(tmp_path / "in", 2)
+    (folder / "below").mkdir()
+    for name in ("1.xcf", "2.XCF", "below/3.xcf", "below/notes.txt", "README", ".hidden.xcf"):
+        (folder / name).touch()
+    (folder / "circle").symlink_to(folder)
+    extract(pipelines["torch"], "--input", folder, "--output", tmp_path / "out")
+    said = capsys.readouterr().err.splitlines()
+    assert "/out: 2 images, 6 other files passed over, " in said[0]
+    assert said[1:] == ["passed over: 3 .xcf, 1 .txt, 1 links to folders, 1 without a suffix"]
+    with pytest.raises(MediaError, match=r"below: no image there, but 1 \.txt, 1 \.xcf"):
+        extract(pipelines["torch"], "--input", folder / "below", "--output", tmp_path / "none")
 
 
 def test_no_good_image_at_all(pipelines, tmp_path):
@@ -378,8 +417,10 @@ def test_killed_again_and_again(engine_dirs, many, tmp_path):
 
 
 @needs_fork
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_goes_on_where_it_was(engine_dirs, many, tmp_path, number, code):
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_an_interrupted_run_goes_on_where_it_was(engine_dirs, many, tmp_path, number, code, word):
     output = tmp_path / "f.safetensors"
     options = ("--engine-dir", engine_dirs["torch"], "--device", "cpu", "--input", many, "--output", output)
     process = features_process.start((*options, "--shard-size", 7), tmp_path / "log")
@@ -390,9 +431,7 @@ def test_an_interrupted_run_goes_on_where_it_was(engine_dirs, many, tmp_path, nu
     process.join(600)
     saved = len(stored(tmp_path / "f.safetensors.parts"))
     assert process.exitcode == code
-    assert (
-        tmp_path / "log"
-    ).read_text() == f"interrupted: {saved:,} images are saved; run again with --resume to go on\n"
+    assert (tmp_path / "log").read_text() == f"{word}: {saved:,} images are saved; run again with --resume to go on\n"
     second.join(600)
     assert process_was_alive
     if second.exitcode:

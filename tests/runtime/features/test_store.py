@@ -4,8 +4,11 @@ import contextlib
 import errno
 import json
 import os
+import shutil
+import struct
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +170,55 @@ def test_a_damaged_shard(tmp_path, damage):
     assert sorted(stored(tmp_path)) == sorted(KEYS)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc, to know which file is synced")
+def test_a_shard_that_does_not_read_back_does_not_count(tmp_path, monkeypatch):
+    """As on a disk that loses or changes what was written to it."""
+    sync = os.fsync
+    for number, damage in enumerate(("cut", "header", "shape")):
+
+        def fsync(descriptor, damage=damage):
+            path = Path(f"/proc/self/fd/{descriptor}").readlink()
+            if ".features-00001" in path.name:
+                content = path.read_bytes()
+                damaged = {"cut": content[:-1], "header": content.replace(b"{", b"?", 1)}
+                path.write_bytes(damaged.get(damage, content.replace(b"[3,4]", b"[4,3]", 1)))
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        folder = tmp_path / str(number)
+        with pytest.raises(
+            FeaturesError, match=r"features-00001.* cannot be written: it does not read back .*; 4 images"
+        ):
+            fill(folder)
+        assert sorted(stored(folder)) == sorted(KEYS[:4])
+        monkeypatch.undo()
+        fill(folder, "resume")
+        assert_whole(folder)
+
+
+def test_names_fill_a_header_before_the_images_fill_the_shard(tmp_path, monkeypatch):
+    """Readers take 100 MB of it: a hundred thousand long names."""
+    monkeypatch.setattr(feature_store, "LARGEST_HEADER", 2_000_000)
+    keys = [f"{number}{'😀' * 1000}\x01" for number in range(80)]
+    with open_store(tmp_path, SETTINGS) as store:
+        for key in keys:
+            store.add(key, (1, 2, 4), torch.zeros(1))
+        store.flush()
+    assert sorted(stored(tmp_path)) == sorted(keys)
+    assert len(shard_paths(tmp_path)) > 1
+    lengths = [struct.unpack("<Q", path.read_bytes()[:8])[0] for path in shard_paths(tmp_path)]
+    assert lengths[0] > 100_000
+    assert max(lengths) < 2_000_000
+
+
+def test_one_key_in_two_shards_is_no_file(tmp_path):
+    fill(tmp_path / "parts")
+    shutil.copyfile(shard_paths(tmp_path / "parts")[0], tmp_path / "parts" / "features-00009.safetensors")
+    with pytest.raises(FeaturesError, match=r"features-00009\.safetensors: folder/.* is in an earlier shard too"):
+        merge_shards(tmp_path / "parts", tmp_path / "all.safetensors")
+    assert not (tmp_path / "all.safetensors").exists()
+
+
 def test_errors_are_those_of_the_latest_run(tmp_path):
     with open_store(tmp_path, SETTINGS) as store:
         store.fail("bad\udcff.jpg", "truncated")
@@ -174,7 +226,7 @@ def test_errors_are_those_of_the_latest_run(tmp_path):
         store.flush()
         assert (store.failed, store.first_failure) == (1, "truncated")
     assert [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()] == [
-        {"image": "bad\udcff.jpg", "error": "truncated"}
+        {"image": "bad\\udcff.jpg", "error": "truncated"}  # valid Unicode: other readers of JSON refuse the rest
     ]
     fill(tmp_path, "resume")
     assert_whole(tmp_path)  # without errors.jsonl

@@ -1,12 +1,13 @@
 """Images of a folder or a glob: which files, in which order, under which keys."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from qwen2vl_trt.errors import MediaError
-from runtime.inputs.image_listing import ImageFile, given_images, list_images
+from runtime.inputs.image_listing import ImageFile, counted, given_images, list_images
 
 
 @pytest.fixture
@@ -61,6 +62,23 @@ def test_a_glob_takes_what_it_matches_relative_to_its_fixed_part(tree):
     (tree / "[x]").mkdir()
     (tree / "[x]" / "1.png").touch()
     assert keys("in/[x]") == ["1.png"]  # a folder of that name wins over the pattern
+
+
+def test_no_two_matches_of_a_glob_have_one_key(tree):
+    """``..`` behind a wildcard leads to one file by several ways; a key must not be stored twice."""
+    assert keys("in/*/../b/*.jpg") == ["b/../b/10.jpg", "c/../b/10.jpg", "folder.jpg/../b/10.jpg"]
+    assert keys("in/../in/b/*.jpg") == ["10.jpg"]
+    (tree / "é.png").touch()
+    (tree / "e\u0301.png").touch()
+    assert {"é.png", "e\u0301.png"} < set(keys(tree))  # two files, unless a file system takes them for one
+
+
+def test_what_is_passed_over_is_counted(tree):
+    passed_over = Counter()
+    list(list_images("in", passed_over))
+    assert counted(passed_over) == "1 .txt, 1 links to folders"
+    assert counted(Counter({f".{number}": number for number in range(1, 13)})).endswith("6 .6, 5 .5, 10 others")
+    assert counted(Counter()) == ""
 
 
 def test_what_is_not_there(tree):
