@@ -76,7 +76,7 @@ class PromptBuilder:
         for name, token_id in (("image", config.image_token_id), ("video", config.video_token_id)):
             if self.tokenizer.convert_ids_to_tokens(token_id) is None:
                 raise CheckpointError(f"{folder}: the tokenizer lacks the {name} token {token_id} of config.json")
-        # Unicode's composed form, which the tokenizer makes first, has no less than half the characters.
+        # A token is some bytes of the text; composed (NFC), a text has more bytes than half its characters.
         longest = 2 * max(map(len, self.tokenizer.get_vocab()))
         characters = max(_FEWEST_CHARACTERS, longest * (max_input_len or config.text.max_position_embeddings))
         try:
