@@ -153,7 +153,6 @@ def read(folder):
 def check(message):
     assert "\n" not in message
     assert len(message) < 500, message[:1000]
-    assert ".json" in message
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -170,6 +169,7 @@ def test_a_checkpoint_with_senseless_json(tmp_path, name, seed):
             read(tmp_path)
         except Qwen2VLError as error:
             check(str(error))
+            assert ".json" in str(error)
             refused += 1
     assert 30 <= refused < 60  # most mutations are faults, some are none
 
