@@ -138,7 +138,7 @@ class Manifest:
         found = raw.get("format") if isinstance(raw, dict) else None
         if found != FORMAT:
             raise OtherFormatError(
-                f"{folder} was built in format {found}, this release loads format {FORMAT}."
+                f"{folder} was built in format {found!s:.60}, this release loads format {FORMAT}."
                 " Rebuild with build_engines.py."
             )
         try:

@@ -7,8 +7,7 @@ import random
 import pytest
 import torch
 
-from engines.manifest import FILE as MANIFEST_FILE
-from engines.manifest import Manifest
+from engines.manifest import MANIFEST_FILE, Manifest
 from engines.profile import BuildProfile
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import Qwen2VLError
@@ -153,7 +152,6 @@ def read(folder):
 def check(message):
     assert "\n" not in message
     assert len(message) < 500, message[:1000]
-    assert ".json" in message
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -170,6 +168,7 @@ def test_a_checkpoint_with_senseless_json(tmp_path, name, seed):
             read(tmp_path)
         except Qwen2VLError as error:
             check(str(error))
+            assert ".json" in str(error)
             refused += 1
     assert 30 <= refused < 60  # most mutations are faults, some are none
 
