@@ -96,7 +96,6 @@ def _report(arguments: argparse.Namespace, command: str) -> Report:
     from engines.progress import progress_bar
     from runtime.backends.runners import open_engines
     from runtime.options import PipelineOptions
-    from runtime.preprocessing.preprocessor import PreprocessorSettings
 
     from .comparison import compare_inputs, compare_runners
     from .engine_runner import EngineRunner
@@ -112,7 +111,7 @@ def _report(arguments: argparse.Namespace, command: str) -> Report:
     tolerance = tolerance.override(arguments.tolerance)
     checkpoint, config = engines.checkpoint, engines.checkpoint.config
     options = PipelineOptions(min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels)
-    settings = PreprocessorSettings.of_engines(checkpoint.folder, engines.manifest.profile, options)
+    settings = options.preprocessor_settings(checkpoint.folder, engines.manifest.profile)
     settings = settings.narrowed(config.vision.patch_size)  # Transformers is to resize as the pipeline does
     cases = _cases(arguments, engines, settings)
     processor = TransformersProcessor(checkpoint.folder, settings, config.vision.qwen2_vl_dim)

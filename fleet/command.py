@@ -149,13 +149,12 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
 def _settings(arguments: argparse.Namespace, given: Input, params: SamplingParams, engine_dir: Path) -> dict[str, Any]:
     """What the output depends on; a resumed run must have the same. JSON values only."""
     from engines.manifest import Manifest
-    from runtime.preprocessing.preprocessor import PreprocessorSettings
 
     from .filesystem import is_uri
 
     manifest = Manifest.read(engine_dir)
     options, profile = pipeline_options(arguments), manifest.profile
-    pixels = PreprocessorSettings.of_engines(manifest.verify(engine_dir).folder, profile, options)
+    pixels = options.preprocessor_settings(manifest.verify(engine_dir).folder, profile)
     settings = {
         "input": given.source if is_uri(given.source) else str(Path(given.source).absolute()),
         "image_column": given.columns.image,

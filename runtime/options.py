@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
+from engines.profile import BuildProfile
 from qwen2vl_trt.errors import LimitError
 
 from .media.ahead import DEFAULT_AHEAD_BYTES
 from .preprocessing.preprocessor import Decode
+from .preprocessing.settings import PreprocessorSettings
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,17 @@ class PipelineOptions:
             raise LimitError(f"embedding_cache_bytes is {self.embedding_cache_bytes}; 0 keeps no embedding")
         if self.ahead_bytes < 0:
             raise LimitError(f"ahead_bytes is {self.ahead_bytes}; 0 decodes one request at a time")
+
+    def preprocessor_settings(self, folder: str | Path, profile: BuildProfile) -> PreprocessorSettings:
+        """What decides sizes and pixels in a pipeline over engines.
+
+        Args:
+            folder: the checkpoint.
+            profile: the engines' limits.
+
+        Raises:
+            CheckpointError: the checkpoint's files about pixels cannot be read.
+            LimitError: ``min_pixels`` below 1 or above ``max_pixels``.
+        """
+        settings = PreprocessorSettings.from_folder(folder).with_limits(self.min_pixels, self.max_pixels)
+        return replace(settings, profile=profile, strict_size=self.strict_size)

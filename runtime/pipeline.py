@@ -27,7 +27,6 @@ from .media.embedder import MediaEmbedder
 from .media.embedding_cache import EmbeddingCache
 from .options import PipelineOptions
 from .preprocessing.preprocessor import Preprocessor
-from .preprocessing.settings import PreprocessorSettings
 from .request import Event, Output, Request
 from .sampler import SamplingParams, SequenceSampling
 from .scheduling.counters import Counters
@@ -65,7 +64,7 @@ class Pipeline:
         self.engines = engines
         self.profile = engines.manifest.profile
         self.options = options
-        self.settings = PreprocessorSettings.of_engines(folder, self.profile, options)
+        self.settings = options.preprocessor_settings(folder, self.profile)
         preprocessor = Preprocessor(
             self._config.vision, self.settings, engines.device, engines.dtype, decode=options.decode
         )

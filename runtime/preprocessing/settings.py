@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engines.profile import BuildProfile
 from qwen2vl_trt.config import read_json
 from qwen2vl_trt.errors import CheckpointError, LimitError, MediaError
 
 from ..inputs.video import FrameSampling
-
-if TYPE_CHECKING:
-    from ..options import PipelineOptions
 
 MAX_ASPECT_RATIO = 200
 
@@ -99,22 +96,6 @@ class PreprocessorSettings:
     sampling: FrameSampling = field(default_factory=FrameSampling)
     profile: BuildProfile | None = None
     strict_size: bool = False
-
-    @classmethod
-    def of_engines(cls, folder: str | Path, profile: BuildProfile, options: PipelineOptions) -> PreprocessorSettings:
-        """What a pipeline over engines has.
-
-        Args:
-            folder: the checkpoint.
-            profile: the engines' limits.
-            options: the pipeline's.
-
-        Raises:
-            CheckpointError: see :meth:`from_folder`.
-            LimitError: see :meth:`with_limits`.
-        """
-        settings = cls.from_folder(folder).with_limits(options.min_pixels, options.max_pixels)
-        return replace(settings, profile=profile, strict_size=options.strict_size)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> PreprocessorSettings:

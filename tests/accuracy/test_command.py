@@ -100,6 +100,14 @@ def test_the_torch_engine_in_fp32(tiny, compare):
     assert "torch fp32 is within the tolerance of fp32" in out
 
 
+def test_a_picture_too_large_for_the_engine_is_compared_at_the_size_that_fits(tiny, compare, tmp_path):
+    """Transformers is told the limits that checkpoint and engine have in common."""
+    Image.open(PICTURE[1]).resize((1600, 1200)).save(tmp_path / "large.png")
+    picture = ("--image", tmp_path / "large.png", "--max-pixels", 2_000_000)
+    code, out = compare("--engine-dir", tiny["torch", "fp32"], *picture, "--prompt", "What?", "--max-tokens", 2)
+    assert code == 0, out
+
+
 @pytest.mark.parametrize(
     ("graph", "scope", "block"),
     [

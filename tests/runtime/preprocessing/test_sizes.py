@@ -192,7 +192,7 @@ class TestVideos:
 def test_the_settings_of_engines(tmp_path):
     options = PipelineOptions(max_pixels=50_000, strict_size=True)
     profile = BuildProfile(16, 200)
-    found = PreprocessorSettings.of_engines(tmp_path, profile, options)
+    found = options.preprocessor_settings(tmp_path, profile)
     assert (found.image.max_pixels, found.profile, found.strict_size) == (50_000, profile, True)
     narrowed = found.narrowed(14)
     assert (narrowed.image.min_pixels, narrowed.image.max_pixels) == (3136, 200 * 196)
