@@ -97,15 +97,13 @@ def inspect_folder(folder: Path, verify: bool = False) -> FolderReport:
 def limits_in_words(profile: BuildProfile, config: Qwen2VLConfig) -> tuple[tuple[str, str], ...]:
     """The limits as a user meets them: pixels, images, tokens."""
     patch, unit = config.vision.patch_size, config.vision.merge_unit
-    small = isqrt(profile.min_hw_dims) * patch
-    sizes = ((ratio, largest_size(profile, config.vision, ratio)) for ratio in ((1, 1), (4, 3), (16, 9)))
-    largest = [f"{width} x {height} ({ratio[0]}:{ratio[1]})" for ratio, (width, height) in sizes]
+    small, large = (isqrt(dims) * patch for dims in (profile.min_hw_dims, profile.max_hw_dims))
+    sizes = ((ratio, largest_size(profile, config.vision, ratio)) for ratio in ((4, 3), (16, 9)))
+    unshrunk = ", ".join(f"{width} x {height} ({ratio[0]}:{ratio[1]})" for ratio, (width, height) in sizes)
     return (
-        (
-            "smallest image",
-            f"{profile.min_hw_dims:,} patches, about {small} x {small} pixels; smaller ones are enlarged",
-        ),
-        ("largest image", f"{profile.max_hw_dims:,} patches, {', '.join(largest)}; larger ones are shrunk"),
+        ("smallest image", f"{profile.min_hw_dims:,} patches, about {small} x {small} pixels"),
+        ("largest image", f"{profile.max_hw_dims:,} patches, about {large} x {large} pixels"),
+        ("largest photo unshrunk", unshrunk),
         ("tokens of the largest image", f"{profile.max_hw_dims // unit:,}"),
         ("images or frames a vision call", f"{profile.max_batch_size:,}"),
         ("requests decoding together", f"{profile.max_batch_size:,}"),

@@ -152,6 +152,14 @@ def test_what_was_compared_is_not_lost(tiny, monkeypatch, capsys, tmp_path, erro
     assert (tmp_path / "r.png").stat().st_size > 1000
 
 
+def test_a_picture_too_large_for_the_engine_is_compared_at_the_size_that_fits(tiny, compare, tmp_path):
+    """Transformers is told the limits that checkpoint and engine have in common."""
+    Image.open(PICTURE[1]).resize((1600, 1200)).save(tmp_path / "large.png")
+    picture = ("--image", tmp_path / "large.png", "--max-pixels", 2_000_000)
+    code, out = compare("--engine-dir", tiny["torch", "fp32"], *picture, "--prompt", "What?", "--max-tokens", 2)
+    assert code == 0, out
+
+
 @pytest.mark.parametrize(
     ("graph", "scope", "block"),
     [

@@ -51,9 +51,9 @@ def folder(request, rtx_checkpoint, tmp_path_factory):
 def test_limits_are_shown_for_every_backend(folder):
     manifest, lines = Manifest.read(folder), printed(folder)
     assert f"backend {manifest.backend}, {manifest.precision}" in lines
-    largest = "168 x 168 (1:1), 196 x 140 (4:3), 252 x 140 (16:9)"
-    assert f"largest image 180 patches, {largest}; larger ones are shrunk" in lines
-    assert "smallest image 4 patches, about 28 x 28 pixels; smaller ones are enlarged" in lines
+    assert "largest image 180 patches, about 182 x 182 pixels" in lines
+    assert "largest photo unshrunk 196 x 140 (4:3), 252 x 140 (16:9)" in lines
+    assert "smallest image 4 patches, about 28 x 28 pixels" in lines
     assert "tokens of the largest image 45" in lines
     assert "images or frames a vision call 4" in lines
     assert "prompt 400 tokens, images included" in lines
