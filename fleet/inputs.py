@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from qwen2vl_trt.errors import BatchError, MediaError
 from runtime.features.shards import writing
-from runtime.inputs.image_listing import IMAGE_SUFFIXES, list_images
+from runtime.inputs.image_formats import image_suffixes
+from runtime.inputs.image_listing import list_images
 
 from .filesystem import is_uri, open_filesystem
 from .rows import JSON_LINES, TABLES, Columns, Partition, generated_id, parse_line
@@ -157,7 +158,7 @@ def _listed(source: str) -> Iterator[tuple[str, str]]:
     try:
         if filesystem.isdir(path):
             root = path.rstrip("/")
-            found = [name for name in filesystem.find(path) if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+            found = [name for name in filesystem.find(path) if PurePosixPath(name).suffix.lower() in image_suffixes()]
         else:
             found = [name for name in filesystem.glob(path) if filesystem.isfile(name)]
             plain = path[: min((path.index(c) for c in "*?[" if c in path), default=len(path))]

@@ -21,7 +21,7 @@ from .backends.runners import Engines, open_engines
 from .detokenizer import AnswerStream
 from .exclusive import Exclusive, exclusive
 from .generation_config import GenerationConfig
-from .inputs.images import ImageSource
+from .inputs.images import ImageLimits, ImageSource
 from .media.cached_media import CachedMedia
 from .media.embedder import MediaEmbedder
 from .media.embedding_cache import EmbeddingCache
@@ -66,7 +66,14 @@ class Pipeline:
         self.profile = engines.manifest.profile
         self.options = options
         settings = PreprocessorSettings.from_folder(folder).with_limits(options.min_pixels, options.max_pixels)
-        preprocessor = Preprocessor(self._config.vision, settings, engines.device, engines.dtype, decode=options.decode)
+        preprocessor = Preprocessor(
+            self._config.vision,
+            settings,
+            engines.device,
+            engines.dtype,
+            decode=options.decode,
+            image_limits=ImageLimits(options.image_pixel_limit),
+        )
         self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision)
         self._prompts = PromptBuilder(folder, self._config)
         if len(self._prompts.tokenizer) > self._config.text.vocab_size:

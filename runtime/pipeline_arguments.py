@@ -18,6 +18,13 @@ def add_pipeline_arguments(parser: argparse._ActionsContainer) -> None:
     """Add the options that :func:`pipeline_options` reads, but ``--decode``, for commands that read image files."""
     parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge smaller images; default the checkpoint's")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink larger images; default the checkpoint's")
+    parser.add_argument(
+        "--image-pixel-limit",
+        type=int,
+        metavar="N",
+        default=PipelineOptions.image_pixel_limit,
+        help="most pixels of an image file, looked at before it is decoded; default %(default)s",
+    )
 
 
 def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
@@ -26,7 +33,12 @@ def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
     Raises:
         LimitError: a value that is not allowed.
     """
-    return PipelineOptions(min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels, decode=arguments.decode)
+    return PipelineOptions(
+        min_pixels=arguments.min_pixels,
+        max_pixels=arguments.max_pixels,
+        image_pixel_limit=arguments.image_pixel_limit,
+        decode=arguments.decode,
+    )
 
 
 def check_decode(decode: str, device: str | None) -> None:

@@ -61,7 +61,7 @@ def opened(path: str | Path, label: str, kind: str = "an image") -> Iterator[Bin
         what = next((name for is_kind, name in _KINDS if is_kind(mode)), "no regular file")
         way_out = "" if stat.S_ISDIR(mode) else "; save what it gives as a file and name that"
         raise MediaError(f"{label}: {what}, not {kind}{way_out}")
-    with open(descriptor, "rb") as file:
+    with os.fdopen(descriptor, "rb") as file:
         try:
             if not file.peek(1):
                 raise MediaError(f"{label}: empty (0 bytes)")
@@ -95,12 +95,10 @@ def _why_not(path: str, kind: str, error: OSError | ValueError) -> str:
     if len(path) > 64 and (path.startswith(_BASE64_STARTS) or len(path) > 255) and _BASE64.fullmatch(path):
         return f"no such file; it looks like the base64 of {kind}, which goes as a data: URL in a message's part"
     if isinstance(error, FileNotFoundError):
-        try:
-            return f"a link to {os.readlink(path)}, which is not there"
-        except OSError:
-            return "no such file"
+        link = Path(path)
+        return f"a link to {link.readlink()}, which is not there" if link.is_symlink() else "no such file"
+    if isinstance(error, PermissionError) and Path(path).is_dir():  # Windows opens none
+        return f"a directory, not {kind}"
     if isinstance(error, OSError) and error.errno == errno.ENXIO:
         return f"a socket or a device, not {kind}"
-    if os.path.isdir(path):  # Windows cannot open one
-        return f"a directory, not {kind}"
     return f"cannot be read: {getattr(error, 'strerror', None) or error}"

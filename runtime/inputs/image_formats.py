@@ -49,7 +49,7 @@ def image_suffixes() -> frozenset[str]:
     found = set(_SUFFIXES)
     if _reads_avif():
         found.add(".avif")
-    if _heif_reader() is not None:
+    if _heic_reader() is not None:
         found |= {".heic", ".heif"}
     return frozenset(found)
 

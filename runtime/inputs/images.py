@@ -30,8 +30,13 @@ _SIXTEEN_BIT_AS_I = ("PNG", "PPM")
 _BLOCK = 1 << 18
 """Pixels converted at a time, so that nothing wider than 8 bits is ever made of a whole image."""
 _OUTPUT = 3
+"""Bytes of a pixel that :func:`load_image` makes, beside what Pillow holds."""
+
+_WHILE_DECODING = {"WEBP": 12, "JPEG2000": 16, "AVIF": 6, "HEIF": 6, "TIFF": 7}
+"""Bytes that a format's decoder takes for a pixel beside Pillow's own, as measured; 0 for those that decode by rows."""
+
 _PROGRESSIVE = 6
-_DECODERS: dict[str, int] = {}
+"""The same of a progressive JPEG, whose coefficients are all there before its first pixel."""
 
 _shared_lock = threading.Lock()  # an open image reads its file when its pixels are wanted, whoever else wants them
 
@@ -210,7 +215,7 @@ def is_plain_jpeg(data: bytes, limits: ImageLimits) -> bool:
 
 
 def decoding_bytes(source: ImageSource) -> int:
-    """Most memory that loading an image takes at a time, from its header; 0 where :func:`load_image` is to refuse it."""
+    """Most memory that loading an image takes, from its header; 0 where :func:`load_image` is to say what is wrong."""
     if isinstance(source, (np.ndarray, Tensor)):
         return source.nbytes
     if isinstance(source, Image.Image):
@@ -227,9 +232,7 @@ def decoding_bytes(source: ImageSource) -> int:
 
 def _decoding_bytes(image: ImageFile.ImageFile) -> int:
     stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
-    decoder = _DECODERS.get(image.format or "", 0)
-    if image.info.get("progressive"):
-        decoder = _PROGRESSIVE
+    decoder = _PROGRESSIVE if image.info.get("progressive") else _WHILE_DECODING.get(image.format or "", 0)
     return image.width * image.height * (stored + max(_OUTPUT, decoder))
 
 

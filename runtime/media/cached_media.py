@@ -8,8 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.windows import Grid
 
+from ..inputs.files import opened
 from ..inputs.images import ImageSource
 from ..inputs.video import VideoSource
 from .content_keys import PixelKeys, contents_key, file_key
@@ -58,7 +60,7 @@ class CachedMedia:
 
     def load_image(self, source: ImageSource, name: str) -> Medium:
         """Find an image in the cache or load it; raises as :meth:`runtime.media.embedder.MediaEmbedder.load_image`."""
-        contents = _contents(source)
+        contents = self._media.file_bytes(source, name)
         key = contents_key(contents, "image") if contents else None
         entry = self._cache.find(key) if key else None
         if key and entry:
@@ -106,19 +108,8 @@ class CachedMedia:
         kind = f"video {self._media.sampling} {fps!r}"
         try:
             if isinstance(source, (str, Path)):
-                return file_key(source, kind)
+                with opened(source, "video") as file:
+                    return file_key(file, kind)
             return contents_key(source, kind) if isinstance(source, bytes) else None
-        except (OSError, ValueError):
+        except MediaError:
             return None  # load_video says what is wrong with it
-
-
-def _contents(source: ImageSource) -> bytes | None:
-    """An encoded image's bytes; None of anything else, and where load_image is to say what is wrong."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return bytes(source)
-    if not isinstance(source, (str, Path)):
-        return None
-    try:
-        return Path(source).read_bytes() or None
-    except (OSError, ValueError):
-        return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 from collections.abc import Iterable
-from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -21,18 +22,17 @@ def contents_key(contents: bytes, kind: str) -> bytes:
     return _finish(digest)
 
 
-def file_key(path: str | Path, kind: str) -> bytes:
-    """The same of a file that is too large to hold.
+def file_key(file: BinaryIO, kind: str) -> bytes | None:
+    """The same of an opened file that is too large to hold; None of one that is being written.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: the path has a null byte.
     """
-    digest = hashlib.sha256(f"{kind} ".encode())
-    with Path(path).open("rb") as file:
-        while piece := file.read(_READ):
-            digest.update(piece)
-    return _finish(digest)
+    digest, rest = hashlib.sha256(f"{kind} ".encode()), os.fstat(file.fileno()).st_size
+    while rest >= 0 and (piece := file.read(_READ)):
+        digest.update(piece)
+        rest -= len(piece)
+    return None if rest else _finish(digest)
 
 
 class PixelKeys:

@@ -21,7 +21,7 @@ class Source:
         self.image = LoadedImage(torch.zeros(pixels, dtype=torch.uint8), (1, 2, 2))
         self.lock = threading.Lock()
 
-    def load(self, path, name):
+    def load(self, path, name, admit):
         time.sleep(self.pause * (int(path) % 3))  # they do not end in the order in which they began
         with self.lock:
             self.loaded.append(path)
