@@ -225,7 +225,7 @@ def decoding_bytes(source: ImageSource) -> int:
             with opened(source, "image") as file, open_image(file, "image") as image:
                 return os.fstat(file.fileno()).st_size + _decoding_bytes(image)
         with open_image(BytesIO(source), "image") as image:
-            return _decoding_bytes(image)
+            return len(source) + _decoding_bytes(image)
     except Exception:  # as above
         return 0
 

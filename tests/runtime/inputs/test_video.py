@@ -205,7 +205,7 @@ class TestBadInput:
         self.refused(torch.zeros(shape, dtype=torch.uint8), str(list(shape)))
 
     def test_values(self):
-        self.refused(torch.full((2, 3, 4, 4), 2.0), "0..1")
+        self.refused(torch.full((2, 3, 4, 4), 256.0), "0..1")
         self.refused(np.zeros((2, 4, 4, 3)), "float64")
 
     def test_no_such_file(self, tmp_path):

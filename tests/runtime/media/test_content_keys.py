@@ -1,9 +1,12 @@
 """Equal pixels have equal keys, whatever their layout; other pixels, sizes and types have others."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from runtime.media import content_keys
 from runtime.media.content_keys import PixelKeys, contents_key, file_key
 
 
@@ -30,9 +33,18 @@ def test_a_files_key_is_that_of_its_contents(tmp_path):
     path = tmp_path / "file"
     data = bytes(range(256)) * 9000  # more than is read at a time
     path.write_bytes(data)
-    assert file_key(path, "image") == contents_key(data, "image") != contents_key(data, "video")
-    with pytest.raises(FileNotFoundError):
-        file_key(tmp_path / "none", "image")
+    with path.open("rb") as file:
+        assert file_key(file, "image") == contents_key(data, "image") != contents_key(data, "video")
+
+
+@pytest.mark.parametrize("claimed", [0, 2304000 - 1, 2304000 + 1])
+def test_a_file_of_another_length_than_it_says_has_no_key(tmp_path, monkeypatch, claimed):
+    """It is being written, or made up by the system as it is read."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 9000)
+    monkeypatch.setattr(content_keys.os, "fstat", lambda descriptor: SimpleNamespace(st_size=claimed))
+    with path.open("rb") as file:
+        assert file_key(file, "video") is None
 
 
 def test_the_mix_of_another_device_tells_contents_apart():
