@@ -32,9 +32,9 @@ class PipelineOptions:
         overlap: media of waiting requests are loaded on CPU threads, and the vision engine runs on a stream of its own,
             while answers go on; False does one thing after the other, in the same order every time. JPEG files decoded
             on the GPU are queued by the step either way.
-        ahead_bytes: most bytes of decoded images and videos that wait for their slot, and of what decoding others takes:
-            of an image what its header says, of a video file as much as the largest of late; where nothing waits, one
-            request of any size.
+        ahead_bytes: most bytes of decoded images and videos that wait for their slot, and of what decoding others
+            takes: of an image what its header says, of a video file as much as the largest of late; where nothing
+            waits, one request of any size.
 
     Raises:
         LimitError: ``max_num_tokens`` or ``image_pixel_limit`` below 1, or ``embedding_cache_bytes`` or ``ahead_bytes``

@@ -89,12 +89,13 @@ def too_large(label: str, most: int) -> MediaError:
 
 def _why_not(path: str, kind: str, error: OSError | ValueError) -> str:
     if path.startswith("data:"):
-        return "a data: URL, not a path; it goes in a message's part or, decoded, as bytes"
+        return "a data: URL, not a path; it goes in a message's part"
     if _ADDRESS.match(path):
         return "addresses are not fetched; download it and give its path"
     if len(path) > 64 and (path.startswith(_BASE64_STARTS) or len(path) > 255) and _BASE64.fullmatch(path):
-        return f"no such file; it looks like the base64 of {kind}, which goes as a data: URL in a message's part or,"
-            " decoded, as bytes"
+        return (
+            f"it looks like the base64 of {kind}; give the bytes that it stands for, or a data: URL in a message's part"
+        )
     if isinstance(error, FileNotFoundError):
         link = Path(path)
         return f"a link to {link.readlink()}, which is not there" if link.is_symlink() else "no such file"
