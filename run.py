@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def generate(argv: list[str]) -> None:
-    from runtime.inputs.images import opened
+    from runtime.inputs.files import opened
     from runtime.media_arguments import add_media_arguments, media_options
     from runtime.request import Request
     from runtime.sampling_arguments import add_sampling_arguments, sampling_params

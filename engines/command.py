@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from qwen2vl_trt import __version__
-from qwen2vl_trt.errors import Qwen2VLError
+from qwen2vl_trt.errors import Qwen2VLError, shortened
 
 FAILED = 1
 USAGE = 2
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"qwen2vl-trt {__version__}")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"error: {message} (options: {self.prog} --help)\n")
+        self.exit(USAGE, f"error: {shortened(message)} (options: {self.prog} --help)\n")
 
 
 def whole_number(text: str) -> int:

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from qwen2vl_trt.errors import BatchError, MediaError
 from runtime.features.names import as_unicode
 from runtime.features.shards import writing
-from runtime.inputs.image_listing import IMAGE_SUFFIXES, counted, list_images
+from runtime.inputs.image_formats import image_suffixes
+from runtime.inputs.image_listing import counted, list_images
 
 from .filesystem import is_uri, open_filesystem
 from .rows import JSON_LINES, TABLES, Columns, Partition, generated_id, own_id, parse_line
@@ -173,10 +174,11 @@ def _listed(source: str, passed_over: Counter[str]) -> Iterator[tuple[str, str]]
     try:
         if filesystem.isdir(path):
             root = path.rstrip("/")
+            taken = image_suffixes()
             suffixes = {name: PurePosixPath(name).suffix.lower() for name in filesystem.find(path)}
-            found = [name for name, suffix in suffixes.items() if suffix in IMAGE_SUFFIXES]
+            found = [name for name, suffix in suffixes.items() if suffix in taken]
             others = Counter(suffix or "without a suffix" for suffix in suffixes.values())
-            passed_over.update({suffix: count for suffix, count in others.items() if suffix not in IMAGE_SUFFIXES})
+            passed_over.update({suffix: count for suffix, count in others.items() if suffix not in taken})
         else:
             found = [name for name in filesystem.glob(path) if filesystem.isfile(name)]
             plain = path[: min((path.index(c) for c in "*?[" if c in path), default=len(path))]

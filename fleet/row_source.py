@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwen2vl_trt.errors import LimitError, MediaError, PromptError
 from runtime.features.decode_ahead import Batching
-from runtime.features.sources import DecoderFeatures, VisionFeatures
+from runtime.features.sources import Admit, DecoderFeatures, VisionFeatures
 from runtime.inputs.image_listing import ImageFile
 from runtime.media.embedder import LoadedImage
 from runtime.request import Request
@@ -56,14 +56,14 @@ class RowSource:
             self._rows[row.id] = row
             yield ImageFile(row.id, row.id)
 
-    def load(self, path: str, name: str) -> LoadedImage:
+    def load(self, path: str, name: str, admit: Admit) -> LoadedImage:
         row = self._rows.pop(path)
         if self.journal is not None:
             self.journal.start(row.id)
         if row.fault is not None:
             raise MediaError(f"row {row.id}: {row.fault}")
         assert row.image is not None
-        image = self._source.load(_fetch(row.image, row.id), f"row {row.id}")
+        image = self._source.load(_fetch(row.image, row.id), f"row {row.id}", admit)
         return LoadedRow(image.pixels, image.size, row)
 
     def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:

@@ -1,8 +1,43 @@
 """The exceptions a user can meet. Each message names the thing, the limit and the way out, in one line."""
 
+from __future__ import annotations
+
+import re
+
+_LONGEST_WORD = 300
+_LONGEST_MESSAGE = 2000
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}")
+
+
+def shortened(message: str) -> str:
+    """A message on one line and of bounded length, whatever names and texts it echoes.
+
+    Line breaks and what else a terminal would act on are escaped. Of a word of more than 300 characters (an image's
+    base64 given as its name) and of a message of more than 2,000 the beginning and the end are kept.
+    """
+    message = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), message)
+    message = _LONG_WORD.sub(lambda match: _cut(match[0], _LONGEST_WORD), message)
+    return _cut(message, _LONGEST_MESSAGE)
+
+
+def _cut(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    gap = f"...({len(text):,} characters)..."
+    kept = most - len(gap)
+    return text[: kept * 2 // 3] + gap + text[-(kept // 3) :]
+
 
 class Qwen2VLError(Exception):
-    """Base of every error this project raises on purpose. The commands print it and exit with code 2."""
+    """Base of every error this project raises on purpose. The commands print it and exit with code 2.
+
+    Args:
+        message: see :func:`shortened`, which it goes through.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shortened(message))
 
 
 class CheckpointError(Qwen2VLError):

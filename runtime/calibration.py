@@ -22,7 +22,8 @@ from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import PromptBuilder
 from qwen2vl_trt.windows import Grid
 
-from .inputs.image_listing import IMAGE_SUFFIXES, list_images
+from .inputs.image_formats import image_suffixes
+from .inputs.image_listing import list_images
 from .inputs.images import load_image
 from .inputs.video import Video, load_video
 from .preprocessing.preprocessor import PackedPixels, Preprocessor, PreprocessorSettings
@@ -57,7 +58,7 @@ class CalibrationData:
         try:
             pairs = _listed_pairs(path) if path.is_file() else _image_pairs(folder)
             if not pairs:
-                suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+                suffixes = ", ".join(sorted(image_suffixes()))
                 raise BuildError(f"--calibration-data {folder} holds no {PROMPTS_FILE} and no image ({suffixes})")
             if size < len(pairs):
                 pairs = [pairs[number * len(pairs) // size] for number in range(size)]

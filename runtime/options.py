@@ -23,7 +23,7 @@ class PipelineOptions:
         max_pixels: largest image area; larger ones are shrunk. By default the checkpoint's.
         cap_pixels_per_frame: see :meth:`~runtime.preprocessing.settings.PreprocessorSettings.from_folder`.
         strict_size: refuse an image or a video that does not fit the engines' limits; by default it is resized to fit.
-        image_pixel_limit: most pixels of an image file, checked before it is decoded.
+        image_pixel_limit: most pixels of an image file or a Pillow image, checked before it is decoded.
         generation_config: ``auto`` takes what a request does not say from the checkpoint's ``generation_config.json``;
             ``none`` takes neutral values.
         allow_special_tokens: special tokens in a user's text are read as such; by default they are plain text.
@@ -36,8 +36,9 @@ class PipelineOptions:
         overlap: media of waiting requests are loaded on CPU threads, and the vision engine runs on a stream of its own,
             while answers go on; False does one thing after the other, in the same order every time. JPEG files decoded
             on the GPU are queued by the step either way.
-        ahead_bytes: most bytes of decoded images and videos that wait for their slot, one that is being decoded counted
-            as the largest of late; where nothing waits, one request of any size.
+        ahead_bytes: most bytes of decoded images and videos that wait for their slot, and of what decoding others
+            takes: of an image what its header says, of a video file as much as the largest of late; where nothing
+            waits, one request of any size.
 
     Raises:
         LimitError: ``max_num_tokens`` or ``image_pixel_limit`` below 1, or ``embedding_cache_bytes`` or ``ahead_bytes``

@@ -21,7 +21,7 @@ from .backends.runners import Engines, open_engines
 from .detokenizer import AnswerStream
 from .exclusive import Exclusive, exclusive
 from .generation_config import GenerationConfig
-from .inputs.images import ImageSource
+from .inputs.images import ImageLimits, ImageSource
 from .media.cached_media import CachedMedia
 from .media.embedder import MediaEmbedder
 from .media.embedding_cache import EmbeddingCache
@@ -66,7 +66,12 @@ class Pipeline:
         self.options = options
         self.settings = options.preprocessor_settings(folder, self.profile)
         preprocessor = Preprocessor(
-            self._config.vision, self.settings, engines.device, engines.dtype, decode=options.decode
+            self._config.vision,
+            self.settings,
+            engines.device,
+            engines.dtype,
+            decode=options.decode,
+            image_limits=ImageLimits(options.image_pixel_limit),
         )
         self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision)
         self._prompts = PromptBuilder(folder, self._config, options.allow_special_tokens, self.profile.max_input_len)

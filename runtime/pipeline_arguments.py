@@ -40,6 +40,13 @@ def add_pipeline_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--strict-size", action="store_true", help="refuse what does not fit the engines instead of resizing it"
     )
+    parser.add_argument(
+        "--image-pixel-limit",
+        type=int,
+        metavar="N",
+        default=PipelineOptions.image_pixel_limit,
+        help="most pixels of an image file, looked at before it is decoded; default %(default)s",
+    )
 
 
 def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
@@ -55,6 +62,7 @@ def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
         generation_config=arguments.generation_config,
         cap_pixels_per_frame=arguments.cap_pixels_per_frame,
         strict_size=arguments.strict_size,
+        image_pixel_limit=arguments.image_pixel_limit,
         decode=arguments.decode,
     )
 

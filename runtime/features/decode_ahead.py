@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
 
 from ..inputs.image_listing import ImageFile
-from ..media.ahead import DEFAULT_AHEAD_BYTES, room_for_another
+from ..media.ahead import DEFAULT_AHEAD_BYTES, Admission
 from ..media.embedder import LoadedImage
 from .sources import IMAGE_FAULTS, FeatureSource
 
@@ -42,7 +42,7 @@ _Decoded = tuple[str, LoadedImage | Exception]
 def decode_ahead(
     source: FeatureSource, images: Iterator[tuple[int, ImageFile]], batching: Batching
 ) -> Iterator[Iterator[_Decoded]]:
-    """Decode images in order on threads that work ahead within the bounds.
+    """Decode images in order on threads that work ahead within the bounds, that of their bytes included.
 
     Args:
         images: each with the number that error messages give it.
@@ -50,40 +50,43 @@ def decode_ahead(
     Yields:
         An iterator over each image's key and its pixels, or what is wrong with it.
     """
+    admission = Admission(DEFAULT_AHEAD_BYTES)
 
-    def load(number: int, image: ImageFile) -> LoadedImage | Exception:
+    def load(turn: int, number: int, image: ImageFile) -> LoadedImage | Exception:
+        loaded: LoadedImage | Exception
         try:
-            return source.load(image.path, f"image {number}")
+            loaded = source.load(image.path, f"image {number}", lambda nbytes: admission.admit(turn, nbytes))
         except IMAGE_FAULTS as error:
-            return error
+            loaded = error
+        finally:
+            admission.admit(turn, 0)  # those behind it wait for its turn to be over
+        admission.hold(turn, _nbytes(loaded))
+        return loaded
 
     def items() -> Iterator[_Decoded]:
-        ahead: deque[tuple[str, Future[LoadedImage | Exception]]] = deque()
-        last = 0  # bytes of the last image
+        ahead: deque[tuple[int, str, Future[LoadedImage | Exception]]] = deque()
+        turns = count()
         while True:
-            ready = [image.nbytes for image in _done(ahead) if isinstance(image, LoadedImage)]
-            while not ahead or (
-                len(ahead) < batching.ahead
-                and room_for_another(ready, len(ahead) - len(ready), last, batching.workers, DEFAULT_AHEAD_BYTES)
-            ):
+            while len(ahead) < batching.ahead:
                 following = next(images, None)
                 if following is None:
                     break
-                number, file = following
-                ahead.append((file.key, executor.submit(load, number, file)))
+                turn, (number, file) = next(turns), following
+                ahead.append((turn, file.key, executor.submit(load, turn, number, file)))
             if not ahead:
                 return
-            key, future = ahead.popleft()
+            turn, key, future = ahead.popleft()
             image = future.result()
-            last = image.nbytes if isinstance(image, LoadedImage) else last
+            admission.hold(turn, 0)
             yield key, image
 
     executor = ThreadPoolExecutor(batching.workers, thread_name_prefix="decode")
     try:
         yield items()
     finally:
+        admission.close()
         executor.shutdown(cancel_futures=True)
 
 
-def _done(ahead: Iterable[tuple[str, Future[Any]]]) -> Iterator[Any]:
-    return (future.result() for _, future in ahead if future.done())
+def _nbytes(image: LoadedImage | Exception) -> int:
+    return image.nbytes if isinstance(image, LoadedImage) else 0

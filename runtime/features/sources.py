@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -10,10 +10,14 @@ from torch import Tensor
 from qwen2vl_trt.errors import LimitError, MediaError
 
 from ..backends.layer_output import end_decoder_after, end_vision_after, patches_in_raster_order
+from ..inputs.images import ImageLimits, decoding_bytes, file_bytes
 from ..media.embedder import LoadedImage, MediaEmbedder
 from ..pipeline import Pipeline
 from ..preprocessing.preprocessor import Preprocessor
 from ..request import Request
+
+Admit = Callable[[int], None]
+"""Waits until there is room for so many bytes."""
 
 IMAGE_FAULTS = (MediaError, LimitError)
 """What can be wrong with one image; every other error ends the run."""
@@ -22,8 +26,11 @@ IMAGE_FAULTS = (MediaError, LimitError)
 class FeatureSource(Protocol):
     """One way to make features of images."""
 
-    def load(self, path: str, name: str) -> LoadedImage:
-        """Decode and check an image; on any thread. Raises MediaError and LimitError."""
+    def load(self, path: str, name: str, admit: Admit) -> LoadedImage:
+        """Read an image, ask for the memory that decoding it takes, decode and check it; on any thread.
+
+        Raises MediaError and LimitError.
+        """
         ...
 
     def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
@@ -48,13 +55,22 @@ class VisionFeatures:
         self._config, self._layer = engines.checkpoint.config.vision, layer
         if layer is not None:
             end_vision_after(engines, layer)
+        self._limits = ImageLimits(pipeline.options.image_pixel_limit)
         preprocessor = Preprocessor(
-            self._config, pipeline.settings, engines.device, engines.dtype, decode=pipeline.options.decode
+            self._config,
+            pipeline.settings,
+            engines.device,
+            engines.dtype,
+            decode=pipeline.options.decode,
+            image_limits=self._limits,
         )
         self._media = MediaEmbedder(preprocessor, engines.vision, pipeline.profile, self._config)
 
-    def load(self, path: str | bytes, name: str) -> LoadedImage:
-        return self._media.load_image(path, name)
+    def load(self, path: str | bytes, name: str, admit: Admit) -> LoadedImage:
+        contents = file_bytes(path, name=name, limits=self._limits)
+        assert contents is not None  # neither a path nor bytes is an image without a file
+        admit(decoding_bytes(contents))
+        return self._media.load_image(path, name, contents=contents)
 
     def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
         embeds, _, _ = self._media.embed(images)
@@ -83,8 +99,8 @@ class DecoderFeatures:
         if layer is not None:
             end_decoder_after(pipeline.engines, layer)
 
-    def load(self, path: str | bytes, name: str) -> LoadedImage:
-        return self._vision.load(path, name)
+    def load(self, path: str | bytes, name: str, admit: Admit) -> LoadedImage:
+        return self._vision.load(path, name, admit)
 
     def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
         return self._pipeline.hidden_states([Request(self._prompt, [image.pixels]) for image in images])

@@ -11,10 +11,7 @@ from typing import NamedTuple, NoReturn
 
 from qwen2vl_trt.errors import MediaError
 
-IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()  # noqa: SIM905
-)
-"""Of a folder these are taken, in any case; whatever a glob matches is taken."""
+from .image_formats import image_suffixes
 
 _NAMED = 8
 """Suffixes of other files that a message names."""
@@ -45,6 +42,8 @@ def input_root(source: str) -> Path:
 def list_images(source: str, passed_over: Counter[str] | None = None) -> Iterator[ImageFile]:
     """The images of a folder and the folders below it, or those that a glob (``**`` included) matches.
 
+    Of a folder the files are taken whose ending, in any case, is among
+    :func:`~runtime.inputs.image_formats.image_suffixes`; of a glob, whatever it matches.
     Keys are paths relative to :func:`input_root`, with ``/``. Order: a folder's files by name, then its folders by
     name. Memory: the names in one folder; of a glob, all that it matches. Names that begin with a dot are left out, as
     shells do. Links to files are followed, and listed if they lead nowhere: reading them says so. Links to folders,
@@ -116,7 +115,7 @@ def _is_image_file(path: str) -> bool:
 
 
 def _walk(folder: str, prefix: str, passed_over: Counter[str]) -> Iterator[ImageFile]:
-    files: list[str] = []
+    suffixes, files = image_suffixes(), list[str]()
     folders: list[str] = []
     try:
         with os.scandir(folder) as entries:
@@ -125,7 +124,7 @@ def _walk(folder: str, prefix: str, passed_over: Counter[str]) -> Iterator[Image
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.name)
-                elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and _is_image_file(entry.path):
+                elif Path(entry.name).suffix.lower() in suffixes and _is_image_file(entry.path):
                     files.append(entry.name)
                 else:
                     passed_over[_kind(entry)] += 1

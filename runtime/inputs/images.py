@@ -6,42 +6,59 @@ Letters: B batch, C channels (1, 3 or 4), H and W the sides in pixels (in this m
 from __future__ import annotations
 
 import os
-import stat
 import threading
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from qwen2vl_trt.errors import MediaError
+
+from .files import MAX_FILE_BYTES, labelled, opened, read_whole, too_large
+from .image_formats import load_pixels, open_image
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """A path, the bytes of an image file, a PIL image, numpy uint8 ``[H, W, C]`` or ``[H, W]``, torch ``[C, H, W]``."""
 
 _EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _SIXTEEN_BIT_AS_I = ("PNG", "PPM")
-_open_lock = threading.Lock()
+_BLOCK = 1 << 18
+"""Pixels converted at a time, so that nothing wider than 8 bits is ever made of a whole image."""
+_OUTPUT = 3
+"""Bytes of a pixel that :func:`load_image` makes, beside what Pillow holds."""
+
+_WHILE_DECODING = {"WEBP": 12, "JPEG2000": 16, "AVIF": 6, "HEIF": 6, "TIFF": 7}
+"""Bytes that a format's decoder takes for a pixel beside Pillow's own, as measured; 0 for those that decode by rows."""
+
+_PROGRESSIVE = 6
+"""The same of a progressive JPEG, whose coefficients are all there before its first pixel."""
+
 _shared_lock = threading.Lock()  # an open image reads its file when its pixels are wanted, whoever else wants them
 
 
-def load_image(source: ImageSource, *, name: str | None = None) -> Tensor:
+@dataclass(frozen=True)
+class ImageLimits:
+    """What is read of image files.
+
+    Attributes:
+        pixels: most pixels of a file or a Pillow image, looked at before it is decoded.
+        nbytes: most bytes of a file.
+    """
+
+    pixels: int = 100_000_000
+    nbytes: int = MAX_FILE_BYTES
+
+
+def load_image(source: ImageSource, *, name: str | None = None, limits: ImageLimits | None = None) -> Tensor:
     """Read one image; the first frame where the file has several.
+
+    Files are JPEG (with MPO), PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000, AVIF where Pillow has it (from 11.3 on) and
+    HEIC where pillow-heif is installed.
 
     EXIF orientation is applied. Transparency is composited over white, as qwen-vl-utils and Transformers' video
     processor do: people see a logo or a plot on a white page, and dropping alpha would show the black that usually
@@ -50,27 +67,31 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Tensor:
     Args:
         source: see :data:`ImageSource`. A torch tensor is uint8, or float in 0..1 or 0..255.
         name: what error messages call it, such as ``"image 3"``; a path is always named.
+        limits: of files, ``ImageLimits()`` by default.
 
     Returns:
         ``[3, H, W]`` on the tensor's own device (CPU for everything else), a view of the source where possible.
-        uint8; float32 for a float tensor, which is kept as it is so that the pixels equal those of Transformers'
-        processor with ``do_rescale=False`` (the call that has a meaning for 0..1), resize included. The range of a
-        float tensor is read, which waits for a GPU that it is on; that of uint8 needs no reading.
+        uint8; float32 for a float tensor, in 0..1, see :func:`rgb`. The range of a float tensor is read, which waits
+        for a GPU that it is on; that of uint8 needs no reading.
 
     Raises:
-        MediaError: no such file, not an image, truncated, empty, a side of 0 pixels, over Pillow's limit of pixels,
-            another dtype or shape, or floats outside of both ranges.
+        MediaError: no such file, not an image, truncated, empty, a side of 0 pixels, over the limits, another dtype or
+            shape, or floats outside of both ranges.
     """
-    if isinstance(source, (str, Path)):
-        return _from_path(source, f"{name} ({source})" if name else str(source))
-    label = name or "image"
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        if not len(source):
-            raise MediaError(f"{label}: empty (0 bytes)")
-        return _decode(BytesIO(source), label)
+    label, limits = labelled(source, name), limits or ImageLimits()
+    contents = file_bytes(source, name=name, limits=limits)
+    if contents is not None:
+        return _decode(contents, label, limits)
     if isinstance(source, Image.Image):
+        _check_pixels(source, label, limits)
         with _shared_lock:
-            return _from_pil(source, label)
+            try:
+                source.load()
+                return _from_pil(source, label)
+            except MediaError:
+                raise
+            except Exception as error:  # as in _decode, of an image that the caller has opened
+                raise MediaError(f"{label}: truncated or corrupt: {error}") from None
     if isinstance(source, (np.ndarray, Tensor)) and source.ndim > 3:
         raise MediaError(f"{label}: shape {list(source.shape)} holds more than one image")
     if isinstance(source, np.ndarray):
@@ -132,140 +153,159 @@ def rgb(pixels: Tensor, label: str) -> Tensor:
         if high > 1:
             pixels = pixels / 255
     elif pixels.dtype != torch.uint8:
-        raise MediaError(f"{label}: dtype {pixels.dtype} is not torch.uint8 or a float in 0..1")
+        raise MediaError(f"{label}: dtype {pixels.dtype} is not torch.uint8 or a float in 0..1 or 0..255")
     if channels == 1:
         return pixels.expand(*pixels.shape[:-3], 3, height, width)
-    return _over_white(pixels) if channels == 4 else pixels
+    return over_white(pixels) if channels == 4 else pixels
 
 
-def _over_white(rgba: Tensor) -> Tensor:
-    colour, alpha = rgba[..., :3, :, :], rgba[..., 3:, :, :]
-    if rgba.is_floating_point():
-        return colour * alpha + (1 - alpha)
-    alpha = alpha.to(torch.int32)
-    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
+def over_white(rgba: Tensor) -> Tensor:
+    """``[..., 3, H, W]`` of ``[..., 4, H, W]``, uint8 to the nearest."""
+    result = torch.empty_like(rgba[..., :3, :, :])
+    _compose(rgba, result)
+    return result
 
 
-def file_bytes(source: ImageSource, *, name: str) -> bytes | None:
+def _compose(rgba: Tensor, result: Tensor) -> None:
+    if rgba.ndim > 3:
+        for image, target in zip(rgba, result):
+            _compose(image, target)
+        return
+    # On a CPU few enough for its cache, and for PyTorch to leave them to this thread; on a GPU launches cost more.
+    rows = max(1, (1 << 14 if rgba.device.type == "cpu" else 1 << 22) // rgba.shape[-1])
+    for band, target in zip(rgba.split(rows, 1), result.split(rows, 1)):
+        alpha = band[3] if rgba.is_floating_point() else band[3].to(torch.int32)
+        white = 1 - alpha if rgba.is_floating_point() else 255 * (255 - alpha) + 127
+        for channel in range(3):  # one by one: side by side in memory they would be loops of three steps
+            total = band[channel] * alpha + white
+            if not rgba.is_floating_point():
+                total = (total + 1 + (total >> 8)) >> 8  # total // 255, for all up to 65534
+            target[channel] = total
+
+
+def file_bytes(source: ImageSource, *, name: str | None = None, limits: ImageLimits | None = None) -> bytes | None:
     """What an image file holds, given its path or its bytes; None for an image that is no file.
 
     Raises:
         MediaError: no such file, or one that cannot be read, in the words of :func:`load_image`.
     """
+    label, most = labelled(source, name), (limits or ImageLimits()).nbytes
     if isinstance(source, (str, Path)):
-        with opened(source, f"{name} ({source})") as file:
-            return file.read()
-    return bytes(source) if isinstance(source, (bytes, bytearray, memoryview)) else None
+        with opened(source, label) as file:
+            return read_whole(file, label, most)
+    if not isinstance(source, (bytes, bytearray, memoryview)):
+        return None
+    if not len(source):
+        raise MediaError(f"{label}: empty (0 bytes)")
+    if len(source) > most:
+        raise too_large(label, most)
+    return bytes(source)
 
 
-def is_plain_jpeg(data: bytes) -> bool:
-    """Whether these are a JPEG file that any decoder reads alike: complete, grey or RGB, within Pillow's limit."""
+def is_plain_jpeg(data: bytes, limits: ImageLimits) -> bool:
+    """Whether these are a JPEG file that any decoder reads alike: complete, grey or RGB, within the limit."""
     if not (data.startswith(b"\xff\xd8\xff") and data.rstrip(b"\0").endswith(b"\xff\xd9")):
         return False
     try:
-        with _open(BytesIO(data)) as image:  # reads the header alone
+        with open_image(BytesIO(data), "image") as image:  # reads the header alone
+            _check_pixels(image, "image", limits)
             return image.format == "JPEG" and image.mode in ("L", "RGB")
     except Exception:  # load_image says what it is
         return False
 
 
-def _from_path(path: str | Path, label: str) -> Tensor:
-    with opened(path, label) as file:
-        return _decode(file, label)
-
-
-@contextmanager
-def opened(path: str | Path, label: str, kind: str = "an image") -> Iterator[BinaryIO]:
-    """Open a file of pictures for reading.
-
-    Args:
-        path: of the file.
-        label: what error messages call it.
-        kind: what they say it should be.
-
-    Raises:
-        MediaError: an address, no such file, not a regular one, an empty one, or one that cannot be read.
-    """
-    if str(path).startswith(("http://", "https://")):
-        raise MediaError(f"{label}: addresses are not fetched; download it and give its path")
+def decoding_bytes(source: ImageSource) -> int:
+    """Most memory that loading an image takes, from its header; 0 where :func:`load_image` is to say what is wrong."""
+    if isinstance(source, (np.ndarray, Tensor)):
+        return source.nbytes
+    if isinstance(source, Image.Image):
+        return _OUTPUT * source.width * source.height
     try:
-        with open(path, "rb", opener=_without_waiting) as file:  # Path.open takes no opener
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise MediaError(f"{label}: not a regular file but a pipe or a device; save it to a file first")
-            if not status.st_size:
-                raise MediaError(f"{label}: empty (0 bytes)")
-            yield file
-    except FileNotFoundError:
-        raise MediaError(f"{label}: no such file") from None
-    except IsADirectoryError:
-        raise MediaError(f"{label}: a directory, not {kind}") from None
-    except (OSError, ValueError) as error:  # no permission, a name too long, a null byte in it
-        raise MediaError(f"{label}: cannot be read: {error}") from None
+        if isinstance(source, (str, Path)):
+            with opened(source, "image") as file, open_image(file, "image") as image:
+                return os.fstat(file.fileno()).st_size + _decoding_bytes(image)
+        with open_image(BytesIO(source), "image") as image:
+            return len(source) + _decoding_bytes(image)
+    except Exception:  # as above
+        return 0
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """Open a pipe without waiting for its other end."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+def _decoding_bytes(image: ImageFile.ImageFile) -> int:
+    stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
+    decoder = _PROGRESSIVE if image.info.get("progressive") else _WHILE_DECODING.get(image.format or "", 0)
+    return image.width * image.height * (stored + max(_OUTPUT, decoder))
 
 
-def _decode(file: BinaryIO, label: str) -> Tensor:
+def _decode(contents: bytes, label: str, limits: ImageLimits) -> Tensor:
     try:
-        with _open(file) as image:
+        with open_image(BytesIO(contents), label) as image:
+            _check_pixels(image, label, limits)
+            load_pixels(image)
             return _from_pil(image, label)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise MediaError(
-            f"{label}: over {Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb; shrink it,"
-            " or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
-        ) from None
-    except UnidentifiedImageError:
-        raise MediaError(f"{label}: not an image that Pillow can read") from None
     except MediaError:
         raise
     except Exception as error:  # Pillow's readers let nearly every exception out of a corrupt file
         raise MediaError(f"{label}: truncated or corrupt: {error}") from None
 
 
-def _open(file: BinaryIO) -> Image.Image:
-    # Pillow only warns up to twice its limit; the filters are global to the process, hence the lock.
-    with _open_lock, warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(file)
+def _check_pixels(image: Image.Image, label: str, limits: ImageLimits) -> None:
+    pixels = image.width * image.height
+    if not pixels:
+        raise MediaError(f"{label}: {image.width}x{image.height} has no pixels")
+    if pixels > limits.pixels:
+        raise MediaError(
+            f"{label}: {image.width}x{image.height} is {pixels:,} pixels; at most {limits.pixels:,} are decoded"
+            " (--image-pixel-limit). Shrink it, or raise the limit."
+        )
 
 
 def _from_pil(image: Image.Image, label: str) -> Tensor:
-    if not image.width * image.height:
-        raise MediaError(f"{label}: {image.width}x{image.height} has no pixels")
-    try:
-        image.load()
-        pixels = _eight_bit_array(_upright(image))
-    except Exception as error:  # as above, for an image that the caller has opened
-        raise MediaError(f"{label}: truncated or corrupt: {error}") from None
-    if pixels is None:
+    """Pixels of a loaded image: upright, 8 bits, over white; converted in blocks."""
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BIT_AS_I)
+    if image.mode in ("I", "F") and not sixteen:
         raise MediaError(
             f"{label}: mode {image.mode!r} has 32 bits without a known range; convert it to 8 or 16 bits first"
         )
+    orientation = _orientation(image)
+    height, width = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
+    pixels = np.empty((height, width, 1 if sixteen else 3), np.uint8)
+    stored = _as_stored(pixels, orientation)
+    transparent = image.has_transparency_data
+    for left, top, right, bottom in _blocks(image.width, image.height):
+        block = image.crop((left, top, right, bottom))
+        if sixteen:
+            values = np.asarray(block).astype(np.uint32)
+            eight = ((values + 128) // 257)[..., None]  # 65535 becomes 255, to the nearest
+        elif transparent:
+            rgba = torch.from_numpy(np.array(block.convert("RGBA")))
+            eight = over_white(rgba.movedim(-1, 0)).movedim(0, -1).numpy()
+        else:
+            eight = np.asarray(block.convert("RGB"))
+        stored[top:bottom, left:right] = eight
     return rgb(channels_first(pixels, label), label)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _blocks(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
+    columns = min(width, _BLOCK)
+    rows = max(1, _BLOCK // columns)
+    for top in range(0, height, rows):
+        for left in range(0, width, columns):
+            yield left, top, min(left + columns, width), min(top + rows, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8; 1 where there is none or it is broken: every viewer shows such an image as it is stored."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # broken EXIF: every viewer shows such an image as it is stored
-        return image
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    if method is None:
-        return image
-    turned = image.transpose(method)
-    turned.format = image.format  # transpose drops it, _eight_bit_array asks for it
-    return turned
+    except Exception:
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-def _eight_bit_array(image: Image.Image) -> np.ndarray | None:
-    """``[H, W]``, ``[H, W, 3]`` or ``[H, W, 4]`` uint8; None for 32-bit modes, whose range nobody knows."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BIT_AS_I):
-        values = np.asarray(image).astype(np.uint32)
-        return ((values + 128) // 257).astype(np.uint8)  # 65535 becomes 255, to the nearest
-    if image.mode in ("I", "F"):
-        return None
-    return np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+def _as_stored(upright: np.ndarray, orientation: int) -> np.ndarray:
+    """A view of ``[H, W, C]`` as the file has its rows and columns."""
+    if orientation >= 5:
+        upright = upright.swapaxes(0, 1)
+    if orientation in (3, 4, 6, 7):
+        upright = upright[::-1]
+    return upright[:, ::-1] if orientation in (2, 3, 7, 8) else upright

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from qwen2vl_trt.errors import MediaError, MissingDependencyError
 
-from .images import ImageSource, file_bytes, is_plain_jpeg, load_image
+from .files import labelled
+from .images import ImageLimits, ImageSource, file_bytes, is_plain_jpeg, load_image
 
 
 def check_gpu_decoding(device: torch.device | str) -> None:
@@ -59,16 +60,20 @@ class JpegDecoder:
         number = -1 if device.index is None else device.index  # -1 is the current one
         self._decoder = self._codec.Decoder(device_id=number, options=":fancy_upsampling=1")
 
-    def load(self, sources: Sequence[ImageSource], names: Sequence[str]) -> list[Tensor]:
+    def load(
+        self, sources: Sequence[ImageSource], names: Sequence[str], limits: ImageLimits | None = None
+    ) -> list[Tensor]:
         """:func:`~runtime.inputs.images.load_image` for many, all their plain JPEG files decoded in one call.
 
         A file that the decoder gives up is left to Pillow, which decodes it or says what is wrong with it.
         """
-        contents = [file_bytes(source, name=name) for source, name in zip(sources, names, strict=True)]
-        decoded = self._decode({i: data for i, data in enumerate(contents) if data and is_plain_jpeg(data)})
+        limits = limits or ImageLimits()
+        labels = [labelled(source, name) for source, name in zip(sources, names, strict=True)]
+        read = [file_bytes(source, name=name, limits=limits) for source, name in zip(sources, names)]
+        decoded = self._decode({i: data for i, data in enumerate(read) if data and is_plain_jpeg(data, limits)})
         return [
-            decoded[i] if i in decoded else load_image(source, name=name)
-            for i, (source, name) in enumerate(zip(sources, names))
+            decoded[i] if i in decoded else load_image(source if data is None else data, name=label, limits=limits)
+            for i, (source, data, label) in enumerate(zip(sources, read, labels))
         ]
 
     def _decode(self, files: dict[int, bytes]) -> dict[int, Tensor]:

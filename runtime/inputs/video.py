@@ -21,8 +21,9 @@ from qwen2vl_trt.media_options import VideoOptions
 from .animation import Animation, is_animation
 from .bounded_file import BoundedFile
 from .clips import Clip, VideoFile, sample
+from .files import opened
 from .frame_sampling import DEFAULT_FPS, FrameSampling
-from .images import ImageSource, channels_first, load_image, opened, rgb
+from .images import ImageSource, channels_first, load_image, rgb
 from .requested_frames import check_number, requested_rate, requested_sampling
 from .video_stream import VideoStream
 
@@ -94,7 +95,7 @@ def load_video(
 
 @contextmanager
 def opened_video(path: str | Path, label: str) -> Iterator[BoundedFile]:
-    """Open a video file for :func:`load_video`; see :func:`runtime.inputs.images.opened`."""
+    """Open a video file for :func:`load_video`; see :func:`runtime.inputs.files.opened`."""
     with opened(path, label, "a video") as file:
         yield BoundedFile(file)
 

@@ -2,26 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from threading import Condition
 
 DEFAULT_AHEAD_BYTES = 1 << 30
-"""Of decoded pixels that wait for the engine: about 170 frames of 1080p, or 7 photos of 50 megapixels."""
+"""Of decoded pixels that wait for the engine and of what decoding others takes meanwhile: about 170 frames of 1080p
+that wait, or 12 photos of 12 megapixels that are being decoded."""
 
 
-def room_for_another(waiting: Sequence[int], loading: int, last: int, threads: int, most: int) -> bool:
-    """Whether one more may be decoded; always where nothing waits, however large it is.
-
-    Nobody knows the size of what is not decoded yet, so it counts as much as the largest of late. Until the first is
-    known there is one a thread.
+def fits(held: int, wanted: int, most: int) -> bool:
+    """Whether one more may be decoded; always where nothing is held, however large it is.
 
     Args:
-        waiting: bytes of each that is decoded.
-        loading: how many are being decoded.
-        last: bytes of the last that went to the engine; 0 where there was none.
-        threads: that decode.
-        most: bytes that may wait.
+        held: bytes of those that wait or are being decoded.
+        wanted: bytes that decoding this one takes.
+        most: bytes that may be held.
     """
-    size = max([*waiting, last])
-    if not size:
-        return loading < threads
-    return not (sum(waiting) or loading) or sum(waiting) + (loading + 1) * size <= most
+    return not held or held + wanted <= most
+
+
+class Admission:
+    """Lets threads decode in the order of their numbers, 0, 1, 2 and so on, each as soon as there is room for it.
+
+    In that order, the one that is waited for next finds nothing held but those before it: it always gets in at last.
+
+    Args:
+        most: bytes that may be held.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held: dict[int, int] = {}
+        self._next = 0
+        self._closed = False
+        self._changed = Condition()
+
+    def admit(self, number: int, nbytes: int) -> None:
+        """Wait for a number's turn and for room; a number that has been let in keeps its bytes."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._closed
+                    or number < self._next
+                    or (number == self._next and fits(sum(self._held.values()), nbytes, self._most))
+                )
+            )
+            if number >= self._next:
+                self._next = number + 1
+                self._hold(number, nbytes)
+
+    def hold(self, number: int, nbytes: int) -> None:
+        """From now on it is so much; 0 where it is gone."""
+        with self._changed:
+            self._hold(number, nbytes)
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _hold(self, number: int, nbytes: int) -> None:
+        if nbytes:
+            self._held[number] = nbytes
+        else:
+            self._held.pop(number, None)
+        self._changed.notify_all()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 
+from ..inputs.files import labelled
 from ..inputs.images import ImageSource
 from ..inputs.video import VideoFile, VideoSource, opened_video
 from ..preprocessing.sizes import MediaSize
@@ -56,7 +57,7 @@ class CachedMedia:
 
     def load_image(self, source: ImageSource, name: str, options: ImageOptions = ImageOptions()) -> Medium:
         """Find an image in the cache or load it; raises as :meth:`runtime.media.embedder.MediaEmbedder.load_image`."""
-        contents = _contents(source)
+        contents = self._media.file_bytes(source, name)
         key = contents_key(contents, f"image {options}") if contents else None
         entry = self._cache.find(key) if key else None
         if key and entry:
@@ -67,8 +68,9 @@ class CachedMedia:
     def load_video(self, source: VideoSource, name: str, options: VideoOptions = VideoOptions()) -> Medium:
         """The same for a video; raises as :meth:`runtime.media.embedder.MediaEmbedder.load_video`."""
         if isinstance(source, (str, Path)):
-            with opened_video(source, f"{name} ({source})") as file:  # once: what is decoded is what the key names
-                return self.load_video(file, f"{name} ({source})", options)
+            label = labelled(source, name)
+            with opened_video(source, label) as file:  # once: what is decoded is what the key names
+                return self.load_video(file, label, options)
         key = self._video_file_key(source, options)
         entry = self._cache.find(key) if key else None
         if key and entry:
@@ -122,15 +124,3 @@ class CachedMedia:
         if isinstance(source, VideoFile):
             return file_key(source, kind)
         return contents_key(source, kind) if isinstance(source, bytes) else None
-
-
-def _contents(source: ImageSource) -> bytes | None:
-    """An encoded image's bytes; None of anything else, and where load_image is to say what is wrong."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return bytes(source)
-    if not isinstance(source, (str, Path)):
-        return None
-    try:
-        return Path(source).read_bytes() or None
-    except (OSError, ValueError):
-        return None

@@ -19,7 +19,8 @@ from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.windows import Grid, window_layout
 
 from ..backends.runners import VisionRunner
-from ..inputs.images import ImageSource, load_image
+from ..inputs.files import labelled
+from ..inputs.images import ImageSource, file_bytes, load_image
 from ..inputs.video import FrameSampling, Video, VideoFile, VideoSource, load_video
 from ..preprocessing.preprocessor import PackedPixels, Preprocessor
 from ..preprocessing.sizes import MediaSize
@@ -78,6 +79,10 @@ class MediaEmbedder:
         """Which frames of a video file are kept where a request does not say."""
         return self._preprocessor.settings.sampling
 
+    def file_bytes(self, source: ImageSource, name: str) -> bytes | None:
+        """What an image file holds, see :func:`runtime.inputs.images.file_bytes`."""
+        return file_bytes(source, name=name, limits=self._preprocessor.image_limits)
+
     def load_image(
         self, source: ImageSource, name: str, options: ImageOptions = ImageOptions(), contents: bytes | None = None
     ) -> LoadedImage:
@@ -96,8 +101,7 @@ class MediaEmbedder:
         if contents is None:
             (pixels,) = self._preprocessor.load_images([source], [name])
         else:
-            called = f"{name} ({source})" if isinstance(source, (str, Path)) else name
-            (pixels,) = self._preprocessor.load_images([contents], [called])
+            (pixels,) = self._preprocessor.load_images([contents], [labelled(source, name)])
         height, width = pixels.shape[1:]
         size = self._preprocessor.sizes.image(height, width, name=with_path(name, source), options=options)
         return LoadedImage(pixels, size)

@@ -25,7 +25,7 @@ from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.windows import Grid, WindowLayout, window_layout
 
-from ..inputs.images import ImageSource, load_image
+from ..inputs.images import ImageLimits, ImageSource, load_image
 from ..inputs.jpeg_decoder import JpegDecoder, check_gpu_decoding
 from ..inputs.video import VideoSource, load_video
 from .frames import Frame, FrameWriter, window_rows_and_columns
@@ -76,6 +76,7 @@ class Preprocessor:
         dtype: of the output, torch.float32 or torch.bfloat16 (the FP32 values, rounded).
         kernels: what a GPU works with; a CPU has its own way.
         decode: ``"gpu"`` decodes JPEG files by nvImageCodec, whose pixels differ from Pillow's by a level or so.
+        image_limits: of image files, ``ImageLimits()`` by default.
         memory_limit: bytes of pixels brought and resized at a time on a GPU, which is also what each of two pinned
             buffers, and its twin on the device, keeps.
 
@@ -94,6 +95,7 @@ class Preprocessor:
         *,
         kernels: Kernels = "auto",
         decode: Decode = "cpu",
+        image_limits: ImageLimits | None = None,
         memory_limit: int = DEFAULT_LIMIT,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
@@ -103,6 +105,7 @@ class Preprocessor:
         self.sizes = SizeRules(config, self.settings)
         self.device = torch.device(device)
         self.dtype = dtype
+        self.image_limits = image_limits or ImageLimits()
         if decode == "gpu":
             check_gpu_decoding(self.device)
         self._decoder = JpegDecoder(self.device) if decode == "gpu" else None
@@ -116,8 +119,10 @@ class Preprocessor:
             names: what error messages call each.
         """
         if self._decoder is not None:
-            return self._decoder.load(sources, names)
-        return [load_image(source, name=name) for source, name in zip(sources, names, strict=True)]
+            return self._decoder.load(sources, names, self.image_limits)
+        return [
+            load_image(source, name=name, limits=self.image_limits) for source, name in zip(sources, names, strict=True)
+        ]
 
     def preprocess(
         self,

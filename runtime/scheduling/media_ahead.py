@@ -7,12 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from ..inputs.images import decoding_bytes
 from ..inputs.video import Video
-from ..media.ahead import DEFAULT_AHEAD_BYTES, room_for_another
+from ..media.ahead import DEFAULT_AHEAD_BYTES, fits
 from .preparation import LoadedMedia, MediaSources
 
 _THREADS = min(4, os.cpu_count() or 1)
@@ -27,14 +30,16 @@ class Loading:
     Attributes:
         ahead: they are for a thread.
         begun: a thread is at them or has been: they take memory.
-        nbytes: of the pixels, once a thread has loaded them.
+        nbytes: what loading them takes at most, once it has been looked at (None where nobody knows, as of a video
+            file); of their pixels, once a thread has loaded them.
         seconds: that the thread took; 0 without one.
     """
 
     def __init__(self, sources: MediaSources, ahead: bool) -> None:
         self.sources, self.ahead = sources, ahead
         self.begun = False
-        self.nbytes = 0
+        self.nbytes: int | None = None
+        self._measured = False
         self.seconds = 0.0
         self.future: Future[LoadedMedia | None] | None = None
 
@@ -42,6 +47,12 @@ class Loading:
     def done(self) -> bool:
         """Whether a thread has had them."""
         return self.future is not None and self.future.done()
+
+    def measure(self) -> None:
+        """Look, once, at what loading takes: headers of files are read."""
+        if not self._measured:
+            self.nbytes = _loading_bytes(self.sources)
+            self._measured = True
 
     @staticmethod
     def wait_for_any(loadings: Collection[Loading], seconds: float | None, *others: Future[None]) -> None:
@@ -53,8 +64,9 @@ class Loading:
 class MediaAhead:
     """Loads on a few threads, in the order of asking. They start with the first media and end with the object.
 
-    Whether there is room for one more is looked at when it is asked for and again when a thread comes to it, since by
-    then it is known how large others are; see :func:`runtime.media.ahead.room_for_another`. Where there is none for one
+    Whether there is room for one more is looked at when it is asked for and again when a thread comes to it, which
+    knows from the headers what it takes. What nobody knows counts as much as the largest of late, and until the first
+    is known there is one a thread. Where nothing waits there is room for one of any size. Where there is none for one
     request, there is none for those that ask after it in the same pass.
 
     Args:
@@ -97,8 +109,11 @@ class MediaAhead:
     def take(self, loading: Loading) -> LoadedMedia | None:
         """The media; None while a thread is at them or there is no room. Raises what loading them raised."""
         if not loading.ahead:
-            empty = not (loading.sources.images or loading.sources.videos)
-            return self._load(loading.sources) if empty or self._room() else None
+            if loading.sources.images or loading.sources.videos:
+                loading.measure()
+                if not self._room(loading):
+                    return None
+            return self._load(loading.sources)
         if not loading.done:
             self._queue(loading)
             return None
@@ -119,7 +134,7 @@ class MediaAhead:
 
     def _queue(self, loading: Loading) -> None:
         """Give a thread what is for one and where there is room."""
-        if not loading.ahead or loading.future is not None or not self._room():
+        if not loading.ahead or loading.future is not None or not self._room(loading):
             return
         if self._threads is None:
             self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="load-media")
@@ -127,20 +142,25 @@ class MediaAhead:
             self._queued.append(loading)
             loading.future = self._threads.submit(self._load_in_turn, loading)
 
-    def _room(self) -> bool:
+    def _room(self, loading: Loading) -> bool:
         """For one more, on the caller's thread."""
         with self._lock:
-            self._full = self._full or not self._room_beside(self._queued)
+            self._full = self._full or not self._room_beside(self._queued, loading)
             return not self._full
 
-    def _room_beside(self, others: Collection[Loading]) -> bool:
-        waiting = [*self._held, *(other.nbytes for other in others if other.done)]
-        loading = sum(not other.done for other in others)
-        return room_for_another(waiting, loading, self._last, _THREADS, self._most_bytes)
+    def _room_beside(self, others: Collection[Loading], loading: Loading) -> bool:
+        waiting = [*self._held, *(other.nbytes or 0 for other in others if other.done)]
+        busy = [other.nbytes for other in others if not other.done]
+        largest = max([*waiting, self._last])
+        if loading.nbytes is None and not largest:
+            return len(busy) < _THREADS
+        held = sum(waiting) + sum(largest if nbytes is None else nbytes for nbytes in busy)
+        return fits(held, largest if loading.nbytes is None else loading.nbytes, self._most_bytes)
 
     def _load_in_turn(self, loading: Loading) -> LoadedMedia | None:
+        loading.measure()
         with self._lock:
-            if not self._room_beside([other for other in self._queued if other.begun]):
+            if not self._room_beside([other for other in self._queued if other.begun], loading):
                 return None
             loading.begun = True
         began = time.perf_counter()
@@ -157,6 +177,20 @@ class MediaAhead:
             self._threads.shutdown(cancel_futures=True)
             self._threads = None
             self._queued.clear()
+
+
+def _loading_bytes(sources: MediaSources) -> int | None:
+    """Most memory that loading takes; None where one is a video file, whose frames nobody has counted."""
+    total = sum(map(decoding_bytes, sources.images))
+    for video in sources.videos:
+        frames = video.frames if isinstance(video, Video) else video
+        if isinstance(frames, (str, Path, bytes)):
+            return None
+        if isinstance(frames, Sequence):
+            total += sum(map(decoding_bytes, frames))
+        elif isinstance(frames, (np.ndarray, Tensor)):
+            total += frames.nbytes
+    return total
 
 
 def _on_gpu(source: Any) -> bool:

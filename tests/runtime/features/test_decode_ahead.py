@@ -22,7 +22,7 @@ class Source:
         self.image = LoadedImage(torch.zeros(pixels, dtype=torch.uint8), MediaSize(28, 28, 28, 28, (1, 2, 2), 1))
         self.lock = threading.Lock()
 
-    def load(self, path, name):
+    def load(self, path, name, admit):
         time.sleep(self.pause * (int(path) % 3))  # they do not end in the order in which they began
         with self.lock:
             self.loaded.append(path)
@@ -60,24 +60,53 @@ def test_the_next_batch_is_decoded_while_nobody_asks():
         assert len(source.loaded) == 11
 
 
-@pytest.mark.parametrize("pixels", [200, 600])
-def test_waiting_pixels_are_bounded(monkeypatch, pixels):
+@pytest.mark.parametrize(("taken", "kept"), [(200, 200), (600, 600), (500, 100)])
+def test_bytes_are_bounded(monkeypatch, taken, kept):
+    """Of those that are being decoded what that takes, of those that wait their pixels."""
     monkeypatch.setattr(module, "DEFAULT_AHEAD_BYTES", 1000)
-    source = Source(pixels)
-    with decode_ahead(source, images(60), Batching(16, 100, 1)) as decoded:
-        next(decoded)
-        time.sleep(0.02)
-        assert len(source.loaded) <= 2  # while no image's size is known, one a thread
-        for _ in range(29):
-            next(decoded)
-        time.sleep(0.05)
-        settled = len(source.loaded)
-        for number in range(30, 50):
-            next(decoded)
-            wait_until(lambda: len(source.loaded) > number)  # noqa: B023
-            time.sleep(0.002)
-            assert len(source.loaded) - (number + 1) <= 1000 // pixels
-    assert settled < 60
+
+    class Counting(Source):
+        held = most = 0
+
+        def load(self, path, name, admit):
+            admit(taken)
+            self.add(taken)
+            try:
+                image = super().load(path, name, admit)
+            except MediaError:
+                self.add(-taken)
+                raise
+            self.add(kept - taken)
+            return image
+
+        def add(self, nbytes):
+            with self.lock:
+                self.held += nbytes
+                self.most = max(self.most, self.held)
+
+    source = Counting(kept, pause=0.002)
+    with decode_ahead(source, images(60), Batching(16, 100, 4)) as decoded:
+        for number, (key, _) in enumerate(decoded):
+            assert key == f"key {number}"
+            source.add(0 if number == 5 else -kept)
+    assert number == 59
+    assert taken <= source.most <= 1000 + kept  # the one that is handed over
+
+
+def test_one_of_any_size_has_its_turn(monkeypatch):
+    monkeypatch.setattr(module, "DEFAULT_AHEAD_BYTES", 1000)
+    alone = []
+
+    class Huge(Source):
+        def load(self, path, name, admit):
+            admit(10**9 if path in ("3", "5", "6") else 300)
+            if path in ("3", "6"):
+                alone.append(len(self.loaded))
+            return super().load(path, name, admit)
+
+    with decode_ahead(Huge(300), images(12), Batching(4, 100, 4)) as decoded:
+        assert [key for key, _ in decoded] == [f"key {number}" for number in range(12)]
+    assert alone == [3, 6]  # all before them have been decoded, and handed over; none behind them has begun
 
 
 def test_what_was_not_asked_for_is_not_decoded():

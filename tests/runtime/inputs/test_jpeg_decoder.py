@@ -13,7 +13,7 @@ from PIL import Image
 from engines.profile import BuildProfile
 from qwen2vl_trt.errors import MediaError, MissingDependencyError
 from runtime import Pipeline, PipelineOptions
-from runtime.inputs.images import load_image
+from runtime.inputs.images import ImageLimits, load_image
 from runtime.inputs.jpeg_decoder import JpegDecoder
 from runtime.media.embedder import MediaEmbedder
 from runtime.preprocessing.preprocessor import Preprocessor
@@ -70,7 +70,7 @@ def test_no_file_no_call(codec):
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "empty", "missing", "address", "bomb"])
-def test_errors_are_those_of_pillow(codec, damage, tmp_path, monkeypatch):
+def test_errors_are_those_of_pillow(codec, damage, tmp_path):
     """A damaged file never reaches a decoder that might make something up for what is lost."""
     source = {
         "cut": encoded()[:-40],
@@ -80,12 +80,11 @@ def test_errors_are_those_of_pillow(codec, damage, tmp_path, monkeypatch):
         "address": "https://example.org/a.jpg",
         "bomb": encoded(),
     }[damage]
-    if damage == "bomb":
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    limits = ImageLimits(pixels=1000 if damage == "bomb" else 10_000)
     with pytest.raises(MediaError) as expected:
-        load_image(source, name="image 3")
+        load_image(source, name="image 3", limits=limits)
     with pytest.raises(MediaError) as found:
-        JpegDecoder(CPU).load([source], ["image 3"])
+        JpegDecoder(CPU).load([source], ["image 3"], limits)
     assert str(found.value) == str(expected.value)
     assert not codec.calls
 

@@ -139,6 +139,14 @@ class TestPreprocess:
         expected = DEFAULT(do_rescale=False)(images=image, return_tensors="pt")["pixel_values"]
         assert_pixels(packed, expected, resized=False)
 
+    @pytest.mark.parametrize("size", [(112, 168), (90, 130)])
+    def test_float_images_up_to_255_as_by_default(self, size):
+        """To the rounding of floats: Transformers resizes them as they are and divides by 255 last."""
+        image = natural(*size).float()
+        found = merge_order(Preprocessor(CONFIG).preprocess([image]))
+        expected = DEFAULT()(images=image, return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=3e-6)
+
     def test_other_normalisation(self):
         image = noise(56, 84)
         pixels = PixelSettings(image_mean=(0.5, 0.4, 0.3), image_std=(0.1, 0.2, 0.5), rescale_factor=1 / 127)
@@ -288,6 +296,14 @@ class TestVideos:
         reference = Qwen2VLVideoProcessor(cap_pixels_per_frame=False, do_rescale=False)
         expected = reference(videos=[frames], return_tensors="pt")["pixel_values_videos"]
         assert_pixels(packed, expected, resized=False)
+
+    def test_float_frames_up_to_255_as_by_default(self):
+        """What qwen-vl-utils returns; a dark frame means the same as the bright ones."""
+        frames = torch.stack([natural(280, 364, 1), natural(280, 364, 2).clamp(max=1)]).float()
+        found = merge_order(Preprocessor(CONFIG).preprocess(videos=[frames]))
+        reference = Qwen2VLVideoProcessor(cap_pixels_per_frame=False)
+        expected = reference(videos=[frames], return_tensors="pt")["pixel_values_videos"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=3e-6)
 
     def test_grid_without_pixels(self):
         processor = Preprocessor(CONFIG)

@@ -16,7 +16,7 @@ from PIL import Image
 from qwen2vl_trt.errors import DeadlineError, LimitError, MediaError
 from runtime import Pipeline, PipelineOptions, Request, SamplingParams, Video
 from runtime.backends.runners import open_engines
-from runtime.media.ahead import room_for_another
+from runtime.media.ahead import fits
 from runtime.scheduling import media_ahead
 from runtime.scheduling.media_ahead import _THREADS, MediaAhead
 from runtime.scheduling.preparation import LoadedMedia, MediaSources
@@ -367,15 +367,78 @@ def test_many_that_turn_out_larger_than_those_before(engines, monkeypatch):
     pipeline.close()
 
 
-def test_room_for_another():
-    assert room_for_another([], 0, 0, threads=2, most=0)
-    assert room_for_another([], 1, 0, threads=2, most=0)
-    assert not room_for_another([], 2, 0, threads=2, most=10**9)  # nobody knows how large they are
-    assert room_for_another([], 0, 500, threads=2, most=0)  # whatever its size, where nothing waits
-    assert not room_for_another([], 1, 500, threads=2, most=0)
-    assert room_for_another([30, 50], 1, 10, threads=2, most=180)
-    assert not room_for_another([30, 50], 1, 10, threads=2, most=179)
-    assert not room_for_another([30, 50], 1, 60, threads=2, most=180)
-    assert room_for_another([0, 0], 0, 500, threads=2, most=0)  # their embeddings are in the cache
+class Blocked:
+    """Media that are loading until they are let go; how many have begun."""
+
+    def __init__(self):
+        self.begun, self.let_go = [], threading.Event()
+
+    def __call__(self, sources):
+        self.begun.append(sources)
+        assert self.let_go.wait(PATIENCE)
+        return LoadedMedia([], [])
+
+
+@pytest.mark.parametrize(("most", "expected"), [(0, 1), (14 * 60 * 80, 2), (21 * 60 * 80 + 999, 3)])
+def test_what_is_being_decoded_counts_as_its_header_says(most, expected, monkeypatch, tmp_path):
+    """7 bytes a pixel, and the file; where nothing is held, one of any size."""
+    monkeypatch.setattr(media_ahead, "_THREADS", 8)
+    path = tmp_path / "a.png"
+    Image.new("RGB", (80, 60)).save(path)
+    blocked = Blocked()
+    most += expected * path.stat().st_size if most else 0
+    loader = MediaAhead(blocked, overlap=True, most_bytes=most)
+    loader.begin_pass([])
+    loadings = [loader.start(MediaSources([str(path)], [], [])) for _ in range(6)]
+    time.sleep(0.3)
+    assert len(blocked.begun) == expected
+    blocked.let_go.set()
+    end = time.monotonic() + PATIENCE
+    while any(loading.future is not None or not loading.begun for loading in loadings):
+        loader.begin_pass([])
+        for loading in loadings:
+            if loading.future is not None or not loading.begun:
+                loader.take(loading)
+        assert time.monotonic() < end
+    assert len(blocked.begun) == 6
+    loader.close()
+
+
+def test_of_what_nobody_knows_there_is_one_a_thread(monkeypatch):
+    monkeypatch.setattr(media_ahead, "_THREADS", 3)
+    blocked = Blocked()
+    loader = MediaAhead(blocked, overlap=True, most_bytes=10**9)
+    loader.begin_pass([])
+    for _ in range(6):
+        loader.start(MediaSources([], ["a.mp4"], [None]))
+    time.sleep(0.1)
+    assert len(blocked.begun) == 3
+    blocked.let_go.set()
+    loader.close()
+
+
+def test_frames_in_memory_are_counted():
+    blocked = Blocked()
+    blocked.let_go.set()
+    loader = MediaAhead(blocked, overlap=True)
+    frame = picture(1, 60, 80)
+    for videos, nbytes in (
+        ([[frame, frame]], 2 * SIZE),
+        ([np.stack([frame, frame])], 2 * SIZE),
+        ([Video([frame])], SIZE),
+        (["a.mp4"], None),
+        ([b"..."], None),
+        ([5], 0),
+    ):
+        loading = loader.start(MediaSources([frame], videos, [None]))
+        loading.measure()
+        assert loading.nbytes == (None if nbytes is None else SIZE + nbytes)
+    loader.close()
+
+
+def test_fits():
+    assert fits(0, 500, most=0)  # whatever its size, where nothing waits
+    assert fits(80, 100, most=180)
+    assert not fits(80, 101, most=180)
     with pytest.raises(LimitError, match="ahead_bytes is -1"):
         Pipeline(None, PipelineOptions(ahead_bytes=-1))

@@ -1,0 +1,106 @@
+"""Files that a user names: regular files alone, opened without waiting and read up to a limit."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from qwen2vl_trt.errors import MediaError
+
+MAX_FILE_BYTES = 1 << 30
+"""Of an image: more than 100 megapixels take uncompressed in 8 bits with transparency, or 16 bits a colour in all but
+extremes. Videos are not read whole."""
+
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+"""Opening a pipe that nobody writes to would wait for ever."""
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a pipe, as <(command) makes one"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
+_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "AAAA")  # JPEG, PNG, GIF, WebP, MP4 and HEIC
+
+
+def labelled(source: object, name: str | None) -> str:
+    """What error messages call a source: its name, and its path if it has one."""
+    if isinstance(source, (str, Path)):
+        return f"{name} ({source})" if name else str(source)
+    return name or "image"
+
+
+@contextmanager
+def opened(path: str | Path, label: str, kind: str = "an image") -> Iterator[BinaryIO]:
+    """Open a regular file for reading; nothing else, since a pipe may block for ever and a device has no end.
+
+    Args:
+        path: of the file.
+        label: what error messages call it.
+        kind: what they say it should be.
+
+    Raises:
+        MediaError: an address, no such file, no regular one, an empty one, or one that cannot be read.
+    """
+    try:
+        descriptor = os.open(path, _FLAGS)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise MediaError(f"{label}: {_why_not(str(path), kind, error)}") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        what = next((name for is_kind, name in _KINDS if is_kind(mode)), "no regular file")
+        way_out = "" if stat.S_ISDIR(mode) else "; save what it gives as a file and name that"
+        raise MediaError(f"{label}: {what}, not {kind}{way_out}")
+    with os.fdopen(descriptor, "rb") as file:
+        try:
+            if not file.peek(1):
+                raise MediaError(f"{label}: empty (0 bytes)")
+            yield file
+        except OSError as error:
+            raise MediaError(f"{label}: cannot be read: {error.strerror or error}") from None
+
+
+def read_whole(file: BinaryIO, label: str, most: int = MAX_FILE_BYTES) -> bytes:
+    """All bytes of a file, however many it says it has.
+
+    Raises:
+        MediaError: more than ``most``.
+    """
+    contents = file.read(most + 1)
+    if len(contents) > most:
+        raise too_large(label, most)
+    return contents
+
+
+def too_large(label: str, most: int) -> MediaError:
+    """The error of a file with more bytes than are read."""
+    return MediaError(f"{label}: more than {most:,} bytes, the most that are read of an image file; shrink it")
+
+
+def _why_not(path: str, kind: str, error: OSError | ValueError) -> str:
+    if path.startswith("data:"):
+        return "a data: URL, not a path; it goes in a message's part"
+    if _ADDRESS.match(path):
+        return "addresses are not fetched; download it and give its path"
+    if len(path) > 64 and (path.startswith(_BASE64_STARTS) or len(path) > 255) and _BASE64.fullmatch(path):
+        return (
+            f"it looks like the base64 of {kind}; give the bytes that it stands for, or a data: URL in a message's part"
+        )
+    if isinstance(error, FileNotFoundError):
+        link = Path(path)
+        return f"a link to {link.readlink()}, which is not there" if link.is_symlink() else "no such file"
+    if isinstance(error, PermissionError) and Path(path).is_dir():  # Windows opens none
+        return f"a directory, not {kind}"
+    if isinstance(error, OSError) and error.errno == errno.ENXIO:
+        return f"a socket or a device, not {kind}"
+    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
