@@ -72,7 +72,7 @@ class SamplingParams:
         self._check(
             "seed", lambda value: _is_int(value, 0) and value < 2**63, "None or a whole number from 0 to 2**63 - 1"
         )
-        self._check("stop", _are_texts, "strings that are not empty")
+        self._check("stop", _are_texts, "strings that are not empty and have no lone surrogate")
         if not isinstance(self.ignore_eos, bool):
             raise SamplingError(f"ignore_eos is {self.ignore_eos!r}; it must be True or False")
         if self.stop is not None:  # lists and single strings are welcome, a frozen fact is kept
@@ -131,7 +131,12 @@ def _is_int(value: Any, low: int) -> bool:
 
 def _are_texts(value: Any) -> bool:
     texts = (value,) if isinstance(value, str) else value
-    return isinstance(texts, Sequence) and all(isinstance(text, str) and text for text in texts)
+    return isinstance(texts, Sequence) and all(isinstance(text, str) and text and _is_unicode(text) for text in texts)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can come out of a tokenizer: a lone surrogate cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class SequenceSampling:

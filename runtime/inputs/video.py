@@ -24,7 +24,7 @@ from .clips import Clip, VideoFile, sample
 from .files import opened
 from .frame_sampling import DEFAULT_FPS, FrameSampling
 from .images import ImageSource, channels_first, load_image, rgb
-from .requested_frames import check_number, requested_rate, requested_sampling
+from .requested_frames import requested_rate, requested_sampling
 from .video_stream import VideoStream
 
 _logger = logging.getLogger(__name__)
@@ -112,7 +112,10 @@ def _from_memory(
 ) -> Video:
     fps = requested_rate(options, label)
     if isinstance(source, Video):
-        check_number(label, "fps", source.fps)
+        try:
+            VideoOptions(fps=source.fps)
+        except MediaError as error:
+            raise MediaError(f"{label}: {error}") from None
         fps, source = fps or source.fps, source.frames
     if not len(source):
         raise MediaError(f"{label}: no frames")

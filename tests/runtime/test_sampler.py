@@ -281,7 +281,7 @@ def test_stop_takes_one_string_or_many(stop):
         *[("top_k", value, "at least 0") for value in (-1, 1.5, math.nan, True)],
         *[("repetition_penalty", value, "above 0") for value in (0, -1, math.nan, math.inf)],
         *[("seed", value, "None or a whole number") for value in (-1, 2**63, 1.5, "1", True)],
-        *[("stop", value, "not empty") for value in ("", [""], ["a", ""], [1], 3, b"x")],
+        *[("stop", value, "not empty") for value in ("", [""], ["a", ""], [1], 3, b"x", "\ud800", ["a", "b\udfff"])],
         *[("ignore_eos", value, "True or False") for value in (1, None, "yes")],
     ],
 )

@@ -156,10 +156,8 @@ class TestBadInput:
             assert word in message, message
 
     @pytest.mark.parametrize("fps", [0, -1, math.nan, math.inf, "2"])
-    def test_rate(self, fps, clip):
-        self.refused(frames(), "video 1: fps", "above 0", options=VideoOptions(fps=fps), name="video 1")
-        self.refused(Video(frames(), fps), "above 0")
-        self.refused(clip, "above 0", options=VideoOptions(fps=fps))
+    def test_rate(self, fps):
+        self.refused(Video(frames(), fps), "video 1: fps is", "above 0", name="video 1")
 
     def test_no_frames(self):
         self.refused([], "video: no frames")
