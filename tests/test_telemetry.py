@@ -61,7 +61,7 @@ int connect(int file, const struct sockaddr *address, socklen_t size) {
 
 @pytest.fixture(scope="module")
 def refusing(tmp_path_factory) -> Path:
-    """A library that takes the place of libc's calls, in C++ code as in Python: it notes what is tried and refuses it."""
+    """A library in the place of libc's calls, for C++ code as for Python: it notes what is tried and refuses it."""
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("calls of C++ code can be watched on Linux with a C compiler alone")
