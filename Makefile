@@ -3,13 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: run test test-kernels lint clean
+.PHONY: run test test-lowest test-kernels lint clean
 
 run: .venv/run
 	$(BIN)/python run.py --model tiny --image docs/digits.png --prompt "What digits are in the image?"
 
+# TESTS chooses some of them, and takes options: TESTS="--no-onednn-packing tests/runtime" is a CPU without AVX-512.
 test: .venv/test .venv/vocabulary
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
+
+# The oldest releases that pyproject.toml allows, in a virtual environment of their own, on Python 3.11.
+test-lowest: .venv/lowest/installed
+	.venv/lowest/bin/python -m pytest tests/test_requirements.py tests/export/test_graphs.py tests/export/test_onnxruntime.py \
+		tests/qwen2vl_trt/test_prompts.py tests/qwen2vl_trt/test_hub.py tests/engines/test_inspect.py tests/fleet/test_inputs.py \
+		tests/runtime/features/test_store.py tests/runtime/inputs/test_images.py tests/runtime/preprocessing/test_preprocessor.py
 
 # The preprocessor's Triton kernels, on the CPU. Triton lies apart: PyTorch for CUDA brings the version that it needs, and
 # beside a PyTorch for the CPU this one writes to stderr whenever a process ends.
@@ -31,6 +38,11 @@ lint: .venv/test
 
 .venv/test: pyproject.toml constraints.txt | .venv/bin/python
 	$(INSTALL) ".[test]"
+	touch $@
+
+.venv/lowest/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv/lowest
+	.venv/lowest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt --editable ".[test]"
 	touch $@
 
 .venv/kernels: | .venv/bin/python

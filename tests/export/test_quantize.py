@@ -22,6 +22,7 @@ from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import window_layout
 from runtime.calibration import Calibration
 from tests.qwen2vl_trt.test_quantization import linear_layers
+from tests.support.bounds import E4M3_NOISE
 from tests.support.models import pack_windows
 from tiny.calibration import training_data
 
@@ -171,7 +172,7 @@ def test_it_computes_what_model_optimizers_own_model_does(tmp_path):
     take_weights(reference, quantized)
     with layers_compared(ours, reference, layers) as of_layers:
         after = errors(ours, reference, sample)
-    assert max(before + after) < 0.15, (before, after)
+    assert max(before + after) < E4M3_NOISE, (before, after)
     assert of_layers.keys() == set(layers)
     assert max(of_layers.values()) < 5e-3, of_layers
 

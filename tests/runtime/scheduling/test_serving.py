@@ -20,8 +20,9 @@ from qwen2vl_trt.errors import CheckpointError, DeadlineError, ExecutionError, L
 from qwen2vl_trt.hub import resolve_model
 from runtime import Pipeline, PipelineOptions, Request, SamplingParams
 from runtime.backends.runners import open_engines
+from tests.support.bounds import FP32_BEHIND_BOTH
 from tests.support.engine_folders import PROFILE, build
-from tests.support.models import random_model, save_model
+from tests.support.models import random_model, relative_error, save_model
 from tests.support.requests import answers, clip, picture, random_params, random_request
 from tiny.model import config_dict
 from tiny.tokenizer import write_processor_files
@@ -147,7 +148,7 @@ def test_hidden_states_and_answers_do_not_disturb_each_other(make, plain):
     assert answers(pipeline.generate(requests, params)) == first
     backend = pipeline.engines.manifest.backend
     for found, expected in zip(states, plain[backend].hidden_states([related_request(s) for s in range(6, 12)])):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert relative_error(found, expected) < FP32_BEHIND_BOTH
 
 
 def test_pipelines_on_the_same_engines_do_not_trust_each_others_cache(engines):
