@@ -151,7 +151,7 @@ class Manifest:
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} is no text")
         for name, file in self.files.items():
-            if Path(name).name != name or "\0" in name:
+            if Path(name).name != name or not name.isprintable():
                 raise TypeError(f"{name!r} is no name of a file")
             if [type(value) for value in astuple(file)] != [str, int, int]:
                 raise TypeError(f"file {name} has an entry of a wrong type")
