@@ -145,7 +145,7 @@ class Manifest:
             manifest = checked(raw, cls, MANIFEST_FILE)
             reject_unknown(raw, [each.name for each in fields(cls)], {}, MANIFEST_FILE)
             for name in manifest.files:
-                if Path(name).name != name or "\0" in name:
+                if Path(name).name != name or not name.isprintable():
                     raise CheckpointError(f"{MANIFEST_FILE}: {name!r} is no name of a file")
             BuildProfile.from_dict(raw["profile"])  # its names
         except (BuildError, CheckpointError) as error:

@@ -25,5 +25,5 @@ def read_onnx(path: Path) -> Iterator[onnx.ModelProto]:
         yield onnx.load(path, load_external_data=False)
     except OSError as error:
         raise EngineError(f"{path} cannot be read: {error.strerror or error}. Rebuild.") from None
-    except (DecodeError, LookupError, ValueError) as error:
+    except (DecodeError, LookupError, TypeError, ValueError) as error:
         raise EngineError(f"{path} is corrupt ({' '.join(str(error).split())}). Rebuild.") from None

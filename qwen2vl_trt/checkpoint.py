@@ -66,6 +66,7 @@ _DTYPES = {
 }
 
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+_MAX_RANK = 64  # torch's own limit
 _LFS_POINTER = b"version "  # how such a file begins, what `git clone` leaves where git-lfs is not installed
 _SAMPLE = 4096  # bytes hashed at each end of a tensor
 
@@ -244,7 +245,7 @@ def read_header(path: Path) -> dict[str, TensorLocation]:
             raw = json.loads(file.read(header_length))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is corrupt: its header is not JSON") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} is corrupt: its header is not a JSON object")
@@ -268,12 +269,16 @@ def _location(path: Path, real: Path, start: int, name: str, entry: Any) -> Tens
     try:
         dtype_name, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (begin, end, *shape))
+        whole = (
+            isinstance(dtype_name, str)
+            and len(shape) <= _MAX_RANK
+            and all(type(number) is int and 0 <= number < 2**63 for number in (begin, end, *shape))
+        )
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
         raise CheckpointError(f"{path} is corrupt: the header's entry for tensor {name!r} makes no sense")
-    dtype = _DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+    dtype = _DTYPES.get(dtype_name)
     if dtype is None:
         known = ", ".join(_DTYPES)
         raise CheckpointError(f"{path}: tensor {name!r} has type {dtype_name!r}; supported are {known}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engines.backends import BACKENDS
+from engines.host_memory import warn_of_memory
 from engines.manifest import Manifest
 from engines.precision import Precision
 from qwen2vl_trt.checkpoint import Checkpoint
@@ -188,4 +189,6 @@ def open_engines(folder: str | Path, device: str | None = None) -> Engines:
         raise EngineError(f"{folder}: its manifest is corrupt ({error}). Rebuild.") from None
     backend = cast(Backend, import_module(module))
     chosen = parse_device(device or backend.default_device())
+    if chosen.type == "cpu":
+        warn_of_memory(checkpoint, manifest.backend, precision)
     return Engines(folder, manifest, checkpoint, chosen, precision, backend)

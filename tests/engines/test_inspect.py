@@ -149,3 +149,26 @@ def test_the_command_prints_a_report_or_one_line(folder):
     done = subprocess.run([*command, "nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: there is no folder nowhere. Build one with build_engines.py.\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x08", b"half"], ids=["empty", "noise", "short", "half"])
+def test_a_corrupt_graph_is_one_line(rtx_checkpoint, tmp_path, content):
+    """Of the size and the time that it was built with, as bits that the disk lost leave it."""
+    folder = build(rtx_checkpoint, tmp_path / "engines", "onnxruntime", "fp32")
+    for name in ("vision.onnx", "decoder.onnx"):
+        path = folder / name
+        stat, whole = path.stat(), path.read_bytes()
+        path.write_bytes(
+            whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2) if content == b"half" else content
+        )
+        with path.open("ab") as file:
+            file.truncate(len(whole))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        for verify, said in ((False, "is corrupt"), (True, "is not the file that was built (SHA-256 differs)")):
+            with pytest.raises(EngineError) as refused:
+                inspect_folder(folder, verify)
+            assert str(path) in str(refused.value)
+            assert said in str(refused.value)
+            assert "\n" not in str(refused.value)
+        path.write_bytes(whole)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -1,0 +1,100 @@
+"""Whether a model fits the memory of a machine that runs it on its CPU, before it is tried."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import psutil
+import torch
+
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.weights import EMBEDDING, LM_HEAD, checkpoint_names
+
+from .precision import BF16, FP32, Precision
+
+logger = logging.getLogger(__name__)
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def warn_of_memory(checkpoint: Checkpoint, backend: str, precision: Precision) -> None:
+    """Log one line where a model is expected not to fit into what is free: swap, or another machine, may still run it.
+
+    Args:
+        checkpoint: the model.
+        backend: that runs it on the CPU.
+        precision: of the engines.
+    """
+    needed, free = expected_bytes(checkpoint, backend, precision), available_bytes()
+    if needed is None or needed <= free:
+        return
+    smallest = expected_bytes(checkpoint, "torch", BF16)
+    assert smallest is not None
+    advice = ""
+    if smallest < needed:
+        fits = "fits" if smallest <= free else "is the smallest"
+        advice = f"; --backend torch --precision bf16 needs about {_in_words(smallest)} and {fits}"
+    logger.warning(
+        "%s: backend %s in %s needs about %s of memory on a CPU, and %s are free here%s",
+        checkpoint.folder,
+        backend,
+        precision.name,
+        _in_words(needed),
+        _in_words(free),
+        advice,
+    )
+
+
+def expected_bytes(checkpoint: Checkpoint, backend: str, precision: Precision) -> int | None:
+    """What loading a model on a CPU takes, weights alone; None where nothing has been measured.
+
+    PyTorch holds every weight in its precision. ONNX Runtime makes FP32 weights of BF16 ones, all but an untied
+    embedding, whose rows are read as they are needed; while it loads, the largest of them is there twice.
+    """
+    sizes = {ours: math.prod(checkpoint.locate(theirs).shape) for ours, theirs in checkpoint_names(checkpoint).items()}
+    if checkpoint.config.text.tie_word_embeddings:
+        sizes.pop(LM_HEAD, None)
+    if backend == "torch" and not precision.fp8:
+        types = {True: precision.vision, False: precision.decoder}
+        return sum(size * types[name.startswith("visual.")].itemsize for name, size in sizes.items())
+    if backend == "onnxruntime" and precision == FP32:
+        if not checkpoint.config.text.tie_word_embeddings:
+            sizes.pop(EMBEDDING, None)
+        return torch.float32.itemsize * (sum(sizes.values()) + max(sizes.values(), default=0))
+    return None
+
+
+def available_bytes() -> int:
+    """Memory that a process can still get: what the machine has free, or its control group leaves it."""
+    return min([psutil.virtual_memory().available, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage = _CGROUPS, "memory.max", "memory.current"
+        elif controllers == "memory":
+            root, limit, usage = _CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = PurePosixPath(path.lstrip("/"))
+        for folder in (root / group, *(root / parent for parent in group.parents)):
+            try:
+                most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+                stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # no such group in this container, or no limit ("max")
+                continue
+            cache = sum(int(stat.get(f"{state}_file", 0)) for state in ("active", "inactive"))  # given back on demand
+            yield max(most - used + cache, 0)
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
