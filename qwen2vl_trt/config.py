@@ -228,8 +228,8 @@ class _Windows:
     """Transformers' fields of sliding windows, with its defaults."""
 
     use_sliding_window: bool | None = False
-    sliding_window: Width | None = 4096
-    max_window_layers: Annotated[int, Meta(ge=0)] = 80
+    sliding_window: Annotated[int, Meta(ge=0)] | None = 4096
+    max_window_layers: Annotated[int, Meta(ge=0)] | None = 80
     layer_types: list[str] | None = None
 
 
@@ -256,7 +256,7 @@ def _text_config(raw: Mapping[str, Any]) -> TextConfig:
     text |= {"tie_word_embeddings": True} if tied else {}
     config = _read_text(text, place)
     # Some releases of Transformers 4 wrote the decoder's fields in both places, and releases differ in which they read.
-    for name in _TEXT_FIELDS & raw.keys():
+    for name in sorted(_TEXT_FIELDS & raw.keys()):
         if name != "tie_word_embeddings" and _read_text(text | {name: raw[name]}, FILE) != config:
             raise CheckpointError(f"{FILE}: {name} at the top level differs from text_config's; keep one of them")
     return config
@@ -297,7 +297,7 @@ def _refuse_windows(text: Mapping[str, Any], place: str) -> None:
         if other is not None:
             raise CheckpointError(f"{place}: layer_types has {shown(other)}; only 'full_attention' is supported")
     elif windows.use_sliding_window and windows.sliding_window is not None:
-        first = windows.max_window_layers
+        first = windows.max_window_layers or 0
         if isinstance(layers, int) and first < layers:
             raise CheckpointError(
                 f"{place}: use_sliding_window is true, with a sliding_window of {windows.sliding_window} from layer"

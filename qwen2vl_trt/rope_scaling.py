@@ -2,7 +2,7 @@
 
 Transformers 4 wrote ``rope_scaling`` with ``type``, Transformers 5 writes ``rope_parameters`` with ``rope_type`` and
 ``rope_theta``. Meanings are those of Transformers 5 (``modeling_rope_utils``): ``factor`` counts, not the ratio of
-``max_position_embeddings`` to ``original_max_position_embeddings``, which releases from 4.50 to 4.56 took instead.
+``max_position_embeddings`` to ``original_max_position_embeddings``, which release 4.52 takes instead.
 """
 
 from __future__ import annotations

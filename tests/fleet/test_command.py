@@ -120,7 +120,7 @@ def test_a_resumed_run_must_be_the_same(batch, images, tmp_path):
     ):
         with pytest.raises(FeaturesError, match=message):
             batch("--input", images, "--partition-rows", 4, "--resume", *changed)
-    with pytest.raises(FeaturesError, match="begun with ignore_eos None, this run has False"):
+    with pytest.raises(FeaturesError, match="begun with generation_config None, this run has 'auto'"):
         batch("--input", images, "--partition-rows", 4, "--resume", "--prompt", "x", task="generate")
 
 
