@@ -189,7 +189,7 @@ def opened(path: str | Path, label: str, kind: str = "an image") -> Iterator[Bin
     if str(path).startswith(("http://", "https://")):
         raise MediaError(f"{label}: addresses are not fetched; download it and give its path")
     try:
-        with open(path, "rb", opener=_without_waiting) as file:  # Path.open takes no opener
+        with open(Path(path), "rb", opener=_without_waiting) as file:  # Path.open takes no opener
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise MediaError(f"{label}: not a regular file but a pipe or a device; save it to a file first")
