@@ -370,7 +370,7 @@ WITH_ENGINES = {
     ): "needs a GPU, and the engines run on cpu",
     ("features", "--image", "a.png", "--image", "a.png", "--output", "g.safetensors"): "a.png is given twice",
     ("features", "--image", "cut.png", "--output", "g.safetensors"): "image 1 (cut.png)",
-    ("features", "--image", "big.png", "--output", "g.safetensors"): "image 1, big.png (500x700)",
+    ("features", "--image", "big.png", "--strict-size", "--output", "g.safetensors"): "image 1, big.png (500x700)",
 }
 
 
