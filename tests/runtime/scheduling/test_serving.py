@@ -20,9 +20,8 @@ from qwen2vl_trt.hub import resolve_model
 from runtime import Pipeline, Request, SamplingParams
 from runtime.backends.runners import open_engines
 from tests.support.bounds import FP32_BEHIND_BOTH
-from tests.support.models import relative_error
 from tests.support.engine_folders import PROFILE, build
-from tests.support.models import random_model, save_model
+from tests.support.models import random_model, relative_error, save_model
 from tests.support.requests import answers, clip, picture, random_params, random_request
 from tiny.model import config_dict
 from tiny.tokenizer import write_processor_files
