@@ -43,7 +43,7 @@ def run(*others):
     feeds = [{"case": np.array([n]), "forced_ids": np.zeros(0, np.int64)} for n in range(2)]
     told = []
     others = [FakeRunner(name, log, **options) for name, options in others]
-    rows = compare_runners(FakeRunner("reference", log), others, feeds, told.append)
+    rows = list(compare_runners(FakeRunner("reference", log), others, feeds, told.append))
     return rows, log, told
 
 
@@ -95,5 +95,5 @@ def test_a_failing_runner_is_let_go_of():
     log = []
     feeds = [{"case": np.array([0]), "forced_ids": np.zeros(0, np.int64)}]
     with pytest.raises(RuntimeError, match="broken"):
-        compare_runners(FakeRunner("reference", log), [Failing("failing", log)], feeds, lambda name: None)
+        list(compare_runners(FakeRunner("reference", log), [Failing("failing", log)], feeds, lambda name: None))
     assert log[-1] == ("deactivate", "failing")

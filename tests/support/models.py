@@ -49,6 +49,10 @@ SMALL_SHAPE = {
     "num_key_value_heads": 1,
     "vocab_size": 512,
     "tie_word_embeddings": True,
+    "image_token_id": 508,
+    "video_token_id": 509,
+    "vision_start_token_id": 510,
+    "vision_end_token_id": 511,
 }
 """An entry of ``benchmarks.random_model.SHAPES`` of a size that a test can write."""
 

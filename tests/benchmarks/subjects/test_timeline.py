@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from collections import defaultdict
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -74,7 +75,9 @@ def trace(tmp_path_factory):
     subject = PipelineSubject(EngineOptions(folder, "cpu"))
     with pytest.MonkeyPatch.context() as patch:
         whole = our_engines.Pipeline
-        patch.setattr(our_engines, "Pipeline", lambda engines, **options: whole(engines, max_num_tokens=16, **options))
+        patch.setattr(
+            our_engines, "Pipeline", lambda engines, options: whole(engines, replace(options, max_num_tokens=16))
+        )
         return subject.trace(case)
 
 
