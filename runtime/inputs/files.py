@@ -88,6 +88,8 @@ def too_large(label: str, most: int) -> MediaError:
 
 
 def _why_not(path: str, kind: str, error: OSError | ValueError) -> str:
+    if not path:
+        return "an empty name"
     if path.startswith("data:"):
         return "a data: URL, not a path; it goes in a message's part"
     if _ADDRESS.match(path):

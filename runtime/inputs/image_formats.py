@@ -33,7 +33,7 @@ _OTHERS = (
     (b"\xff\x0a", "a JPEG XL image; convert it to PNG or JPEG"),
     (b"\0\0\0\x0cJXL ", "a JPEG XL image; convert it to PNG or JPEG"),
     (b"\0\0\1\0", "an icon; convert it to PNG"),
-    (b"\x1aE\xdf\xa3", "a video; give it as one"),
+    (b"\x1aE\xdf\xa3", "a video, not an image; give it as one"),
     (b"SIMPLE  =", "a FITS image; convert it to PNG or TIFF"),
     (b"v/1\x01", "an OpenEXR image; convert it to PNG or TIFF"),
     (b"\x1f\x8b", "a compressed file (gzip); decompress it"),
@@ -122,7 +122,7 @@ def _what_it_is(prefix: bytes) -> str:
     if container == "AVIF" and not _reads_avif():
         return "AVIF, which Pillow reads from 11.3 on; upgrade it, or convert the image to PNG or JPEG"
     if container == "video" or prefix[8:12] == b"AVI ":
-        return "a video; give it as one"
+        return "a video, not an image; give it as one"
     for start, name in _OTHERS:
         if prefix.startswith(start):
             return name

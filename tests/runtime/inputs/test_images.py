@@ -231,6 +231,9 @@ class TestBadInput:
         assert self.refused(path, "no such file") == f"{path}: no such file"
         self.refused(path, "image 3", "none.png", name="image 3")
 
+    def test_empty_name(self):
+        self.refused("", "image 1 (): an empty name", name="image 1")
+
     def test_directory(self, tmp_path):
         self.refused(tmp_path, str(tmp_path), "directory")
 
@@ -268,7 +271,7 @@ class TestBadInput:
             (b'<?xml version="1.0"?>\n<svg xmlns="x">', "an SVG drawing; render it to PNG"),
             (b"\xef\xbb\xbf <SVG>", "an SVG drawing"),
             (b"<!DOCTYPE html><html>", "a download that failed"),
-            (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2", "a video; give it as one"),
+            (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2", "a video, not an image; give it as one"),
             (b"\x1aE\xdf\xa3", "a video"),
             (b"\0\0\1\0\1\0", "an icon"),
             (b"\xff\x0a\xff", "JPEG XL"),
