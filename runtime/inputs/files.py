@@ -52,7 +52,7 @@ def opened(path: str | Path, label: str, kind: str = "an image") -> Iterator[Bin
         MediaError: an address, no such file, no regular one, an empty one, or one that cannot be read.
     """
     try:
-        descriptor = os.open(Path(path), _FLAGS)  # a Path makes an empty name the current folder
+        descriptor = os.open(path, _FLAGS)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise MediaError(f"{label}: {_why_not(str(path), kind, error)}") from None
     mode = os.fstat(descriptor).st_mode

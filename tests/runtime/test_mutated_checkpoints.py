@@ -149,7 +149,8 @@ def read(folder):
     generation.defaults.with_defaults()
 
 
-def check(message):
+def check(message, named=""):
+    assert named in message
     assert "\n" not in message
     assert len(message) < 500, message[:1000]
 

@@ -8,7 +8,7 @@ import torch
 from runtime.backends.runners import Step
 from runtime.detokenizer import AnswerStream
 from runtime.request import Output
-from runtime.sampler import SamplingParams, SequenceSampling
+from runtime.sampler import Sampling, SequenceSampling
 from runtime.scheduling.prefix import token_keys
 from runtime.scheduling.sequence import RunningSequence
 
@@ -84,7 +84,7 @@ class Tokenizer:
 
 def sequence(prompt, max_tokens=3, delta=0, media=(), output=None, params=None):
     """A request; ``media`` as of :func:`runtime.scheduling.prefix.token_keys`."""
-    params = (params or SamplingParams(max_tokens)).with_defaults()
+    params = params or Sampling(max_tokens)
     positions = torch.arange(len(prompt)).expand(3, -1)
     return RunningSequence(
         output=output or Output(),

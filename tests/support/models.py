@@ -48,11 +48,11 @@ SMALL_SHAPE = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "vocab_size": 512,
+    "vision_start_token_id": 508,
+    "vision_end_token_id": 509,
+    "image_token_id": 510,
+    "video_token_id": 511,
     "tie_word_embeddings": True,
-    "image_token_id": 508,
-    "video_token_id": 509,
-    "vision_start_token_id": 510,
-    "vision_end_token_id": 511,
 }
 """An entry of ``benchmarks.random_model.SHAPES`` of a size that a test can write."""
 

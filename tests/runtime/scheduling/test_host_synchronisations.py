@@ -5,7 +5,7 @@ import torch
 
 from runtime.backends.runners import Step
 from runtime.request import Output
-from runtime.sampler import SamplingParams, SequenceSampling
+from runtime.sampler import Sampling, SequenceSampling
 from runtime.scheduling.scheduler import Scheduler
 from runtime.sending import send
 from tests.support.device_tensors import META, DeviceTensor, Synchronisations, pin
@@ -46,7 +46,7 @@ class DeviceDecoder(FakeDecoder):
 def on_device(prompt, params):
     item = sequence(prompt, params=params, output=Output())
     item.inputs_embeds = DeviceTensor(item.inputs_embeds)
-    item.sampling = SequenceSampling(params.with_defaults(), prompt, VOCABULARY, META)
+    item.sampling = SequenceSampling(params, prompt, VOCABULARY, META)
     return item
 
 
@@ -57,7 +57,7 @@ def test_one_a_decode_step(device, kinds, gap):
     with device:
         items = []
         for number, kind in enumerate([*kinds, *kinds]):
-            params = SamplingParams(30, seed=number, **SAMPLINGS[kind])
+            params = Sampling(30, seed=number, **SAMPLINGS[kind])
             items.append(on_device([1 + number, 2, 3], params))
         for item in items[:8]:
             scheduler.add(item)
@@ -74,7 +74,7 @@ def test_one_a_decode_step(device, kinds, gap):
 def test_a_prompt_waits_once_for_its_first_token(device):
     scheduler = Scheduler(DeviceDecoder(2), 4)
     with device:
-        item = on_device([1, 2, 3, 4, 5, 6], SamplingParams(5))
+        item = on_device([1, 2, 3, 4, 5, 6], Sampling(5))
         scheduler.add(item)
         device.seen.clear()
         scheduler.step()
