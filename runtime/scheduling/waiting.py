@@ -107,9 +107,10 @@ class WaitingLine:
                         number += 1
                         continue
                     ahead -= late
-                    waiting.prepared = self._preparer.prepare(waiting.request, media)
-                    self._media_ahead.hold(waiting.prepared.nbytes)
-                    waiting.params = self._preparer.fit_answer(len(waiting.prepared.token_ids), waiting.params)
+                    prepared = self._preparer.prepare(waiting.request, media)
+                    waiting.params = self._preparer.fit_answer(len(prepared.token_ids), waiting.params)
+                    waiting.prepared = prepared
+                    self._media_ahead.hold(prepared.nbytes)
                 except Exception as error:
                     waiting.output.fail(named(error, "preparing the request"))
                     del self._line[number]
@@ -139,10 +140,16 @@ class WaitingLine:
         return group
 
     def wait_for_media(self) -> bool:
-        """Wait for a request's media, the next deadline or an interrupt; False if no media are on their way."""
+        """Wait for a request's media, the next deadline or an interrupt; False if no request waits for media.
+
+        Where no thread is at any of them, there was no room for them when they were looked at. There may be by now, as
+        what held it may have failed since: nothing is waited for.
+        """
         loadings = [each.loading for each in self._line if each.loading is not None and each.prepared is None]
         if not loadings:
             return False
+        if all(loading.future is None for loading in loadings):
+            return True
         seconds = max(0.0, self._next_deadline - self._clock())
         patience = None if math.isinf(seconds) else min(seconds, threading.TIMEOUT_MAX)
         Loading.wait_for_any(loadings, patience, self._interrupted)

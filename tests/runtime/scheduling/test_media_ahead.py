@@ -334,6 +334,27 @@ def test_what_waits_is_bounded_in_bytes(engines, overlap, images):
     pipeline.close()
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_what_fails_after_it_was_loaded_keeps_nobody_waiting(engines, overlap):
+    """Where there is room for one request's media alone, the next gets it when the first turns out not to fit."""
+    pipeline = Pipeline(engines, PipelineOptions(overlap=overlap, ahead_bytes=0, embedding_cache_bytes=0))
+    outputs = [
+        pipeline.submit(Request("What?", [png(seed, 60, 80)]), SamplingParams(max_tokens=most))
+        for seed, most in enumerate((699, 699, 2))
+    ]
+    ends_in(20, lambda: step_until(pipeline, lambda: all(output.finished for output in outputs)))
+    assert [type(output.error) for output in outputs] == [LimitError, LimitError, type(None)]
+    pipeline.close()
+
+
+def ends_in(seconds, work):
+    """A thread of its own: a hang is a failure, not the end of the run."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive()
+
+
 def test_pixels_are_let_go_of_once_they_are_embedded(engines):
     pipeline = Pipeline(engines, PipelineOptions(embedding_cache_bytes=0))
     alive = Alive(pipeline)
