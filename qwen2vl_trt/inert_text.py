@@ -56,6 +56,12 @@ class InertText:
             text = text.replace(stand_in, character)
         return text
 
+    def unmark_message(self, message: str) -> str:
+        """Put them back in an error's message, which spells them out."""
+        for character, stand_in in self._stand_ins.items():
+            message = message.replace(stand_in.encode("unicode_escape").decode(), character)
+        return message
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered template whose texts are marked.
 

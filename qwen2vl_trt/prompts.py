@@ -117,7 +117,7 @@ class PromptBuilder:
         try:
             marked = self._render(messages)
         except PromptError as error:  # it may quote a text
-            raise PromptError(self._inert.unmark(str(error))) from None
+            raise PromptError(self._inert.unmark_message(str(error))) from None
         text, ids = self._inert.unmark(marked), self._inert.encode(marked)
         ids = self._repeat(ids, self.config.image_token_id, "image", image_grids)
         ids = self._repeat(ids, self.config.video_token_id, "video", video_grids)

@@ -228,7 +228,7 @@ def test_tool_calls_that_the_template_writes(config, tmp_path):
     assert special_tokens(prompt).count("<|im_end|>") == 4
     with pytest.raises(PromptError, match="does not write 'reasoning_content'"):
         builder.build([{"role": "assistant", "content": "x", "reasoning_content": "hm"}])
-    deep = "[" * 900 + "]" * 900
+    deep = "[" * 100_000 + "]" * 100_000
     deep_call = {"function": {"name": "look", "arguments": f'{{"at": {deep}}}'}}
     with pytest.raises(PromptError, match=r"nested too deeply|is no JSON"):
         builder.build([{"role": "assistant", "tool_calls": [deep_call]}])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen2vl_trt.errors import DeadlineError, LimitError, MediaError
+from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from runtime import Pipeline, PipelineOptions, Request, SamplingParams, Video
 from runtime.backends.runners import open_engines
 from runtime.media.ahead import fits
@@ -23,6 +24,11 @@ from runtime.scheduling.preparation import LoadedMedia, MediaSources
 from tests.support.requests import answers, picture, random_params, random_request
 
 PATIENCE = 60  # seconds after which a test that hangs fails
+
+
+def sources_of(images, videos=()):
+    """What a request without options gives."""
+    return MediaSources(list(images), list(videos), [ImageOptions()] * len(images), [VideoOptions()] * len(videos))
 
 
 @pytest.fixture(scope="module")
@@ -260,11 +266,11 @@ def test_only_what_lies_on_the_host_is_loaded_on_threads():
     loader = MediaAhead(load, overlap=True)
     image, there = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8, device="meta")
     for videos in ([Video([there], 2.0)], [[there, there]], [there[None]]):
-        assert not loader.start(MediaSources([], videos, [None])).ahead
-    assert not loader.start(MediaSources([image, there], [], [])).ahead
-    assert not loader.start(MediaSources([], [], [])).ahead
+        assert not loader.start(sources_of([], videos)).ahead
+    assert not loader.start(sources_of([image, there])).ahead
+    assert not loader.start(sources_of([])).ahead
     for media in ([image], ["a.png"], [b"..."], [np.zeros((4, 4, 3), np.uint8)]):
-        loading = loader.start(MediaSources(media, [media], [None]))
+        loading = loader.start(sources_of(media, [media]))
         assert loading.ahead
         assert loading.future.result(PATIENCE) == loader.take(loading) == LoadedMedia([], [])
     assert len(seen) == 4
@@ -410,7 +416,7 @@ def test_what_is_being_decoded_counts_as_its_header_says(most, expected, monkeyp
     most += expected * path.stat().st_size if most else 0
     loader = MediaAhead(blocked, overlap=True, most_bytes=most)
     loader.begin_pass([])
-    loadings = [loader.start(MediaSources([str(path)], [], [])) for _ in range(6)]
+    loadings = [loader.start(sources_of([str(path)])) for _ in range(6)]
     time.sleep(0.3)
     assert len(blocked.begun) == expected
     blocked.let_go.set()
@@ -431,7 +437,7 @@ def test_of_what_nobody_knows_there_is_one_a_thread(monkeypatch):
     loader = MediaAhead(blocked, overlap=True, most_bytes=10**9)
     loader.begin_pass([])
     for _ in range(6):
-        loader.start(MediaSources([], ["a.mp4"], [None]))
+        loader.start(sources_of([], ["a.mp4"]))
     time.sleep(0.1)
     assert len(blocked.begun) == 3
     blocked.let_go.set()
@@ -446,12 +452,12 @@ def test_frames_in_memory_are_counted():
     for videos, nbytes in (
         ([[frame, frame]], 2 * SIZE),
         ([np.stack([frame, frame])], 2 * SIZE),
-        ([Video([frame])], SIZE),
+        ([Video([frame], 2.0)], SIZE),
         (["a.mp4"], None),
         ([b"..."], None),
         ([5], 0),
     ):
-        loading = loader.start(MediaSources([frame], videos, [None]))
+        loading = loader.start(sources_of([frame], videos))
         loading.measure()
         assert loading.nbytes == (None if nbytes is None else SIZE + nbytes)
     loader.close()

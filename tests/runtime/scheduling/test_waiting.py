@@ -25,7 +25,8 @@ class Preparer:
         self._now[0] += 2
         if request.prompt == "wrong":
             raise PromptError("this prompt is wrong")
-        return SimpleNamespace(token_ids=[0] * 5, images=media.images, videos=media.videos, nbytes=0)
+        images, videos = ([SimpleNamespace(size=number) for number in kind] for kind in (media.images, media.videos))
+        return SimpleNamespace(token_ids=[0] * 5, images=images, videos=videos, nbytes=0, notes=())
 
     def fit_answer(self, prompt_tokens, params):
         if prompt_tokens + params.max_tokens > 10:

@@ -111,7 +111,7 @@ class TestAnswers:
         end = torch_pipeline.generate(request, settings)[0].token_ids[2]
         ends = (end, 1) if which == 0 else (1, end)
         for each in (pipeline, torch_pipeline):
-            monkeypatch.setattr(each, "_eos", ends)
+            monkeypatch.setattr(each, "_generation", replace(each._generation, eos_token_ids=ends))
         monkeypatch.setattr(pipeline._scheduler, "_ends", replace(pipeline._scheduler._ends, eos_token_ids=ends))
         monkeypatch.setattr(trtllm.LLM, "keeps_end_id", keeps)
         found = pipeline.generate(request, settings)
