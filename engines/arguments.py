@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, EngineError
-from qwen2vl_trt.hub import ResolvedModel, resolve_model
+from qwen2vl_trt.hub import ResolvedModel, published_name, resolve_model
 from qwen2vl_trt.prompts import check_tokenizer_files
 
 from .attention_mask import ATTENTION_MASKS
@@ -186,8 +186,8 @@ def _precisions() -> str:
 
 
 def usual_profile(model: str | None) -> BuildProfile:
-    """Limits of a model's own file in ``configs/``, or the defaults where it has none."""
-    own = _CONFIGS / f"{model}.yaml"
+    """Limits of a model's own file in ``configs/``, however its name is spelt, or the defaults where it has none."""
+    own = _CONFIGS / f"{published_name((model or '').replace('--', '/')) or model}.yaml"
     return BuildProfile.from_dict(BuildConfig.from_yaml(own).limits) if own.is_file() else BuildProfile()
 
 
