@@ -16,11 +16,7 @@ EXAMPLES = """examples:
 
 
 def main() -> None:
-    import torch
-
     from engines.arguments import add_build_arguments, plan_build
-    from engines.host_memory import warn_of_memory
-    from qwen2vl_trt.checkpoint import Checkpoint
     from runtime.engine_folder import build_planned
     from tiny.calibration import training_data
 
@@ -32,8 +28,6 @@ def main() -> None:
     )
     add_build_arguments(parser)
     plan = plan_build(parser.parse_args())
-    if not torch.cuda.is_available():  # engines for a GPU need no memory here
-        warn_of_memory(Checkpoint(plan.model.folder), plan.backend.name, plan.backend.precision(plan.precision))
     if build_planned(plan, training_data):
         state = "built"
     else:

@@ -153,8 +153,11 @@ def inspect(argv: list[str]) -> None:
     from engines.inspect import inspect_folder
     from engines.inspect_table import print_report
     from engines.tables import stdout_console
+    from runtime.preprocessing.settings import PreprocessorSettings
 
-    print_report(inspect_folder(arguments.folder, arguments.verify), stdout_console(), arguments.layers)
+    max_pixels = PreprocessorSettings.from_folder(arguments.folder).image.max_pixels
+    report = inspect_folder(arguments.folder, arguments.verify, max_pixels)
+    print_report(report, stdout_console(), arguments.layers)
 
 
 def plan(argv: list[str]) -> None:

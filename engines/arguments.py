@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.errors import BuildError, EngineError
-from qwen2vl_trt.hub import ResolvedModel, resolve_model
+from qwen2vl_trt.errors import BuildError
+from qwen2vl_trt.hub import ResolvedModel, published_name, resolve_model
 from qwen2vl_trt.prompts import check_tokenizer_files
 
 from .attention_mask import ATTENTION_MASKS
 from .backends import BACKENDS, DEFAULT_BACKEND, Backend, find_backend
-from .build import default_engine_dir
+from .build import default_engine_dir, engines_in
 from .differences import differences, in_words
 from .manifest import Manifest
 from .precision import Precision
@@ -186,8 +186,8 @@ def _precisions() -> str:
 
 
 def usual_profile(model: str | None) -> BuildProfile:
-    """Limits of a model's own file in ``configs/``, or the defaults where it has none."""
-    own = _CONFIGS / f"{model}.yaml"
+    """Limits of a model's own file in ``configs/``, however its name is spelt, or the defaults where it has none."""
+    own = _CONFIGS / f"{published_name((model or '').replace('--', '/')) or model}.yaml"
     return BuildProfile.from_dict(BuildConfig.from_yaml(own).limits) if own.is_file() else BuildProfile()
 
 
@@ -233,9 +233,4 @@ def plan_build(arguments: argparse.Namespace) -> BuildPlan:
 
 
 def _engines_in(folder: Path | None, force: bool) -> Manifest | None:
-    if folder is None or force:
-        return None
-    try:
-        return Manifest.read(folder)
-    except EngineError:  # none, or damaged: a build sees to it
-        return None
+    return None if folder is None or force else engines_in(folder)

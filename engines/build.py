@@ -6,6 +6,8 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from qwen2vl_trt import __version__
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, EngineError
@@ -13,12 +15,15 @@ from qwen2vl_trt.hub import ResolvedModel
 
 from .backends import Backend, BuildJob, check_quantization
 from .differences import differences, in_words
-from .manifest import BuiltFile, Manifest, OtherFormatError
+from .host_memory import warn_of_memory
+from .manifest import BuiltFile, Manifest, NoEngineError
 from .profile import BuildProfile
 from .progress import BuildSteps, progress_bar
 from .staging import LOCK, MANIFEST_FILE, MODEL_FILES, alone, staged
 
 logger = logging.getLogger(__name__)
+
+_WAY_OUT = "Pass --force to replace them, or give another --engine-dir"
 
 
 def build_engines(
@@ -57,6 +62,8 @@ def build_engines(
     )
     if not force and _is_built(planned, folder):
         return False
+    if not torch.cuda.is_available():  # engines for a GPU need no memory here
+        warn_of_memory(checkpoint, backend.name, numbers)
     if folder.resolve() == model.folder.resolve():
         raise BuildError(f"{folder} is the checkpoint itself; give --engine-dir another folder")
     try:
@@ -87,22 +94,34 @@ def _is_built(planned: Manifest, folder: Path) -> bool:
     """Whether the folder holds what is planned.
 
     Raises:
-        BuildError: it holds other engines.
+        BuildError: it holds other engines, or some that cannot be known.
     """
-    way_out = "Pass --force to replace them, or give another --engine-dir"
+    found = engines_in(folder)
+    if found is None:
+        return False
+    differing = differences(planned, found)
+    if differing:
+        raise BuildError(f"{in_words(folder, differing)}. {_WAY_OUT}")
     try:
-        found = Manifest.read(folder)
-        differing = differences(planned, found)
-        if differing:
-            raise BuildError(f"{in_words(folder, differing)}. {way_out}")
         found.verify(folder)
-    except OtherFormatError as error:
-        raise BuildError(f"{error} {way_out}") from None
     except EngineError as error:
-        if (folder / MANIFEST_FILE).exists():
-            logger.warning("%s It is built again.", error)
+        logger.warning("%s It is built again.", error)
         return False
     return True
+
+
+def engines_in(folder: Path) -> Manifest | None:
+    """What a folder holds already, or None.
+
+    Raises:
+        BuildError: its manifest cannot be read: who knows what it holds, and with what limits.
+    """
+    try:
+        return Manifest.read(folder)
+    except NoEngineError:
+        return None
+    except EngineError as error:
+        raise BuildError(f"{error} {_WAY_OUT}") from None
 
 
 def default_engine_dir(model: str, backend: str, precision: str) -> Path:

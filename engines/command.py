@@ -96,7 +96,8 @@ class _Interrupt:
 
     def exit(self, message: str = "") -> NoReturn:
         for number in self._before:
-            signal.signal(number, signal.SIG_IGN)  # impatience is no news
+            signal.signal(number, signal.SIG_IGN)  # impatience is no news, until the process is gone
+        self._before = {}
         terminated = self.seen == signal.SIGTERM
         word = "terminated" if terminated else "interrupted"
         print(f"{word}: {message}" if message else word, file=sys.stderr)

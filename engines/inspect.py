@@ -66,7 +66,7 @@ class FolderReport:
     verified: bool
 
 
-def inspect_folder(folder: Path, verify: bool = False) -> FolderReport:
+def inspect_folder(folder: Path, verify: bool = False, max_pixels: int | None = None) -> FolderReport:
     """Read an engine folder; loads no engine and needs neither its backend nor a GPU.
 
     Types are read from the graphs: a strongly typed TensorRT engine and ONNX Runtime compute in them.
@@ -74,6 +74,7 @@ def inspect_folder(folder: Path, verify: bool = False) -> FolderReport:
     Args:
         folder: as ``build_engines.py`` wrote it.
         verify: read every byte that the build made and compare it with the manifest.
+        max_pixels: of an image, by the checkpoint's own settings; None where they set no limit.
 
     Raises:
         EngineError: no engine, or damaged.
@@ -91,14 +92,17 @@ def inspect_folder(folder: Path, verify: bool = False) -> FolderReport:
     for file in sorted({*manifest.files, *weights}):
         stat = (folder / file).stat()
         files.append(FileReport(file, stat.st_size, stat.st_nlink > 1))
-    return FolderReport(manifest, limits_in_words(manifest.profile, config), tuple(graphs), tuple(files), verify)
+    limits = limits_in_words(manifest.profile, config, max_pixels)
+    return FolderReport(manifest, limits, tuple(graphs), tuple(files), verify)
 
 
-def limits_in_words(profile: BuildProfile, config: Qwen2VLConfig) -> tuple[tuple[str, str], ...]:
+def limits_in_words(
+    profile: BuildProfile, config: Qwen2VLConfig, max_pixels: int | None = None
+) -> tuple[tuple[str, str], ...]:
     """The limits as a user meets them: pixels, images, tokens."""
     patch, unit = config.vision.patch_size, config.vision.merge_unit
     small, large = (isqrt(dims) * patch for dims in (profile.min_hw_dims, profile.max_hw_dims))
-    sizes = ((ratio, largest_size(profile, config.vision, ratio)) for ratio in ((4, 3), (16, 9)))
+    sizes = ((ratio, largest_size(profile, config.vision, ratio, max_pixels)) for ratio in ((4, 3), (16, 9)))
     unshrunk = ", ".join(f"{width} x {height} ({ratio[0]}:{ratio[1]})" for ratio, (width, height) in sizes)
     return (
         ("smallest image", f"{profile.min_hw_dims:,} patches, about {small} x {small} pixels"),
@@ -112,9 +116,13 @@ def limits_in_words(profile: BuildProfile, config: Qwen2VLConfig) -> tuple[tuple
     )
 
 
-def largest_size(profile: BuildProfile, config: VisionConfig, ratio: tuple[int, int]) -> tuple[int, int]:
-    """Width and height in pixels of the largest image of about this ratio that the engines take as it is."""
+def largest_size(
+    profile: BuildProfile, config: VisionConfig, ratio: tuple[int, int], max_pixels: int | None = None
+) -> tuple[int, int]:
+    """Width and height in pixels of the largest image of about this ratio that is taken as it is."""
     groups = profile.max_hw_dims // config.merge_unit
+    if max_pixels is not None:
+        groups = max(1, min(groups, max_pixels // config.image_factor**2))
     rows = max(1, isqrt(groups * ratio[1] // ratio[0]))
     columns = min(groups // rows, round(rows * ratio[0] / ratio[1]))
     return columns * config.image_factor, rows * config.image_factor

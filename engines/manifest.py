@@ -32,8 +32,8 @@ FORMAT = 2
 _SECOND = 10**9  # in the nanoseconds of mtime_ns
 
 
-class OtherFormatError(EngineError):
-    """An engine folder of another release, which loads there."""
+class NoEngineError(EngineError):
+    """A folder without a manifest."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Manifest:
         """Write the manifest; the folder is an engine from here on.
 
         Raises:
-            BuildError: the disk is full, or the folder cannot be written.
+            OSError: the disk is full, or the folder cannot be written.
         """
         with whole_file(folder / MANIFEST_FILE) as file:
             file.write(json.dumps(asdict(self), indent=2).encode())
@@ -114,7 +114,8 @@ class Manifest:
         """Read a folder's manifest, once a build that was killed at its very end is finished.
 
         Raises:
-            EngineError: there is none, it is corrupt, or of another format.
+            NoEngineError: there is none.
+            EngineError: it cannot be read, is corrupt, or of another format.
         """
         path = folder / MANIFEST_FILE
         try:
@@ -132,12 +133,12 @@ class Manifest:
                 if folder.is_dir()
                 else f"there is no folder {folder}"
             )
-            raise EngineError(f"{what}. Build one with build_engines.py.") from None
+            raise NoEngineError(f"{what}. Build one with build_engines.py.") from None
         except (OSError, ValueError, RecursionError) as error:
             raise EngineError(f"{path} cannot be read ({error}). Rebuild with build_engines.py.") from None
         found = raw.get("format") if isinstance(raw, dict) else None
         if found != FORMAT:
-            raise OtherFormatError(
+            raise EngineError(
                 f"{folder} was built in format {found!s:.60}, this release loads format {FORMAT}."
                 " Rebuild with build_engines.py."
             )

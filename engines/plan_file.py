@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qwen2vl_trt.errors import BuildError
-
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its name when the ``with`` ends well, and is removed otherwise.
 
     Raises:
-        BuildError: the disk is full, or the folder cannot be written.
+        OSError: the disk is full, or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -25,8 +23,6 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise BuildError(f"{path}: {error.strerror or error}; nothing that loads was left there") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ _MOST = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class BuildProfile:
-    """Limits of a pair of engines; names and image defaults are TensorRT-LLM's.
+    """Limits of a pair of engines; the names are TensorRT-LLM's, the defaults take a full-HD image as it is.
 
     Attributes:
         min_hw_dims: fewest patches h * w of one image or video frame.
@@ -30,10 +30,10 @@ class BuildProfile:
         BuildError: a limit below 1, or two that contradict each other.
     """
 
-    min_hw_dims: int = 128
-    max_hw_dims: int = 5184
+    min_hw_dims: int = 16
+    max_hw_dims: int = 10816
     max_batch_size: int = 8
-    max_input_len: int = 4096
+    max_input_len: int = 6144
     max_seq_len: int = 8192
 
     def __post_init__(self) -> None:

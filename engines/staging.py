@@ -4,7 +4,8 @@ A build writes into ``.building`` inside the folder: the same file system, so th
 move by being renamed. When all is written, one rename, ``.building`` to ``.built``, decides. Before it the old engines
 are untouched; a full disk or a kill leaves them as they are. After it the new ones are whole, and only their files
 must still move to their places, the manifest last: :func:`finish` does that, can be broken off anywhere and done
-again, and is called by whoever reads the manifest. So at every moment either the old or the new engines load.
+again, and is called by whoever reads the manifest. So at every moment either the old or the new engines load; who opens
+the folder while files move finds another manifest after them, and opens it again.
 
 The folder itself is not renamed: it may be a mount point, it may hold other files of the user's, and exchanging two
 folders leaves a moment without one where the file system cannot do it in one step. Files are never written in place:
@@ -13,13 +14,17 @@ they may be hard links to a checkpoint, and a running process keeps the files th
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from .plan_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +53,8 @@ def alone(folder: Path) -> Iterator[None]:
     except Timeout:
         logger.warning("%s: another build is at work there; waiting for it", folder)
         lock.acquire()
+    except NotImplementedError as error:
+        raise OSError(errno.ENOLCK, f"no locks on this file system ({error})") from None
     try:
         yield
     finally:
@@ -70,8 +77,14 @@ def staged(folder: Path) -> Iterator[Path]:
     try:
         yield building
         names = sorted(path.name for path in building.iterdir())
-        (building / _NAMES).write_text("\n".join(names), encoding="utf-8")
+        for name in names:
+            if (folder / name).is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{name} is a folder there, and a file of the engines")
+        with whole_file(building / _NAMES) as file:
+            file.write("\n".join(names).encode())
+        _flush(building)
         building.rename(folder / _BUILT)
+        _flush(folder)
     finally:
         _remove(building)
     _move(folder)
@@ -90,16 +103,27 @@ def finish(folder: Path) -> None:
 
 def _move(folder: Path) -> None:
     built = folder / _BUILT
-    if (built / _NAMES).is_file():
-        names = (built / _NAMES).read_text(encoding="utf-8").split("\n")
+    names = (built / _NAMES).read_text(encoding="utf-8").split("\n") if (built / _NAMES).is_file() else []
+    if MANIFEST_FILE in names:  # not where the power failed before the list was on the disk
         for old in folder.iterdir():  # one that the new model lacks would be read instead of its own
-            if (old.suffix in MODEL_FILES or old.name in _ENGINE_FILES) and old.name not in {*names, MANIFEST_FILE}:
+            ours = old.suffix in MODEL_FILES or old.name in _ENGINE_FILES
+            if ours and old.name not in names and not old.is_dir():
                 old.unlink()
         for name in sorted(names, key=lambda name: name == MANIFEST_FILE):
             if (built / name).is_file():
                 (built / name).replace(folder / name)
         (built / _NAMES).unlink()
     _remove(built)
+
+
+def _flush(folder: Path) -> None:
+    """Put the names in a folder on the disk, where the system can."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def _remove(folder: Path) -> None:

@@ -9,7 +9,6 @@ import onnx_ir as ir
 import torch
 
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.errors import BuildError
 from qwen2vl_trt.quantization import fp8_layers
 from qwen2vl_trt.weights import check_weights
 
@@ -43,7 +42,7 @@ def export_onnx(
 
     Raises:
         CheckpointError: the weights do not fit the configuration, or are quantised in a way that is not supported.
-        BuildError: the folder cannot be written.
+        OSError: the disk is full, or the folder cannot be written.
     """
     dtypes = (dtype, decoder_dtype or dtype)
     graphs = model_graphs(checkpoint, *dtypes, max_seq_len)
@@ -57,10 +56,7 @@ def export_onnx(
         model = trace(graph, graph_dtype)
         point_to_checkpoint(model, graph, linked, folder)
         paths.append(folder / f"{graph.name}.onnx")
-        try:
-            ir.save(model, paths[-1])
-        except OSError as error:
-            raise BuildError(f"{paths[-1]}: {error.strerror or error}; nothing that loads was left there") from None
+        ir.save(model, paths[-1])
     return paths
 
 

@@ -18,7 +18,7 @@ import onnx_ir.passes.common as passes
 import torch
 
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.errors import BuildError, CheckpointError
+from qwen2vl_trt.errors import CheckpointError
 from qwen2vl_trt.layers import FP8Linear
 from qwen2vl_trt.weights import checkpoint_names
 
@@ -31,17 +31,14 @@ def link_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Put a checkpoint's files into an empty folder: weights as hard links, copied where that is impossible.
 
     Raises:
-        BuildError: the disk is full, or the folder cannot be written or holds a model.
+        OSError: the disk is full, or the folder cannot be written or holds a model.
     """
     weights = {checkpoint.locate(name).path for name in checkpoint.names}
-    try:
-        for source in checkpoint.companions:
-            shutil.copyfile(source, folder / source.name)
-        for source in sorted(checkpoint.folder.glob("*.safetensors")):
-            if source.resolve() in weights:
-                _link_or_copy(source.resolve(), folder / source.name)
-    except OSError as error:
-        raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None
+    for source in checkpoint.companions:
+        shutil.copyfile(source, folder / source.name)
+    for source in sorted(checkpoint.folder.glob("*.safetensors")):
+        if source.resolve() in weights:
+            _link_or_copy(source.resolve(), folder / source.name)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -105,6 +105,7 @@ def quantize_first(plan: BuildPlan, own_data: Callable[[int], CalibrationData]) 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):  # two at once: the second finds the first one's work
+            _put_back(folder)
             _check_ours(folder)
             found = _Record.of(folder)
             difference = wanted.difference(found) if found else None
@@ -117,8 +118,8 @@ def quantize_first(plan: BuildPlan, own_data: Callable[[int], CalibrationData]) 
                 )
             if difference or not found:
                 _make(folder, checkpoint, wanted.data(wanted.choice.size or CALIBRATION_SIZE), vision)
-    except OSError as error:
-        raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None
+    except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
+        raise BuildError(f"{folder}: {getattr(error, 'strerror', None) or error}; what it held is unchanged") from None
     return replace(plan, model=replace(plan.model, folder=folder))
 
 
@@ -139,10 +140,9 @@ def _make(folder: Path, checkpoint: Checkpoint, data: CalibrationData, vision: b
     check_quantizer()
     calibration = Calibration(checkpoint, data)
     calibration.check()
-    unfinished, older = (folder.parent / f".{folder.name}.{state}" for state in ("unfinished", "older"))
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
-        for left in (unfinished, older):  # of a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         with progress_bar() as progress:
             task = progress.add_task("calibrating", total=len(data.requests))
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,8 +152,20 @@ def _make(folder: Path, checkpoint: Checkpoint, data: CalibrationData, vision: b
         record = _Record(checkpoint.hash, data.identity, len(data.requests), made.hash)
         (unfinished / RECORD).write_text(json.dumps(asdict(record), indent=2), encoding="utf-8")
         if folder.exists():
-            folder.rename(older)
+            folder.rename(_older(folder))
         unfinished.rename(folder)
     finally:
-        for left in (unfinished, older):
-            shutil.rmtree(left, ignore_errors=True)
+        _put_back(folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _older(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.older")
+
+
+def _put_back(folder: Path) -> None:
+    """The older checkpoint, where the new one did not get its name; it is of no use where that one did."""
+    if folder.exists():
+        shutil.rmtree(_older(folder), ignore_errors=True)
+    elif _older(folder).exists():
+        _older(folder).rename(folder)

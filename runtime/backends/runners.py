@@ -175,8 +175,14 @@ def open_engines(folder: str | Path, device: str | None = None) -> Engines:
         EngineError: no engine, damaged, of another format, or not runnable here.
     """
     folder = Path(folder)
-    manifest = Manifest.read(folder)
-    checkpoint = manifest.verify(folder)
+    while True:
+        manifest = Manifest.read(folder)
+        try:
+            checkpoint = manifest.verify(folder)
+            break
+        except EngineError:
+            if Manifest.read(folder) == manifest:  # another one: a build's files took their places meanwhile
+                raise
     try:
         precision = BACKENDS[manifest.backend].precision(manifest.precision)
         module = _BACKENDS[manifest.backend]

@@ -19,7 +19,7 @@ import torch
 import export.onnx_model
 import export.weights
 from engines.backends import BACKENDS, DEFAULT_BACKEND, find_backend
-from engines.build import build_engines, default_engine_dir
+from engines.build import build_engines, default_engine_dir, engines_in
 from engines.manifest import Manifest
 from engines.profile import BuildProfile
 from engines.staging import MANIFEST_FILE
@@ -180,10 +180,15 @@ class TestAgain:
         assert loads(tmp_path)
 
     @pytest.mark.parametrize("damage", ["{", '{"format": 2}', "", "[" * 200_000])
-    def test_a_damaged_manifest_is_repaired(self, checkpoint, tmp_path, damage):
+    def test_engines_with_a_damaged_manifest_are_replaced_by_force_alone(self, checkpoint, tmp_path, damage):
+        """What their limits were cannot be known."""
         build(checkpoint, tmp_path)
         (tmp_path / MANIFEST_FILE).write_text(damage)
-        assert build(checkpoint, tmp_path)
+        with pytest.raises(BuildError, match=r"manifest\.json .* --force"):
+            build(checkpoint, tmp_path)
+        with pytest.raises(BuildError, match=r"manifest\.json .* --force"):
+            engines_in(tmp_path)
+        assert build(checkpoint, tmp_path, force=True)
         assert loads(tmp_path)
 
     def test_fewer_and_other_files_of_another_model(self, model, checkpoint, tmp_path):
@@ -355,7 +360,7 @@ def test_a_disk_that_is_really_full(checkpoint, small_disk, caplog):
     folder = disk / "engines"
     with pytest.raises(BuildError) as refused:
         build(checkpoint, folder)
-    assert str(refused.value) == f"{folder / '.building'}: No space left on device; nothing that loads was left there"
+    assert str(refused.value) == f"{folder}: No space left on device; what it held is unchanged"
     assert [path.name for path in folder.iterdir()] == [".lock"]
     assert enlarge()
     caplog.clear()

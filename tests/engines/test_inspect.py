@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from engines.arguments import usual_profile
 from engines.inspect import inspect_folder
 from engines.inspect_table import print_report
 from engines.manifest import Manifest
 from engines.tensorrt_profiles import vision_ranges
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import EngineError
+from runtime.preprocessing.settings import PreprocessorSettings
+from runtime.preprocessing.sizes import SizeRules
 from tests.support.engine_folders import PROFILE, build
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +152,19 @@ def test_the_command_prints_a_report_or_one_line(folder):
     done = subprocess.run([*command, "nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: there is no folder nowhere. Build one with build_engines.py.\n"
+
+
+def test_the_checkpoints_own_limit_of_pixels_bounds_the_largest_photo(tmp_path):
+    """Tiny's, of 50,176 pixels, is smaller than that of its engines."""
+    folder = build(ROOT / "tiny" / "checkpoint", tmp_path / "engines", "torch", profile=usual_profile("tiny"))
+    command = [sys.executable, "run.py", "inspect", folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    (line,) = [line.split() for line in done.stdout.splitlines() if "unshrunk" in line]
+    assert " ".join(line) == "largest photo unshrunk 224 x 168 (4:3), 280 x 168 (16:9)"
+    rules = SizeRules(Checkpoint(folder).config.vision, PreprocessorSettings.from_folder(folder))
+    for width, height in ((224, 168), (280, 168)):
+        size = rules.image(height, width)
+        assert (size.resized_width, size.resized_height) == (width, height)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x08", b"half"], ids=["empty", "noise", "short", "half"])

@@ -47,6 +47,8 @@ def test_a_command_ends_with_a_word_and_a_code(number, code, word):
     assert ended(swallowed) == (code, "", f"{word}\n")
     twice = ["try:", f"    os.kill(me, {number})", "finally:", f"    os.kill(me, {INT})"]
     assert ended(twice) == (code, "", f"{word}\n")
+    at_exit = ["import atexit", f"atexit.register(os.kill, me, {number})", f"os.kill(me, {number})"]
+    assert ended(at_exit) == (code, "", f"{word}\n")
 
 
 def test_a_background_job_ignores_ctrl_c_and_not_sigterm():

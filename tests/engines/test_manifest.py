@@ -11,7 +11,7 @@ from engines.manifest import FORMAT, BuiltFile, Manifest, file_hash
 from engines.profile import BuildProfile
 from engines.staging import MANIFEST_FILE
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.errors import BuildError, EngineError
+from qwen2vl_trt.errors import EngineError
 
 MANIFEST = Manifest(
     model="random",
@@ -58,7 +58,7 @@ def test_a_built_folder_verifies(folder):
 
 
 def test_a_manifest_that_cannot_be_written(tmp_path):
-    with pytest.raises(BuildError, match="No such file or directory; nothing that loads was left there"):
+    with pytest.raises(FileNotFoundError):
         MANIFEST.write(tmp_path / "missing")
 
 

@@ -1,26 +1,40 @@
 """Limits: each bad one is named, with the way out."""
 
+from pathlib import Path
+
 import pytest
 
+from engines.arguments import usual_profile
 from engines.profile import BuildConfig, BuildProfile, flag
 from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.errors import BuildError, LimitError
 
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("Qwen*.yaml"))
 VISION = VisionConfig(
     depth=1, hidden_size=16, num_heads=2, intermediate_size=24, out_hidden_size=16, fullatt_block_indexes=(0,)
 )
 
 
-def test_defaults_are_tensorrt_llms():
+def test_defaults_take_a_full_hd_image():
     assert BuildProfile().as_dict() == {
-        "min_hw_dims": 128,
-        "max_hw_dims": 5184,
+        "min_hw_dims": 16,
+        "max_hw_dims": 10816,
         "max_batch_size": 8,
-        "max_input_len": 4096,
+        "max_input_len": 6144,
         "max_seq_len": 8192,
     }
+    for config in CONFIGS:
+        assert BuildProfile.from_dict(BuildConfig.from_yaml(config).limits) == BuildProfile(), config
     assert BuildProfile.names() == list(BuildProfile().as_dict())
     assert BuildProfile.from_dict({"max_batch_size": 2}) == BuildProfile(max_batch_size=2)
+
+
+@pytest.mark.parametrize("name", ["tiny", "Qwen2.5-VL-3B-Instruct", "Qwen--Qwen2.5-VL-3B-Instruct", "Org--fine-tuned"])
+def test_a_models_own_limits_whatever_the_spelling_of_its_name(name, monkeypatch, tmp_path):
+    monkeypatch.setattr("engines.arguments._CONFIGS", tmp_path)
+    for known in ("tiny", "Qwen2.5-VL-3B"):
+        (tmp_path / f"{known}.yaml").write_text(f"model: {known}\nmax_batch_size: 3\n")
+    assert usual_profile(name).max_batch_size == (8 if name == "Org--fine-tuned" else 3)
 
 
 @pytest.mark.parametrize("name", BuildProfile.names())
@@ -59,16 +73,16 @@ def test_an_image_too_large_is_named_with_the_way_out():
     with pytest.raises(LimitError) as refused:
         BuildProfile().check_frame((1, 216, 288), "image 3", "4032x3024", VISION)
     assert str(refused.value) == (
-        "image 3 (4032x3024) needs 62,208 patches; this engine takes 128 to 5,184 (--max-hw-dims)."
-        " Pass --max-pixels 1016064 to shrink it, or rebuild."
+        "image 3 (4032x3024) needs 62,208 patches; this engine takes 16 to 10,816 (--max-hw-dims)."
+        " Pass --max-pixels 2119936 to shrink it, or rebuild."
     )
 
 
 def test_an_image_too_small_is_named_with_the_way_out():
     with pytest.raises(LimitError) as refused:
-        BuildProfile().check_frame((1, 4, 4), "video 1", "56x56", VISION)
+        BuildProfile(min_hw_dims=128).check_frame((1, 4, 4), "video 1", "56x56", VISION)
     assert str(refused.value) == (
-        "video 1 (56x56) needs 16 patches; this engine takes 128 to 5,184 (--min-hw-dims)."
+        "video 1 (56x56) needs 16 patches; this engine takes 128 to 10,816 (--min-hw-dims)."
         " Pass --min-pixels 25088 to enlarge it, or rebuild."
     )
 

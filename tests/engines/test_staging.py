@@ -16,7 +16,7 @@ from engines.manifest import Manifest
 from engines.profile import BuildProfile
 from engines.staging import staged
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.hub import ResolvedModel
 from tests.support.models import model_config, random_model, save_model
 
@@ -133,6 +133,35 @@ def test_files_of_another_backend_are_removed_and_the_users_stay(tmp_path):
         "mine.onnx": "old",
         "photo.png": "old",
     }
+
+
+def test_folders_of_the_users_with_names_of_files(checkpoints, tmp_path):
+    old, new = checkpoints
+    (tmp_path / "notes.txt").mkdir()
+    build(old, tmp_path)
+    build(new, tmp_path, force=True)
+    assert (tmp_path / "notes.txt").is_dir()
+    (tmp_path / "chat_template.jinja").mkdir()
+    with pytest.raises(BuildError, match=r"chat_template\.jinja is a folder there.*what it held is unchanged"):
+        build(old, tmp_path, force=True)
+    assert verified(tmp_path) == Checkpoint(new).hash
+
+
+def test_a_list_that_the_disk_lost_moves_nothing(checkpoints, tmp_path):
+    build(checkpoints[0], tmp_path)
+    (tmp_path / ".built").mkdir()
+    (tmp_path / ".built" / ".names").touch()
+    assert verified(tmp_path) == Checkpoint(checkpoints[0]).hash
+    assert not (tmp_path / ".built").exists()
+
+
+def test_a_file_system_without_locks_is_named(checkpoints, tmp_path, monkeypatch):
+    def no_locks(lock, **options):
+        raise NotImplementedError("no flock")
+
+    monkeypatch.setattr(staging.FileLock, "acquire", no_locks)
+    with pytest.raises(BuildError, match="no locks on this file system"):
+        build(checkpoints[0], tmp_path)
 
 
 def test_a_process_keeps_the_files_that_it_has_open(checkpoints, tmp_path):

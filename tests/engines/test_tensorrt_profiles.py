@@ -85,10 +85,10 @@ def test_the_upper_ends_are_reached(most):
 def test_default_limits_on_the_published_window():
     ranges = vision_ranges(BuildProfile(), VISION)
     assert ranges["slots"] == (64, 64, 64)
-    assert ranges["windows"] == (2, 8 * 16, 8 * 324)  # strips of 1 x 1296 groups; eight images of 448 x 448
-    assert ranges["longest"] == (128, 1024, 5184)
-    assert ranges["tokens"] == (32, 8 * 256, 8 * 1296)
-    assert most_windows(1296, 4) == 324
+    assert ranges["windows"] == (1, 8 * 16, 8 * 676)  # strips of 1 x 2704 groups; eight images of 448 x 448
+    assert ranges["longest"] == (16, 1024, 10816)
+    assert ranges["tokens"] == (4, 8 * 256, 8 * 2704)
+    assert most_windows(2704, 4) == 676
 
 
 def test_limits_between_two_patch_counts_are_refused():

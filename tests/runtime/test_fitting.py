@@ -27,7 +27,7 @@ def torch_pipeline(engine_dirs):
 
 @pytest.fixture(scope="module")
 def default_pipeline(checkpoint, tmp_path_factory):
-    """A random model with the limits that are built by default, 128 to 5,184 patches, and the published area."""
+    """A random model with the limits that are built by default, 16 to 10,816 patches, and the published area."""
     from engines.profile import BuildProfile
 
     folder = build(checkpoint, tmp_path_factory.mktemp("default") / "torch", "torch", profile=BuildProfile())
@@ -93,7 +93,7 @@ def test_what_people_have_is_answered_with_the_default_limits(default_pipeline, 
     found = output.images[0]
     assert len(output.token_ids) == 1
     assert (found.width, found.height) == (width, height)
-    assert found.limited_by == ("min_hw_dims" if size == (100, 100) else "max_hw_dims")
+    assert found.limited_by == (None if size in ((1080, 1920), (100, 100)) else "max_hw_dims")
     assert default_pipeline.profile.takes(found.grid)
 
 

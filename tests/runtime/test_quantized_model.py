@@ -166,12 +166,43 @@ class TestWhatGoesWrong:
             quantize_first(replace(plan(size=3), force=True), training_data)
         assert Checkpoint(folder).hash == before
 
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, os.strerror(28))])
+    def test_an_older_one_outlives_a_failure_between_the_renames(self, made, monkeypatch, error):
+        folder = quantize_first(plan(), training_data).model.folder
+        before, rename = Checkpoint(folder).hash, Path.rename
+
+        def fail(path, target):
+            if path.name == ".tiny-fp8.unfinished":
+                raise error
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", fail)
+        with pytest.raises(BuildError if isinstance(error, OSError) else error):
+            quantize_first(replace(plan(size=3), force=True), training_data)
+        assert Checkpoint(folder).hash == before
+        assert not Path("artifacts/.tiny-fp8.older").exists()
+
+    def test_a_kill_between_the_renames(self, made):
+        folder = quantize_first(plan(), training_data).model.folder
+        folder.rename("artifacts/.tiny-fp8.older")
+        assert quantize_first(plan(), training_data).model.folder == folder
+        assert len(made) == 1
+
     def test_what_a_killed_run_left_is_cleared(self, made):
+        folder = quantize_first(plan(), training_data).model.folder
         left = [Path("artifacts") / f".tiny-fp8.{state}" for state in ("unfinished", "older")]
-        for folder in left:
-            folder.mkdir(parents=True)
-        quantize_first(plan(), training_data)
-        assert not any(folder.exists() for folder in left)
+        for each in left:
+            each.mkdir()
+        quantize_first(replace(plan(size=3), force=True), training_data)
+        assert [path.name for path in Path("artifacts").iterdir() if path.is_dir()] == [folder.name]
+
+    def test_a_file_system_without_locks(self, made, monkeypatch):
+        def no_locks(lock):
+            raise NotImplementedError("no flock")
+
+        monkeypatch.setattr(quantized_model.FileLock, "__enter__", no_locks)
+        with pytest.raises(BuildError, match="artifacts/tiny-fp8: no flock"):
+            quantize_first(plan(), training_data)
 
     def test_model_optimizer_missing(self, made, monkeypatch):
         monkeypatch.setattr("export.quantize.find_spec", lambda name: None if name == "requests" else object())
