@@ -114,6 +114,7 @@ def test_a_resumed_run_must_be_the_same(batch, images, tmp_path):
         (("--pool", "mean"), "begun with pool 'none', this run has 'mean'"),
         (("--partition-rows", 5), "begun with partition_rows 4, this run has 5"),
         (("--max-pixels", 9408), "begun with max_pixels"),
+        (("--image-pixel-limit", 99999), "begun with image_pixel_limit 100000000, this run has 99999"),
         (("--decode", "gpu"), "begun with decode 'cpu', this run has 'gpu'"),
         (("--source", "decoder", "--prompt", "x"), "begun with prompt None, this run has 'x'"),
         (("--input", save_images(tmp_path / "other", 1)), "begun with input"),
