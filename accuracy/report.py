@@ -91,16 +91,17 @@ class Report:
         return any(is_block(name) for name in self.engine.outputs)
 
     def departure(self, name: str, figures: Figures) -> str | None:
-        """What of one of the engine's outputs is over the tolerance."""
-        yardstick = None if self.yardstick is None else self.yardstick.outputs.get(name)
-        return self.tolerance.departure(name, figures, yardstick)
+        """What of one of the engine's outputs is over the tolerance; nothing is judged without a yardstick."""
+        if self.yardstick is None:
+            return None
+        return self.tolerance.departure(name, figures, self.yardstick.outputs.get(name))
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON: figures that are not finite become null."""
-        first = self.first_block
-        return {
+        """Everything, for JSON; the verdict where there is a yardstick."""
+        found: dict[str, Any] = {
             "format": FORMAT,
             "command": self.command,
+            "interrupted": self.ended_by is not None,
             "machine": dict(self.machine),
             "engine": {
                 "folder": str(self.folder),
@@ -126,9 +127,14 @@ class Report:
                 "others": [_row(row) for row in self.others],
             },
             "notes": list(self.notes),
+        }
+        if self.yardstick is None:
+            return found
+        first = self.first_block
+        return found | {
             "departures": self.departures,
             "first_departing_block": first and first[0],
-            "passed": None if self.yardstick is None else not self.departures,
+            "passed": not self.departures,
         }
 
     def write_json(self, path: Path) -> None:

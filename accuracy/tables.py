@@ -24,14 +24,14 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"{row.name}: {_tokens(row)}", highlight=False)
     for note in report.notes:
         console.print(f"not compared: {note}", highlight=False)
+    if report.yardstick is None:
+        console.print(f"ended before {report.engine.name} could be judged", highlight=False)
+        return
     if report.layers:
         first = report.first_block
         console.print(
             f"first block that departs: {first[0]}: {first[1]}" if first else "no block departs", highlight=False
         )
-    if report.yardstick is None:
-        console.print(f"ended before {report.engine.name} could be judged", highlight=False)
-        return
     for name, reason in report.departures.items():
         console.print(f"DEPARTS: {name} of {report.engine.name}: {reason}", style="red", highlight=False)
     if not report.departures:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 from engines.arguments import add_build_arguments
@@ -86,6 +87,7 @@ def main(argv: list[str]) -> None:
 
         save_plot(report, arguments.plot)
     if report.ended_by is not None:
+        sys.stdout.flush()  # an OSError is reported by leaving out what stdout still holds
         raise report.ended_by
 
 

@@ -66,7 +66,7 @@ def compete(contenders: Sequence[Contender], repetitions: int) -> list[Result]:
             try:
                 worker = stack.enter_context(Worker(contender.name, partial(_Timed, contender.setup)))
                 worker.call("seconds")
-            except (Qwen2VLError, RuntimeError) as error:
+            except Qwen2VLError as error:
                 print(f"{contender.name} failed: {str(error).splitlines()[-1]}", file=sys.stderr)
                 continue
             workers.append(worker)

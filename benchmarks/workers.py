@@ -28,7 +28,7 @@ class Worker:
         setup: returns the object; a module-level function or a ``functools.partial`` of one.
 
     Raises:
-        Qwen2VLError: as ``setup`` raised it. BenchmarkError where the process died.
+        Qwen2VLError: as ``setup`` raised it. BenchmarkError where the process died, or for another exception.
     """
 
     def __init__(self, name: str, setup: Callable[[], Any]) -> None:
@@ -59,6 +59,11 @@ class Worker:
                 self._process.kill()
                 self._process.join()
 
+    @property
+    def alive(self) -> bool:
+        """Whether its process still runs."""
+        return self._process.is_alive()
+
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the object and return what it returns; raises as the constructor does."""
         with contextlib.suppress(BrokenPipeError):  # then it has died, which the answer tells
@@ -76,7 +81,7 @@ class Worker:
         if kind == "error":
             raise value
         if kind == "bug":
-            raise RuntimeError(f"in the process of {self.name}:\n{value}")
+            raise BenchmarkError(f"in the process of {self.name}: {value.splitlines()[-1]}") from RuntimeError(value)
         return value
 
 

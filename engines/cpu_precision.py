@@ -28,7 +28,8 @@ def cpu_precision() -> Precision:
     """FP32 where this CPU emulates BF16, else BF16."""
     slowdown = bf16_slowdown()
     chosen = FP32 if slowdown >= _EMULATED else BF16
-    logger.warning(
+    logger.log(
+        logging.INFO if chosen is BF16 else logging.WARNING,
         "precision %s: a product in bf16 takes %.1f times as long as in fp32 on this CPU; --precision chooses",
         chosen.name,
         slowdown,

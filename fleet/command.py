@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from engines.command import Parser, positive_number
 from qwen2vl_trt.errors import BatchError
-from runtime.features.names import as_unicode
 from runtime.pipeline_arguments import pipeline_options
 from runtime.sampler import SamplingParams
 from runtime.sampling_arguments import add_sampling_arguments, sampling_params
@@ -136,8 +135,12 @@ def _checked(arguments: argparse.Namespace) -> SamplingParams:
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise BatchError(f"{output} is a file; name a folder")
-    if as_unicode(str(output.absolute())) != str(output.absolute()):
-        raise BatchError(f"{str(output.absolute())!r} is not valid UTF-8, which Parquet files need; rename the folder")
+    try:
+        str(output.absolute()).encode()
+    except UnicodeEncodeError:
+        raise BatchError(
+            f"{str(output.absolute())!r} is not valid UTF-8, which Parquet files need; rename the folder"
+        ) from None
     if not output.parent.is_dir():
         raise BatchError(f"{output} cannot be written: there is no folder {output.parent}")
     target = output if output.is_dir() else output.parent
@@ -152,34 +155,26 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
 def _settings(arguments: argparse.Namespace, given: Input, params: SamplingParams, engine_dir: Path) -> dict[str, Any]:
     """What the output depends on; a resumed run must have the same. JSON values only."""
     from engines.manifest import Manifest
+    from runtime.features.store import common_settings
 
     from .filesystem import is_uri
 
     manifest = Manifest.read(engine_dir)
     options, profile = pipeline_options(arguments), manifest.profile
     pixels = options.preprocessor_settings(manifest.verify(engine_dir).folder, profile)
-    settings = {
+    settings = common_settings(manifest, options, pixels) | {
         "input": given.source if is_uri(given.source) else str(Path(given.source).absolute()),
         "image_column": given.columns.image,
         "prompt_column": given.columns.prompt,
         "id_column": given.columns.id,
         "partition_rows": arguments.partition_rows,
-        "model": manifest.model,
-        "model_hash": manifest.model_hash,
-        "precision": manifest.precision,
-        "min_pixels": pixels.image.min_pixels,
-        "max_pixels": pixels.image.max_pixels,
-        "min_hw_dims": profile.min_hw_dims,
-        "max_hw_dims": profile.max_hw_dims,
-        "strict_size": options.strict_size,
-        "decode": options.decode,
         "task": arguments.task,
         "prompt": arguments.prompt,
-        "allow_special_tokens": arguments.allow_special_tokens,
     }
     if arguments.task == "generate":
         sampling = json.loads(json.dumps(dataclasses.asdict(params)))
-        return settings | sampling | {"generation_config": arguments.generation_config}
+        limits = {"max_input_len": profile.max_input_len, "max_seq_len": profile.max_seq_len}
+        return settings | limits | sampling | {"generation_config": arguments.generation_config}
     return settings | {"source": arguments.source, "layer": arguments.layer, "pool": arguments.pool}
 
 

@@ -190,13 +190,13 @@ def _listed(source: str, passed_over: Counter[str]) -> Iterator[tuple[str, str]]
 
 
 def _write_listing(source: str, path: Path, rows: int, passed_over: Counter[str]) -> None:
-    # A path as its bytes, which need not be Unicode as a string must.
-    schema = pa.schema([("id", pa.string()), ("image", pa.struct([("path", pa.binary())]))])
+    # Paths as their bytes, which need not be Unicode as a string must.
+    schema = pa.schema([("id", pa.binary()), ("image", pa.struct([("path", pa.binary())]))])
     temporary = path.with_name(f".{path.name}.tmp")
     with pq.ParquetWriter(temporary, schema) as writer:
         group: list[dict[str, Any]] = []
         for key, image in _listed(source, passed_over):
-            group.append({"id": as_unicode(key), "image": {"path": os.fsencode(image)}})
+            group.append({"id": os.fsencode(key), "image": {"path": os.fsencode(image)}})
             if len(group) == rows:
                 writer.write_table(pa.Table.from_pylist(group, schema))
                 group = []

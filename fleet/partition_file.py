@@ -164,7 +164,7 @@ class PartitionWriter:
 
     def fail(self, key: str, reason: str) -> None:
         """Note that a row has no result, and why."""
-        self.failures.append({"id": as_unicode(key), "error": as_unicode(reason)})
+        self.failures.append({"id": key, "error": as_unicode(reason)})
         self._journal.finish(key)
 
     def flush(self) -> None:

@@ -86,7 +86,10 @@ def _parser(epilog: str) -> Parser:
         "--image-size", type=_size, default=(448, 448), metavar="HxW", help="in pixels; default 448x448"
     )
     parser.add_argument(
-        "--max-pixels", type=positive_number, metavar="N", help="shrink larger images; default the checkpoint's"
+        "--max-pixels",
+        type=positive_number,
+        metavar="N",
+        help="shrink larger images; default the checkpoint's; at most what engines built by configs/ take",
     )
     parser.add_argument(
         "--prompt-tokens", type=whole_number, default=32, metavar="N", help="text and template; default %(default)s"

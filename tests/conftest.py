@@ -34,6 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.support.onednn_packing import TYPES, packing_without
 
         torch.ops.mkldnn._reorder_linear_weight = packing_without(*TYPES)
+        folder = Path(__file__).parent / "support" / "no_onednn_packing"
+        found = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        # The same for processes that tests start: Python runs a sitecustomize that it finds there.
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), str(folder.parents[2]), *filter(None, found)])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -40,7 +40,7 @@ def test_every_requirement_has_a_lower_bound():
 
 def test_the_lowest_of_each_is_installed():
     pinned = constraints("constraints-lowest.txt")
-    wanted = requirements("train", "bench", "compare", "quantize", "ray", "test")
+    wanted = requirements("train", "bench", "compare", "quantize", "ray", "heic", "test")
     others = {
         name: (pinned[name], lowest(one))
         for name, one in wanted.items()
@@ -52,7 +52,7 @@ def test_the_lowest_of_each_is_installed():
 @pytest.mark.parametrize("name", ["constraints.txt", "constraints-lowest.txt"])
 def test_constraints_are_allowed(name):
     pinned = constraints(name)
-    wanted = requirements("train", "bench", "compare", "quantize", "ray", "test")
+    wanted = requirements("train", "bench", "compare", "quantize", "ray", "heic", "test")
     assert all(one.specifier.contains(pinned[name], prereleases=True) for name, one in wanted.items())
 
 

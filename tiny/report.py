@@ -32,7 +32,7 @@ def print_accuracy(pipeline: Pipeline, cases: int, seed: int, as_json: bool) -> 
         pipeline: what answers.
         cases: scenes a task.
         seed: chooses the scenes.
-        as_json: one JSON object by task instead of a table.
+        as_json: one JSON object by task instead of a table; with ``"interrupted": true`` where tasks are missing.
     """
     scores: dict[str, Score] = {}
     try:
@@ -48,7 +48,8 @@ def print_accuracy(pipeline: Pipeline, cases: int, seed: int, as_json: bool) -> 
                 scores |= evaluate(answer, (task,), cases, seed, BATCH_SIZE)
     finally:
         if scores and as_json:
-            print(json.dumps({task: asdict(score) for task, score in scores.items()}))
+            ended = {} if len(scores) == len(TASKS) else {"interrupted": True}
+            print(json.dumps({task: asdict(score) for task, score in scores.items()} | ended))
         elif scores:
             print_table(_table(scores), stdout_console())
 
@@ -63,7 +64,8 @@ def answer_scenes(pipeline: Pipeline, scenes: list[Scene]) -> list[str]:
 
 
 def _table(scores: dict[str, Score]) -> Table:
-    table = Table("task", title="held-out digits")
+    ended = "" if len(scores) == len(TASKS) else ", interrupted"
+    table = Table("task", title=f"held-out digits{ended}")
     for column in ("exact", "by digit", "cases"):
         table.add_column(column, justify="right")
     for task, score in scores.items():

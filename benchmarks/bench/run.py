@@ -13,7 +13,6 @@ import onnx_ir as ir
 import torch
 
 from engines.progress import progress_bar
-from qwen2vl_trt.errors import Qwen2VLError
 from qwen2vl_trt.windows import window_layout
 from runtime.backends.runners import Engines, open_engines
 from runtime.preprocessing.preprocessor import PreprocessorSettings
@@ -208,13 +207,12 @@ def run(options: Options) -> Report:
         if options.trace:
             with Worker("the timeline", partial(PipelineSubject, options.engines)) as worker:
                 trace = worker.call("trace", [case for case in todo if case.stage == "pipeline"][-1])
-    except (KeyboardInterrupt, Qwen2VLError, RuntimeError) as reason:
+        rates = rates.best(measure_rates(engines.device, engines.dtype))  # a busy moment hits one of the two at most
+        _add_floors(results, engines, rates)
+    except (KeyboardInterrupt, Exception) as reason:  # told once what was measured is printed: without floors, at once
         if not results:
             raise
         ended_by = reason
-    else:
-        rates = rates.best(measure_rates(engines.device, engines.dtype))  # a busy moment hits one of the two at most
-    _add_floors(results, engines, rates)
     return Report(engines, rates, results, trace, ended_by)
 
 

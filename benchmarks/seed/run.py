@@ -188,7 +188,7 @@ def _compare(results: list[Result], theirs: _Restarted) -> None:
         theirs.call("turn_to_fp32")
         for result in compared:
             _compare_with(result, theirs.call("reference", result.row))
-    except (Qwen2VLError, RuntimeError) as error:  # the process died, or has no room for FP32
+    except Qwen2VLError as error:  # the process died, or has no room for FP32
         for result in compared:
             if result.deviation is None:
                 result.no_deviation = str(error).splitlines()[-1]
@@ -223,7 +223,7 @@ class _Restarted:
         """A row, or why the process ended in it."""
         try:
             return self.call("run", row)
-        except (Qwen2VLError, RuntimeError) as error:
+        except Qwen2VLError as error:
             return Answer(error=str(error).splitlines()[-1])
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -233,14 +233,15 @@ class _Restarted:
         if self._worker is None:
             try:
                 self._worker = self._stack.enter_context(Worker(self._name, self._setup))
-            except (Qwen2VLError, RuntimeError) as error:
+            except Qwen2VLError as error:
                 self._broken = str(error).splitlines()[-1]
                 raise
         try:
             return self._worker.call(method, *arguments)
         except BenchmarkError:
-            self._stack.close()
-            self._worker = None
+            if not self._worker.alive:
+                self._stack.close()
+                self._worker = None
             raise
 
 

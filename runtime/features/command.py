@@ -104,9 +104,8 @@ def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argpars
     if run.failed and not store.saved:
         raise FeaturesError(f"none of the {run.failed:,} images could be used; the first: {run.first_failure}")
     skipped = f", {run.skipped:,} were there" if run.skipped else ""
-    others = f", {passed_over.total():,} other files passed over" if passed_over else ""
     print(
-        f"{output.path}: {run.extracted:,} images{skipped}{others}, {run.images_per_second:.1f} images/s"
+        f"{output.path}: {run.extracted:,} images{skipped}, {run.images_per_second:.1f} images/s"
         f" (engine busy {run.engine / run.seconds:.0%} of the time, waiting for images {run.waited / run.seconds:.0%})",
         file=sys.stderr,
     )
@@ -141,22 +140,12 @@ def _images(arguments: argparse.Namespace, passed_over: Counter[str]) -> tuple[I
 def _settings(arguments: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     """What the features depend on; a resumed run must have the same. JSON values only."""
     from ..inputs.image_listing import input_root
+    from .store import common_settings
 
-    manifest = pipeline.engines.manifest
-    return {
+    return common_settings(pipeline.engines.manifest, pipeline.options, pipeline.settings) | {
         "input": str(input_root(arguments.input).resolve()) if arguments.input else None,
-        "model": manifest.model,
-        "model_hash": manifest.model_hash,
-        "precision": manifest.precision,
-        "min_pixels": pipeline.settings.image.min_pixels,
-        "max_pixels": pipeline.settings.image.max_pixels,
-        "min_hw_dims": pipeline.profile.min_hw_dims,
-        "max_hw_dims": pipeline.profile.max_hw_dims,
-        "strict_size": pipeline.options.strict_size,
-        "decode": pipeline.options.decode,
         "source": arguments.source,
         "prompt": arguments.prompt,
-        "allow_special_tokens": pipeline.options.allow_special_tokens,
         "layer": arguments.layer,
         "pool": arguments.pool,
     }

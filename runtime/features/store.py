@@ -26,9 +26,12 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engines.manifest import Manifest
 from qwen2vl_trt.errors import FeaturesError
 from qwen2vl_trt.windows import Grid
 
+from ..options import PipelineOptions
+from ..preprocessing.settings import PreprocessorSettings
 from .names import as_unicode, header_bytes, name_fault
 from .shards import (
     LARGEST_HEADER,
@@ -244,6 +247,23 @@ def clear(folder: Path) -> None:
     """Remove a run's files, and no other."""
     for path in (folder / _SETTINGS, *folder.glob(SHARDS), folder / _INDEX, folder / ERRORS):
         path.unlink(missing_ok=True)
+
+
+def common_settings(manifest: Manifest, options: PipelineOptions, preprocessor: PreprocessorSettings) -> dict[str, Any]:
+    """What all results depend on; a resumed run must have the same. JSON values only."""
+    return {
+        "model": manifest.model,
+        "model_hash": manifest.model_hash,
+        "precision": manifest.precision,
+        "min_pixels": preprocessor.image.min_pixels,
+        "max_pixels": preprocessor.image.max_pixels,
+        "image_pixel_limit": options.image_pixel_limit,
+        "min_hw_dims": manifest.profile.min_hw_dims,
+        "max_hw_dims": manifest.profile.max_hw_dims,
+        "strict_size": options.strict_size,
+        "decode": options.decode,
+        "allow_special_tokens": options.allow_special_tokens,
+    }
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -139,15 +139,17 @@ def test_what_was_compared_is_not_lost(tiny, monkeypatch, capsys, tmp_path, erro
     monkeypatch.setattr(
         TransformersRunner, "infer_impl", lambda self, feed: (fails if "bf16" in self.name else infer)(self, feed)
     )
-    options = ("--json", tmp_path / "r.json", "--plot", tmp_path / "r.png")
+    options = ("--layers", "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png")
     with pytest.raises(type(error) if isinstance(error, Exception) else error):
         command.compare([str(part) for part in ("--engine-dir", tiny["torch", "fp32"], *PICTURE, *options)])
     out = capsys.readouterr().out
     assert "torch fp32: 6 of 6 greedy tokens agree" in out
     assert "ended before torch fp32 could be judged" in out
     assert "within the tolerance" not in out
+    assert "departs" not in out
     report = json.loads((tmp_path / "r.json").read_text())
-    assert (report["passed"], report["departures"], report["rows"]["yardstick"]) == (None, {}, None)
+    assert (report["interrupted"], report["rows"]["yardstick"]) == (True, None)
+    assert not {"passed", "departures", "first_departing_block"} & set(report)
     assert report["rows"]["engine"]["outputs"]["logits"]["mean_relative"] < 1e-5
     assert (tmp_path / "r.png").stat().st_size > 1000
 

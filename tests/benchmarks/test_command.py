@@ -15,6 +15,7 @@ import torch
 
 import run
 from benchmarks.bench import run as run_bench
+from engines import command as engines_command
 from engines.backends import find_backend
 from engines.build import build_engines
 from engines.command import run_command
@@ -158,7 +159,11 @@ def check_rival(result):
 
 @pytest.mark.parametrize(
     ("error", "code", "said"),
-    [(KeyboardInterrupt, 130, "interrupted\n"), (BenchmarkError("it died"), 2, "error: it died\n")],
+    [
+        (KeyboardInterrupt, 130, "interrupted\n"),
+        (BenchmarkError("it died"), 2, "error: it died\n"),
+        (OSError(28, "full", "a"), 1, "error: a: full\n"),
+    ],
 )
 def test_what_was_measured_is_not_lost(no_processes, bench, engines, monkeypatch, tmp_path, error, code, said):
     """Ctrl-C, or a contender that dies, in the third shape of four."""
@@ -182,6 +187,7 @@ def test_what_was_measured_is_not_lost(no_processes, bench, engines, monkeypatch
         "--trace-plot",
         "t.png",
     )
+    monkeypatch.setattr(engines_command, "_discard_output", lambda: None)  # it would discard what capfd holds
     found, out, errors = bench("--engine-dir", engines / "torch", *FEW, *SHAPES, *options)
     assert (found, errors) == (code, said)
     report = json.loads(out)
@@ -189,7 +195,7 @@ def test_what_was_measured_is_not_lost(no_processes, bench, engines, monkeypatch
     assert [result["stage"] for result in report["results"]] == ["vision", "decoder"]
     for result in report["results"]:
         check_consistent(result, result["ours"])
-        assert all(floor["reached"] > 0 for floor in result["floors"].values())
+        assert not result["floors"]  # they take a graph, and somebody waits
     assert [case["stage"] for case in json.loads((tmp_path / "t.json").read_text())] == ["vision", "decoder"]
     assert (tmp_path / "p.png").exists()
     assert not list(tmp_path.glob("t*.png")) + list(tmp_path.glob("trace*"))

@@ -114,6 +114,7 @@ def test_a_resumed_run_must_be_the_same(batch, images, tmp_path):
         (("--pool", "mean"), "begun with pool 'none', this run has 'mean'"),
         (("--partition-rows", 5), "begun with partition_rows 4, this run has 5"),
         (("--max-pixels", 9408), "begun with max_pixels"),
+        (("--image-pixel-limit", 99999), "begun with image_pixel_limit 100000000, this run has 99999"),
         (("--decode", "gpu"), "begun with decode 'cpu', this run has 'gpu'"),
         (("--source", "decoder", "--prompt", "x"), "begun with prompt None, this run has 'x'"),
         (("--input", save_images(tmp_path / "other", 1)), "begun with input"),
@@ -245,7 +246,7 @@ def test_what_lies_in_the_folder_and_is_passed_over(batch, images, tmp_path, cap
 
 def test_whatever_an_image_or_a_row_is_called(batch, pipeline, images, tmp_path):
     """Each is in the output under one id, which every reader of Parquet and JSON takes."""
-    names = ["__metadata__", "a\nb.png", "\x7f\u2028.png", "\u00e9.png", "e\u0301.png", "\udcff.png"]
+    names = ["__metadata__", "a\nb.png", "\x7f\u2028.png", "\u00e9.png", "e\u0301.png", "\\udcff.png", "\udcff.png"]
     content = (images / "0000.png").read_bytes()
     (expected,) = pipeline.embed_images([content])
     (tmp_path / "odd").mkdir()
@@ -253,7 +254,7 @@ def test_whatever_an_image_or_a_row_is_called(batch, pipeline, images, tmp_path)
         (tmp_path / "odd" / name).write_bytes(content)
     (tmp_path / "odd" / "bad\udcfe.png").write_text("no image")
     batch("--input", tmp_path / "odd" / "*")
-    assert sorted(rows(tmp_path / "out")) == sorted([*names[:-1], "\\udcff.png"])
+    assert sorted(rows(tmp_path / "out")) == sorted([*names[:-2], "\\\\udcff.png", "\\udcff.png"])
     assert {tuple(row["features"]) for row in rows(tmp_path / "out").values()} == {tuple(expected.flatten().tolist())}
     assert list(failures(tmp_path / "out")) == ["bad\\udcfe.png"]
     ids = ["", "__metadata__", "a\n", "\ud800", "\udcff", "é", "e\u0301", "x" * 200_000]

@@ -1,5 +1,8 @@
 """Packed layers compute what plain ones do; without oneDNN the torch backend runs as it is."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +126,14 @@ def test_operators_that_are_wrong_are_left_out(monkeypatch, caplog):
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", pointwise)
     assert not onednn.available(torch.float32)
     assert "are wrong here" in caplog.text
+
+
+def test_processes_that_tests_start_have_no_packing_either(tmp_path):
+    """With --no-onednn-packing, which tests/conftest.py passes on so."""
+    root = Path(__file__).resolve().parents[3]
+    path = os.pathsep.join([str(root / "tests" / "support" / "no_onednn_packing"), str(root)])
+    code = "import torch; from runtime.backends import onednn; sys.exit(onednn.available(torch.float32))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}"], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path
+    )
+    assert done.returncode == 0

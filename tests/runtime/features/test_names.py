@@ -29,6 +29,15 @@ def test_safetensors_takes_every_name_without_a_fault(name):
     json.loads(json.dumps(as_unicode(name))).encode()
 
 
+PIECES = st.lists(st.sampled_from(["\\", "\udcff", "udcff", "x"]), max_size=6).map("".join)
+
+
+@given(PIECES, PIECES)
+def test_what_is_spelled_out_stays_apart(one, other):
+    assert (as_unicode(one) == as_unicode(other)) == (one == other)
+    as_unicode(one).encode()
+
+
 def test_a_name_has_an_end():
     assert name_fault("x" * 65536) is None
     assert name_fault("é" * 40000) == "its name has more than 65,536 bytes; rename it"

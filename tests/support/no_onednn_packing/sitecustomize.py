@@ -1,0 +1,18 @@
+"""For the processes that tests with --no-onednn-packing start: the operator fails before anything has tried it."""
+
+import sys
+from importlib.abc import MetaPathFinder
+
+
+class _Patching(MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname == "runtime.backends.onednn":  # which alone uses it; importing torch now would slow every process
+            sys.meta_path.remove(self)
+            import torch
+
+            from tests.support.onednn_packing import TYPES, packing_without
+
+            torch.ops.mkldnn._reorder_linear_weight = packing_without(*TYPES)
+
+
+sys.meta_path.insert(0, _Patching())
