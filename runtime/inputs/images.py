@@ -224,8 +224,9 @@ def decoding_bytes(source: ImageSource) -> int:
     if isinstance(source, (np.ndarray, Tensor)):
         return source.nbytes
     if isinstance(source, Image.Image):
-        lazy = isinstance(source, ImageFile.ImageFile) and source.fp is not None
-        return _decoding_bytes(source) if lazy else _OUTPUT * source.width * source.height
+        if isinstance(source, ImageFile.ImageFile) and source.fp is not None:  # not decoded yet
+            return _decoding_bytes(source)
+        return _OUTPUT * source.width * source.height
     try:
         if isinstance(source, (str, Path)):
             with opened(source, "image") as file, open_image(file, "image") as image:

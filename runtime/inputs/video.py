@@ -89,7 +89,9 @@ def load_video(
         label = labelled(source, name)
         with opened_video(source, label) as file:
             return _from_file(file, options, sampling or FrameSampling(), label)
-    if isinstance(source, (bytes, bytearray, memoryview)):
+    if isinstance(source, (bytearray, memoryview)):
+        source = bytes(source)
+    if isinstance(source, bytes):
         if not len(source):
             raise MediaError(f"{label}: empty (0 bytes)")
         return _from_file(BytesIO(source), options, sampling or FrameSampling(), label)
@@ -99,7 +101,7 @@ def load_video(
         raise MediaError(
             f"{label}: a {type(source).__name__} is no video; give a path, bytes, an array or a list of frames"
         )
-    return _from_memory(source, options, limits, label)
+    return _from_memory(source, options, limits, label)  # type: ignore[arg-type]  # bytes are read above
 
 
 @contextmanager

@@ -43,7 +43,9 @@ class LoadedVideo:
 
     @property
     def nbytes(self) -> int:
-        return sum(frame.nbytes for frame in self.video.frames)  # type: ignore[union-attr]  # load_video leaves tensors
+        # load_video leaves tensors as frames
+        frames: Sequence[Tensor] = self.video.frames  # type: ignore[assignment]
+        return sum(frame.nbytes for frame in frames)
 
 
 @dataclass
