@@ -47,14 +47,15 @@ def _decoded(url: str, where: str) -> bytes | list[bytes]:
     if not comma:
         raise PromptError(f"{where}: the data: URL has no comma, after which its data begins")
     kind, *parameters = (field.strip().lower() for field in header.split(";"))
-    if "base64" not in parameters:
-        return unquote_to_bytes(payload)
     try:
+        if "base64" not in parameters:
+            return unquote_to_bytes(payload)
         if kind == "video/jpeg":
             return [_from_base64(frame) for frame in payload.split(",")]
         return _from_base64(payload)
     except ValueError:
-        raise PromptError(f"{where}: the data: URL is not base64") from None
+        form = "base64" if "base64" in parameters else "valid text"
+        raise PromptError(f"{where}: the data: URL is not {form}") from None
 
 
 def _from_base64(text: str) -> bytes:

@@ -146,11 +146,11 @@ class Calibration:
         try:
             images = [load_image(image) for image in request.images]
             videos = [load_video(video, sampling=make.settings.sampling) for video in request.videos]
-            sizes = [load_image(video.frames[0]).shape for video in videos]
+            sizes = [video.source_size or load_image(video.frames[0]).shape[1:] for video in videos]
             image_grids = [make.sizes.image(*image.shape[1:]).grid for image in images]
             video_grids = [
                 make.sizes.video(len(video.frames), height, width, video.fps).grid
-                for video, (_, height, width) in zip(videos, sizes)
+                for video, (height, width) in zip(videos, sizes)
             ]
             token_ids = self._prompts.build(request.prompt, image_grids, video_grids).token_ids
         except Qwen2VLError as error:

@@ -135,7 +135,7 @@ def test_sizes_are_named_and_options_of_media_are_followed(call, quick, caplog):
     assert (image["original_size"], image["resized_size"], videos) == ([500, 700], [140, 196], [])
     assert (image["grid_thw"], image["tokens"], image["limited_by"]) == ([1, 14, 10], 35, "max_hw_dims")
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("image 1, big.png (500x700) is resized to 140x196")
+    assert line.startswith("image 1 (big.png) (500x700) is resized to 140x196")
     named, _ = ask("--image", "big.png", "--image", "a.png", "--resized-height", 60, "--resized-width", 84)
     assert [size["resized_size"] for size in named] == [[84, 56]] * 2
     _, (video,) = ask("--video", "v.mp4", "--fps", 4, "--total-pixels", 60000)
@@ -292,9 +292,9 @@ WRONG_INPUT = {
     (*ASK, "--image", "a.png", "--image", "empty.png"): "image 2 (empty.png): empty (0 bytes)",
     (*ASK, "--image", "text.png"): "image 1 (text.png): not an image",
     (*ASK, "--image", "cut.png"): "image 1 (cut.png): truncated or corrupt",
-    (*ASK, "--image", "wide.png"): "image 1, wide.png: 2500x10 has an aspect ratio of 250",
+    (*ASK, "--image", "wide.png"): "image 1 (wide.png): 2500x10 has an aspect ratio of 250",
     (*ASK, "--image", "bomb.png"): "image 1 (bomb.png): 60000x60000 is 3,600,000,000 pixels",
-    (*ASK, "--image", "big.png", "--strict-size"): "image 1, big.png (500x700) needs 216 patches; this engine takes",
+    (*ASK, "--image", "big.png", "--strict-size"): "image 1 (big.png) (500x700) needs 216 patches; this engine takes",
     (*ASK, "--image", "v.mp4"): "not an image",
     (*ASK, "--video", "a.txt"): "video 1 (a.txt): no such file",
     (*ASK, "--video", "text.png"): "video 1 (text.png)",
@@ -370,7 +370,7 @@ WITH_ENGINES = {
     ): "needs a GPU, and the engines run on cpu",
     ("features", "--image", "a.png", "--image", "a.png", "--output", "g.safetensors"): "a.png is given twice",
     ("features", "--image", "cut.png", "--output", "g.safetensors"): "image 1 (cut.png)",
-    ("features", "--image", "big.png", "--strict-size", "--output", "g.safetensors"): "image 1, big.png (500x700)",
+    ("features", "--image", "big.png", "--strict-size", "--output", "g.safetensors"): "image 1 (big.png) (500x700)",
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from qwen2vl_trt.errors import LimitError, MediaError
 
 from ..backends.layer_output import end_decoder_after, end_vision_after, patches_in_raster_order
-from ..inputs.images import ImageLimits, decoding_bytes, file_bytes
+from ..inputs.images import ImageLimits, decoding_bytes
 from ..media.embedder import LoadedImage, MediaEmbedder
 from ..pipeline import Pipeline
 from ..preprocessing.preprocessor import Preprocessor
@@ -55,22 +55,19 @@ class VisionFeatures:
         self._config, self._layer = engines.checkpoint.config.vision, layer
         if layer is not None:
             end_vision_after(engines, layer)
-        self._limits = ImageLimits(pipeline.options.image_pixel_limit)
         preprocessor = Preprocessor(
             self._config,
             pipeline.settings,
             engines.device,
             engines.dtype,
             decode=pipeline.options.decode,
-            image_limits=self._limits,
+            image_limits=ImageLimits(pipeline.options.image_pixel_limit),
         )
         self._media = MediaEmbedder(preprocessor, engines.vision, pipeline.profile, self._config)
 
     def load(self, path: str | bytes, name: str, admit: Admit) -> LoadedImage:
-        contents = file_bytes(path, name=name, limits=self._limits)
-        assert contents is not None  # neither a path nor bytes is an image without a file
-        admit(decoding_bytes(contents))
-        return self._media.load_image(path, name, contents=contents)
+        admit(decoding_bytes(path))
+        return self._media.load_image(path, name)
 
     def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
         embeds, _, _ = self._media.embed(images)

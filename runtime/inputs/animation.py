@@ -38,6 +38,7 @@ class Animation:
 
     def __init__(self, file: VideoFile, label: str) -> None:
         self._file, self._label = file, label
+        self.size = (0, 0)
 
     def timeline(self) -> Timeline:
         """When its frames are shown; they are decoded for it, as a WebP file does not say it otherwise."""
@@ -54,6 +55,7 @@ class Animation:
         for number, image in enumerate(self._frames()):
             if number in wanted:
                 frame = load_image(image, name=f"{self._label}, frame {number + 1}")
+                self.size = (frame.shape[1], frame.shape[2])
                 frames[number] = held(frame, len(kept), self._label)
         return frames, timeline
 

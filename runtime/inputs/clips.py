@@ -28,7 +28,13 @@ _logger = logging.getLogger(__name__)
 
 
 class Clip(Protocol):
-    """A file that can be read from its beginning as often as needed."""
+    """A file that can be read from its beginning as often as needed.
+
+    Attributes:
+        size: height and width of its frames, upright, once one is decoded.
+    """
+
+    size: tuple[int, int]
 
     def timeline(self) -> Timeline:
         """When its frames are shown, as far as that is known without decoding them.

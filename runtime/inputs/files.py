@@ -76,7 +76,10 @@ def read_whole(file: BinaryIO, label: str, most: int = MAX_FILE_BYTES) -> bytes:
     Raises:
         MediaError: more than ``most``.
     """
-    contents = file.read(most + 1)
+    size = os.fstat(file.fileno()).st_size
+    contents = file.read(min(size, most) + 1)  # a reader takes memory for all that it is asked for
+    if size < len(contents) <= most:
+        contents += file.read(most + 1 - len(contents))
     if len(contents) > most:
         raise too_large(label, most)
     return contents

@@ -54,7 +54,9 @@ class ImageLimits:
     nbytes: int = MAX_FILE_BYTES
 
 
-def load_image(source: ImageSource, *, name: str | None = None, limits: ImageLimits | None = None) -> Tensor:
+def load_image(
+    source: ImageSource, *, name: str | None = None, limits: ImageLimits | None = None, brightest: float = 0
+) -> Tensor:
     """Read one image; the first frame where the file has several.
 
     Files are JPEG (with MPO), PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000, AVIF where Pillow has it (from 11.3 on) and
@@ -68,6 +70,7 @@ def load_image(source: ImageSource, *, name: str | None = None, limits: ImageLim
         source: see :data:`ImageSource`. A torch tensor is uint8, or float in 0..1 or 0..255.
         name: what error messages call it, such as ``"image 3"``; a path is always named.
         limits: of files, ``ImageLimits()`` by default.
+        brightest: of a float tensor, the maximum of all that share its range, as the frames of a video do.
 
     Returns:
         ``[3, H, W]`` on the tensor's own device (CPU for everything else), a view of the source where possible.
@@ -97,7 +100,7 @@ def load_image(source: ImageSource, *, name: str | None = None, limits: ImageLim
     if isinstance(source, np.ndarray):
         return rgb(channels_first(source, label), label)
     if isinstance(source, Tensor):
-        return rgb(source[None] if source.ndim == 2 else source, label)
+        return rgb(source[None] if source.ndim == 2 else source, label, brightest)
     raise MediaError(
         f"{label}: {type(source).__name__} is no image; give a path, bytes, a PIL image, a numpy array or a tensor"
     )
@@ -129,12 +132,13 @@ def channels_first(array: np.ndarray, label: str) -> Tensor:
     return torch.from_numpy(array).movedim(-1, -3)
 
 
-def rgb(pixels: Tensor, label: str) -> Tensor:
+def rgb(pixels: Tensor, label: str, brightest: float = 0) -> Tensor:
     """Check ``[..., C, H, W]`` and give ``[..., 3, H, W]``, uint8 or float32 in 0..1.
 
     Floats up to 1 are 0..1, what Transformers' ``do_rescale=False`` takes. With a maximum from 2 to 255 they are
     0..255, what its default takes and qwen-vl-utils makes of a video, and are divided by 255. A maximum between 1 and 2
-    is refused: it may be 0..1 that a resize has let out of its range.
+    is refused: it may be 0..1 that a resize has let out of its range. What shares its range with ``pixels`` counts by
+    its maximum, ``brightest``: a dark frame of 0..255 may have no value above 1.
     """
     if pixels.ndim < 3 or pixels.shape[-3] not in (1, 3, 4):
         raise MediaError(f"{label}: tensor shape {list(pixels.shape)} is not [C, H, W] with C 1, 3 or 4")
@@ -145,12 +149,13 @@ def rgb(pixels: Tensor, label: str) -> Tensor:
     if pixels.is_floating_point():
         pixels = pixels.to(torch.float32)
         low, high = torch.stack(torch.aminmax(pixels)).tolist()
-        if not (low >= 0 and (high <= 1 or 2 <= high <= 255)):  # true for NaN too
+        shared = max(high, brightest)
+        if not (low >= 0 and high <= 255 and (high <= 1 or shared >= 2)):  # true for NaN too
             raise MediaError(
                 f"{label}: float values from {low:g} to {high:g} are neither within 0..1 nor within 0..255; clamp or"
                 " scale them"
             )
-        if high > 1:
+        if shared > 1:
             pixels = pixels / 255
     elif pixels.dtype != torch.uint8:
         raise MediaError(f"{label}: dtype {pixels.dtype} is not torch.uint8 or a float in 0..1 or 0..255")
@@ -219,6 +224,8 @@ def decoding_bytes(source: ImageSource) -> int:
     if isinstance(source, (np.ndarray, Tensor)):
         return source.nbytes
     if isinstance(source, Image.Image):
+        if isinstance(source, ImageFile.ImageFile) and source.fp is not None:  # not decoded yet
+            return _decoding_bytes(source)
         return _OUTPUT * source.width * source.height
     try:
         if isinstance(source, (str, Path)):

@@ -21,9 +21,9 @@ from qwen2vl_trt.media_options import VideoOptions
 from .animation import Animation, is_animation
 from .bounded_file import BoundedFile
 from .clips import Clip, VideoFile, sample
-from .files import opened
+from .files import labelled, opened
 from .frame_sampling import DEFAULT_FPS, FrameSampling
-from .images import ImageSource, channels_first, load_image, rgb
+from .images import ImageLimits, ImageSource, channels_first, load_image, rgb
 from .requested_frames import requested_rate, requested_sampling
 from .video_stream import VideoStream
 
@@ -37,15 +37,18 @@ class Video:
     Attributes:
         frames: images (see :data:`~runtime.inputs.images.ImageSource`); ``[3, H, W]`` tensors once loaded.
         fps: frames per second of these frames, that is, after sampling.
+        source_size: height and width that they had in their file; None where they have not been loaded. Those of a
+            very large video are held smaller.
     """
 
     frames: Sequence[ImageSource]
     fps: float
+    source_size: tuple[int, int] | None = None
 
 
-VideoSource = Video | str | Path | bytes | VideoFile | np.ndarray | Tensor | Sequence[ImageSource]
-"""A :class:`Video`, a video file as its path, its bytes or open for reading, ``[T, C, H, W]``, ``[T, H, W, C]``, or a
-list of images."""
+VideoSource = Video | str | Path | bytes | BoundedFile | np.ndarray | Tensor | Sequence[ImageSource]
+"""A :class:`Video`, a video file as its path, its bytes or what :func:`opened_video` gives, ``[T, C, H, W]``,
+``[T, H, W, C]``, or a list of images."""
 
 
 def load_video(
@@ -54,6 +57,7 @@ def load_video(
     *,
     sampling: FrameSampling | None = None,
     name: str | None = None,
+    limits: ImageLimits | None = None,
 ) -> Video:
     """Read one video.
 
@@ -68,6 +72,7 @@ def load_video(
             its own rate, and other frames in memory have :data:`DEFAULT_FPS`, with a warning.
         sampling: which frames of a file are kept where ``options`` do not say, by default ``FrameSampling()``.
         name: what error messages call it, such as ``"video 1"``; a path is always named.
+        limits: of frames that are image files or Pillow images, ``ImageLimits()`` by default.
 
     Returns:
         A video whose frames are ``[3, H, W]`` tensors, uint8 or float32 as in
@@ -81,16 +86,22 @@ def load_video(
     options = options or VideoOptions()
     label = name or "video"
     if isinstance(source, (str, Path)):
-        label = f"{name} ({source})" if name else str(source)
+        label = labelled(source, name)
         with opened_video(source, label) as file:
             return _from_file(file, options, sampling or FrameSampling(), label)
+    if isinstance(source, (bytearray, memoryview)):
+        source = bytes(source)
     if isinstance(source, bytes):
-        if not source:
+        if not len(source):
             raise MediaError(f"{label}: empty (0 bytes)")
-        source = BytesIO(source)
-    if isinstance(source, VideoFile):
+        return _from_file(BytesIO(source), options, sampling or FrameSampling(), label)
+    if isinstance(source, BoundedFile):
         return _from_file(source, options, sampling or FrameSampling(), label)
-    return _from_memory(source, options, label)
+    if not isinstance(source, (Video, np.ndarray, Tensor, Sequence)):
+        raise MediaError(
+            f"{label}: a {type(source).__name__} is no video; give a path, bytes, an array or a list of frames"
+        )
+    return _from_memory(source, options, limits, label)  # type: ignore[arg-type]  # bytes are read above
 
 
 @contextmanager
@@ -104,30 +115,42 @@ def _from_file(file: VideoFile, options: VideoOptions, sampling: FrameSampling, 
     sampling = requested_sampling(options, sampling, label)
     clip: Clip = Animation(file, label) if is_animation(file) else VideoStream(file, label)
     frames, fps = sample(clip, sampling, options.video_start, options.video_end, label)
-    return Video(_same_size(frames, label), fps)
+    return Video(_same_size(frames, label), fps, clip.size)
 
 
 def _from_memory(
-    source: Video | np.ndarray | Tensor | Sequence[ImageSource], options: VideoOptions, label: str
+    source: Video | np.ndarray | Tensor | Sequence[ImageSource],
+    options: VideoOptions,
+    limits: ImageLimits | None,
+    label: str,
 ) -> Video:
+    size = None
     fps = requested_rate(options, label)
     if isinstance(source, Video):
         try:
             VideoOptions(fps=source.fps)
         except MediaError as error:
             raise MediaError(f"{label}: {error}") from None
-        fps, source = fps or source.fps, source.frames
+        fps, size, source = fps or source.fps, source.source_size, source.frames
     if not len(source):
         raise MediaError(f"{label}: no frames")
-    frames = _same_size(_frames(source, label), label)
+    frames = _same_size(_frames(source, label, limits), label)
     if fps is None:
         _logger.warning("%s: no rate given for its frames; %g a second are assumed (sample_fps)", label, DEFAULT_FPS)
-    return Video(frames, fps or DEFAULT_FPS)
+    height, width = frames[0].shape[1:]
+    return Video(frames, fps or DEFAULT_FPS, size or (height, width))
 
 
-def _frames(source: np.ndarray | Tensor | Sequence[ImageSource], label: str) -> list[Tensor]:
+def _frames(
+    source: np.ndarray | Tensor | Sequence[ImageSource], label: str, limits: ImageLimits | None
+) -> list[Tensor]:
     if not isinstance(source, (np.ndarray, Tensor)):
-        return [load_image(frame, name=f"{label}, frame {number}") for number, frame in enumerate(source, start=1)]
+        floats = [frame for frame in source if isinstance(frame, Tensor) and frame.is_floating_point()]
+        brightest = max((float(frame.max()) for frame in floats if frame.numel()), default=0)
+        return [
+            load_image(frame, name=f"{label}, frame {number}", limits=limits, brightest=brightest)
+            for number, frame in enumerate(source, start=1)
+        ]
     if source.ndim != 4:
         raise MediaError(f"{label}: shape {list(source.shape)} is not [T, C, H, W] or [T, H, W, C]")
     first, last = source.shape[1] in (1, 3, 4), source.shape[3] in (1, 3, 4)

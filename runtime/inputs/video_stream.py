@@ -94,7 +94,9 @@ class VideoStream:
                 if number in wanted:
                     if frame.is_corrupt:
                         raise MediaError(f"{self._label}: frame {number + 1} is corrupt")
-                    frames[number] = held(self._pixels(frame), len(kept), self._label)
+                    pixels = self._pixels(frame)
+                    self.size = (pixels.shape[1], pixels.shape[2])
+                    frames[number] = held(pixels, len(kept), self._label)
                 expected = timeline.first + timeline.ticks[number] if number < len(timeline.ticks) else None
                 agree = agree and frame.pts is not None and frame.pts == expected
                 if agree and number == last:

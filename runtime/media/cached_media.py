@@ -12,7 +12,7 @@ from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 
 from ..inputs.files import labelled
 from ..inputs.images import ImageSource
-from ..inputs.video import VideoFile, VideoSource, opened_video
+from ..inputs.video import BoundedFile, VideoSource, opened_video
 from ..preprocessing.sizes import MediaSize
 from .content_keys import PixelKeys, contents_key, file_key
 from .embedder import LoadedImage, LoadedVideo, MediaEmbedder, StageTimes
@@ -121,6 +121,6 @@ class CachedMedia:
 
     def _video_file_key(self, source: VideoSource, options: VideoOptions) -> bytes | None:
         kind = f"video {self._media.sampling} {options}"
-        if isinstance(source, VideoFile):
+        if isinstance(source, BoundedFile):
             return file_key(source, kind)
         return contents_key(source, kind) if isinstance(source, bytes) else None

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..inputs.video import VideoFile
+from ..inputs.bounded_file import BoundedFile
 
 _SIZE = 16
 _READ = 1 << 20
@@ -22,7 +22,7 @@ def contents_key(contents: bytes, kind: str) -> bytes:
     return _finish(digest)
 
 
-def file_key(file: VideoFile, kind: str) -> bytes:
+def file_key(file: BoundedFile, kind: str) -> bytes:
     """The same of a file that is too large to hold; it is read from its beginning and left there.
 
     Raises:

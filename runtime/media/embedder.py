@@ -5,23 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engines.profile import BuildProfile
 from qwen2vl_trt.config import VisionConfig
-from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.windows import Grid, window_layout
 
 from ..backends.runners import VisionRunner
 from ..inputs.files import labelled
-from ..inputs.images import ImageSource, file_bytes, load_image
-from ..inputs.video import FrameSampling, Video, VideoFile, VideoSource, load_video
+from ..inputs.images import ImageSource, file_bytes
+from ..inputs.video import FrameSampling, Video, VideoSource, load_video
 from ..preprocessing.preprocessor import PackedPixels, Preprocessor
 from ..preprocessing.sizes import MediaSize
 
@@ -47,7 +43,9 @@ class LoadedVideo:
 
     @property
     def nbytes(self) -> int:
-        return sum(load_image(frame).nbytes for frame in self.video.frames)
+        # load_video leaves tensors as frames
+        frames: Sequence[Tensor] = self.video.frames  # type: ignore[assignment]
+        return sum(frame.nbytes for frame in frames)
 
 
 @dataclass
@@ -103,7 +101,7 @@ class MediaEmbedder:
         else:
             (pixels,) = self._preprocessor.load_images([contents], [labelled(source, name)])
         height, width = pixels.shape[1:]
-        size = self._preprocessor.sizes.image(height, width, name=with_path(name, source), options=options)
+        size = self._preprocessor.sizes.image(height, width, name=labelled(source, name), options=options)
         return LoadedImage(pixels, size)
 
     def load_video(self, source: VideoSource, name: str, options: VideoOptions = VideoOptions()) -> LoadedVideo:
@@ -114,14 +112,11 @@ class MediaEmbedder:
             name: what error messages call it.
             options: of its frames and their size.
         """
-        if not isinstance(source, (Video, str, Path, bytes, VideoFile, np.ndarray, Tensor, Sequence)):
-            raise MediaError(
-                f"{name}: a {type(source).__name__} is no video; give a path, bytes, an array or a list of frames"
-            )
-        video = load_video(source, options, sampling=self.sampling, name=name)
-        height, width = load_image(video.frames[0], name=name).shape[1:]
+        video = load_video(source, options, sampling=self.sampling, name=name, limits=self._preprocessor.image_limits)
+        assert video.source_size is not None  # as load_video gives it
+        height, width = video.source_size
         size = self._preprocessor.sizes.video(
-            len(video.frames), height, width, video.fps, name=with_path(name, source), options=options
+            len(video.frames), height, width, video.fps, name=labelled(source, name), options=options
         )
         return LoadedVideo(video, size)
 
@@ -199,8 +194,3 @@ class MediaEmbedder:
             embeds = torch.cat(parts)
         times.vision += time.perf_counter() - began
         return embeds
-
-
-def with_path(name: str, source: Any) -> str:
-    """What messages call an image or a video."""
-    return f"{name}, {source}" if isinstance(source, (str, Path)) else name

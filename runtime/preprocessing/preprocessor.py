@@ -156,9 +156,9 @@ class Preprocessor:
             items.append(([image], grid, self.settings.image))
         for number, clip in enumerate(videos, start=1):
             name = f"video {number}"
-            video = load_video(clip, sampling=self.settings.sampling, name=name)
+            video = load_video(clip, sampling=self.settings.sampling, name=name, limits=self.image_limits)
             frames = [load_image(frame) for frame in video.frames]
-            height, width = frames[0].shape[1:]
+            height, width = video.source_size or frames[0].shape[1:]
             grid = next(given) if given else self.sizes.video(len(frames), height, width, video.fps, name=name).grid
             frames += frames[-1:] * (-len(frames) % self.config.temporal_patch_size)
             items.append((frames, grid, self.settings.video))

@@ -14,12 +14,14 @@ from engines.profile import BuildProfile, flag
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import LimitError, MediaError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
+from qwen2vl_trt.media_urls import local
 from qwen2vl_trt.messages import extract_media
 from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import PromptBuilder
 
+from ..inputs.files import labelled
 from ..media.cached_media import CachedMedia, Medium
-from ..media.embedder import StageTimes, with_path
+from ..media.embedder import StageTimes
 from ..preprocessing.sizes import MediaSize
 from ..request import Request
 from ..sampler import Sampling
@@ -118,7 +120,7 @@ class Preparer:
 
         Raises:
             MediaError: they are no list, or the options of a part are out of range.
-            PromptError: the messages are wrong, or have other numbers of places.
+            PromptError: the messages are wrong, have other numbers of places, or a URL is not of this machine.
         """
         images, videos = _listed(request.images, "images", 4), _listed(request.videos, "videos", 5)
         image_options, video_options = [request.image_options] * len(images), [request.video_options] * len(videos)
@@ -152,11 +154,11 @@ class Preparer:
         ]
         fitting = self._shorten(sources, images, videos)
         notes = [
-            self._note(with_path(f"image {n}", source), image.size, image.size)
+            self._note(labelled(source, f"image {n}"), image.size, image.size)
             for n, (source, image) in enumerate(zip(sources.images, images), start=1)
         ]
         notes += [
-            self._note(with_path(f"video {n}", source), asked.size, video.size)
+            self._note(labelled(source, f"video {n}"), asked.size, video.size)
             for n, (source, asked, video) in enumerate(zip(sources.videos, videos, fitting), start=1)
         ]
         return LoadedMedia(images, fitting, tuple(note for note in notes if note is not None))
@@ -276,6 +278,7 @@ class Preparer:
 def _listed(media: Any, name: str, dimensions: int) -> list[Any]:
     """Several images or videos; a lone one would be taken for a list of its rows, a lone path for one of letters."""
     stacked = isinstance(media, (np.ndarray, Tensor)) and media.ndim == dimensions
-    if not stacked and (not isinstance(media, Sequence) or isinstance(media, (str, bytes))):
+    if not stacked and (not isinstance(media, Sequence) or isinstance(media, (str, bytes, bytearray))):
         raise MediaError(f"{name} is a {type(media).__name__}, not a list; give {name}=[...] even for one")
-    return list(media)
+    plain = (bytes(item) if isinstance(item, (bytearray, memoryview)) else item for item in media)
+    return [local(item, f"{name[:-1]} {number}") for number, item in enumerate(plain, start=1)]

@@ -356,6 +356,7 @@ def test_any_mapping_is_a_message():
         (user({"type": "video", "video": ["a", "https://example.org/b"]}), [], "is remote"),
         (user({"type": "image_url", "image_url": {"url": "data:image/png;base64,???"}}), [], "part 1: .* not base64"),
         (user({"type": "image_url", "image_url": {"url": "data:image/png;base64,%FF"}}), [], "not base64"),
+        (user({"type": "image_url", "image_url": {"url": "data:image/png,\ud800"}}), [], "part 1: .* not valid text"),
         (user({"type": "image_url", "image_url": {"url": "data:image/png;base64,é"}}), [], "not base64"),
         (user({"type": "image_url", "image_url": {"url": "data:image/png;base64"}}), [], "has no comma"),
         (user({"type": "audio"}), [], "unknown type 'audio'"),

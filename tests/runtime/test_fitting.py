@@ -109,7 +109,7 @@ def test_each_is_told_of_in_one_line_and_many_in_few(torch_pipeline, caplog, tmp
     torch_pipeline.generate([Request("x", [picture(1), tmp_path / "large.png"])], ONE)
     (line,) = warnings_of(caplog)
     assert line == (
-        f"image 2, {tmp_path}/large.png (500x700) is resized to 140x196 to fit the engines (--max-hw-dims 180);"
+        f"image 2 ({tmp_path}/large.png) (500x700) is resized to 140x196 to fit the engines (--max-hw-dims 180);"
         " --strict-size refuses it"
     )
     torch_pipeline.generate([Request("x", [LARGE])] * (2 * MOST_WARNINGS), ONE)

@@ -444,6 +444,8 @@ def bad_requests(tmp_path):
         "lone surrogate": (Request("\ud800"), PromptError, r"character 1 of the text is '\\ud800'"),
         "lone surrogate in a name": (Request("x", ["\ud800.png"]), MediaError, "image 1 "),
         "null in a name": (Request([{"role": "user", "content": [{"image": "\0.png"}]}]), MediaError, "image 1 .*null"),
+        "remote": (Request("x", ["https://x/y.png"]), PromptError, "image 1: .*is remote; download it"),
+        "file URL": (Request("x", ["file:///none/a%20b.png"]), MediaError, r"image 1 \(/none/a b.png\): no such file"),
         "lone surrogate in a list of frames": (Request("x", videos=[["\ud800"]]), MediaError, "video 1, frame 1 "),
         "much text": (Request("x" * 10**7), LimitError, r"--max-input-len"),
         "too long": (Request("word " * 600), LimitError, r"these engines take 400 \(--max-input-len\)"),

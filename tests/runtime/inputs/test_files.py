@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -116,6 +117,16 @@ def test_a_file_that_says_it_is_empty_is_read():
     assert b"Name:" in file_bytes("/proc/self/status")
     with pytest.raises(MediaError, match="not an image"):
         load_image("/proc/self/status")
+
+
+def test_no_more_memory_is_taken_than_the_file_has(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(bytes(100))
+    asked = []
+    with opened(path, "image 1") as file:
+        reader = SimpleNamespace(fileno=file.fileno, read=lambda size: (asked.append(size), file.read(size))[1])
+        assert read_whole(reader, "image 1") == bytes(100)
+    assert asked == [101]
 
 
 def test_a_file_that_grows_is_read_up_to_the_limit(tmp_path):

@@ -444,6 +444,13 @@ class TestDecodingBytes:
         assert decoding_bytes(array) == decoding_bytes(torch.from_numpy(array)) == array.nbytes
         assert decoding_bytes(Image.fromarray(array)) == array.nbytes
 
+    def test_an_image_that_is_not_read_yet(self):
+        data = encoded(Image.new("RGB", (40, 30)), "PNG")
+        image = Image.open(io.BytesIO(data))
+        assert decoding_bytes(image) == decoding_bytes(data) - len(data)
+        image.load()
+        assert decoding_bytes(image) == 40 * 30 * 3
+
     def test_what_is_wrong_is_told_by_loading(self):
         for wrong in (b"", b"none", "none.png", None, 5):
             assert decoding_bytes(wrong) == 0

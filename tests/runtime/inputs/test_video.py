@@ -17,6 +17,7 @@ from transformers.video_utils import load_video as transformers_load_video
 
 from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.media_options import VideoOptions
+from runtime.inputs.images import ImageLimits
 from runtime.inputs.video import DEFAULT_FPS, FrameSampling, Video, load_video
 from tests.support.media_files import save_video
 
@@ -47,6 +48,21 @@ def noise_clip(tmp_path_factory):
 
 class TestMemory:
     """Frames given in memory are all kept."""
+
+    def test_a_dark_frame_has_the_range_of_the_others(self):
+        video = torch.randint(2, 256, (3, 3, 8, 8)).float()
+        video[1] = torch.rand(3, 8, 8)
+        video[2] *= 0
+        video[2, 0, 0, 0] = 1.5  # between the ranges by itself
+        for form in (list(video), Video(list(video), 2.0)):
+            loaded = load_video(form)
+            assert torch.equal(torch.stack(loaded.frames), video / 255)
+            assert all(map(torch.equal, load_video(loaded).frames, loaded.frames))
+
+    def test_image_limits_are_those_of_frames(self):
+        small = Image.new("RGB", (20, 10))
+        with pytest.raises(MediaError, match="frame 1: 20x10 is 200 pixels; at most 199"):
+            load_video([small], limits=ImageLimits(pixels=199))
 
     def test_every_form_agrees(self):
         video = frames()
@@ -162,6 +178,9 @@ class TestBadInput:
     def test_no_frames(self):
         self.refused([], "video: no frames")
         self.refused(np.zeros((0, 4, 4, 3), np.uint8), "no frames")
+
+    def test_what_is_no_video(self):
+        self.refused(BytesIO(b"x"), "video 1: a BytesIO is no video", name="video 1")
 
     def test_sizes_differ(self):
         self.refused([np.zeros((4, 6, 3), np.uint8), np.zeros((4, 8, 3), np.uint8)], "frame 2 is 8x4", "frame 1 is 6x4")

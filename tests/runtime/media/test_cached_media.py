@@ -13,6 +13,7 @@ from runtime import Video
 from runtime.media import embedder as embedder_module
 from runtime.media.cached_media import CachedMedia
 from runtime.media.embedding_cache import EmbeddingCache
+from runtime.preprocessing import preprocessor as preprocessor_module
 from tests.support.fake_vision import embedder, picture
 from tests.support.media_files import save_video
 
@@ -46,7 +47,7 @@ def test_a_file_in_the_cache_is_not_even_decoded(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(png(picture(0)))
     first = media.embed([media.load_image(path, "image 1")])[0][0]
-    monkeypatch.setattr(embedder_module, "load_image", None)
+    monkeypatch.setattr(preprocessor_module, "load_image", None)
     for source in (path, str(path), path.read_bytes(), bytearray(path.read_bytes())):
         again = media.load_image(source, "image 1")
         assert again.size.grid == (1, 4, 6)
@@ -134,7 +135,7 @@ def test_errors_are_those_of_loading(tmp_path):
     large = tmp_path / "large.png"
     large.write_bytes(png(picture(0, 600, 700)))
     media, _ = cached(min_pixels=1, max_pixels=10**6, strict_size=True)
-    with pytest.raises(LimitError, match=r"image 3, .*large.png \(700x600\)"):
+    with pytest.raises(LimitError, match=r"image 3 \(.*large.png\) \(700x600\)"):
         media.load_image(large, "image 3")
     with pytest.raises(MediaError, match=r"video 1 \(.*none.mp4\): no such file"):
         media.load_video(tmp_path / "none.mp4", "video 1")

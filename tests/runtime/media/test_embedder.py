@@ -87,3 +87,20 @@ def test_a_call_sees_no_more_pairs_of_patches_than_the_largest_image():
     clip = media.load_video([picture(n, 280, 280) for n in range(6)], "video", VideoOptions(fps=2.0))
     media.embed([], [clip])
     assert engine.calls == [1, 1, 3, 1, 1, 1]
+
+
+def test_a_video_that_is_held_smaller_keeps_its_original_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("runtime.inputs.clips.MAX_BYTES", 4 * 3 * 56 * 84)
+    path = save_video(tmp_path / "clip.mp4", [picture(n, 112, 168) for n in range(4)])
+    media, _ = embedder()
+    loaded = media.load_video(path, "video 1")
+    assert loaded.video.frames[0].shape == (3, 56, 84)
+    assert (loaded.size.width, loaded.size.height) == (168, 112)
+    assert loaded.nbytes == len(loaded.video.frames) * 3 * 56 * 84
+
+
+def test_a_bytearray_is_a_file(tmp_path):
+    path = tmp_path / "clip.mp4"
+    save_video(path, [picture(n) for n in range(4)])
+    media, _ = embedder()
+    assert media.load_video(bytearray(path.read_bytes()), "video 1").size == media.load_video(path, "video 1").size
