@@ -113,10 +113,10 @@ def _from_memory(
     fps = requested_rate(options, label)
     if isinstance(source, Video):
         try:
-            VideoOptions(fps=source.fps)
+            own = VideoOptions(fps=source.fps).fps
         except MediaError as error:
             raise MediaError(f"{label}: {error}") from None
-        fps, source = fps or source.fps, source.frames
+        fps, source = fps or own, source.frames
     if not len(source):
         raise MediaError(f"{label}: no frames")
     frames = _same_size(_frames(source, label), label)
