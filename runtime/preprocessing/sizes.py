@@ -39,7 +39,8 @@ class MediaSize:
         grid: ``(t, h, w)`` in patches.
         tokens: of the prompt.
         limited_by: the limit of the engines that changed the size, ``min_hw_dims``, ``max_hw_dims`` or, of a video,
-            ``max_input_len``; None where checkpoint and request alone decided.
+            ``max_input_len`` (the prompt's, or ``max_seq_len`` less the answer); None where checkpoint and request
+            alone decided.
         frames: of a video, how many are kept.
         second_per_grid: of a video, seconds between temporal patches.
     """
