@@ -220,7 +220,7 @@ def test_options_of_frames_are_for_files_alone(torch_pipeline, tmp_path):
     part = {"type": "video", "video": array, "sample_fps": 4}
     content = [*({"type": "video", "video": each} for each in (path, Video(frames, 3.0), array)), part]
     for options, expected in (
-        (VideoOptions(fps=1, max_frames=4), [(2, 1.0), (6, 3.0), (6, 1.0), (6, 4.0)]),
+        (VideoOptions(fps=1, max_frames=4), [(4, 4 / 3), (6, 3.0), (6, 1.0), (6, 4.0)]),
         (VideoOptions(nframes=4, sample_fps=5), [(4, 4 / 3), (6, 3.0), (6, 5.0), (6, 4.0)]),
     ):
         request = Request([{"role": "user", "content": content}], video_options=options)
