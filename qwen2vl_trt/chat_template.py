@@ -2,13 +2,13 @@
 
 A template is a program that comes with a checkpoint. Jinja's sandbox keeps it from files, from Python's own objects and
 from changing what it is given; here it also has a deadline and a longest text, and whatever it raises is a PromptError.
-What one operation takes in memory before it has written anything is not bounded.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -26,10 +26,14 @@ T = TypeVar("T")
 
 SECONDS = 5.0
 _SHOWN = 300  # characters of a template's own message
+_WIDE = re.compile(r"%(\([^)]*\))?[^%a-zA-Z]*(\d{5}|\*)")  # a width or a precision, or one that the arguments give
 
 
 class ChatTemplate:
     """A compiled template.
+
+    The memory of one operation that has written nothing yet is not bounded, and some (``|format`` with a wide field)
+    go on past the deadline.
 
     Args:
         source: Jinja, as in ``chat_template.jinja``.
@@ -81,13 +85,17 @@ class ChatTemplate:
 class _Environment(ImmutableSandboxedEnvironment):
     """Without the operations on numbers and repeated texts that go on for ever in one step, which no deadline ends."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "%"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length()
             if (bits * abs(right) if operator == "**" else bits + right.bit_length()) > 1000:
                 raise OverflowError("a number of over 1,000 bits")
+        if operator == "%":
+            if isinstance(left, str) and _WIDE.search(left):
+                raise OverflowError("a number or text padded to over 9,999 characters")
+            return super().call_binop(context, operator, left, right)
         for many, times in ((left, right), (right, left)):
             if isinstance(many, (str, list, tuple)) and isinstance(times, int) and len(many) * times > 1_000_000:
                 raise OverflowError("a text or list repeated to over 1,000,000 items")

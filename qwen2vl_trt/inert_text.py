@@ -5,7 +5,8 @@ the system's. Here a special token is one only where the chat template wrote it.
 token's spelling (``|`` for Qwen's) is exchanged in all texts for one that no text has, before the template is rendered.
 The tokenizer then finds the template's special tokens alone. What lies between them is tokenized with the characters
 put back and special tokens off, as ``split_special_tokens=True`` does in Transformers. For texts that spell no special
-token the result is Transformers'.
+token the result is Transformers'. Added tokens that the tokenizer does not call special, such as ``<tool_call>`` and
+``<|fim_prefix|>``, are tokens in texts too, as Transformers reads them.
 """
 
 from __future__ import annotations

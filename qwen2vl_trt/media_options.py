@@ -6,6 +6,8 @@ Source: https://github.com/QwenLM/Qwen2.5-VL, ``qwen-vl-utils/src/qwen_vl_utils/
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import product
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from .errors import MediaError
@@ -15,7 +17,11 @@ _Options = TypeVar("_Options", bound="ImageOptions")
 _REAL_NUMBERS = ("fps", "sample_fps", "video_start", "video_end")
 _FROM_ZERO = ("video_start", "video_end")
 _RANGES = (("min_pixels", "max_pixels"), ("min_frames", "max_frames"), ("video_start", "video_end"))
-_EITHER = ("fps", "nframes")
+_EITHER = (
+    (("resized_height", "resized_width"), ("min_pixels", "max_pixels", "total_pixels"), "how large it becomes"),
+    (("nframes",), ("fps", "min_frames", "max_frames"), "how many frames to keep"),
+)
+"""What is exact, and what leaves a choice: never both."""
 _MOST = 10**12
 """Of any number: the arithmetic with it stays exact."""
 
@@ -27,8 +33,8 @@ class ImageOptions:
     Attributes:
         min_pixels: smallest area; a smaller image is enlarged.
         max_pixels: largest area; a larger image is shrunk.
-        resized_height: this height, with ``resized_width``, instead of one that follows from the area; both are rounded
-            to multiples of 28.
+        resized_height: this height, with ``resized_width``, instead of one that follows from the area, which is then
+            not given; both are rounded to multiples of 28.
         resized_width: likewise.
 
     Raises:
@@ -41,20 +47,32 @@ class ImageOptions:
     resized_width: int | None = None
 
     def __post_init__(self) -> None:
+        for name, value in _given(self).items():
+            object.__setattr__(self, name, _checked(name, value))
         given = _given(self)
-        for name, value in given.items():
-            _check(name, value)
         for low, high in _RANGES:
             if low in given and high in given and given[low] > given[high]:
-                raise MediaError(f"{low} {given[low]} is above {high} {given[high]}")
+                raise MediaError(f"{low} {given[low]:.15g} is above {high} {given[high]:.15g}")
+        for exact, loose, what in _EITHER:
+            for name, other in product(loose, exact):
+                if name in given and other in given:
+                    raise MediaError(
+                        f"{name} {given[name]:.15g} and {other} {given[other]} both say {what}; give one of them"
+                    )
         if (self.resized_height is None) != (self.resized_width is None):
             raise MediaError("resized_height and resized_width go together; give both or neither")
 
     def over(self: _Options, others: _Options) -> _Options:
-        """These, and of the others what these leave open and do not contradict."""
+        """These, and of the others what these leave open and do not contradict.
+
+        A size here takes the place of limits of the area there, a number of frames that of a rate and its limits, and
+        the other way round.
+        """
         own, added = _given(self), _given(others)
-        if any(name in own for name in _EITHER):
-            added = {name: value for name, value in added.items() if name not in _EITHER}
+        for exact, loose, _ in _EITHER:
+            for names, replaced in ((exact, loose), (loose, exact)):
+                if any(name in own for name in names):
+                    added = {name: value for name, value in added.items() if name not in replaced}
         for low, high in _RANGES:
             if low in own and high in added and own[low] > added[high]:
                 del added[high]
@@ -69,7 +87,7 @@ class VideoOptions(ImageOptions):
 
     Attributes:
         fps: of a file, frames to keep of each second; of frames in memory, the rate that they have.
-        nframes: frames to keep, instead of a rate.
+        nframes: frames to keep, instead of a rate and its limits.
         min_frames: fewest frames to keep.
         max_frames: most frames to keep.
         total_pixels: largest area of all kept frames together.
@@ -87,21 +105,18 @@ class VideoOptions(ImageOptions):
     video_end: float | None = None
     sample_fps: float | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.fps is not None and self.nframes is not None:
-            raise MediaError(f"fps {self.fps:g} and nframes {self.nframes} both say how many frames to keep; give one")
-
 
 def _given(options: ImageOptions) -> dict[str, Any]:
     values = ((field.name, getattr(options, field.name)) for field in fields(options))
     return {name: value for name, value in values if value is not None}
 
 
-def _check(name: str, value: Any) -> None:
-    kinds, least = ((int, float), "above 0") if name in _REAL_NUMBERS else ((int,), "of at least 1")
+def _checked(name: str, value: Any) -> float:
+    """A number of any library as Python's own."""
+    kind, least = (Real, "above 0") if name in _REAL_NUMBERS else (Integral, "of at least 1")
     least = "of at least 0" if name in _FROM_ZERO else least
-    number = isinstance(value, kinds) and not isinstance(value, bool)
+    number = isinstance(value, kind) and not isinstance(value, bool)
     if not number or not 0 <= value <= _MOST or (value == 0 and name not in _FROM_ZERO):
-        what = "a number" if float in kinds else "a whole number"
+        what = "a number" if kind is Real else "a whole number"
         raise MediaError(f"{name} is {value!r:.80}; it must be {what} {least} and at most {_MOST:,}")
+    return float(value) if kind is Real else int(value)

@@ -17,9 +17,8 @@ _HELP = {
     "total_pixels": "largest area of all frames of a video together",
     "video_start": "keep nothing before this second of a video",
     "video_end": "keep nothing after it",
-    "sample_fps": "the rate of frames that are no video file",
 }
-_SECONDS = ("fps", "video_start", "video_end", "sample_fps")
+_SECONDS = ("fps", "video_start", "video_end")
 
 
 def add_media_arguments(parser: argparse.ArgumentParser) -> None:

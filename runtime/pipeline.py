@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ from .scheduling.scheduler import Scheduler, named
 from .scheduling.sequence import NewToken, RunningSequence
 from .scheduling.side_stream import Arrival, SideStream
 from .scheduling.waiting import WaitingLine, WaitingRequest
+
+_logger = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -81,6 +84,17 @@ class Pipeline:
                 f" {self._config.text.vocab_size:,}; it belongs to another model"
             )
         self._generation = GenerationConfig.from_folder(folder, self._prompts.tokenizer, options.generation_config)
+        penalty = self._generation.defaults.repetition_penalty
+        if isinstance(engines.backend, SelfScheduling) and penalty not in (None, 1):
+            _logger.warning(
+                "%s: repetition_penalty %g is left out, backend %s does not apply it; answers may differ from the other"
+                " backends'",
+                folder,
+                penalty,
+                engines.manifest.backend,
+            )
+            defaults = replace(self._generation.defaults, repetition_penalty=None)
+            self._generation = replace(self._generation, defaults=defaults)
         self._embeddings = EmbeddingCache(options.embedding_cache_bytes)
         self._cached_media = CachedMedia(self._media, self._embeddings)
         self._preparer = Preparer(self._cached_media, self._prompts, self._config, self.profile, options.strict_size)

@@ -21,7 +21,8 @@ def add_pipeline_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--allow-special-tokens",
         action="store_true",
-        help="read <|im_end|> and the like in a text as control tokens; by default they are plain text",
+        help="read <|im_end|> and the like in a text as control tokens; by default they are plain text. Added tokens"
+        " that the tokenizer does not call special (<tool_call>, <|fim_prefix|>) are tokens either way",
     )
     parser.add_argument(
         "--generation-config",

@@ -33,7 +33,8 @@ class Request:
             with the token it has just got and ``finish_reason`` ``"deadline"``; one that has no token yet fails with
             DeadlineError.
         image_options: of every image whose part of a message does not say otherwise.
-        video_options: of every video, likewise.
+        video_options: of every video, likewise; which frames are kept, of files alone, and ``sample_fps`` of frames in
+            memory alone. A :class:`~runtime.inputs.video.Video` keeps its own rate.
 
     Raises:
         DeadlineError: ``deadline`` is no finite number above 0.

@@ -12,7 +12,7 @@ from qwen2vl_trt.media_options import VideoOptions
 
 from .frame_sampling import FrameSampling
 
-_OF_FILES = ("nframes", "min_frames", "max_frames", "video_start", "video_end")
+OF_FILES = ("nframes", "min_frames", "max_frames", "video_start", "video_end")
 
 
 def requested_sampling(options: VideoOptions, sampling: FrameSampling, label: str) -> FrameSampling:
@@ -45,7 +45,7 @@ def requested_rate(options: VideoOptions, label: str) -> float | None:
     Raises:
         MediaError: ``fps`` and ``sample_fps`` differ, or what only a file can obey.
     """
-    for key in _OF_FILES:
+    for key in OF_FILES:
         if getattr(options, key) is not None:
             raise MediaError(f"{label}: {key} is for a file; frames in memory are all kept")
     if None not in (options.fps, options.sample_fps) and options.fps != options.sample_fps:

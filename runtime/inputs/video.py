@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .clips import Clip, VideoFile, sample
 from .files import labelled, opened
 from .frame_sampling import DEFAULT_FPS, FrameSampling
 from .images import ImageLimits, ImageSource, channels_first, load_image, rgb
-from .requested_frames import requested_rate, requested_sampling
+from .requested_frames import OF_FILES, requested_rate, requested_sampling
 from .video_stream import VideoStream
 
 _logger = logging.getLogger(__name__)
@@ -49,6 +49,19 @@ class Video:
 VideoSource = Video | str | Path | bytes | BoundedFile | np.ndarray | Tensor | Sequence[ImageSource]
 """A :class:`Video`, a video file as its path, its bytes or what :func:`opened_video` gives, ``[T, C, H, W]``,
 ``[T, H, W, C]``, or a list of images."""
+
+
+def options_for(source: VideoSource, own: VideoOptions, common: VideoOptions) -> VideoOptions:
+    """What is asked of one video: its own options, and of those of all videos what is meant for it.
+
+    Which frames are kept is meant for files, ``sample_fps`` for frames in memory; a :class:`Video` has its own rate.
+    """
+    if isinstance(source, (str, Path, bytes, bytearray, memoryview)):
+        return own.over(replace(common, sample_fps=None))
+    rate = None
+    if not isinstance(source, Video) and own.fps is None and own.sample_fps is None:
+        rate = common.sample_fps or common.fps
+    return own.over(replace(common, **dict.fromkeys((*OF_FILES, "fps")), sample_fps=rate))
 
 
 def load_video(
@@ -128,10 +141,10 @@ def _from_memory(
     fps = requested_rate(options, label)
     if isinstance(source, Video):
         try:
-            VideoOptions(fps=source.fps)
+            own = VideoOptions(fps=source.fps).fps
         except MediaError as error:
             raise MediaError(f"{label}: {error}") from None
-        fps, size, source = fps or source.fps, source.source_size, source.frames
+        fps, size, source = fps or own, source.source_size, source.frames
     if not len(source):
         raise MediaError(f"{label}: no frames")
     frames = _same_size(_frames(source, label, limits), label)

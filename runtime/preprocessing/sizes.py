@@ -2,7 +2,8 @@
 
 The checkpoint's limits, or those that a request gives in their place, decide as in Transformers. Where the engines do
 not take that size, it is the one that Transformers makes of the limits that both have in common; where even that is
-outside, because sides are whole numbers of merge groups, the nearest that fits.
+outside, because sides are whole numbers of merge groups, the nearest that fits. A size or a number of frames that a
+request names is not changed for the engines' sake.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class MediaSize:
         grid: ``(t, h, w)`` in patches.
         tokens: of the prompt.
         limited_by: the limit of the engines that changed the size, ``min_hw_dims``, ``max_hw_dims`` or, of a video,
-            ``max_input_len``; None where checkpoint and request alone decided.
+            ``max_input_len`` (the prompt's, or ``max_seq_len`` less the answer); None where checkpoint and request
+            alone decided.
         frames: of a video, how many are kept.
         second_per_grid: of a video, seconds between temporal patches.
     """
@@ -91,10 +93,11 @@ class SizeRules:
 
         Raises:
             MediaError: a side of 0 pixels, or an aspect ratio over 200.
-            LimitError: it does not fit the engines, and ``strict_size`` forbids to resize it further.
+            LimitError: it does not fit the engines, and ``strict_size``, or a size that the options name, forbids to
+                resize it further.
         """
         wanted, pixels = _asked((height, width), options, self._settings.image)
-        return self._size((height, width), wanted, pixels, name, 1)
+        return self._size((height, width), wanted, pixels, name, 1, options)
 
     def video(
         self,
@@ -111,11 +114,11 @@ class SizeRules:
         ``total_pixels`` of the options is shared out among the frames as in qwen-vl-utils.
         """
         wanted, pixels = _asked((height, width), options, self._settings.video)
-        if options.total_pixels is not None and options.resized_height is None:
+        if options.total_pixels is not None:
             share = options.total_pixels * self._config.temporal_patch_size // frames
             most = max(min(pixels.max_pixels, share), int(pixels.min_pixels * 1.05))
             pixels = pixels.with_limits(max_pixels=most)
-        return self._video((height, width), wanted, pixels, name, frames, fps)
+        return self._video((height, width), wanted, pixels, name, frames, fps, options)
 
     def video_within(
         self, tokens: int, size: MediaSize, *, name: str = "video", options: VideoOptions = VideoOptions()
@@ -129,22 +132,25 @@ class SizeRules:
             options: what its request says.
 
         Returns:
-            Its size and which of its frames are kept, evenly spaced; None where ``min_frames`` are too many.
+            Its size and which of its frames are kept, evenly spaced; None where ``min_frames`` are too many, or all
+            where the options say ``nframes``. A size that they name stays.
         """
         unit, area = self._config.temporal_patch_size, self._config.image_factor**2
         original, count = (size.height, size.width), size.frames or 1
         fps = unit / size.second_per_grid
         wanted, pixels = _asked(original, options, self._settings.video)
-        least = options.min_pixels or max(pixels.min_pixels, _LEAST_FRAME_TOKENS * area)
-        most = min(max(tokens // size.grid[0] * area, least), size.resized_height * size.resized_width)
-        pixels = pixels.with_limits(max_pixels=most)
-        found, kept = self._video(original, wanted, pixels, name, count, fps), range(count)
+        if options.resized_height is None:
+            least = options.min_pixels or max(pixels.min_pixels, _LEAST_FRAME_TOKENS * area)
+            most = min(max(tokens // size.grid[0] * area, least), size.resized_height * size.resized_width)
+            pixels = pixels.with_limits(max_pixels=most)
+        found, kept = self._video(original, wanted, pixels, name, count, fps, options), range(count)
         if found.tokens <= tokens:
             return replace(found, limited_by="max_input_len"), kept
         fewer = tokens // (found.tokens // found.grid[0]) * unit
-        if fewer < max(1, min(options.min_frames or self._settings.sampling.min_frames, count)):
+        fewest = options.min_frames or self._settings.sampling.min_frames
+        if options.nframes is not None or fewer < max(1, min(fewest, count)):
             return None
-        found = self._video(original, wanted, pixels, name, fewer, fps * fewer / count)
+        found = self._video(original, wanted, pixels, name, fewer, fps * fewer / count, options)
         return replace(found, limited_by="max_input_len"), [number * count // fewer for number in range(fewer)]
 
     def _video(
@@ -155,13 +161,20 @@ class SizeRules:
         name: str,
         frames: int,
         fps: float,
+        options: VideoOptions,
     ) -> MediaSize:
         unit = self._config.temporal_patch_size
-        found = self._size(original, wanted, pixels, name, -(-frames // unit))
+        found = self._size(original, wanted, pixels, name, -(-frames // unit), options)
         return replace(found, frames=frames, second_per_grid=unit / fps)
 
     def _size(
-        self, original: tuple[int, int], wanted: tuple[int, int], pixels: PixelSettings, name: str, patches: int
+        self,
+        original: tuple[int, int],
+        wanted: tuple[int, int],
+        pixels: PixelSettings,
+        name: str,
+        patches: int,
+        options: ImageOptions,
     ) -> MediaSize:
         try:
             resized = self._resize(wanted, pixels)
@@ -170,6 +183,14 @@ class SizeRules:
         grid = self._grid(resized, patches)
         limited_by, profile = None, self._settings.profile
         if profile is not None and not profile.takes(grid):
+            if options.resized_height is not None:
+                patch = self._config.patch_size**2
+                raise LimitError(
+                    f"{name}: resized_height {wanted[0]} and resized_width {wanted[1]} are {grid[1] * grid[2]:,}"
+                    f" patches; this engine takes {profile.min_hw_dims:,} to {profile.max_hw_dims:,} (--min-hw-dims,"
+                    f" --max-hw-dims). Give a size of {profile.min_hw_dims * patch:,} to"
+                    f" {profile.max_hw_dims * patch:,} pixels, or rebuild."
+                )
             if self._settings.strict_size:
                 profile.check_frame(grid, name, f"{original[1]}x{original[0]}", self._config)
             limited_by = "max_hw_dims" if grid[1] * grid[2] > profile.max_hw_dims else "min_hw_dims"

@@ -20,6 +20,7 @@ from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import PromptBuilder
 
 from ..inputs.files import labelled
+from ..inputs.video import options_for
 from ..media.cached_media import CachedMedia, Medium
 from ..media.embedder import StageTimes
 from ..preprocessing.sizes import MediaSize
@@ -115,26 +116,36 @@ class Preparer:
         self._media, self._prompts, self._config, self._profile = media, prompts, config, profile
         self._strict_size = strict_size
 
-    def sources(self, request: Request) -> MediaSources:
+    def sources(self, request: Request, params: Sampling | None = None) -> MediaSources:
         """Find a request's media.
+
+        Args:
+            request: it.
+            params: of its answer, if there will be one; where they say ``max_tokens``, videos leave room for these.
 
         Raises:
             MediaError: they are no list, or the options of a part are out of range.
             PromptError: the messages are wrong, have other numbers of places, or a URL is not of this machine.
         """
         images, videos = _listed(request.images, "images", 4), _listed(request.videos, "videos", 5)
-        image_options, video_options = [request.image_options] * len(images), [request.video_options] * len(videos)
+        image_options, video_options = [request.image_options] * len(images), [VideoOptions()] * len(videos)
         if not isinstance(request.prompt, str):
             media = extract_media(request.prompt, images, videos)
             images, videos = media.images, media.videos
             image_options = [options.over(request.image_options) for options in media.image_options]
-            video_options = [options.over(request.video_options) for options in media.video_options]
+            video_options = media.video_options
+        video_options = [
+            options_for(source, own, request.video_options) for source, own in zip(videos, video_options, strict=True)
+        ]
         room = None
         if videos and not self._strict_size:
             side = self._config.vision.spatial_merge_size
             single = (1, side, side)  # of one token
             prompt = self._prompts.build(request.prompt, [single] * len(images), [single] * len(videos))
-            room = self._profile.max_input_len - len(prompt.token_ids) + len(images) + len(videos)
+            most = self._profile.max_input_len
+            if params is not None and params.max_tokens_given:
+                most = min(most, self._profile.max_seq_len - params.max_tokens)
+            room = most - len(prompt.token_ids) + len(images) + len(videos)
         return MediaSources(images, videos, image_options, video_options, room)
 
     def load(self, sources: MediaSources) -> LoadedMedia:
@@ -193,9 +204,11 @@ class Preparer:
             what = f"{size.frames} frames of {what}"
         if size != asked:
             what += f" in place of {asked.frames} of {asked.resized_width}x{asked.resized_height}"
+        limits = [size.limited_by, "max_seq_len"] if size.limited_by == "max_input_len" else [size.limited_by]
+        numbers = ", ".join(f"{flag(limit)} {getattr(self._profile, limit):,}" for limit in limits)
         return (
-            f"{name} ({size.width}x{size.height}) is resized to {what} to fit the engines ({flag(size.limited_by)}"
-            f" {getattr(self._profile, size.limited_by):,}); --strict-size refuses it"
+            f"{name} ({size.width}x{size.height}) is resized to {what} to fit the engines ({numbers}); --strict-size"
+            " refuses it"
         )
 
     def prepare(self, request: Request, media: LoadedMedia | None = None) -> Prepared:

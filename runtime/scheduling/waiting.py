@@ -99,7 +99,8 @@ class WaitingLine:
             if waiting.prepared is None:
                 try:
                     if waiting.loading is None:
-                        waiting.loading = self._media_ahead.start(self._preparer.sources(waiting.request))
+                        sources = self._preparer.sources(waiting.request, waiting.params)
+                        waiting.loading = self._media_ahead.start(sources)
                     late = not waiting.loading.ahead and number >= free_slots
                     began = self._clock()  # a thread's seconds, which begin at its start, count for themselves
                     media = self._media_ahead.take(waiting.loading) if ahead or not late else None

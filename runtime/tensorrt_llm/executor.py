@@ -259,8 +259,8 @@ def check_sampling(params: Sampling) -> None:
     if params.penalised:
         # Its sampler has penalties in some releases alone, and leaves them out without a word in the others.
         raise SamplingError(
-            f"repetition_penalty {params.repetition_penalty:g} is not for backend tensorrt-llm; set it to 1 (it may be"
-            " the checkpoint's: --generation-config none), or run the model with another backend"
+            f"repetition_penalty {params.repetition_penalty:g} is not for backend tensorrt-llm; leave it out, or run"
+            " the model with another backend"
         )
     if params.seed is not None and not params.greedy:
         # One generator draws for the whole batch: an answer depends on what runs beside it.

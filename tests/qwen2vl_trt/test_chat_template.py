@@ -67,7 +67,8 @@ TEMPLATES = {
     "variables": "{{ eos_token }}{{ bos_token is defined }}{{ tools is none }}{{ documents }}{{ strftime_now('%Y') }}",
     "macros": "{% macro say(m, end='.') %}{{ m.role }} says {{ caller() }}{{ end }}{% endmacro %}"
     "{% for m in messages recursive %}{% call say(m) %}{{ loop.index }}{% endcall %}{% endfor %}"
-    "{{ 'ab' * 3 }}{{ 2 ** 10 }}{{ 3 * [1] }}{{ 6 * 7.5 }}{{ 2 ** -1 }}{{ range(3)|list }}{{ dict(a=1)|items|list }}",
+    "{{ 'ab' * 3 }}{{ 2 ** 10 }}{{ 3 * [1] }}"
+    "{{ '%5s %02d%%' % (1, 2) }}{{ 7 % 4 }}{{ 6 * 7.5 }}{{ 2 ** -1 }}{{ range(3)|list }}{{ dict(a=1)|items|list }}",
 }
 
 
@@ -95,6 +96,9 @@ FAILURES = {
     "{% set n = 10**9 %}{{ messages[0].role * n }}": "OverflowError: a text or list repeated",
     "{{ 10**9 * messages }}": "OverflowError: a text or list repeated",
     "{% for i in range(10**6) %}{% endfor %}": "OverflowError: Range too big",
+    "{{ '%300000000d' % 1 }}": "OverflowError: a number or text padded",
+    "{{ '%(n)-.300000000f' % {'n': 1} }}": "OverflowError: a number or text padded",
+    "{{ '%*d' % (10**9, 1) }}": "OverflowError: a number or text padded",
     "{{ messages.append(1) }}": "unsafe",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}": "unsafe",
     "{% include '/etc/passwd' %}": "no loader",

@@ -1,5 +1,8 @@
 """Options of a part: what is out of range is named, and a part's own win over its request's."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 
 from qwen2vl_trt.errors import MediaError
@@ -38,6 +41,12 @@ def test_a_count_is_whole(name):
         ({"resized_height": 56}, "resized_height and resized_width go together"),
         ({"resized_width": 56}, "resized_height and resized_width go together"),
         ({"fps": 2, "nframes": 8}, "fps 2 and nframes 8 both say"),
+        ({"max_frames": 9, "nframes": 8}, "max_frames 9 and nframes 8 both say"),
+        (
+            {"max_pixels": 1003520, "resized_height": 56, "resized_width": 28},
+            "max_pixels 1003520 and resized_h",
+        ),
+        ({"total_pixels": 9, "resized_height": 56, "resized_width": 28}, "total_pixels 9 and resized_height 56 both"),
     ],
 )
 def test_what_contradicts_itself(values, message):
@@ -45,13 +54,30 @@ def test_what_contradicts_itself(values, message):
         VideoOptions(**values)
 
 
+def test_numbers_of_other_libraries_are_taken_as_pythons_own():
+    options = VideoOptions(fps=Fraction(3, 2), nframes=None, max_frames=np.int64(8), video_start=np.float32(0.5))
+    assert options == VideoOptions(fps=1.5, max_frames=8, video_start=0.5)
+    assert [type(value) for value in (options.fps, options.max_frames, options.video_start)] == [float, int, float]
+    with pytest.raises(MediaError, match="max_pixels is"):
+        ImageOptions(max_pixels=np.float64(9))
+
+
 def test_a_part_wins_over_its_request():
-    request = VideoOptions(min_pixels=5000, max_pixels=9000, nframes=8, max_frames=16, total_pixels=10**6)
+    request = VideoOptions(min_pixels=5000, max_pixels=9000, fps=2.0, max_frames=16, total_pixels=10**6)
     assert VideoOptions().over(request) == request
     assert request.over(VideoOptions(fps=1.0, min_pixels=1)) == request
     assert VideoOptions(fps=3.0).over(request) == VideoOptions(
         min_pixels=5000, max_pixels=9000, fps=3.0, max_frames=16, total_pixels=10**6
     )
+    exact = VideoOptions(resized_height=56, resized_width=84, nframes=8)
+    assert exact.over(request) == exact
+    assert request.over(exact) == request
+    for area in ("min_pixels", "max_pixels", "total_pixels"):
+        part = VideoOptions(**{area: 5000})
+        assert part.over(exact) == VideoOptions(**{area: 5000}, nframes=8)
+    for frames in ("fps", "min_frames", "max_frames"):
+        part = VideoOptions(**{frames: 4})
+        assert part.over(exact) == VideoOptions(**{frames: 4}, resized_height=56, resized_width=84)
     # A limit of the request that contradicts the part's is left out.
     assert ImageOptions(max_pixels=4000).over(ImageOptions(min_pixels=5000)) == ImageOptions(max_pixels=4000)
     assert ImageOptions(min_pixels=5000).over(ImageOptions(max_pixels=4000)) == ImageOptions(min_pixels=5000)

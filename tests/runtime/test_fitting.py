@@ -138,7 +138,7 @@ def test_a_long_clip_loses_frames_and_says_so(torch_pipeline, caplog):
     (line,) = warnings_of(caplog)
     assert line.startswith(
         f"video 1 (140x140) is resized to {found.frames} frames of 140x140 in place of 40 of 140x140 to fit the"
-        " engines (--max-input-len 400)"
+        f" engines (--max-input-len 400, --max-seq-len {PROFILE.max_seq_len})"
     )
 
 
@@ -172,6 +172,20 @@ def test_a_clip_that_fits_in_no_way_is_refused(torch_pipeline):
         torch_pipeline.generate([request], ONE)[0].text  # noqa: B018
 
 
+def test_a_clip_leaves_room_for_the_answer_that_is_asked_for(torch_pipeline):
+    request = Request("x", videos=[long_clip()])
+    asked = torch_pipeline.generate([request], SamplingParams(max_tokens=PROFILE.max_seq_len - 200))[0]
+    assert 175 < asked.prompt_tokens <= 200
+    assert torch_pipeline.generate([request])[0].prompt_tokens > 375
+
+
+def test_explicit_frames_and_sizes_stay_and_are_refused_where_they_do_not_fit(torch_pipeline, tmp_path):
+    path = save_video(tmp_path / "clip.mp4", [picture(seed, 140, 140) for seed in range(40)], rate=2)
+    for options in (VideoOptions(nframes=40), VideoOptions(resized_height=140, resized_width=140, min_frames=40)):
+        with pytest.raises(LimitError, match=r"the prompt has [\d,]+ tokens; these engines take 400"):
+            torch_pipeline.generate([Request("x", videos=[path], video_options=options)], ONE)[0].text  # noqa: B018
+
+
 def test_a_clip_in_the_cache_as_a_whole_is_shortened_where_the_text_is_longer(torch_pipeline, tmp_path):
     path = save_video(tmp_path / "clip.mp4", [picture(seed, 140, 140) for seed in range(26)], rate=2)
     whole = torch_pipeline.generate([Request("x", videos=[path])], ONE)[0]
@@ -197,7 +211,21 @@ def test_options_of_parts_and_requests_reach_their_media(torch_pipeline):
     assert (found.resized_height, found.resized_width, found.tokens) == (56, 112, 8)
     file = Request("x", videos=[Video([image] * 4, 2.0)], video_options=VideoOptions(max_pixels=784, fps=4.0))
     (clip,) = torch_pipeline.generate([file], ONE)[0].videos
-    assert (clip.tokens, clip.second_per_grid) == (2, 0.5)
+    assert (clip.tokens, clip.second_per_grid) == (2, 1.0)  # its own rate
+
+
+def test_options_of_frames_are_for_files_alone(torch_pipeline, tmp_path):
+    frames = [picture(seed, 56, 56) for seed in range(6)]
+    path, array = save_video(tmp_path / "clip.mp4", frames, rate=2), np.stack(frames)
+    part = {"type": "video", "video": array, "sample_fps": 4}
+    content = [*({"type": "video", "video": each} for each in (path, Video(frames, 3.0), array)), part]
+    for options, expected in (
+        (VideoOptions(fps=1, max_frames=4), [(4, 4 / 3), (6, 3.0), (6, 1.0), (6, 4.0)]),
+        (VideoOptions(nframes=4, sample_fps=5), [(4, 4 / 3), (6, 3.0), (6, 5.0), (6, 4.0)]),
+    ):
+        request = Request([{"role": "user", "content": content}], video_options=options)
+        videos = torch_pipeline.generate([request], ONE)[0].videos
+        assert [(video.frames, pytest.approx(2 / video.second_per_grid)) for video in videos] == expected
 
 
 def test_a_picture_in_two_sizes_is_not_taken_for_the_other(torch_pipeline):

@@ -106,6 +106,9 @@ def test_frames_in_memory_have_a_rate_and_are_all_kept():
 
 def test_sizes_are_left_to_others():
     sampling = FrameSampling()
-    options = VideoOptions(min_pixels=1, max_pixels=2, total_pixels=3, resized_height=28, resized_width=28)
-    assert requested_sampling(options, sampling, "video") == sampling
-    assert requested_rate(options, "video") is None
+    for options in (
+        VideoOptions(min_pixels=1, max_pixels=2, total_pixels=3),
+        VideoOptions(resized_height=28, resized_width=28),
+    ):
+        assert requested_sampling(options, sampling, "video") == sampling
+        assert requested_rate(options, "video") is None

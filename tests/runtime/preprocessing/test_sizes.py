@@ -104,10 +104,13 @@ class TestImages:
         named = image(1000, 1000, options=ImageOptions(resized_height=290, resized_width=400))
         assert (named.resized_height, named.resized_width) == (280, 392)  # rounded as qwen-vl-utils does
         assert (named.height, named.width) == (1000, 1000)
-        too_large = image(100, 100, options=ImageOptions(resized_height=2800, resized_width=2800))
-        assert (too_large.resized_height, too_large.limited_by) == (1008, "max_hw_dims")
-        with pytest.raises(LimitError, match="100x100"):
-            rules(strict_size=True).image(100, 100, options=ImageOptions(resized_height=2800, resized_width=2800))
+
+    def test_a_size_that_is_named_is_not_changed_for_the_engines(self):
+        for height, width in ((2800, 2800), (56, 56)):
+            with pytest.raises(LimitError, match=rf"^image 2: resized_height {height} .* takes 128 to 5,184"):
+                rules(BuildProfile(128, 5184)).image(
+                    100, 100, name="image 2", options=ImageOptions(resized_height=height, resized_width=width)
+                )
 
 
 class TestPixels:
@@ -166,6 +169,13 @@ class TestVideos:
         assert shorten.video_within(200, whole) is None  # fewer than 4 frames
         assert shorten.video_within(200, whole, options=VideoOptions(min_frames=2))[0].frames == 2
         assert shorten.video_within(-5, whole) is None
+        exact = VideoOptions(nframes=32)
+        assert shorten.video_within(8000, whole, options=exact)[0] == smaller
+        assert shorten.video_within(1000, whole, options=exact) is None
+        named = VideoOptions(resized_height=720, resized_width=1288)
+        found = shorten.video_within(8000, shorten.video(32, 720, 1280, 2.0, options=named), options=named)[0]
+        assert (found.resized_height, found.resized_width) == transformers_resize(720, 1288, 28, 100_352, 602_112)
+        assert found.frames < 32
 
     @settings(max_examples=300, deadline=None)
     @given(

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from qwen2vl_trt.errors import DeadlineError, ExecutionError, LimitError
 from runtime.request import Output
-from runtime.sampler import SamplingParams
+from runtime.sampler import Sampling
 from runtime.scheduling.counters import Counters
 from runtime.scheduling.scheduler import Scheduler
 from tests.support.fake_decoder import FakeDecoder, drain, expected, sequence
@@ -600,7 +600,7 @@ class AnyMix(RuleBasedStateMachine):
     def add(self, family, common, own, max_tokens, deadline, seed):
         prompt = [family * (1 + number % 5) for number in range(common)] + own
         output = Output(deadline=deadline, clock=self.clock)
-        params = SamplingParams(max_tokens, temperature=seed % 2, seed=seed)
+        params = Sampling(max_tokens, temperature=seed % 2, seed=seed)
         one = sequence(prompt, params=params, output=output)
         self.all.append((one, prompt))
         waiting = [len(other.inputs_embeds) for other in self.scheduler._prompts]

@@ -3,6 +3,7 @@
 The stand-in computes with the torch backend's decoder, so answers must be the torch backend's own.
 """
 
+import json
 import sys
 import time
 from dataclasses import replace
@@ -19,6 +20,7 @@ from qwen2vl_trt.errors import DeadlineError, EngineError, ExecutionError, Limit
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.quantization import fp8_layers
 from runtime import Pipeline, PipelineOptions, Request, SamplingParams
+from runtime.backends.runners import open_engines
 from runtime.calibration import Calibration
 from runtime.tensorrt_llm import runner as tensorrt_llm_runner
 from tests.support import fake_tensorrt_llm
@@ -285,6 +287,14 @@ class TestRefused:
         with pytest.raises(SamplingError, match=message):
             found[0].text  # noqa: B018
         assert len(found[1].token_ids) <= 2
+
+    def test_a_penalty_of_the_checkpoint_is_left_out_with_a_warning(self, folder, expected, caplog):
+        engines, path = open_engines(folder, "cpu"), folder / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.05}))
+        pipeline = Pipeline(engines, PipelineOptions(overlap=False))
+        assert answers(pipeline.generate(REQUESTS[:2], LENGTHS[:2])) == expected[:2]
+        (line,) = [r.getMessage() for r in caplog.records if "repetition_penalty" in r.getMessage()]
+        assert "repetition_penalty 1.05 is left out, backend tensorrt-llm" in line
 
     def test_a_seed_of_greedy_choice_changes_nothing(self, pipeline, expected):
         settings = replace(LENGTHS[1], seed=3)
