@@ -137,8 +137,8 @@ def test_files_of_another_backend_are_removed_and_the_users_stay(tmp_path):
 
 def test_folders_of_the_users_with_names_of_files(checkpoints, tmp_path):
     old, new = checkpoints
-    (tmp_path / "notes.txt").mkdir()
     build(old, tmp_path)
+    (tmp_path / "notes.txt").mkdir()
     build(new, tmp_path, force=True)
     assert (tmp_path / "notes.txt").is_dir()
     (tmp_path / "chat_template.jinja").mkdir()
