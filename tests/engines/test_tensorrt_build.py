@@ -230,7 +230,7 @@ class TestOptions:
         ("arguments", "said"),
         [
             (
-                ("--backend", "torch", "--weight-streaming"),
+                ("--backend", "torch", "--precision", "fp32", "--weight-streaming"),
                 "--weight-streaming is for the TensorRT backends, not for torch",
             ),
             (("--backend", "tensorrt-rtx", "--builder-optimization-level", "9"), "--builder-optimization-level is 9"),
