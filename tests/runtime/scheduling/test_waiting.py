@@ -18,7 +18,7 @@ class Preparer:
     def __init__(self, now):
         self._now = now
 
-    def sources(self, request):
+    def sources(self, request, params=None):
         return SimpleNamespace(images=request.images, videos=request.videos)
 
     def prepare(self, request, media):
