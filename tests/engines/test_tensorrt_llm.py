@@ -187,10 +187,12 @@ class TestBuild:
         (weights,) = Checkpoint(tmp_path / "engines").folder.glob("*.safetensors")
         assert weights.stat().st_nlink > 1  # linked, not copied
 
-    def test_another_release_builds_again(self, trtllm, tmp_path, monkeypatch):
+    def test_another_release_wants_other_engines(self, trtllm, tmp_path, monkeypatch):
         built(tmp_path / "engines")
         monkeypatch.delattr(sys.modules["tensorrt_llm.llmapi.llm"], "PreprocessedInputs")
-        assert built(tmp_path / "engines").options["vision"] == "own"
+        with pytest.raises(BuildError, match="holds other engines: TensorRT-LLM's input embeddings there, own wanted"):
+            built(tmp_path / "engines")
+        assert built(tmp_path / "others").options["vision"] == "own"
 
     def test_options_of_the_command(self, trtllm):
         found = plan("--tp-size", "2", "--max-num-tokens", "9000").backend.options
@@ -235,7 +237,7 @@ class TestBuild:
             TensorRTLLMOptions().check_model(replace(config, rope_scaling=LinearScaling(2.0)))
 
     def test_a_step_that_holds_no_prompt(self, trtllm, tmp_path):
-        with pytest.raises(BuildError, match=r"--max-num-tokens 100 is below --max-input-len 4,096"):
+        with pytest.raises(BuildError, match=r"--max-num-tokens 100 is below --max-input-len 6,144"):
             built(tmp_path / "engines", max_num_tokens=100)
 
     def test_a_vision_engine_that_would_never_run(self, trtllm, tmp_path, monkeypatch):

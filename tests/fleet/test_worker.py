@@ -305,7 +305,7 @@ def test_features_where_memory_ends(job, images, pipeline, tmp_path, error):
     extract, sizes = worker._source._source.extract, []
 
     def limited(images):
-        tokens = sum(worker._batching.tokens(image) for image in images)
+        tokens = sum(image.size.tokens for image in images)
         if tokens > 15:  # an image has 6, 20 or 8 tokens
             raise error
         sizes.append(len(images))

@@ -267,6 +267,9 @@ class TestEnds:
         pipeline.submit(REQUESTS[0], SamplingParams(max_tokens=9, ignore_eos=True))
         pipeline.step()
         (output,) = pipeline._scheduler._running
+        until = time.monotonic() + 20
+        while not llm(trtllm).requests and time.monotonic() < until:  # it takes them on a thread of its own
+            time.sleep(0.005)
         llm(trtllm).requests[0][1].max_tokens = 3
         while pipeline.busy:
             pipeline.step()
