@@ -67,7 +67,7 @@ def compete(contenders: Sequence[Contender], repetitions: int) -> list[Result]:
                 worker = stack.enter_context(Worker(contender.name, partial(_Timed, contender.setup)))
                 worker.call("seconds")
             except Qwen2VLError as error:
-                print(f"{contender.name} failed: {str(error).splitlines()[-1]}", file=sys.stderr)
+                print(f"{contender.name} failed: {error}", file=sys.stderr)
                 continue
             workers.append(worker)
         rounds = [[worker.call("seconds") for worker in workers] for _ in range(repetitions)]

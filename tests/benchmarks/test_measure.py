@@ -9,6 +9,7 @@ import torch
 from benchmarks import measure
 from benchmarks.measure import Contender, compete, machine
 from qwen2vl_trt import __version__
+from qwen2vl_trt.errors import BenchmarkError
 
 
 def test_versions_where_a_package_is_not_installed():
@@ -47,14 +48,14 @@ def test_a_contender_that_fails_leaves_the_others_alone(monkeypatch, capsys):
             try:
                 return getattr(self._target, method)()
             except ValueError as error:
-                raise RuntimeError(str(error)) from error  # as a worker's process has it
+                raise BenchmarkError(str(error).splitlines()[-1]) from error  # as a worker's process has it
 
     monkeypatch.setattr(measure, "Worker", Here)
     rows = [Contender(name, partial(half_a_second, 4, failing)) for name, failing in (("bad", 0), ("good", math.inf))]
     (result,) = compete(rows, 3)
     assert (result.name, result.seconds) == ("good", 0.5)
     assert capsys.readouterr().err == "bad failed: such kernel\n"
-    with pytest.raises(RuntimeError):  # later, its figures would be of fewer repetitions
+    with pytest.raises(BenchmarkError):  # later, its figures would be of fewer repetitions
         compete([Contender("late", partial(half_a_second, 4, 2))], 3)
 
 
