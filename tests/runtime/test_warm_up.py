@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qwen2vl_trt.errors import LimitError
-from runtime import Pipeline, Request, SamplingParams
+from runtime import Pipeline, PipelineOptions, Request, SamplingParams
 from runtime.backends.runners import open_engines
 from runtime.backends.torch_runner import CudaDecoder, CudaVision
 from tests.support import fake_tensorrt
@@ -67,8 +67,10 @@ class TestOnACpu:
                 pipeline.warm_up(max_length=length)
 
     def test_a_size_outside_the_profile(self, pipeline):
-        with pytest.raises(LimitError, match=r"image 1 .*600x600"):
-            pipeline.warm_up([(600, 600)])
+        pipeline.warm_up([(600, 600)])  # resized, as in a request
+        strict = Pipeline(pipeline.engines, PipelineOptions(strict_size=True))
+        with pytest.raises(LimitError, match="600x600"):
+            strict.warm_up([(600, 600)])
 
 
 @pytest.fixture
