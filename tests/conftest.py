@@ -31,9 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--no-onednn-packing"):
-        from tests.support.onednn_packing import TYPES, packing_without
+        from tests.support.onednn_packing import TYPES, PackingWithout
 
-        torch.ops.mkldnn._reorder_linear_weight = packing_without(*TYPES)
+        torch.ops.mkldnn._reorder_linear_weight = PackingWithout(*TYPES)
         folder = Path(__file__).parent / "support" / "no_onednn_packing"
         found = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         # The same for processes that tests start: Python runs a sitecustomize that it finds there.

@@ -279,7 +279,8 @@ def _from_pil(image: Image.Image, label: str) -> Tensor:
     stored = _as_stored(pixels, orientation)
     transparent = image.has_transparency_data
     for left, top, right, bottom in _blocks(image.width, image.height):
-        block = image.crop((left, top, right, bottom))
+        # Not crop: up to Pillow 12 it looks at Pillow's own limit.
+        block = image.resize((right - left, bottom - top), Image.Resampling.NEAREST, (left, top, right, bottom))
         if sixteen:
             values = np.asarray(block).astype(np.uint32)
             eight = ((values + 128) // 257)[..., None]  # 65535 becomes 255, to the nearest

@@ -19,7 +19,7 @@ from runtime.backends import onednn
 from tests.support.bounds import BF16_STEP, FP32
 from tests.support.engine_folders import build
 from tests.support.models import relative_error
-from tests.support.onednn_packing import TYPES, packing_without
+from tests.support.onednn_packing import TYPES, PackingWithout
 
 
 def packed(dtype: torch.dtype) -> object:
@@ -98,7 +98,7 @@ def answer(folder: Path) -> tuple[str, bool]:
 def test_where_packing_fails_layers_stay_plain_and_answers_right(tmp_path, monkeypatch, precision, without):
     """Without AVX-512 the operator is there and raises for BF16; that ended the first request in a traceback."""
     folder = build(resolve_model("tiny").folder, tmp_path, "torch", precision)
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", packing_without(*without))
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", PackingWithout(*without))
     onednn.available.cache_clear()
     text, plain = answer(folder)
     assert text == "92059"

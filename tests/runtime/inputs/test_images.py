@@ -187,7 +187,7 @@ class TestFiles:
     def test_other_modes(self, mode):
         image = Image.fromarray(picture()).convert(mode)
         expect(load_image(image), image.convert("RGB"))
-        data = encoded(image, "TIFF")
+        data = encoded(image, "TIFF", compression="tiff_deflate")  # Pillow 12 cannot read its own YCbCr uncompressed
         with Image.open(io.BytesIO(data)) as stored:
             expect(load_image(data), stored.convert("RGB"))
 

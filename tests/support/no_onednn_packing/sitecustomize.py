@@ -10,9 +10,9 @@ class _Patching(MetaPathFinder):
             sys.meta_path.remove(self)
             import torch
 
-            from tests.support.onednn_packing import TYPES, packing_without
+            from tests.support.onednn_packing import TYPES, PackingWithout
 
-            torch.ops.mkldnn._reorder_linear_weight = packing_without(*TYPES)
+            torch.ops.mkldnn._reorder_linear_weight = PackingWithout(*TYPES)
 
 
 sys.meta_path.insert(0, _Patching())
