@@ -209,7 +209,8 @@ def _part(where: str, part: Any) -> _Part:
     if not isinstance(part, Mapping):
         raise PromptError(f"{where} is {shown(part)}, not a dictionary with 'type'")
     given = {key: value for key, value in part.items() if value is not None}
-    kind = _kind(where, given)
+    kind = _kind(where, part)
+    given.pop("type", None)
     known = _CONTENT_KEYS[kind]
     keys = [key for key in known if key in given]
     if len(keys) > 1:
@@ -238,14 +239,18 @@ def _part(where: str, part: Any) -> _Part:
         raise PromptError(f"{where}: {error}") from None
 
 
-def _kind(where: str, part: dict[str, Any]) -> Kind:
-    """Of a part, by its type or, where it has none, by the one key that carries something."""
-    if "type" in part:
-        name = part.pop("type")
+def _kind(where: str, part: Mapping[str, Any]) -> Kind:
+    """Of a part, by its type or, where it has none, by the one key that carries something.
+
+    That may be ``None`` where it is the only one: a place whose image or video the request brings apart.
+    """
+    name = part.get("type")
+    if name is not None:
         if not isinstance(name, str) or name not in _TYPES:
             raise PromptError(f"{where} has the unknown type {shown(name)}; known are {', '.join(_TYPES)}")
         return _TYPES[name]
-    keys = [key for key in _UNTYPED if key in part]
+    present = [key for key in _UNTYPED if key in part]
+    keys = [key for key in present if part[key] is not None] or present
     if len(keys) > 1:
         raise PromptError(f"{where} has both {keys[0]!r} and {keys[1]!r}; give one of them")
     if not keys:

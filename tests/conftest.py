@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# One thread for PyTorch, and for ONNX Runtime, which follows it, here and in processes that tests start: on tiny
+# tensors two are slower, and twenty times slower where both cores have other work: every operator waits for both.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 from export.importable_torchvision import allow_torchvision
@@ -19,6 +24,10 @@ if not torch.cuda.is_available():
 
 
 allow_torchvision()
+
+from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor  # noqa: E402 - it imports torchvision
+
+DEFAULT_SIZES = [(processor, dict(processor.size)) for processor in (Qwen2VLImageProcessor, Qwen2VLVideoProcessor)]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,16 +49,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), str(folder.parents[2]), *filter(None, found)])
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """One thread for PyTorch (and ONNX Runtime, which follows it): on tiny tensors and a busy machine two are slower.
-
-    Twenty times slower where both cores have other work: each of thousands of operators waits for both threads.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True)
+def default_sizes() -> None:
+    """Transformers writes the limits of each processor that it reads into the defaults of the class."""
+    for processor, size in DEFAULT_SIZES:
+        processor.size = dict(size)
 
 
 @pytest.fixture(autouse=True)
