@@ -79,5 +79,6 @@ def test_features(built, run, tmp_path):
 
 
 def test_compare(built, run):
-    done = run("run.py", "compare", "--engine-dir", built, "--max-tokens", "2")
+    picture = ("--image", ROOT / "docs" / "digits.png", "--prompt", "What?")
+    done = run("run.py", "compare", "--engine-dir", built, *picture, "--max-tokens", "2")
     assert done.returncode == 0, done.stdout + done.stderr

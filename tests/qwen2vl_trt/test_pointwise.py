@@ -16,8 +16,6 @@ from tests.support.bounds import FP32
 from tests.support.compiled_steps import compilations, graph_breaks, need_a_compiler
 from tests.support.models import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SECTIONS = {128: (16, 24, 24), 32: (4, 6, 6)}
 SCALE = torch.tensor(0.02)
 SIZES = {  # width, intermediate, heads, kv heads, head size; the vision tower's heads and head size
