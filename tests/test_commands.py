@@ -298,8 +298,16 @@ WRONG_INPUT = {
     (*ASK, "--image", "v.mp4"): "not an image",
     (*ASK, "--video", "a.txt"): "video 1 (a.txt): no such file",
     (*ASK, "--video", "text.png"): "video 1 (text.png)",
-    (*ASK, "--min-pixels", "9000", "--max-pixels", "8000"): "min_pixels 9000 and max_pixels 8000",
-    (*ASK, "--min-pixels", "-5"): "min_pixels",
+    (*ASK, "--image", "a.png", "--min-pixels", "9000", "--max-pixels", "8000"): "min_pixels 9000 and max_pixels 8000",
+    (*ASK, "--image", "a.png", "--min-pixels", "-5"): "min_pixels is -5; it must be at least 1",
+    (*ASK, "--image", "a.png", "--max-pixels", "0"): "max_pixels is 0; it must be at least 1",
+    (*ASK, "--max-pixels", "9000"): "--max-pixels has nothing to act on; add --image or --video, or leave it out",
+    (*ASK, "--resized-height", "56", "--resized-width", "56"): "--resized-height has nothing to act on",
+    (*ASK, "--image", "a.png", "--fps", "1"): "--fps has nothing to act on; add --video, or leave it out",
+    (*ASK, "--image", "a.png", "--nframes", "4"): "--nframes has nothing to act on; add --video",
+    (*ASK, "--video", "v.mp4", "--min-pixels", "9000"): "--min-pixels has nothing to act on; add --image, or",
+    (*ASK, "--image", "file:///none/a.png"): "image 1 (file:///none/a.png): no such file",
+    (*ASK, "--video", "a.png"): "video 1 (a.png): a still image, not a video; give it as an image",
 }
 WRONG_OPTIONS = {
     (): "required: --prompt",
