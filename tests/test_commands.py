@@ -360,6 +360,7 @@ WRONG_OPTIONS = {
     (*ASK, "--engine-dir", "a.png"): "there is no folder a.png",
     ("features", "--output", "f.safetensors"): "one of the arguments --input --image is required",
     ("features", "--input", "nothing", "--output", "new"): "nothing: no image there",
+    ("features", "--input", "file:///none", "--output", "new"): "error: /none: there is no such folder",
     ("features", "--input", "a.png", "--output", "new", "--workers", "0"): "'0' is not a whole number of at least 1",
     ("features", "--image", "a.png", "--output", "none/f.safetensors"): "there is no folder none",
     ("features", "--image", "a.png", "--output", "a.png"): "a.png is a file; name a folder",
