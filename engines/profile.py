@@ -10,6 +10,7 @@ import yaml
 
 from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.errors import BuildError, LimitError
+from qwen2vl_trt.media_options import ImageOptions
 from qwen2vl_trt.windows import Grid
 
 _MOST = (1 << 31) - 1
@@ -74,13 +75,17 @@ class BuildProfile:
         """Whether an image or a frame of this grid is within the limits."""
         return self.min_hw_dims <= grid[1] * grid[2] <= self.max_hw_dims
 
-    def check_frame(self, grid: Grid, name: str, size: str, config: VisionConfig) -> None:
+    def check_frame(
+        self, grid: Grid, name: str, size: str, config: VisionConfig, options: ImageOptions = ImageOptions()
+    ) -> None:
         """Refuse an image or a frame outside the limits.
 
         Args:
             grid: its ``(t, h, w)`` in patches.
             name: what to call it in the message, ``image 3``.
             size: its size in pixels, ``4032x3024``.
+            config: the vision tower.
+            options: what its request says, which wins over options of the command.
 
         Raises:
             LimitError: with the size, the limits and the way out.
@@ -88,12 +93,19 @@ class BuildProfile:
         if self.takes(grid):
             return
         patches = grid[1] * grid[2]
-        small, pixels = patches < self.min_hw_dims, config.patch_size**2
-        bound = f"--min-pixels {self.min_hw_dims * pixels}" if small else f"--max-pixels {self.max_hw_dims * pixels}"
+        small = patches < self.min_hw_dims
+        limits = {"min_pixels": self.min_hw_dims * config.patch_size**2}
+        limits["max_pixels"] = self.max_hw_dims * config.patch_size**2
+        limit, other = ("min_pixels", "max_pixels") if small else ("max_pixels", "min_pixels")
+        own, opposite = getattr(options, limit), getattr(options, other)
+        if opposite is not None and (opposite < limits[limit] if small else opposite > limits[limit]):
+            way_out = f"Leave its {other} {opposite} out"
+        else:
+            option = f"Pass {flag(limit)}" if own is None else f"Give it {limit}"
+            way_out = f"{option} {limits[limit]} to {'enlarge' if small else 'shrink'} it"
         raise LimitError(
             f"{name} ({size}) needs {patches:,} patches; this engine takes {self.min_hw_dims:,} to"
-            f" {self.max_hw_dims:,} ({flag('min_hw_dims' if small else 'max_hw_dims')}). Pass {bound} to"
-            f" {'enlarge' if small else 'shrink'} it, or rebuild."
+            f" {self.max_hw_dims:,} ({flag('min_hw_dims' if small else 'max_hw_dims')}). {way_out}, or rebuild."
         )
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines.command import Parser, positive_number
 from qwen2vl_trt.errors import BatchError
+from qwen2vl_trt.messages import LONE_SURROGATE
 from runtime.pipeline_arguments import pipeline_options
 from runtime.sampler import SamplingParams
 from runtime.sampling_arguments import add_sampling_arguments, sampling_params
@@ -135,12 +136,8 @@ def _checked(arguments: argparse.Namespace) -> SamplingParams:
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise BatchError(f"{output} is a file; name a folder")
-    try:
-        str(output.absolute()).encode()
-    except UnicodeEncodeError:
-        raise BatchError(
-            f"{str(output.absolute())!r} is not valid UTF-8, which Parquet files need; rename the folder"
-        ) from None
+    if LONE_SURROGATE.search(str(output.absolute())):
+        raise BatchError(f"{str(output.absolute())!r} is not valid UTF-8, which Parquet files need; rename the folder")
     if not output.parent.is_dir():
         raise BatchError(f"{output} cannot be written: there is no folder {output.parent}")
     target = output if output.is_dir() else output.parent

@@ -39,14 +39,17 @@ class ChatTemplate:
         source: Jinja, as in ``chat_template.jinja``.
         variables: what it is given besides the messages; Transformers gives ``eos_token`` and the like.
         characters: longest text.
+        tokens: most of a prompt, which no longer text can have; for the message.
         seconds: for compiling, and for each text.
 
     Raises:
         PromptError: it is no Jinja, or takes too long.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, Any], characters: int, seconds: float = SECONDS) -> None:
-        self._variables, self._characters, self._seconds = variables, characters, seconds
+    def __init__(
+        self, source: str, variables: Mapping[str, Any], characters: int, tokens: int, seconds: float = SECONDS
+    ) -> None:
+        self._variables, self._characters, self._tokens, self._seconds = variables, characters, tokens, seconds
         self._template = self._bounded(lambda: _environment().from_string(source), "cannot be compiled")
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -66,8 +69,8 @@ class ChatTemplate:
             size += len(piece)
             if size > self._characters:
                 raise LimitError(
-                    f"the prompt has over {self._characters:,} characters, more than --max-input-len tokens stand for."
-                    " Shorten it, or rebuild."
+                    f"the prompt has over {self._characters:,} characters, more than {self._tokens:,} tokens"
+                    " (--max-input-len) stand for. Shorten it, or rebuild."
                 )
         return "".join(pieces)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Annotated, Any
 
 import msgspec
@@ -18,7 +19,7 @@ from msgspec import Meta
 from . import known_fields
 from .errors import CheckpointError
 from .rope_scaling import TABLES, LinearScaling, Positions, Section, Theta, YarnScaling, read_rope
-from .schema import checked, inside, reject_unknown, shown
+from .schema import checked, inside, reject_unknown
 
 FILE = "config.json"
 

@@ -10,11 +10,14 @@ from urllib.request import url2pathname
 
 from .errors import PromptError
 
+_LISTS = ("video/jpeg", "video/png")
+
 
 def local(media: Any, where: str) -> Any:
     """The path of a ``file://`` URL, the bytes of a ``data:`` URL, or what is no URL as it is.
 
-    A list of frames is a list of these; ``data:video/jpeg;base64,A,B,...`` is vLLM's form of a list of JPEG files.
+    A list of frames is a list of these; ``data:video/jpeg;base64,A,B,...`` is vLLM's form of a list of JPEG files,
+    and ``data:video/png`` that of PNG files.
 
     Args:
         media: what a message's part gives.
@@ -28,18 +31,23 @@ def local(media: Any, where: str) -> Any:
     return _local(media, where)
 
 
+def file_path(name: str) -> str:
+    """The path of a ``file://`` URL; any other name is one already."""
+    if name[:7].lower() != "file://":
+        return name
+    path = name[len("file://") :]
+    return url2pathname(path.removeprefix("localhost") if path.startswith("localhost/") else path)
+
+
 def _local(media: Any, where: str) -> Any:
     if not isinstance(media, str):
         return media
     scheme = media[:8].lower()
-    if scheme.startswith("file://"):
-        path = media[len("file://") :]
-        return url2pathname(path.removeprefix("localhost") if path.startswith("localhost/") else path)
     if scheme.startswith(("http://", "https://")):
         raise PromptError(f"{where}: {shown(media)} is remote; download it and give the file")
     if scheme.startswith("data:"):
         return _decoded(media, where)
-    return media
+    return file_path(media)
 
 
 def _decoded(url: str, where: str) -> bytes | list[bytes]:
@@ -50,8 +58,12 @@ def _decoded(url: str, where: str) -> bytes | list[bytes]:
     try:
         if "base64" not in parameters:
             return unquote_to_bytes(payload)
-        if kind == "video/jpeg":
+        if kind in _LISTS:
             return [_from_base64(frame) for frame in payload.split(",")]
+        if "," in payload:
+            raise PromptError(
+                f"{where}: the data: URL of type {shown(kind)} is a list; only {' and '.join(_LISTS)} may be, of frames"
+            )
         return _from_base64(payload)
     except ValueError:
         form = "base64" if "base64" in parameters else "valid text"

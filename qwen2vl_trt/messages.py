@@ -61,7 +61,7 @@ _TEMPLATE_KEYS = {  # of a message, for the chat template
 }
 _LOW_DETAIL = 256 * 28 * 28  # pixels; 256 tokens
 _PLACEHOLDER = re.compile(r"<(image|video)>")
-_SURROGATE = re.compile("[\ud800-\udfff]")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def _reject_unknown(where: str, given: Mapping[Any, Any], known: Collection[str]
 
 
 def _checked_text(text: str, where: str) -> str:
-    found = _SURROGATE.search(text)
+    found = LONE_SURROGATE.search(text)
     if found:
         raise PromptError(
             f"{where}: character {found.start() + 1} of the text is {found[0]!r}, a lone surrogate, which is no"

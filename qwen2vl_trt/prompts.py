@@ -78,10 +78,11 @@ class PromptBuilder:
                 raise CheckpointError(f"{folder}: the tokenizer lacks the {name} token {token_id} of config.json")
         # A token is some bytes of the text; composed (NFC), a text has more bytes than half its characters.
         longest = 2 * max(map(len, self.tokenizer.get_vocab()))
-        characters = max(_FEWEST_CHARACTERS, longest * (max_input_len or config.text.max_position_embeddings))
+        tokens = max_input_len or config.text.max_position_embeddings
+        characters = max(_FEWEST_CHARACTERS, longest * tokens)
         try:
             source = self.tokenizer.get_chat_template()
-            self._template = ChatTemplate(source, self.tokenizer.special_tokens_map, characters)
+            self._template = ChatTemplate(source, self.tokenizer.special_tokens_map, characters, tokens)
             for part in ({"type": "text", "text": "a"}, {"type": "image"}, {"type": "video"}):
                 self._inert.encode_plain(self._render([{"role": "user", "content": [part]}]))
         except (PromptError, LimitError, ValueError) as error:

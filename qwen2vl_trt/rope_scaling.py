@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as shown
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
 from .errors import CheckpointError
-from .schema import checked, inside, reject_unknown, shown
+from .schema import checked, inside, reject_unknown
 
 Factor = Annotated[float, Meta(gt=0, le=1e6)]
 Theta = Annotated[float, Meta(gt=1, le=1e15)]

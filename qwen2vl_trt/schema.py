@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from reprlib import repr as shown
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,7 +17,7 @@ from .errors import CheckpointError
 T = TypeVar("T")
 
 _MISSING = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
-_SHOWN = 60  # characters of a value in a message
+_SHOWN = 60  # characters of a field's name in a message
 
 
 def checked(raw: Any, kind: type[T], place: str) -> T:
@@ -67,12 +68,6 @@ def reject_unknown(
         if allowed is not None and value not in allowed:
             only = " or ".join(map(repr, allowed))
             raise CheckpointError(f"{inside(place, '.' + name)} is {shown(value)}; only {only} is supported")
-
-
-def shown(value: Any) -> str:
-    """A value in a message: its beginning, if it is long."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def inside(place: str, path: str) -> str:

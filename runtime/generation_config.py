@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
@@ -16,7 +17,7 @@ from msgspec import Meta
 from qwen2vl_trt.config import read_json
 from qwen2vl_trt.errors import CheckpointError
 from qwen2vl_trt.known_fields import GENERATION_FIELDS, Harmless
-from qwen2vl_trt.schema import checked, reject_unknown, shown
+from qwen2vl_trt.schema import checked, reject_unknown
 
 from .sampler import SamplingParams
 

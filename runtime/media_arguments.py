@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
+from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 
 _HELP = {
@@ -33,10 +34,15 @@ def media_options(arguments: argparse.Namespace) -> tuple[ImageOptions, VideoOpt
     """What the options say.
 
     Raises:
-        MediaError: a value out of its range, or two that contradict each other.
+        MediaError: a value out of its range, two that contradict each other, or an option of what is not there.
     """
     given = {name: getattr(arguments, name) for name in _HELP}
     of_images = {field.name for field in fields(ImageOptions)}
+    for name in (*given, "min_pixels", "max_pixels"):
+        kinds = ["image"] * (name in of_images) + ["video"] * (name != "min_pixels")  # which is never of frames
+        if getattr(arguments, name) is not None and not any(getattr(arguments, kind) for kind in kinds):
+            flags = " or ".join(f"--{kind}" for kind in kinds)
+            raise MediaError(f"--{name.replace('_', '-')} has nothing to act on; add {flags}, or leave it out")
     return (
         ImageOptions(**{name: value for name, value in given.items() if name in of_images}),
         VideoOptions(**given),

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qwen2vl_trt.errors import CheckpointError, LimitError, PromptError, Qwen2VLError, SamplingError
+from qwen2vl_trt.errors import CheckpointError, LimitError, MediaError, PromptError, Qwen2VLError, SamplingError
 from qwen2vl_trt.prompts import PromptBuilder
 
 from .backends.runners import Engines, open_engines
 from .detokenizer import AnswerStream
 from .exclusive import Exclusive, exclusive
 from .generation_config import GenerationConfig
-from .inputs.images import ImageLimits, ImageSource
+from .inputs.images import ImageLimits, ImageSource, check_pixels
 from .media.cached_media import CachedMedia
 from .media.embedder import MediaEmbedder
 from .media.embedding_cache import EmbeddingCache
@@ -34,7 +35,7 @@ from .scheduling.counters import Counters
 from .scheduling.executor import Executor, SelfScheduling
 from .scheduling.media_ahead import MediaAhead
 from .scheduling.prefix import NO_KEYS
-from .scheduling.preparation import Prepared, Preparer
+from .scheduling.preparation import Prepared, Preparer, listed
 from .scheduling.scheduler import Scheduler, named
 from .scheduling.sequence import NewToken, RunningSequence
 from .scheduling.side_stream import Arrival, SideStream
@@ -141,6 +142,7 @@ class Pipeline:
 
         Raises:
             SamplingError: neither one setting for all nor one each.
+            PromptError: not :class:`Request`.
         """
         outputs: list[Output] = []
         for event in self._events(requests, params, outputs):
@@ -194,7 +196,15 @@ class Pipeline:
         return output
 
     def decided(self, params: SamplingParams | None = None) -> Sampling:
-        """A request's settings with the checkpoint's defaults, as ``generation_config`` of the options says."""
+        """A request's settings with the checkpoint's defaults, as ``generation_config`` of the options says.
+
+        Raises:
+            SamplingError: not :class:`SamplingParams`.
+        """
+        if params is not None and not isinstance(params, SamplingParams):
+            raise SamplingError(
+                f"params is of type {type(params).__name__}; give SamplingParams(max_tokens=...), from runtime"
+            )
         return (params or SamplingParams()).with_defaults(self._generation.defaults)
 
     def new_output(self, request: Request) -> Output:
@@ -203,8 +213,7 @@ class Pipeline:
         Raises:
             PromptError: not a :class:`Request`.
         """
-        if not isinstance(request, Request):
-            raise PromptError(f"a {type(request).__name__} is no request; give Request(prompt, images=[...])")
+        _check_request(request)
         return Output(deadline=request.deadline, clock=self._clock, on_end=self._counters.record_end)
 
     def interrupt(self) -> None:
@@ -304,16 +313,24 @@ class Pipeline:
 
         Raises:
             LimitError: no such length, or an image of that size does not fit, and sizes are strict.
+            MediaError: no such sizes, or one without pixels or above ``image_pixel_limit``.
             EngineError: the decoder does not load.
         """
         most = self.profile.max_seq_len
         longest = most if max_length is None else max_length
         if not 1 <= longest <= most:
             raise LimitError(f"max_length is {longest:,}; this engine takes 1 to {most:,} (--max-seq-len)")
+        limits = ImageLimits(self.options.image_pixel_limit)
+        try:
+            sizes = [(index(width), index(height)) for width, height in image_sizes]
+        except (TypeError, ValueError):
+            raise MediaError("image_sizes is no list of sizes in whole pixels; give [(width, height), ...]") from None
+        for width, height in sizes:
+            check_pixels(width, height, "an image to warm up for", limits)
         while self.busy:
             self.step()
         self._scheduler.warm_up(min(self.options.max_num_tokens, self.profile.max_input_len, longest), longest)
-        for width, height in image_sizes:
+        for width, height in sizes:
             self.embed_images([np.zeros((height, width, 3), dtype=np.uint8)])
         if self.engines.device.type == "cuda":
             torch.cuda.synchronize(self.engines.device)
@@ -329,9 +346,10 @@ class Pipeline:
             on_done: told how many are done, after each engine call.
 
         Raises:
-            MediaError: an image cannot be read; named by its number, from 1.
+            MediaError: no list, or an image cannot be read; named by its number, from 1.
             LimitError: an image does not fit the engine, and sizes are strict.
         """
+        images = listed(images, "images", 4)
         embeddings: list[Tensor] = []
         for first in range(0, len(images), self.profile.max_batch_size):
             group = images[first : first + self.profile.max_batch_size]
@@ -345,12 +363,16 @@ class Pipeline:
         return embeddings
 
     @exclusive
-    def hidden_states(self, requests: Sequence[Request]) -> list[Tensor]:
+    def hidden_states(self, requests: Request | Sequence[Request]) -> list[Tensor]:
         """Decoder hidden states ``[S, hidden]`` of each prompt, after the final norm, image tokens included.
 
         Raises:
+            PromptError: not :class:`Request`.
             Qwen2VLError: what is wrong with a request, named by its number, from 1.
         """
+        requests = [requests] if isinstance(requests, Request) else requests
+        for request in requests:
+            _check_request(request)
         _ = self.engines.decoder  # refused where the backend shows nothing of it
         while self.busy:  # the slots are needed
             self.step()
@@ -464,3 +486,8 @@ class Pipeline:
             return self._preparer.prepare(request)
         except Qwen2VLError as error:
             raise type(error)(f"{name}{error}") from None
+
+
+def _check_request(request: Request) -> None:
+    if not isinstance(request, Request):
+        raise PromptError(f"a {type(request).__name__} is no request; give Request(prompt, images=[...])")

@@ -37,6 +37,7 @@ class Request:
             memory alone. A :class:`~runtime.inputs.video.Video` keeps its own rate.
 
     Raises:
+        PromptError: options that are no :class:`~qwen2vl_trt.media_options.ImageOptions` or ``VideoOptions``.
         DeadlineError: ``deadline`` is no finite number above 0.
     """
 
@@ -48,6 +49,12 @@ class Request:
     video_options: VideoOptions = VideoOptions()
 
     def __post_init__(self) -> None:
+        for name, kind in (("image_options", ImageOptions), ("video_options", VideoOptions)):
+            given = getattr(self, name)
+            if type(given) is not kind:  # VideoOptions are ImageOptions too
+                raise PromptError(
+                    f"{name} is of type {type(given).__name__}; give {kind.__name__}(max_pixels=...), from runtime"
+                )
         seconds = self.deadline
         if seconds is None:
             return
@@ -59,9 +66,11 @@ class Request:
         """Requests of a batch tensor ``(B, n_cameras, 3, H, W)`` with one text a sample.
 
         Raises:
-            PromptError: not one text a sample.
+            PromptError: not one text a sample, or a lone string, which is none for its letters.
             MediaError: another shape or type.
         """
+        if isinstance(prompts, str):
+            raise PromptError("prompts is a string, not a list; give prompts=[...] even for one")
         samples = split_batch(images)
         if len(samples) != len(prompts):
             raise PromptError(f"{len(samples)} samples of images came with {len(prompts)} prompts; give one a sample")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl_trt.errors import SamplingError
+from qwen2vl_trt.messages import LONE_SURROGATE
 
 from .sending import send
 
@@ -131,12 +132,9 @@ def _is_int(value: Any, low: int) -> bool:
 
 def _are_texts(value: Any) -> bool:
     texts = (value,) if isinstance(value, str) else value
-    return isinstance(texts, Sequence) and all(isinstance(text, str) and text and _is_unicode(text) for text in texts)
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it can come out of a tokenizer: a lone surrogate cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return isinstance(texts, Sequence) and all(
+        isinstance(text, str) and text and not LONE_SURROGATE.search(text) for text in texts
+    )
 
 
 class SequenceSampling:

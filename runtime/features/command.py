@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from engines.command import Parser, positive_number
 from engines.interrupts import deferred_interrupt
 from qwen2vl_trt.errors import FeaturesError, MediaError
+from qwen2vl_trt.media_urls import file_path
 
 if TYPE_CHECKING:
     from ..inputs.image_listing import ImageFile
@@ -26,7 +27,10 @@ def add_features_arguments(parser: Parser) -> None:
     """Add the options that :func:`run_features` reads."""
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument(
-        "--input", metavar="DIR|GLOB", help="all images of a folder and those below, or of a glob with **"
+        "--input",
+        type=file_path,
+        metavar="DIR|GLOB",
+        help="all images of a folder and those below, or of a glob with **",
     )
     given.add_argument("--image", action="append", metavar="FILE", help="one image; repeat for several")
     parser.add_argument(

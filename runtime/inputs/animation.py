@@ -1,11 +1,11 @@
-"""Animated GIF and WebP files as clips, by Pillow."""
+"""Animated GIF, WebP and PNG files as clips, by Pillow."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from itertools import accumulate
-from typing import IO, cast
+from itertools import accumulate, islice
+from typing import BinaryIO, cast
 
 from PIL import Image, ImageSequence
 from torch import Tensor
@@ -14,25 +14,28 @@ from qwen2vl_trt.errors import MediaError
 
 from .clips import VideoFile, check_frame, held
 from .frame_sampling import Timeline
+from .image_formats import open_image
 from .images import load_image
 
 _SIGNATURE = 12
+_PICTURES = (b"GIF87a", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
+_ANIMATED = ("GIF", "WEBP", "PNG")
 _QUICKEST, _USUAL = 10, 100
 """Milliseconds: browsers show a frame whose delay is at most the first for the second."""
 
 
-def is_animation(file: VideoFile) -> bool:
-    """Whether a file begins as GIF and WebP files do, animated or not; it is left at its beginning."""
+def is_picture(file: VideoFile) -> bool:
+    """Whether a file begins as those of images do, animated or not; it is left at its beginning."""
     start = file.read(_SIGNATURE)
     file.seek(0)
-    return start.startswith((b"GIF87a", b"GIF89a")) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
+    return start.startswith(_PICTURES) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
 
 
 class Animation:
     """A :class:`~runtime.inputs.clips.Clip` whose frames are shown as long as their own delays say.
 
     Args:
-        file: see :func:`is_animation`.
+        file: see :func:`is_picture`.
         label: what error messages call it.
     """
 
@@ -62,11 +65,12 @@ class Animation:
     def _frames(self) -> Iterator[Image.Image]:
         self._file.seek(0)
         try:
-            with Image.open(cast(IO[bytes], self._file), formats=("GIF", "WEBP")) as image:
+            with open_image(cast(BinaryIO, self._file), self._label) as image:
                 check_frame(image.width, image.height, self._label)
-                if not getattr(image, "is_animated", False):
+                if image.format not in _ANIMATED or not getattr(image, "is_animated", False):
                     raise MediaError(f"{self._label}: a still image, not a video; give it as an image")
-                for frame in ImageSequence.Iterator(image):
+                first = int(bool(image.info.get("default_image")))  # of a PNG file, for who shows no animation
+                for frame in islice(ImageSequence.Iterator(image), first, None):
                     frame.load()
                     yield frame
         except MediaError:

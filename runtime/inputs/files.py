@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qwen2vl_trt.errors import MediaError
+from qwen2vl_trt.media_urls import file_path
 
 MAX_FILE_BYTES = 1 << 30
 """Of an image: more than 100 megapixels take uncompressed in 8 bits with transparency, or 16 bits a colour in all but
-extremes. Videos are not read whole."""
+extremes."""
+
+MAX_VIDEO_BYTES = 1 << 36
+"""Of a video, which is not held, but read through more than once: two hours at 76 Mbit/s."""
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
 """Opening a pipe that nobody writes to would wait for ever."""
@@ -44,13 +48,14 @@ def opened(path: str | Path, label: str, kind: str = "an image") -> Iterator[Bin
     """Open a regular file for reading; nothing else, since a pipe may block for ever and a device has no end.
 
     Args:
-        path: of the file.
+        path: of the file, or its ``file://`` URL.
         label: what error messages call it.
         kind: what they say it should be.
 
     Raises:
         MediaError: an address, no such file, no regular one, an empty one, or one that cannot be read.
     """
+    path = file_path(path) if isinstance(path, str) else path
     try:
         descriptor = os.open(path, _FLAGS)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -85,16 +90,16 @@ def read_whole(file: BinaryIO, label: str, most: int = MAX_FILE_BYTES) -> bytes:
     return contents
 
 
-def too_large(label: str, most: int) -> MediaError:
+def too_large(label: str, most: int, kind: str = "an image") -> MediaError:
     """The error of a file with more bytes than are read."""
-    return MediaError(f"{label}: more than {most:,} bytes, the most that are read of an image file; shrink it")
+    return MediaError(f"{label}: more than {most:,} bytes, the most that are read of {kind} file; shrink it")
 
 
 def _why_not(path: str, kind: str, error: OSError | ValueError) -> str:
     if not path:
         return "an empty name"
     if path.startswith("data:"):
-        return "a data: URL, not a path; it goes in a message's part"
+        return "a data: URL, not a path; it goes in Request.images or Request.videos, or in a message's part"
     if _ADDRESS.match(path):
         return "addresses are not fetched; download it and give its path"
     if len(path) > 64 and (path.startswith(_BASE64_STARTS) or len(path) > 255) and _BASE64.fullmatch(path):

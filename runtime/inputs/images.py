@@ -86,7 +86,7 @@ def load_image(
     if contents is not None:
         return _decode(contents, label, limits)
     if isinstance(source, Image.Image):
-        _check_pixels(source, label, limits)
+        check_pixels(source.width, source.height, label, limits)
         with _shared_lock:
             try:
                 source.load()
@@ -110,8 +110,10 @@ def split_batch(images: Tensor) -> list[list[Tensor]]:
     """Split the batch form ``[B, n_cameras, 3, H, W]`` into the images of each sample, as views.
 
     Raises:
-        MediaError: another number of dimensions, no image, or what :func:`load_image` refuses.
+        MediaError: no tensor, another number of dimensions, no image, or what :func:`load_image` refuses.
     """
+    if not isinstance(images, Tensor):
+        raise MediaError(f"image batch: a {type(images).__name__} is no tensor; give one, [B, n_cameras, 3, H, W]")
     if images.ndim != 5:
         raise MediaError(f"image batch: shape {list(images.shape)} is not [B, n_cameras, 3, H, W]")
     if not images.shape[0] * images.shape[1]:
@@ -213,7 +215,7 @@ def is_plain_jpeg(data: bytes, limits: ImageLimits) -> bool:
         return False
     try:
         with open_image(BytesIO(data), "image") as image:  # reads the header alone
-            _check_pixels(image, "image", limits)
+            check_pixels(image.width, image.height, "image", limits)
             return image.format == "JPEG" and image.mode in ("L", "RGB")
     except Exception:  # load_image says what it is
         return False
@@ -246,7 +248,7 @@ def _decoding_bytes(image: ImageFile.ImageFile) -> int:
 def _decode(contents: bytes, label: str, limits: ImageLimits) -> Tensor:
     try:
         with open_image(BytesIO(contents), label) as image:
-            _check_pixels(image, label, limits)
+            check_pixels(image.width, image.height, label, limits)
             load_pixels(image)
             return _from_pil(image, label)
     except MediaError:
@@ -255,13 +257,18 @@ def _decode(contents: bytes, label: str, limits: ImageLimits) -> Tensor:
         raise MediaError(f"{label}: truncated or corrupt: {error}") from None
 
 
-def _check_pixels(image: Image.Image, label: str, limits: ImageLimits) -> None:
-    pixels = image.width * image.height
-    if not pixels:
-        raise MediaError(f"{label}: {image.width}x{image.height} has no pixels")
+def check_pixels(width: int, height: int, label: str, limits: ImageLimits) -> None:
+    """Refuse a size before it takes memory.
+
+    Raises:
+        MediaError: no pixels, or more than the limit.
+    """
+    pixels = width * height
+    if min(width, height) < 1:
+        raise MediaError(f"{label}: {width}x{height} has no pixels")
     if pixels > limits.pixels:
         raise MediaError(
-            f"{label}: {image.width}x{image.height} is {pixels:,} pixels; at most {limits.pixels:,} are decoded"
+            f"{label}: {width}x{height} is {pixels:,} pixels; at most {limits.pixels:,} are decoded"
             " (--image-pixel-limit). Shrink it, or raise the limit."
         )
 

@@ -6,6 +6,7 @@ Letters: T frames, C channels, H and W the sides in pixels.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +19,10 @@ from torch import Tensor
 from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.media_options import VideoOptions
 
-from .animation import Animation, is_animation
+from .animation import Animation, is_picture
 from .bounded_file import BoundedFile
 from .clips import Clip, VideoFile, sample
-from .files import labelled, opened
+from .files import MAX_VIDEO_BYTES, labelled, opened, too_large
 from .frame_sampling import DEFAULT_FPS, FrameSampling
 from .images import ImageLimits, ImageSource, channels_first, load_image, rgb
 from .requested_frames import OF_FILES, requested_rate, requested_sampling
@@ -75,9 +76,9 @@ def load_video(
     """Read one video.
 
     A file is read in the containers MP4, MOV and 3GP, Matroska and WebM, AVI, MPEG, FLV, ASF and Ogg, as raw H.264 or
-    HEVC, or as an animated GIF or WebP. Which of its frames are kept is told in :mod:`runtime.inputs.frame_sampling`.
-    Frames given in memory are all kept, as in Transformers and qwen-vl-utils: whoever has them has chosen them (or
-    does, by :meth:`FrameSampling.indices`).
+    HEVC, or as an animated GIF, WebP or PNG. Which of its frames are kept is told in
+    :mod:`runtime.inputs.frame_sampling`. Frames given in memory are all kept, as in Transformers and qwen-vl-utils:
+    whoever has them has chosen them (or does, by :meth:`FrameSampling.indices`).
 
     Args:
         source: see :data:`VideoSource`.
@@ -119,14 +120,20 @@ def load_video(
 
 @contextmanager
 def opened_video(path: str | Path, label: str) -> Iterator[BoundedFile]:
-    """Open a video file for :func:`load_video`; see :func:`runtime.inputs.files.opened`."""
+    """Open a video file for :func:`load_video`; see :func:`runtime.inputs.files.opened`.
+
+    Raises:
+        MediaError: as there, or more than :data:`~runtime.inputs.files.MAX_VIDEO_BYTES`.
+    """
     with opened(path, label, "a video") as file:
+        if os.fstat(file.fileno()).st_size > MAX_VIDEO_BYTES:
+            raise too_large(label, MAX_VIDEO_BYTES, "a video")
         yield BoundedFile(file)
 
 
 def _from_file(file: VideoFile, options: VideoOptions, sampling: FrameSampling, label: str) -> Video:
     sampling = requested_sampling(options, sampling, label)
-    clip: Clip = Animation(file, label) if is_animation(file) else VideoStream(file, label)
+    clip: Clip = Animation(file, label) if is_picture(file) else VideoStream(file, label)
     frames, fps = sample(clip, sampling, options.video_start, options.video_end, label)
     return Video(_same_size(frames, label), fps, clip.size)
 

@@ -68,6 +68,9 @@ class PixelSettings:
         Raises:
             LimitError: ``min_pixels`` below 1 or above ``max_pixels``.
         """
+        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            if value is not None and value < 1:
+                raise LimitError(f"{name} is {value:,}; it must be at least 1 pixel")
         least = self.min_pixels if min_pixels is None else min_pixels
         most = self.max_pixels if max_pixels is None else max_pixels
         if max_pixels is None:

@@ -3,7 +3,8 @@
 The checkpoint's limits, or those that a request gives in their place, decide as in Transformers. Where the engines do
 not take that size, it is the one that Transformers makes of the limits that both have in common; where even that is
 outside, because sides are whole numbers of merge groups, the nearest that fits. A size or a number of frames that a
-request names is not changed for the engines' sake.
+request names is not changed for the engines' sake; the checkpoint's limits hold for such a size too, as they do where
+qwen-vl-utils gives it to Transformers' processor.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from qwen2vl_trt.windows import Grid
 from .settings import PixelSettings, PreprocessorSettings, smart_resize
 
 _LEAST_FRAME_TOKENS = 128
-"""A long clip loses frames before its frames get smaller than this, as in qwen-vl-utils."""
+"""A long clip loses frames before its frames are limited to less than this, as in qwen-vl-utils; sides are rounded
+down, so that a frame may have a few less."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ class MediaSize:
         resized_height: likewise.
         grid: ``(t, h, w)`` in patches.
         tokens: of the prompt.
-        limited_by: the limit of the engines that changed the size, ``min_hw_dims``, ``max_hw_dims`` or, of a video,
-            ``max_input_len`` (the prompt's, or ``max_seq_len`` less the answer); None where checkpoint and request
-            alone decided.
+        limited_by: the limit that changed the size: of the engines ``min_hw_dims``, ``max_hw_dims`` or, of a video,
+            ``max_input_len`` (the prompt's, or ``max_seq_len`` less the answer); ``min_pixels`` or ``max_pixels`` of
+            the checkpoint or the pipeline where the request names another size; None where checkpoint and request alone
+            decided.
         frames: of a video, how many are kept.
         second_per_grid: of a video, seconds between temporal patches.
     """
@@ -94,7 +97,7 @@ class SizeRules:
         Raises:
             MediaError: a side of 0 pixels, or an aspect ratio over 200.
             LimitError: it does not fit the engines, and ``strict_size``, or a size that the options name, forbids to
-                resize it further.
+                resize it further; or ``strict_size``, and the checkpoint's limits do not allow the size that they name.
         """
         wanted, pixels = _asked((height, width), options, self._settings.image)
         return self._size((height, width), wanted, pixels, name, 1, options)
@@ -181,7 +184,8 @@ class SizeRules:
         except MediaError as error:
             raise MediaError(f"{name}: {error}") from None
         grid = self._grid(resized, patches)
-        limited_by, profile = None, self._settings.profile
+        limited_by = None if options.resized_height is None else self._overruled(wanted, resized, pixels, name)
+        profile = self._settings.profile
         if profile is not None and not profile.takes(grid):
             if options.resized_height is not None:
                 patch = self._config.patch_size**2
@@ -192,12 +196,28 @@ class SizeRules:
                     f" {profile.max_hw_dims * patch:,} pixels, or rebuild."
                 )
             if self._settings.strict_size:
-                profile.check_frame(grid, name, f"{original[1]}x{original[0]}", self._config)
+                profile.check_frame(grid, name, f"{original[1]}x{original[0]}", self._config, options)
             limited_by = "max_hw_dims" if grid[1] * grid[2] > profile.max_hw_dims else "min_hw_dims"
             resized = self._fit(wanted, pixels, profile, name)
             grid = self._grid(resized, patches)
         tokens = patches * grid[1] * grid[2] // self._config.merge_unit
         return MediaSize(original[1], original[0], resized[1], resized[0], grid, tokens, limited_by)
+
+    def _overruled(
+        self, wanted: tuple[int, int], resized: tuple[int, int], pixels: PixelSettings, name: str
+    ) -> str | None:
+        """Which limit of the area gives another size than the request names; refused where sizes are strict."""
+        factor = self._config.image_factor
+        rows, columns = (round(side / factor) * factor for side in wanted)
+        if (rows, columns) == resized:
+            return None
+        if self._settings.strict_size:
+            raise LimitError(
+                f"{name}: resized_height {wanted[0]} and resized_width {wanted[1]} are {rows * columns:,} pixels; this"
+                f" checkpoint takes {pixels.min_pixels:,} to {pixels.max_pixels:,} (min_pixels, max_pixels). Give"
+                " a size within these, or leave --strict-size out."
+            )
+        return "max_pixels" if rows * columns > pixels.max_pixels else "min_pixels"
 
     def _resize(self, size: tuple[int, int], pixels: PixelSettings) -> tuple[int, int]:
         return smart_resize(*size, self._config.image_factor, pixels.min_pixels, pixels.max_pixels)

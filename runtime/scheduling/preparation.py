@@ -127,7 +127,7 @@ class Preparer:
             MediaError: they are no list, or the options of a part are out of range.
             PromptError: the messages are wrong, have other numbers of places, or a URL is not of this machine.
         """
-        images, videos = _listed(request.images, "images", 4), _listed(request.videos, "videos", 5)
+        images, videos = listed(request.images, "images", 4), listed(request.videos, "videos", 5)
         image_options, video_options = [request.image_options] * len(images), [VideoOptions()] * len(videos)
         if not isinstance(request.prompt, str):
             media = extract_media(request.prompt, images, videos)
@@ -205,11 +205,12 @@ class Preparer:
         if size != asked:
             what += f" in place of {asked.frames} of {asked.resized_width}x{asked.resized_height}"
         limits = [size.limited_by, "max_seq_len"] if size.limited_by == "max_input_len" else [size.limited_by]
-        numbers = ", ".join(f"{flag(limit)} {getattr(self._profile, limit):,}" for limit in limits)
-        return (
-            f"{name} ({size.width}x{size.height}) is resized to {what} to fit the engines ({numbers}); --strict-size"
-            " refuses it"
-        )
+        if size.limited_by in ("min_pixels", "max_pixels"):
+            why = f"in place of the size that is asked for, by the checkpoint's {size.limited_by}"
+        else:
+            numbers = ", ".join(f"{flag(limit)} {getattr(self._profile, limit):,}" for limit in limits)
+            why = f"to fit the engines ({numbers})"
+        return f"{name} ({size.width}x{size.height}) is resized to {what} {why}; --strict-size refuses it"
 
     def prepare(self, request: Request, media: LoadedMedia | None = None) -> Prepared:
         """Tokenize a request's prompt around its media.
@@ -228,10 +229,16 @@ class Preparer:
         image_grids, video_grids = [image.size.grid for image in loaded], [clip.size.grid for clip in clips]
         prompt = self._prompts.build(request.prompt, image_grids, video_grids)
         if len(prompt.token_ids) > self._profile.max_input_len:
+            ways = ["Shorten the text"]
+            if loaded:
+                ways.append("shrink the images (max_pixels)")
+            if clips and self._strict_size:
+                ways.append("leave --strict-size out, so that videos are made to fit")
+            if clips:
+                ways.append("ask for fewer frames of videos (nframes, min_frames, max_frames)")
             raise LimitError(
                 f"the prompt has {len(prompt.token_ids):,} tokens; these engines take"
-                f" {self._profile.max_input_len:,} (--max-input-len). Shorten it, shrink the images (--max-pixels), or"
-                " rebuild."
+                f" {self._profile.max_input_len:,} (--max-input-len). {', '.join(ways)}, or rebuild."
             )
         seconds = [clip.size.second_per_grid for clip in clips]
         position_ids, delta = rope_index(prompt.token_ids, self._config, image_grids, video_grids, seconds)
@@ -288,8 +295,18 @@ class Preparer:
         return inputs, times
 
 
-def _listed(media: Any, name: str, dimensions: int) -> list[Any]:
-    """Several images or videos; a lone one would be taken for a list of its rows, a lone path for one of letters."""
+def listed(media: Any, name: str, dimensions: int) -> list[Any]:
+    """Several images or videos; a lone one would be taken for a list of its rows, a lone path for one of letters.
+
+    Args:
+        media: what is given.
+        name: ``images`` or ``videos``.
+        dimensions: of an array or a tensor that holds several.
+
+    Raises:
+        MediaError: no list.
+        PromptError: a URL in it is not of this machine.
+    """
     stacked = isinstance(media, (np.ndarray, Tensor)) and media.ndim == dimensions
     if not stacked and (not isinstance(media, Sequence) or isinstance(media, (str, bytes, bytearray))):
         raise MediaError(f"{name} is a {type(media).__name__}, not a list; give {name}=[...] even for one")

@@ -77,7 +77,7 @@ TEMPLATES = {
 def test_the_text_is_that_of_transformers(source, messages):
     variables = {"eos_token": "<|im_end|>"}
     (expected,), _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True, **variables)
-    assert ChatTemplate(source, variables, 100_000).render(messages) == expected
+    assert ChatTemplate(source, variables, 100_000, 900).render(messages) == expected
 
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}" + "{% endfor %}{% endfor %}"
@@ -109,7 +109,7 @@ FAILURES = {
 
 @pytest.mark.parametrize(("source", "message"), FAILURES.items())
 def test_whatever_goes_wrong_is_one_error(source, message):
-    template = ChatTemplate(source, {}, 100_000)
+    template = ChatTemplate(source, {}, 100_000, 900)
     template._seconds = 0.3
     began = time.monotonic()
     with pytest.raises(PromptError, match=message):
@@ -118,8 +118,8 @@ def test_whatever_goes_wrong_is_one_error(source, message):
 
 
 def test_a_text_without_end():
-    template = ChatTemplate(LOOP.replace("{% endfor %}", "x" * 1000 + "{% endfor %}", 1), {}, 100_000)
-    with pytest.raises(LimitError, match=r"over 100,000 characters, more than --max-input-len tokens"):
+    template = ChatTemplate(LOOP.replace("{% endfor %}", "x" * 1000 + "{% endfor %}", 1), {}, 100_000, 900)
+    with pytest.raises(LimitError, match=r"over 100,000 characters, more than 900 tokens .--max-input-len. stand for"):
         template.render([])
 
 
@@ -136,11 +136,11 @@ def test_a_text_without_end():
 )
 def test_what_is_no_template(source, message):
     with pytest.raises(PromptError, match=message):
-        ChatTemplate(source, {}, 100_000).render([])
+        ChatTemplate(source, {}, 100_000, 900).render([])
 
 
 def test_the_thread_of_a_template_without_end_ends_too(capfd):
-    template = ChatTemplate(LOOP, {}, 100_000, seconds=0.3)
+    template = ChatTemplate(LOOP, {}, 100_000, 900, seconds=0.3)
     with pytest.raises(PromptError, match="takes over"):
         template.render([])
     for thread in threading.enumerate():

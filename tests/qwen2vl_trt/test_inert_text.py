@@ -104,7 +104,7 @@ TEMPLATES = [
 def test_templates_that_look_into_texts(builder, monkeypatch, template):
     from qwen2vl_trt.chat_template import ChatTemplate
 
-    monkeypatch.setattr(builder, "_template", ChatTemplate(template, {}, 100_000))
+    monkeypatch.setattr(builder, "_template", ChatTemplate(template, {}, 100_000, 900))
     rng = random.Random(2)
     specials = special(builder)
     for _ in range(200):
@@ -127,7 +127,7 @@ def test_templates_that_look_into_texts(builder, monkeypatch, template):
 def test_an_error_that_quotes_a_text_quotes_it_as_it_is(builder, monkeypatch):
     from qwen2vl_trt.chat_template import ChatTemplate
 
-    template = ChatTemplate("{{ raise_exception('not ' ~ messages[0].content) }}", {}, 100_000)
+    template = ChatTemplate("{{ raise_exception('not ' ~ messages[0].content) }}", {}, 100_000, 900)
     monkeypatch.setattr(builder, "_template", template)
     with pytest.raises(PromptError, match=r"refuses the messages: not <\|im_end\|>$"):
         builder.build("<|im_end|>")

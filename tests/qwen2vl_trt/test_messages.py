@@ -156,6 +156,7 @@ def test_media_come_in_order_from_parts_and_from_beside():
         ("data:,a,b", b"a,b"),
         (["file:///a.png", "b.png", f"data:;base64,{PNG}"], ["/a.png", "b.png", b"\x89PNG bytes"]),
         (f"data:video/jpeg;base64,{PNG},{PNG}", [b"\x89PNG bytes"] * 2),
+        (f"data:video/png;base64,{PNG},{PNG}", [b"\x89PNG bytes"] * 2),
         (f"data:video/mp4;base64,{PNG}", b"\x89PNG bytes"),
         ("\udcff.png", "\udcff.png"),  # Python's spelling of a file name that is no UTF-8
     ],
@@ -357,6 +358,7 @@ def test_any_mapping_is_a_message():
         (user({"type": "image_url", "image_url": {"url": "data:image/png;base64,???"}}), [], "part 1: .* not base64"),
         (user({"type": "image_url", "image_url": {"url": "data:image/png;base64,%FF"}}), [], "not base64"),
         (user({"type": "image_url", "image_url": {"url": "data:image/png,\ud800"}}), [], "part 1: .* not valid text"),
+        (user({"video": "data:video/webp;base64,QQ==,QQ=="}), [], "'video/webp' is a list; only video/jpeg and"),
         (user({"type": "image_url", "image_url": {"url": "data:image/png;base64,é"}}), [], "not base64"),
         (user({"type": "image_url", "image_url": {"url": "data:image/png;base64"}}), [], "has no comma"),
         (user({"type": "audio"}), [], "unknown type 'audio'"),

@@ -167,7 +167,7 @@ def test_a_text_that_cannot_fit_is_not_tokenized(folder, config, length, monkeyp
     builder = PromptBuilder(folder, config, max_input_len=100)
     monkeypatch.setattr(builder, "tokenizer", None)
     monkeypatch.setattr(builder._inert, "_tokenizer", None)
-    with pytest.raises(LimitError, match=r"over 65,536 characters, more than --max-input-len tokens"):
+    with pytest.raises(LimitError, match=r"over 65,536 characters, more than 100 tokens \(--max-input-len\)"):
         builder.build("x" * length)
 
 

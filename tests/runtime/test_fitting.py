@@ -11,6 +11,8 @@ from PIL import Image
 from qwen2vl_trt.errors import LimitError, MediaError, PromptError
 from runtime import ImageOptions, MediaSize, Pipeline, PipelineOptions, Request, SamplingParams, Video, VideoOptions
 from runtime.media.fit_warnings import MOST_WARNINGS
+from runtime.preprocessing.settings import PreprocessorSettings
+from runtime.preprocessing.sizes import SizeRules
 from tests.support.engine_folders import PROFILE, build
 from tests.support.media_files import save_video
 from tests.support.requests import answers, picture
@@ -170,6 +172,38 @@ def test_a_clip_that_fits_in_no_way_is_refused(torch_pipeline):
     request = Request("word " * 90, videos=[long_clip()])
     with pytest.raises(LimitError, match=r"the prompt has [\d,]+ tokens; these engines take 400"):
         torch_pipeline.generate([request], ONE)[0].text  # noqa: B018
+
+
+def test_what_is_too_long_is_told_the_way_out_that_helps(torch_pipeline):
+    strict = Pipeline(torch_pipeline.engines, PipelineOptions(strict_size=True))
+    clips, images = Request("x", videos=[long_clip()]), Request("x", [picture(1, 140, 140)] * 20)
+    for pipeline, request, message, other in (
+        (strict, clips, r"leave --strict-size out, .* ask for fewer frames", "images"),
+        (torch_pipeline, replace(clips, prompt="word " * 90), r"Shorten the text, ask for fewer", "strict"),
+        (strict, images, r"Shorten the text, shrink the images \(max_pixels\), or", "videos"),
+        (torch_pipeline, Request("word " * 600), r"Shorten the text, or rebuild", "images"),
+    ):
+        with pytest.raises(LimitError, match=message) as refused:
+            pipeline.generate([request], ONE)[0].text  # noqa: B018
+        assert other not in str(refused.value)
+
+
+def test_frames_are_limited_to_128_tokens_before_any_is_lost(torch_pipeline):
+    """Sides are rounded down, as qwen-vl-utils does: 120 of 16:9 and no less."""
+    rules = SizeRules(torch_pipeline.engines.checkpoint.config.vision, PreprocessorSettings())
+    size = rules.video(40, 720, 1280, 2.0)
+    shorter, kept = rules.video_within(20 * 120, size)
+    assert (shorter.tokens // shorter.grid[0], len(kept)) == (120, 40)
+    fewer, kept = rules.video_within(20 * 120 - 1, size)
+    assert (fewer.tokens // fewer.grid[0], len(kept)) == (120, 38)
+
+
+def test_a_size_beyond_the_checkpoints_limits_is_told_of(torch_pipeline, caplog):
+    pipeline = Pipeline(torch_pipeline.engines, PipelineOptions(max_pixels=7840))
+    options = ImageOptions(resized_height=140, resized_width=140)
+    pipeline.generate([Request("x", [picture(1)], image_options=options)], ONE)
+    (line,) = warnings_of(caplog)
+    assert "in place of the size that is asked for, by the checkpoint's max_pixels; --strict-size" in line
 
 
 def test_a_clip_leaves_room_for_the_answer_that_is_asked_for(torch_pipeline):

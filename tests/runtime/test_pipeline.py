@@ -16,7 +16,7 @@ from PIL import Image
 
 from qwen2vl_trt.errors import CheckpointError, EngineError, LimitError, MediaError, PromptError, SamplingError
 from qwen2vl_trt.hub import resolve_model
-from runtime import Pipeline, PipelineOptions, Request, SamplingParams, Video
+from runtime import Pipeline, PipelineOptions, Request, SamplingParams, Video, VideoOptions
 from tests.support.bounds import FP32, FP32_BEHIND_BOTH
 from tests.support.engine_folders import BUILDS, PROFILE, build
 from tests.support.models import relative_error
@@ -450,11 +450,33 @@ def bad_requests(tmp_path):
         "much text": (Request("x" * 10**7), LimitError, r"--max-input-len"),
         "too long": (Request("word " * 600), LimitError, r"these engines take 400 \(--max-input-len\)"),
         "lone image": (Request("x", image), MediaError, r"images is a ndarray.*images=\[...\]"),
-        "lone path": (Request("x", "a.png"), MediaError, "images is a str"),
+        "lone path": (Request("x", "a.png"), MediaError, r"images is a str, not a list; give images=\[...\]"),
+        "lone video": (Request("x", videos="a.mp4"), MediaError, r"videos is a str, not a list; give videos=\[...\]"),
+        "lone bytes": (Request("x", b"abc"), MediaError, "images is a bytes, not a list"),
         "frames as videos": (Request("x", videos=[Image.fromarray(image)] * 2), MediaError, "video 1: .* no video"),
         "no frames": (Request("x", videos=[[]]), MediaError, "video 1: no frames"),
         "nothing": (Request("x", [None]), MediaError, "NoneType is no image"),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda _: Request("x", image_options={"max_pixels": 784}), PromptError, "dict; give ImageOptions"),
+        (lambda _: Request("x", image_options=VideoOptions()), PromptError, "VideoOptions; give ImageOptions"),
+        (lambda _: Request("x", video_options=None), PromptError, "NoneType; give VideoOptions"),
+        (lambda _: Request.from_batch([], []), MediaError, "a list is no tensor"),
+        (lambda _: Request.from_batch(torch.zeros(2, 1, 3, 28, 28), "ab"), PromptError, "prompts is a string"),
+        (lambda pipeline: pipeline.embed_images("a.png"), MediaError, "images is a str, not a list"),
+        (lambda pipeline: pipeline.embed_images(b"abc"), MediaError, "images is a bytes, not a list"),
+        (lambda pipeline: pipeline.hidden_states("abc"), PromptError, "a str is no request"),
+        (lambda pipeline: pipeline.generate("abc"), PromptError, "a str is no request"),
+        (lambda pipeline: pipeline.generate(Request("x"), {"max_tokens": 1}), SamplingError, "dict; give SamplingP"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_the_way_out(pipelines, call, error, message):
+    with pytest.raises(error, match=message):
+        call(pipelines["torch"])
 
 
 def test_a_bad_request_leaves_the_others_alone(pipeline, tmp_path, capfd):

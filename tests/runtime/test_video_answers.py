@@ -72,7 +72,7 @@ def test_trimmed_without_encoding_again(digits, read, tmp_path):
     assert read(edited(data, 0.0, 2.0)) == "37"
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_an_animation_by_its_own_delays(kind, digits, read):
     """Delays of 0.1 to 1 s: a second a digit."""
     frames, delays = [], []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen2vl_trt.errors import LimitError
+from qwen2vl_trt.errors import LimitError, MediaError
 from runtime import Pipeline, PipelineOptions, Request, SamplingParams
 from runtime.backends.runners import open_engines
 from runtime.backends.torch_runner import CudaDecoder, CudaVision
@@ -71,6 +71,20 @@ class TestOnACpu:
         strict = Pipeline(pipeline.engines, PipelineOptions(strict_size=True))
         with pytest.raises(LimitError, match="600x600"):
             strict.warm_up([(600, 600)])
+
+    @pytest.mark.parametrize(
+        ("sizes", "message"),
+        [
+            ([(100_000, 100_000)], "100000x100000 is 10,000,000,000 pixels.*--image-pixel-limit"),
+            ([(-1, -1)], "-1x-1 has no pixels"),
+            ((448, 448), r"give \[\(width, height\), ...\]"),
+            ([(44.8, 448)], r"give \[\(width, height\), ...\]"),
+            (100_000, r"give \[\(width, height\), ...\]"),
+        ],
+    )
+    def test_sizes_that_no_image_has(self, pipeline, sizes, message):
+        with pytest.raises(MediaError, match=message):
+            pipeline.warm_up(sizes)
 
 
 @pytest.fixture

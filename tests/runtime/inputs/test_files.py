@@ -16,6 +16,7 @@ from runtime import Pipeline, Request, Service
 from runtime.backends.runners import open_engines
 from runtime.inputs.files import opened, read_whole
 from runtime.inputs.images import ImageLimits, decoding_bytes, file_bytes, load_image
+from runtime.inputs.video import load_video
 
 PATIENCE = 60
 
@@ -110,6 +111,16 @@ def test_links(tmp_path):
         load_image(tmp_path / "broken.png")
     with pytest.raises(MediaError, match=r"circle\.png: cannot be read: Too many levels"):
         load_image(tmp_path / "circle.png")
+
+
+def test_file_urls_are_paths_wherever_a_path_is(tmp_path):
+    Image.new("RGB", (5, 4)).save(tmp_path / "a b.png")
+    url = (tmp_path / "a b.png").as_uri()
+    assert load_image(url).shape == (3, 4, 5)
+    assert file_bytes(url) == (tmp_path / "a b.png").read_bytes()
+    assert decoding_bytes(url) == decoding_bytes(tmp_path / "a b.png")
+    with pytest.raises(MediaError, match="a still image"):
+        load_video(url)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")

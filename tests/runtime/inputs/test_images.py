@@ -241,7 +241,7 @@ class TestBadInput:
     def test_impossible_path(self, path):
         self.refused(path, "cannot be read")
 
-    @pytest.mark.parametrize("scheme", ["http", "https", "HTTPS", "ftp", "s3", "gs", "hf", "file"])
+    @pytest.mark.parametrize("scheme", ["http", "https", "HTTPS", "ftp", "s3", "gs", "hf"])
     def test_address(self, scheme):
         self.refused(f"{scheme}://example.org/a.png", f"{scheme}://example.org/a.png", "not fetched; download it")
         self.refused(Path(f"{scheme}://example.org/a.png"), "not fetched")

@@ -17,6 +17,7 @@ from transformers.video_utils import load_video as transformers_load_video
 
 from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.media_options import VideoOptions
+from runtime.inputs.files import MAX_VIDEO_BYTES
 from runtime.inputs.images import ImageLimits
 from runtime.inputs.video import DEFAULT_FPS, FrameSampling, Video, load_video
 from tests.support.media_files import save_video
@@ -247,17 +248,27 @@ class TestBadInput:
         self.refused(path, f"{name}: no video stream, only cover art")
 
     def test_a_still_image(self, tmp_path):
-        for kind in ("gif", "webp"):
+        for kind in ("gif", "webp", "png", "jpg", "bmp", "tiff"):
             path = tmp_path / f"a.{kind}"
             Image.fromarray(frames(1)[0]).save(path)
-            self.refused(path, f"a.{kind}: a still image")
-        Image.fromarray(frames(1)[0]).save(tmp_path / "a.png")
-        self.refused(tmp_path / "a.png", "a.png: not a video")
+            self.refused(path, f"a.{kind}: a still image, not a video; give it as an image")
+
+    def test_a_picture_beside_the_frames_of_a_png_file_is_none_of_them(self):
+        shades = [Image.new("RGB", (40, 30), (shade, 0, 0)) for shade in (200, 10, 20, 30, 40)]
+        file = BytesIO()
+        shades[0].save(file, "PNG", save_all=True, append_images=shades[1:], duration=500, default_image=True)
+        assert [int(frame[0, 0, 0]) for frame in load_video(file.getvalue()).frames] == [10, 20, 30, 40]
+
+    def test_more_bytes_than_are_read(self, tmp_path):
+        path = tmp_path / "a.mp4"
+        with path.open("wb") as file:
+            file.truncate(MAX_VIDEO_BYTES + 1)  # takes no space
+        self.refused(path, r"a.mp4: more than 68,719,476,736 bytes, the most that are read of a video file")
 
     def test_damaged_animations_give_frames_or_media_errors(self):
         generator = np.random.default_rng(0)
         pictures = [Image.fromarray(frame) for frame in noise()[:4]]
-        for kind in ("GIF", "WEBP"):
+        for kind in ("GIF", "WEBP", "PNG"):
             file = BytesIO()
             pictures[0].save(file, kind, save_all=True, append_images=pictures[1:], duration=100)
             assert len(load_video(file.getvalue()).frames) == 4

@@ -134,9 +134,16 @@ class TestSettings:
         assert settings.video == PreprocessorSettings().video
         assert PreprocessorSettings().with_limits() == PreprocessorSettings()
 
-    @pytest.mark.parametrize("limits", [{"min_pixels": 0}, {"max_pixels": 0}, {"min_pixels": 10, "max_pixels": 9}])
-    def test_impossible_limits(self, limits):
-        with pytest.raises(LimitError, match="min_pixels"):
+    @pytest.mark.parametrize(
+        ("limits", "message"),
+        [
+            ({"min_pixels": 0}, "min_pixels is 0; it must be at least 1"),
+            ({"max_pixels": 0}, "max_pixels is 0; it must be at least 1"),
+            ({"min_pixels": 10, "max_pixels": 9}, "min_pixels 10 and max_pixels 9"),
+        ],
+    )
+    def test_impossible_limits(self, limits, message):
+        with pytest.raises(LimitError, match=message):
             PreprocessorSettings().with_limits(**limits)
 
     @pytest.mark.parametrize(

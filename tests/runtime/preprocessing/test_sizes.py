@@ -1,5 +1,8 @@
 """Sizes within the checkpoint's limits and the engines', as Transformers makes them of the limits in force."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -111,6 +114,56 @@ class TestImages:
                 rules(BuildProfile(128, 5184)).image(
                     100, 100, name="image 2", options=ImageOptions(resized_height=height, resized_width=width)
                 )
+
+
+class TestANamedSizeBeyondTheCheckpointsLimits:
+    """qwen-vl-utils gives it to Transformers' processor, which resizes once more: the size is the same."""
+
+    @pytest.mark.parametrize(
+        ("named", "limit"), [((1400, 1400), "max_pixels"), ((28, 28), "min_pixels"), ((290, 400), None)]
+    )
+    def test_it_is_resized_and_reported(self, named, limit):
+        options = ImageOptions(resized_height=named[0], resized_width=named[1])
+        pixels = PixelSettings(3136, 784 * 1280)
+        found = rules(BuildProfile(4, 20000), pixels).image(100, 300, options=options)
+        rounded = transformers_resize(*named, 28, 3136, 784 * 16384)  # qwen-vl-utils' own limits
+        expected = transformers_resize(*rounded, 28, 3136, 784 * 1280)
+        assert (found.resized_height, found.resized_width, found.limited_by) == (*expected, limit)
+        strict = rules(BuildProfile(4, 20000), pixels, strict_size=True)
+        if limit is None:
+            assert strict.image(100, 300, options=options) == found
+            return
+        with pytest.raises(LimitError, match=r"image 2: resized_height .* takes 3,136 to 1,003,520 \(min_pixels"):
+            strict.image(100, 300, name="image 2", options=options)
+
+    def test_frames(self):
+        options = VideoOptions(resized_height=1400, resized_width=1400)
+        video = rules(BuildProfile(4, 20000), video=PixelSettings(100_352, 602_112)).video
+        assert video(4, 100, 100, 2.0, options=options).limited_by == "max_pixels"
+
+
+class TestTheWayOutOfStrictSizes:
+    @pytest.mark.parametrize(
+        ("profile", "size", "options", "message"),
+        [
+            (BuildProfile(16, 180), 700, ImageOptions(), "Pass --max-pixels 35280 to shrink it"),
+            (BuildProfile(16, 180), 700, ImageOptions(max_pixels=10**6), "Give it max_pixels 35280 to shrink it"),
+            (BuildProfile(16, 180), 56, ImageOptions(min_pixels=10**6), "Leave its min_pixels 1000000 out"),
+            (BuildProfile(512, 900), 700, ImageOptions(max_pixels=3136), "Leave its max_pixels 3136 out"),
+            (BuildProfile(512, 900), 56, ImageOptions(min_pixels=3136), "Give it min_pixels 100352 to enlarge it"),
+        ],
+    )
+    def test_it_is_not_one_that_the_request_overrules(self, profile, size, options, message):
+        with pytest.raises(LimitError, match=message):
+            rules(profile, strict_size=True).image(size, size, options=options)
+
+
+def test_the_documentations_sizes_are_those_that_json_prints():
+    page = (Path(__file__).parents[3] / "docs" / "runtime.md").read_text(encoding="utf-8")
+    documented = json.loads(page.split("```json")[1].split("```")[0])
+    image = rules().image(3024, 4032)
+    video = rules(video=PixelSettings(100_352, 602_112)).video(16, 720, 1280, 2.0)
+    assert documented == {"images": [image.as_json()], "videos": [video.as_json()]}
 
 
 class TestPixels:
