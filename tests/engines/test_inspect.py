@@ -42,12 +42,26 @@ def test_a_narrow_terminal_cuts_nothing(folder):
     assert words[0] == words[1] == words[2]
 
 
+@pytest.fixture(scope="module")
+def built(rtx_checkpoint, tmp_path_factory):
+    """Do not write into it."""
+    return build(rtx_checkpoint, tmp_path_factory.mktemp("inspect") / "engines", "onnxruntime", "fp32")
+
+
+@pytest.fixture
+def to_damage(built, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(built, tmp_path / "engines"))
+
+
 @pytest.fixture(scope="module", params=["torch fp32", "torch bf16", "onnxruntime fp32", "tensorrt-rtx bf16"])
 def folder(request, rtx_checkpoint, tmp_path_factory):
     backend, precision = request.param.split()
     if backend == "tensorrt-rtx":
         request.getfixturevalue("trt")
         return request.getfixturevalue("rtx_engines").folder(precision)
+    if backend == "onnxruntime":
+        return request.getfixturevalue("built")
     return build(rtx_checkpoint, tmp_path_factory.mktemp("inspect") / "engines", backend, precision)
 
 
@@ -121,18 +135,16 @@ def test_a_folder_without_an_engine_is_refused(tmp_path):
         inspect_folder(tmp_path)
 
 
-def test_a_damaged_graph(rtx_checkpoint, tmp_path):
-    folder = build(rtx_checkpoint, tmp_path / "engines", "onnxruntime")
-    (folder / "vision.onnx").write_bytes(b"damaged")
+def test_a_damaged_graph(to_damage):
+    (to_damage / "vision.onnx").write_bytes(b"damaged")
     with pytest.raises(EngineError, match=r"vision\.onnx is not the file that was built"):
-        inspect_folder(folder)
+        inspect_folder(to_damage)
 
 
-def test_every_byte_is_read_when_asked(rtx_checkpoint, tmp_path):
-    folder = build(rtx_checkpoint, tmp_path / "engines", "onnxruntime")
-    path = folder / "vision.onnx"
+def test_every_byte_is_read_when_asked(to_damage):
+    path = to_damage / "vision.onnx"
     stat, content = path.stat(), bytearray(path.read_bytes())
-    command = [sys.executable, "run.py", "inspect", folder, "--verify"]
+    command = [sys.executable, "run.py", "inspect", to_damage, "--verify"]
     sound = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     said = "as built: every byte of decoder.onnx, vision.onnx; of the weights the header and both ends of every tensor"
     assert sound.stdout.splitlines()[-1] == said
@@ -168,11 +180,10 @@ def test_the_checkpoints_own_limit_of_pixels_bounds_the_largest_photo(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x08", b"half"], ids=["empty", "noise", "short", "half"])
-def test_a_corrupt_graph_is_one_line(rtx_checkpoint, tmp_path, content):
+def test_a_corrupt_graph_is_one_line(to_damage, content):
     """Of the size and the time that it was built with, as bits that the disk lost leave it."""
-    folder = build(rtx_checkpoint, tmp_path / "engines", "onnxruntime", "fp32")
     for name in ("vision.onnx", "decoder.onnx"):
-        path = folder / name
+        path = to_damage / name
         stat, whole = path.stat(), path.read_bytes()
         path.write_bytes(
             whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2) if content == b"half" else content
@@ -182,7 +193,7 @@ def test_a_corrupt_graph_is_one_line(rtx_checkpoint, tmp_path, content):
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         for verify, said in ((False, "is corrupt"), (True, "is not the file that was built (SHA-256 differs)")):
             with pytest.raises(EngineError) as refused:
-                inspect_folder(folder, verify)
+                inspect_folder(to_damage, verify)
             assert str(path) in str(refused.value)
             assert said in str(refused.value)
             assert "\n" not in str(refused.value)
