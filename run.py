@@ -190,9 +190,10 @@ def _parser(command: str, description: str, files: bool = True) -> Parser:
 def _engine_folder(arguments: argparse.Namespace) -> Path:
     """The engines that the options name, built where missing."""
     from runtime.engine_folder import engine_folder
+    from runtime.pipeline_arguments import pipeline_options
     from tiny.calibration import training_data
 
-    return engine_folder(arguments, training_data)
+    return engine_folder(arguments, training_data, pipeline_options(arguments))
 
 
 def _pipeline(arguments: argparse.Namespace) -> Pipeline:

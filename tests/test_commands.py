@@ -417,6 +417,34 @@ def test_what_a_build_would_be_wasted_on_is_known_before_it(call, user):
         assert not Path("early").exists(), arguments
 
 
+SPOILED = {
+    "generation_config.json": ({"temperature": "hot"}, {"num_beams": 4}, {"repetition_penalty": 1e300}),
+    "preprocessor_config.json": ({"min_pixels": []}, {"do_resize": False}, {"patch_size": 16}),
+    "video_preprocessor_config.json": ({"fps": "fast"}, {"unheard_of": 1}),
+    "tokenizer.json": ("{", {"model": None}),
+    "tokenizer_config.json": ("{",),
+    "chat_template.jinja": ("{% for %}", "{{ 1 / 0 }}"),
+    "config.json": ({"image_token_id": 5}, {"video_token_id": 6}),
+}
+
+
+def test_a_bad_file_of_a_checkpoint_is_known_before_the_build(call, user, monkeypatch):
+    built = []
+    monkeypatch.setattr("runtime.engine_folder.build_engines", lambda *arguments: built.append(arguments))
+    for file, faults in SPOILED.items():
+        for fault in faults:
+            shutil.rmtree(user / "spoiled", ignore_errors=True)
+            shutil.copytree(user / "model", user / "spoiled")
+            path = user / "spoiled" / file
+            if not isinstance(fault, str):
+                fault = json.dumps((json.loads(path.read_text()) if path.exists() else {}) | fault)
+            path.write_text(fault)
+            for script, *arguments in ((run, *ASK), (build_engines,)):
+                found = call(script, *arguments, "--model", "./spoiled", "--backend", "torch", "--engine-dir", "early")
+                assert_one_line(found, f"spoiled: {file}", (file, fault))
+                assert (built, Path("early").exists()) == ([], False), (file, fault)
+
+
 def test_a_damaged_engine_is_one_line(call, quick, user):
     assert call(build_engines, "--model", "model", "--backend", "torch", "--engine-dir", "damaged", *LIMITS)[0] == 0
     engine = ("--engine-dir", "damaged", *ASK)
