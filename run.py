@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.command import Parser, run_command, whole_number
+from engines.command import Parser, folder_name, run_command, whole_number
 
 if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
@@ -146,7 +146,7 @@ def inspect(argv: list[str]) -> None:
         epilog=COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=folder_name, metavar="DIR")
     parser.add_argument("--layers", action="store_true", help="list every layer that computes, with its type")
     parser.add_argument("--verify", action="store_true", help="read every byte that was built: damage of the disk too")
     arguments = parser.parse_args(argv)

@@ -64,7 +64,7 @@ def build_engines(
         return False
     if not torch.cuda.is_available():  # engines for a GPU need no memory here
         warn_of_memory(checkpoint, backend.name, numbers)
-    if folder.resolve() == model.folder.resolve():
+    if folder.is_dir() and folder.samefile(model.folder):
         raise BuildError(f"{folder} is the checkpoint itself; give --engine-dir another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from qwen2vl_trt import __version__
@@ -48,6 +49,30 @@ def positive_number(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def path_name(text: str) -> Path:
+    """The type of an option that names a file or a folder, one that is there or one to make."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty ('.' is the current folder)")
+    found = Path(text)
+    try:
+        found.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if found.is_symlink():
+            raise argparse.ArgumentTypeError(f"{text} is a link to {found.readlink()}, which is not there") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise argparse.ArgumentTypeError(f"{text}: {getattr(error, 'strerror', None) or error}") from None
+    return found
+
+
+def folder_name(text: str) -> Path:
+    """The type of an option that names a folder, one that is there or one to make."""
+    found = path_name(text)
+    if found.exists() and not found.is_dir():
+        kind = "a file" if found.is_file() else "a pipe or a device"
+        raise argparse.ArgumentTypeError(f"{text} is {kind}; a folder is needed")
+    return found
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

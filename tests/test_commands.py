@@ -349,7 +349,7 @@ WRONG_OPTIONS = {
     (*ASK, "--precision", "fp8", "--calibration-data", "nothing"): "--calibration-data nothing holds no",
     (*ASK, "--engine-dir", "none"): "there is no folder none",
     (*ASK, "--engine-dir", "nothing"): "nothing holds no engine",
-    (*ASK, "--engine-dir", "a.png"): "there is no folder a.png",
+    (*ASK, "--engine-dir", "a.png"): "a.png is a file; a folder is needed",
     ("features", "--output", "f.safetensors"): "one of the arguments --input --image is required",
     ("features", "--input", "nothing", "--output", "new"): "nothing: no image there",
     ("features", "--input", "a.png", "--output", "new", "--workers", "0"): "'0' is not a whole number of at least 1",
@@ -402,6 +402,40 @@ def test_wrong_options_are_one_line(call, monkeypatch, tmp_path):
         assert_one_line(call(run, *arguments), message, arguments)
         if arguments[:2] == ASK and "--model" in arguments:
             assert_one_line(call(build_engines, *arguments[2:]), message, arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "the name is empty"),
+        ("loop", "Too many levels of symbolic links"),
+        ("loop/x", "Too many levels of symbolic links"),
+        ("pipe", "is a pipe or a device; a folder is needed"),
+        ("a.png", "is a file; a folder is needed"),
+        ("dangling", "is a link to nowhere, which is not there"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_name_that_cannot_be_a_folder_is_one_line(call, user, name, message):
+    if not (user / "pipe").exists():
+        os.mkfifo(user / "pipe")
+        (user / "loop").symlink_to("loop")
+        (user / "dangling").symlink_to("nowhere")
+    before = sorted(user.iterdir())
+    for script, *arguments in (
+        (build_engines, "--model", "model", "--force", "--engine-dir"),
+        (run, *ASK, "--engine-dir"),
+        (run, "inspect"),
+        (run, "batch", "--input", "a.png", "--task", "features", "--output"),
+    ):
+        assert_one_line(call(script, *arguments, name), message, (arguments, name))
+    if name != "a.png":
+        assert_one_line(call(build_engines, "--model", name), "model", name)
+    assert sorted(user.iterdir()) == before
+
+
+def test_a_home_of_nobody_is_one_line(call):
+    assert_one_line(call(build_engines, "--model", "~nobody-of-this-name/x"), "there is no such folder", "~")
 
 
 def test_what_a_build_would_be_wasted_on_is_known_before_it(call, user):
