@@ -551,6 +551,40 @@ def test_an_interrupt_is_one_word_and_code_130(user, call, quick):
     assert_one_line(call(run, "--engine-dir", "stopped", *ASK), "holds no engine", "stopped")
 
 
+SHELL = """
+import os, shlex, sys
+os.execv("/bin/sh", ["sh", "-c", f"exec {shlex.join(sys.argv[2:])} {sys.argv[1]}"])
+"""
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, name, *others):
+        if name == module:
+            sys.meta_path.remove(self)
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                pass  # as C code does that an import calls
+_, module, script, *arguments = sys.argv
+sys.argv = [script, *arguments]
+sys.path.insert(0, os.path.dirname(script))
+sys.meta_path.insert(0, Finder())
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["dataclasses", "engines.command", "engines.arguments", "torch"])
+def test_an_interrupt_of_an_import_is_not_lost(user, module):
+    for script, *arguments in (
+        ("run.py", "generate", *ASK, "--model", "none"),
+        ("build_engines.py", "--model", "./none"),
+    ):
+        if module == "dataclasses" and script == "build_engines.py":
+            continue  # not imported before the command begins
+        found = finish(start(user, "-c", INTERRUPTED_IMPORT, module, ROOT / script, *arguments))
+        assert found == (130, "", "interrupted\n")
+
+
 def test_terminated(user, quick):
     (user / "photos").mkdir()
     for number in range(2000):
@@ -584,6 +618,18 @@ def test_stdout_that_is_full_closed_or_gone(user, quick):
         assert process.stderr.read() == b""
     code, _, errors = finish(disk)
     assert (code, errors) == (1, "error: stdout: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("closing", "reason"), [(">&-", "Bad file descriptor"), (">/dev/full", "No space left on device")]
+)
+def test_an_answer_that_nobody_gets_is_an_error(user, quick, closing, reason):
+    for arguments in ((*quick, *ASK), ("inspect", quick[1])):
+        command = (ROOT / "run.py", *arguments)
+        found = finish(start(user, "-c", SHELL, closing, sys.executable, *command))
+        assert found == (1, "", f"error: stdout: {reason}\n"), arguments
+    code, out, _ = finish(start(user, "-c", SHELL, "2>&-", sys.executable, ROOT / "run.py", "bogus"))
+    assert (code, out) == (2, "")
 
 
 def test_two_builds_at_once(user):
