@@ -54,5 +54,8 @@ class ModelFiles:
             ("pad_token_id", generation.pad_token_id),
         ):
             if token >= size:
-                raise CheckpointError(f"{folder}: {name} is {token}; the vocabulary has {size:,} tokens")
+                raise CheckpointError(
+                    f"{folder}: generation_config.json, the tokenizer or config.json names token {token} as {name}; the"
+                    f" vocabulary has {size:,}"
+                )
         return cls(settings, prompts, generation)

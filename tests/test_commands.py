@@ -316,6 +316,8 @@ WRONG_OPTIONS = {
     (*ASK, "--top-p", "0"): "top_p is 0",
     (*ASK, "--top-k", "-1"): "top_k is -1",
     (*ASK, "--repetition-penalty", "nan"): "repetition_penalty is nan",
+    (*ASK, "--repetition-penalty", "1e-300"): "repetition_penalty is 1e-300; it must be a number from 0.0001 to 10000",
+    (*ASK, "--repetition-penalty", "1e300"): "repetition_penalty is 1e+300",
     (*ASK, "--seed", "-1"): "seed is -1",
     (*ASK, "--stop", ""): "stop is",
     (*ASK, "--json", "--stream"): "not allowed with",
@@ -452,9 +454,14 @@ def test_what_a_build_would_be_wasted_on_is_known_before_it(call, user):
 
 
 SPOILED = {
-    "generation_config.json": ({"temperature": "hot"}, {"num_beams": 4}, {"repetition_penalty": 1e300}),
+    "generation_config.json": (
+        {"eos_token_id": 10**6},
+        {"temperature": "hot"},
+        {"num_beams": 4},
+        {"repetition_penalty": 1e300},
+    ),
     "preprocessor_config.json": ({"min_pixels": []}, {"do_resize": False}, {"patch_size": 16}),
-    "video_preprocessor_config.json": ({"fps": "fast"}, {"unheard_of": 1}),
+    "video_preprocessor_config.json": ({"fps": "fast"}, {"unheard_of": 1}, {"cap_pixels_per_frame": True}),
     "tokenizer.json": ("{", {"model": None}),
     "tokenizer_config.json": ("{",),
     "chat_template.jinja": ("{% for %}", "{{ 1 / 0 }}"),
@@ -638,6 +645,15 @@ def test_two_builds_at_once(user):
     # The second says that it waits, if it comes while the first is at work.
     found = sorted((code, errors.splitlines()[-1]) for code, errors in ended)
     assert found == [(0, "shared: built"), (0, "shared: up to date")]
+
+
+@pytest.mark.parametrize(("error", "line"), [(MemoryError(), "out of memory"), (OSError(28, "full"), "stdout: full")])
+def test_what_the_system_refuses_is_one_line(call, monkeypatch, error, line):
+    def refuse():
+        raise error
+
+    monkeypatch.setattr(run, "main", refuse)
+    assert call(run) == (1, "", f"error: {line}\n")
 
 
 def test_a_missing_package_is_one_line(user):
