@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+from engines.interrupts import begin
+
+if __name__ == "__main__":
+    begin()  # before the rest is imported
+
 import argparse
 import sys
 

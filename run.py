@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+from engines.interrupts import begin
+
+if __name__ == "__main__":
+    begin()  # before the rest is imported
+
 import argparse
 import dataclasses
 import json
@@ -10,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.command import Parser, run_command, whole_number
+from engines.command import Parser, folder_name, run_command, whole_number
 
 if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
@@ -146,7 +151,7 @@ def inspect(argv: list[str]) -> None:
         epilog=COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=folder_name, metavar="DIR")
     parser.add_argument("--layers", action="store_true", help="list every layer that computes, with its type")
     parser.add_argument("--verify", action="store_true", help="read every byte that was built: damage of the disk too")
     arguments = parser.parse_args(argv)
@@ -190,9 +195,10 @@ def _parser(command: str, description: str, files: bool = True) -> Parser:
 def _engine_folder(arguments: argparse.Namespace) -> Path:
     """The engines that the options name, built where missing."""
     from runtime.engine_folder import engine_folder
+    from runtime.pipeline_arguments import pipeline_options
     from tiny.calibration import training_data
 
-    return engine_folder(arguments, training_data)
+    return engine_folder(arguments, training_data, pipeline_options(arguments))
 
 
 def _pipeline(arguments: argparse.Namespace) -> Pipeline:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.command import FAILED, Parser, positive_number
+from engines.command import FAILED, Parser, folder_name, path_name, positive_number
 from qwen2vl_trt.errors import CompareError, Qwen2VLError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _parser() -> Parser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--engine-dir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--engine-dir", type=folder_name, required=True, metavar="DIR")
     parser.add_argument(
         "--against", default="transformers", metavar="REFERENCE", help="transformers (default), torch, or an engine DIR"
     )
@@ -87,10 +87,15 @@ def _parser() -> Parser:
     )
     parser.add_argument("--device", help="of the engine: cpu, cuda, cuda:1; by default a GPU where it can use one")
     parser.add_argument("--reference-device", metavar="DEVICE", help="of everything else; by default the engine's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the error by block as a PNG; implies --layers")
+    parser.add_argument("--json", type=path_name, metavar="FILE", help="write every figure")
     parser.add_argument(
-        "--save-inputs", type=Path, metavar="DIR", help="write the graphs' inputs for `polygraphy run` and `trtexec`"
+        "--plot", type=path_name, metavar="FILE", help="draw the error by block as a PNG; implies --layers"
+    )
+    parser.add_argument(
+        "--save-inputs",
+        type=folder_name,
+        metavar="DIR",
+        help="write the graphs' inputs for `polygraphy run` and `trtexec`",
     )
     return parser
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from engines.arguments import add_build_arguments
-from engines.command import Parser, positive_number
+from engines.command import Parser, path_name, positive_number
 from qwen2vl_trt.errors import BenchmarkError
 from runtime.engine_folder import engine_folder
 from runtime.pipeline_arguments import add_decode_argument, check_decode
@@ -132,13 +132,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--blocks", type=positive_number, metavar="N", help="of the vision tower, with --random-weights")
     group = parser.add_argument_group("results")
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    group.add_argument("--export-times", "--exportTimes", type=Path, metavar="FILE.json", help="every sample")
-    group.add_argument("--export-profile", "--exportProfile", type=Path, metavar="FILE.json", help="time by operator")
+    group.add_argument("--export-times", "--exportTimes", type=path_name, metavar="FILE.json", help="every sample")
     group.add_argument(
-        "--trace", type=Path, metavar="FILE.json", help="timeline of the last pipeline shape, for ui.perfetto.dev"
+        "--export-profile", "--exportProfile", type=path_name, metavar="FILE.json", help="time by operator"
     )
-    group.add_argument("--trace-plot", type=Path, metavar="FILE.png", help="the same timeline, as a picture")
-    group.add_argument("--plot", type=Path, metavar="FILE.png", help="latency percentiles")
+    group.add_argument(
+        "--trace", type=path_name, metavar="FILE.json", help="timeline of the last pipeline shape, for ui.perfetto.dev"
+    )
+    group.add_argument("--trace-plot", type=path_name, metavar="FILE.png", help="the same timeline, as a picture")
+    group.add_argument("--plot", type=path_name, metavar="FILE.png", help="latency percentiles")
     return parser.parse_args(argv)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from accuracy.machine import processor
+from engines.command import folder_name, path_name
 from qwen2vl_trt import __version__
 from qwen2vl_trt.errors import Qwen2VLError
 
@@ -179,14 +180,14 @@ def option_parser(
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     if work_dir:
-        parser.add_argument("--work-dir", type=Path, help="keeps what is written; by default a temporary folder")
+        parser.add_argument("--work-dir", type=folder_name, help="keeps what is written; by default a temporary folder")
     if repetitions is not None:
         parser.add_argument("--repetitions", type=int, default=repetitions, help="default %(default)s")
     if depth is not None:
         layers, blocks = depth
         parser.add_argument("--layers", type=int, default=layers, help="of the decoder (default %(default)s)")
         parser.add_argument("--blocks", type=int, default=blocks, help="of the vision tower (default %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--json", type=path_name, metavar="FILE", help="also write the figures here")
     return parser
 
 

@@ -17,13 +17,16 @@ from pathlib import Path
 
 from benchmarks.measure import heading, option_parser, print_figures
 from benchmarks.random_model import config_of, write_random_checkpoint
+from engines.command import folder_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
     parser = option_parser(__doc__, depth=(36, 32))
-    parser.add_argument("--folder", type=Path, help="on a disk with 15 GB free; default the system's temporary one")
+    parser.add_argument(
+        "--folder", type=folder_name, help="on a disk with 15 GB free; default the system's temporary one"
+    )
     options = parser.parse_args()
     heading("onnx", "tensorrt_rtx_cu13")
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:

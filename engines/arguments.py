@@ -16,6 +16,7 @@ from qwen2vl_trt.prompts import check_tokenizer_files
 from .attention_mask import ATTENTION_MASKS
 from .backends import BACKENDS, DEFAULT_BACKEND, Backend, find_backend
 from .build import default_engine_dir, engines_in
+from .command import folder_name, path_name
 from .differences import differences, in_words
 from .manifest import Manifest
 from .precision import Precision
@@ -81,14 +82,21 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision", help=f"by default the backend's first (torch: fp32 on a CPU without bf16): {_precisions()}"
     )
-    group.add_argument("--engine-dir", type=Path, metavar="DIR", help="default artifacts/MODEL-BACKEND-PRECISION")
-    group.add_argument("--config", type=Path, metavar="YAML", help="model and limits from a file like configs/*.yaml")
+    group.add_argument(
+        "--engine-dir", type=folder_name, metavar="DIR", help="default artifacts/MODEL-BACKEND-PRECISION"
+    )
+    group.add_argument(
+        "--config", type=path_name, metavar="YAML", help="model and limits from a file like configs/*.yaml"
+    )
     group.add_argument("--force", action="store_true", help="build, and replace the engines that are in the folder")
     for name in BuildProfile.names():
         group.add_argument(flag(name), type=int, metavar="N", help=_HELP[name])
     fp8 = parser.add_argument_group("quantisation (--precision fp8 of a model that is not quantised)")
     fp8.add_argument(
-        "--calibration-data", type=Path, metavar="DIR", help="images, and prompts.jsonl; tiny has its training images"
+        "--calibration-data",
+        type=folder_name,
+        metavar="DIR",
+        help="images, and prompts.jsonl; tiny has its training images",
     )
     fp8.add_argument(
         "--calibration-size", type=int, metavar="N", help=f"most of them to take (default {CALIBRATION_SIZE})"
@@ -126,7 +134,7 @@ def built_folder(arguments: argparse.Namespace) -> Path | None:
         EngineError: the folder holds no engines.
     """
     folder: Path | None = arguments.engine_dir
-    if folder is None or arguments.model or arguments.config:
+    if folder is None or arguments.model is not None or arguments.config:
         return None
     as_built = f"{folder} runs as it was built; name the --model to build again"
     for name in ("revision", *_CALIBRATION):
@@ -203,14 +211,15 @@ def plan_build(arguments: argparse.Namespace) -> BuildPlan:
             chat template.
     """
     config = BuildConfig.from_yaml(arguments.config) if arguments.config else None
-    if config and arguments.model and config.model != arguments.model:
+    if config and arguments.model is not None and config.model != arguments.model:
         raise BuildError(f"--model {arguments.model} contradicts {arguments.config}, which is for {config.model}")
     device = getattr(arguments, "device", None)  # build_engines.py has no such option
     found = _engines_in(arguments.engine_dir, arguments.force)
     name = arguments.backend or (found.backend if found else DEFAULT_BACKEND)
     as_found = found.precision if found and found.backend == name else None
     backend, precision = find_backend(name, arguments.precision or as_found, device)
-    model = resolve_model(config.model if config else arguments.model or "tiny", arguments.revision)
+    wanted = config.model if config else arguments.model
+    model = resolve_model("tiny" if wanted is None else wanted, arguments.revision)
     Checkpoint(model.folder)
     check_tokenizer_files(model.folder)  # here, before the minutes of a build whose engines no pipeline could load
     folder = arguments.engine_dir or default_engine_dir(model.name, backend.name, precision)

@@ -62,9 +62,17 @@ def build_engines(
     )
     if not force and _is_built(planned, folder):
         return False
+    positions = checkpoint.config.text.max_position_embeddings
+    if profile.max_seq_len > positions:
+        logger.warning(
+            "%s: max_position_embeddings is %d; answers beyond may be poor, and --max-seq-len is %d",
+            model.folder,
+            positions,
+            profile.max_seq_len,
+        )
     if not torch.cuda.is_available():  # engines for a GPU need no memory here
         warn_of_memory(checkpoint, backend.name, numbers)
-    if folder.resolve() == model.folder.resolve():
+    if folder.is_dir() and folder.samefile(model.folder):
         raise BuildError(f"{folder} is the checkpoint itself; give --engine-dir another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)

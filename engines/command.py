@@ -13,16 +13,20 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from qwen2vl_trt import __version__
 from qwen2vl_trt.errors import Qwen2VLError, shortened
 
+from .interrupts import INTERRUPTED, TERMINATED, end_at_once
+
 FAILED = 1
 USAGE = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-TERMINATED = 143  # 128 + SIGTERM
+_PATIENCE = 0.05  # seconds between two looks whether an import that was interrupted has ended
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,40 +54,73 @@ def positive_number(text: str) -> int:
     return int(text)
 
 
+def path_name(text: str) -> Path:
+    """The type of an option that names a file or a folder, one that is there or one to make."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty ('.' is the current folder)")
+    found = Path(text)
+    try:
+        found.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if found.is_symlink():
+            raise argparse.ArgumentTypeError(f"{text} is a link to {found.readlink()}, which is not there") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise argparse.ArgumentTypeError(f"{text}: {getattr(error, 'strerror', None) or error}") from None
+    return found
+
+
+def folder_name(text: str) -> Path:
+    """The type of an option that names a folder, one that is there or one to make."""
+    found = path_name(text)
+    if found.exists() and not found.is_dir():
+        kind = "a file" if found.is_file() else "a pipe or a device"
+        raise argparse.ArgumentTypeError(f"{text} is {kind}; a folder is needed")
+    return found
+
+
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's main function and exit.
 
-    Exit codes: 0 done; 1 the output cannot be written; 2 a :class:`~qwen2vl_trt.errors.Qwen2VLError` or a package
-    that is not installed, named in one line; 130 interrupted; 143 terminated, which goes the same way: what Ctrl-C
-    saves and clears away, so does the end of a container or of a job's time. Both are a KeyboardInterrupt in ``main``,
-    whose message, if it has one, says what was saved.
+    Exit codes: 0 done; 1 the output cannot be written, or the memory is used up; 2 a
+    :class:`~qwen2vl_trt.errors.Qwen2VLError` or a package that is not installed, named in one line; 130 interrupted;
+    143 terminated, which goes the same way: what Ctrl-C saves and clears away, so does the end of a container or of a
+    job's time. Both are a KeyboardInterrupt in ``main``, whose message, if it has one, says what was saved.
     """
+    if sys.stderr is None:  # closed (`2>&-`); else errors would be printed on stdout
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:  # closed (`>&-`): whoever writes an answer is to fail, which print() does not
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
-    if sys.stdout is not None:  # a terminal without UTF-8 shows a question mark, it does not end the command
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without UTF-8 shows a question mark
     atexit.register(gc.freeze)  # the interpreter's last collection takes half a second over PyTorch's modules
     with _Interrupt() as interrupt:
+        code: str | int | None = 0
         try:
-            main()
-            if sys.stdout is not None:
-                sys.stdout.flush()  # here, where a failure is still caught
+            try:
+                main()
+            except SystemExit as end:  # of --help for one
+                code = end.code
+            if interrupt.seen:
+                interrupt.exit()  # something on the way dropped it
+            sys.stdout.flush()  # here, where a failure is still caught
         except KeyboardInterrupt as reason:
             interrupt.exit(str(reason))
         except Exception as error:
             if interrupt.seen:
                 interrupt.exit()
             _report(error)
-    sys.exit(0)
+    sys.exit(code)
 
 
 class _Interrupt:
-    """Makes Ctrl-C and SIGTERM a KeyboardInterrupt, and notes which: imports may turn it into another exception."""
+    """Makes Ctrl-C and SIGTERM a KeyboardInterrupt, after an import that is under way, and notes which."""
 
     def __init__(self) -> None:
         self.seen: int | None = None
-        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        usual = (signal.default_int_handler, signal.SIG_DFL, end_at_once)
         # A shell's background job ignores Ctrl-C, which stays so.
-        self._before = {number: handler for number, handler in usual.items() if signal.getsignal(number) == handler}
+        self._before = {number: handler for number, handler in before.items() if handler in usual}
 
     def __enter__(self) -> _Interrupt:
         for number in self._before:
@@ -103,9 +140,22 @@ class _Interrupt:
         print(f"{word}: {message}" if message else word, file=sys.stderr)
         sys.exit(TERMINATED if terminated else INTERRUPTED)
 
-    def _on_signal(self, number: int, frame: object) -> NoReturn:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.seen = self.seen or number
+        if _importing(frame):  # PyTorch aborts over an exception there, or drops it
+            again = threading.Timer(_PATIENCE, signal.raise_signal, [number])
+            again.daemon = True
+            again.start()
+            return
         raise KeyboardInterrupt
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _report(error: Exception) -> NoReturn:
@@ -116,6 +166,8 @@ def _report(error: Exception) -> NoReturn:
     if isinstance(error, BrokenPipeError):  # the reader of stdout has gone (`| head`), which is no news to the user
         _discard_output()
         sys.exit(FAILED)
+    if isinstance(error, MemoryError):
+        _fail(f"out of memory{f': {error}' if str(error) else ''}", FAILED)
     if isinstance(error, OSError):
         _discard_output()
         _fail(f"{error.filename or 'stdout'}: {error.strerror or error}", FAILED)

@@ -17,11 +17,16 @@ from .precision import BF16, FP32, Precision
 
 logger = logging.getLogger(__name__)
 
+_said: set[tuple[str, str, str]] = set()
+"""Of which models, backends and precisions it was said: a command that builds engines opens them next."""
+
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def warn_of_memory(checkpoint: Checkpoint, backend: str, precision: Precision) -> None:
     """Log one line where a model is expected not to fit into what is free: swap, or another machine, may still run it.
+
+    It is logged once in a process.
 
     Args:
         checkpoint: the model.
@@ -31,6 +36,10 @@ def warn_of_memory(checkpoint: Checkpoint, backend: str, precision: Precision) -
     needed, free = expected_bytes(checkpoint, backend, precision), available_bytes()
     if needed is None or needed <= free:
         return
+    key = (checkpoint.hash, backend, precision.name)
+    if key in _said:
+        return
+    _said.add(key)
     smallest = expected_bytes(checkpoint, "torch", BF16)
     assert smallest is not None
     advice = ""

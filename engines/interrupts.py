@@ -1,11 +1,29 @@
-"""Ctrl-C and SIGTERM kept until they do no harm."""
+"""Ctrl-C and SIGTERM: ended at once while nothing has begun, kept until they do no harm."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+TERMINATED = 143  # 128 + SIGTERM
+
+
+def end_at_once(number: int, frame: object) -> NoReturn:
+    """A handler for the time before a command begins: one word on stderr, and no traceback of what is imported."""
+    os.write(2, b"terminated\n" if number == signal.SIGTERM else b"interrupted\n")
+    os._exit(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
+
+
+def begin() -> None:
+    """Let :func:`end_at_once` handle both, unless they are ignored, as Ctrl-C is in a shell's background job."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) == usual:
+            signal.signal(number, end_at_once)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.command import Parser, positive_number
+from engines.command import Parser, folder_name, positive_number
 from qwen2vl_trt.errors import BatchError
 from qwen2vl_trt.messages import LONE_SURROGATE
 from runtime.pipeline_arguments import pipeline_options
@@ -38,7 +38,9 @@ def add_batch_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--input", required=True, metavar="DIR|GLOB|URI", help="images, or tables: '*.parquet', '*.jsonl', 's3://...'"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder that every worker sees")
+    parser.add_argument(
+        "--output", type=folder_name, required=True, metavar="DIR", help="a folder that every worker sees"
+    )
     parser.add_argument("--task", choices=("features", "generate"), required=True)
     table = parser.add_argument_group("rows")
     table.add_argument("--image-column", metavar="NAME", help="path, URI or bytes of an image; default image")
@@ -134,8 +136,6 @@ def _checked(arguments: argparse.Namespace) -> SamplingParams:
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise BatchError(f"{output} is a file; name a folder")
     if LONE_SURROGATE.search(str(output.absolute())):
         raise BatchError(f"{str(output.absolute())!r} is not valid UTF-8, which Parquet files need; rename the folder")
     if not output.parent.is_dir():

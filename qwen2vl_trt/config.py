@@ -52,7 +52,7 @@ class VisionConfig:
     temporal_patch_size: Few = 2
     spatial_merge_size: Few = 2
     window_size: Pixels = 112
-    tokens_per_second: Annotated[float, Meta(ge=0, le=1e4)] = 4
+    tokens_per_second: Annotated[float, Meta(gt=0, le=1e4)] = 4
     rope_theta: Theta = 10000.0
 
     @property
@@ -208,6 +208,9 @@ def _vision_config(raw: Mapping[str, Any]) -> VisionConfig:
         if value is not None
     }
     config = checked(given, VisionConfig, place)
+    beyond = [index for index in config.fullatt_block_indexes if index >= config.depth]
+    if beyond and "fullatt_block_indexes" in given:  # Transformers' default is for its own depth
+        raise CheckpointError(f"{place}: fullatt_block_indexes has {beyond[0]}; there are {config.depth} blocks")
     if config.hidden_size % config.num_heads or config.head_dim % 4:
         raise CheckpointError(
             f"{FILE}: vision hidden_size {config.hidden_size} does not split into {config.num_heads} heads"

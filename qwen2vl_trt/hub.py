@@ -59,13 +59,13 @@ def resolve_model(name: str | Path, revision: str | None = None) -> ResolvedMode
                 f"model {text!r} is the folder {found.folder} and has no revision {revision!r}: only a model of the hub"
                 " has revisions"
             )
-        if _is_known(text) and found.folder == Path(text).expanduser():
+        if _is_known(text) and found.folder == _path(text):
             logger.warning("--model %s is taken to be the folder %s here, not the hub's", text, found.folder)
         return found
     alias = published_name(text)
     if alias is not None:
         return _from_hub(alias, HUB_MODELS[alias], revision)
-    if Path(text).expanduser().is_file():
+    if _path(text).is_file():
         raise CheckpointError(f"unknown model {text!r}: {_file_in_words(Path(text))}")
     if isinstance(name, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1:
         raise CheckpointError(f"{name}: there is no such folder")
@@ -81,13 +81,23 @@ def find_local(name: str | Path) -> ResolvedModel | None:
     """Find a model that needs no hub: a folder, or ``tiny``; None for every other name.
 
     Raises:
-        CheckpointError: ``tiny`` is not installed.
+        CheckpointError: ``tiny`` is not installed, or the system refuses to look at a folder of that name.
     """
     text = str(name)
-    folder = Path(text).expanduser()
-    if (folder / "config.json").is_file() if _is_known(text) else text and folder.is_dir():
-        return ResolvedModel(_safe_name(folder), folder)
+    folder = _path(text)
+    try:
+        if (folder / "config.json").is_file() if _is_known(text) else text and folder.is_dir():
+            return ResolvedModel(_safe_name(folder), folder)
+    except OSError as error:
+        raise CheckpointError(f"model {text!r}: {error.strerror or error}") from None
     return ResolvedModel(TINY, _tiny_folder()) if text.lower() == TINY else None
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~name, and there is no such user
+        return Path(text)
 
 
 def _is_known(text: str) -> bool:

@@ -42,6 +42,9 @@ GENERATION_FIELDS = frozenset(
 )
 """Transformers 4 took these from ``config.json`` too; they count where there is no ``generation_config.json``."""
 
+_DTYPES = (None, "auto", "bfloat16", "float16", "float32", "float64")
+"""In which the weights were saved; the safetensors say it themselves. Nobody computes in the others as they are."""
+
 _ANYWHERE: Harmless = dict.fromkeys(
     [
         # What Transformers writes into every configuration.
@@ -55,7 +58,6 @@ _ANYWHERE: Harmless = dict.fromkeys(
         "bos_token_id",
         "chunk_size_feed_forward",
         "decoder_start_token_id",
-        "dtype",
         "eos_token_id",
         "finetuning_task",
         "id2label",
@@ -75,7 +77,6 @@ _ANYWHERE: Harmless = dict.fromkeys(
         "tf_legacy_loss",
         "tie_word_embeddings",  # of the whole model and of the decoder: read by hand
         "tokenizer_class",
-        "torch_dtype",
         "torchscript",
         "transformers_version",
         "use_bfloat16",
@@ -93,11 +94,13 @@ _ANYWHERE |= dict.fromkeys(GENERATION_FIELDS)
 _ANYWHERE |= {
     "add_cross_attention": (False,),
     "cross_attention_hidden_size": (None,),
+    "dtype": _DTYPES,
     "hidden_act": ("silu", "swish"),
     "is_decoder": (False,),
     "is_encoder_decoder": (False,),
     "pruned_heads": ({}, None),
     "tie_encoder_decoder": (False,),
+    "torch_dtype": _DTYPES,
 }
 
 VISION: Harmless = _ANYWHERE | dict.fromkeys(["spatial_patch_size"])

@@ -22,6 +22,7 @@ from .messages import Message, to_messages
 
 Grid = Sequence[int]
 
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _NO_TEMPLATE = "has no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
 _FEWEST_CHARACTERS = 65_536  # a template may always write so many: some have long system messages
 _CALL = {"type": "function", "function": {"name": "b", "arguments": {"c": "d"}}}
@@ -73,7 +74,8 @@ class PromptBuilder:
             token = None if token_id is None else self.tokenizer.convert_ids_to_tokens(token_id)
             if token is not None:
                 self._media_tokens.add(token)
-        for name, token_id in (("image", config.image_token_id), ("video", config.video_token_id)):
+        media = {"image": config.image_token_id, "video": config.video_token_id}
+        for name, token_id in media.items():
             if self.tokenizer.convert_ids_to_tokens(token_id) is None:
                 raise CheckpointError(f"{folder}: the tokenizer lacks the {name} token {token_id} of config.json")
         # A token is some bytes of the text; composed (NFC), a text has more bytes than half its characters.
@@ -83,10 +85,18 @@ class PromptBuilder:
         try:
             source = self.tokenizer.get_chat_template()
             self._template = ChatTemplate(source, self.tokenizer.special_tokens_map, characters, tokens)
-            for part in ({"type": "text", "text": "a"}, {"type": "image"}, {"type": "video"}):
-                self._inert.encode_plain(self._render([{"role": "user", "content": [part]}]))
+            self._dry_run({"type": "text", "text": "a"})
+            nothing = self._dry_run({"type": "text", "text": ""})
+            written = {name: self._dry_run({"type": name}) for name in media}
         except (PromptError, LimitError, ValueError) as error:
-            raise CheckpointError(f"{folder}: {error}") from None
+            raise CheckpointError(f"{_template_file(Path(folder))}: {error}") from None
+        for name, token_id in media.items():
+            if written[name] != nothing and written[name].count(token_id) != 1:
+                token = self.tokenizer.convert_ids_to_tokens(token_id)
+                raise CheckpointError(
+                    f"{folder}: {name}_token_id of config.json is {token_id}, the tokenizer's {token!r}, which the chat"
+                    f" template does not write once for each {name}"
+                )
 
     def build(
         self,
@@ -123,6 +133,9 @@ class PromptBuilder:
         ids = self._repeat(ids, self.config.image_token_id, "image", image_grids)
         ids = self._repeat(ids, self.config.video_token_id, "video", video_grids)
         return Prompt(ids, text)
+
+    def _dry_run(self, part: dict[str, str]) -> list[int]:
+        return self._inert.encode_plain(self._render([{"role": "user", "content": [part]}]))
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         # A message of nothing but text goes in as a string: every chat template takes that.
@@ -195,10 +208,15 @@ def check_tokenizer_files(folder: str | Path) -> None:
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise lacking(folder, "has no tokenizer: neither tokenizer.json nor vocab.json")
-    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
-        return
-    if not read_json(folder / "tokenizer_config.json").get("chat_template"):
+    file = _template_file(folder)
+    if file.name == _TOKENIZER_CONFIG and not read_json(file).get("chat_template"):
         raise lacking(folder, _NO_TEMPLATE)
+
+
+def _template_file(folder: Path) -> Path:
+    """Where the chat template lies, if anywhere: the first that is there, as in Transformers."""
+    files = (folder / name for name in ("chat_template.jinja", "chat_template.json"))
+    return next((file for file in files if file.is_file()), folder / _TOKENIZER_CONFIG)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -214,13 +232,15 @@ def load_tokenizer(folder: str | Path) -> Any:
     check_tokenizer_files(folder)
     load: Any
     options = {}
-    if (folder / "tokenizer.json").is_file():  # complete in itself; AutoTokenizer takes two seconds more to import
+    file = folder / "tokenizer.json"
+    if file.is_file():  # complete in itself; AutoTokenizer takes two seconds more to import
         from transformers import PreTrainedTokenizerFast
 
         load = PreTrainedTokenizerFast.from_pretrained
     else:
         from transformers import AutoTokenizer
 
+        file = folder / "vocab.json"
         load, options = (
             AutoTokenizer.from_pretrained,
             {"trust_remote_code": False},
@@ -228,10 +248,12 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         tokenizer = load(folder, local_files_only=True, **options)
     except Exception as error:  # corrupt files raise anything, even bare Exception from the Rust side
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())}") from None
+        for name in (_TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"):
+            read_json(folder / name)  # names the one that is no JSON
+        raise CheckpointError(f"{file}: the tokenizer cannot be read: {' '.join(str(error).split())}") from None
     tokenizer.model_max_length = int(1e30)  # the engines have the limit; this one would only warn
-    legacy = folder / "chat_template.json"
-    if legacy.is_file() and not (folder / "chat_template.jinja").is_file():
+    legacy = _template_file(folder)
+    if legacy.suffix == ".json" and legacy.name != _TOKENIZER_CONFIG:
         try:
             tokenizer.chat_template = json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -19,7 +19,7 @@ from qwen2vl_trt.errors import CheckpointError
 from qwen2vl_trt.known_fields import GENERATION_FIELDS, Harmless
 from qwen2vl_trt.schema import checked, reject_unknown
 
-from .sampler import SamplingParams
+from .sampler import PENALTIES, SamplingParams
 
 FILE = "generation_config.json"
 
@@ -34,7 +34,7 @@ class _Sampling:
     temperature: Annotated[float, Meta(ge=0, le=1e4)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, lt=1 << 31)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=1e4)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=PENALTIES[0], le=PENALTIES[1])] | None = None
     max_new_tokens: Annotated[int, Meta(ge=1, lt=1 << 31)] | None = None
     stop_strings: Annotated[str, Meta(min_length=1)] | list[Annotated[str, Meta(min_length=1)]] | None = None
 

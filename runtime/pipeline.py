@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qwen2vl_trt.errors import CheckpointError, LimitError, MediaError, PromptError, Qwen2VLError, SamplingError
-from qwen2vl_trt.prompts import PromptBuilder
+from qwen2vl_trt.errors import LimitError, MediaError, PromptError, Qwen2VLError, SamplingError
 
 from .backends.runners import Engines, open_engines
 from .detokenizer import AnswerStream
 from .exclusive import Exclusive, exclusive
-from .generation_config import GenerationConfig
 from .inputs.images import ImageLimits, ImageSource, check_pixels
 from .media.cached_media import CachedMedia
 from .media.embedder import MediaEmbedder
 from .media.embedding_cache import EmbeddingCache
+from .model_files import ModelFiles
 from .options import PipelineOptions
 from .preprocessing.preprocessor import Preprocessor
 from .request import Event, Output, Request
@@ -68,7 +67,8 @@ class Pipeline:
         self.engines = engines
         self.profile = engines.manifest.profile
         self.options = options
-        self.settings = options.preprocessor_settings(folder, self.profile)
+        files = ModelFiles.read(folder, self._config, self.profile, options)
+        self.settings, self._prompts, self._generation = files.settings, files.prompts, files.generation
         preprocessor = Preprocessor(
             self._config.vision,
             self.settings,
@@ -78,13 +78,6 @@ class Pipeline:
             image_limits=ImageLimits(options.image_pixel_limit),
         )
         self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision)
-        self._prompts = PromptBuilder(folder, self._config, options.allow_special_tokens, self.profile.max_input_len)
-        if len(self._prompts.tokenizer) > self._config.text.vocab_size:
-            raise CheckpointError(
-                f"{folder}: the tokenizer has {len(self._prompts.tokenizer):,} tokens, the model"
-                f" {self._config.text.vocab_size:,}; it belongs to another model"
-            )
-        self._generation = GenerationConfig.from_folder(folder, self._prompts.tokenizer, options.generation_config)
         penalty = self._generation.defaults.repetition_penalty
         if isinstance(engines.backend, SelfScheduling) and penalty not in (None, 1):
             _logger.warning(

@@ -26,6 +26,10 @@ _CANDIDATES = 1024  # of top-p at first
 _BROKEN = -1  # in the place of a token, on its way to the host
 
 
+PENALTIES = (1e-4, 1e4)
+"""Least and most of ``repetition_penalty``: beyond, a logit overflows and no token is likelier than another."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """What a request says about how its answer is generated.
@@ -67,8 +71,8 @@ class SamplingParams:
         self._check("top_k", lambda value: _is_int(value, 0), "a whole number of at least 0 (0 keeps all tokens)")
         self._check(
             "repetition_penalty",
-            lambda value: _is_number(value, 0) and value > 0,
-            "a finite number above 0 (1 is off)",
+            lambda value: _is_number(value, PENALTIES[0]) and value <= PENALTIES[1],
+            f"a number from {PENALTIES[0]:g} to {PENALTIES[1]:g} (1 is off)",
         )
         self._check(
             "seed", lambda value: _is_int(value, 0) and value < 2**63, "None or a whole number from 0 to 2**63 - 1"

@@ -324,6 +324,8 @@ WRONG_OPTIONS = {
     (*ASK, "--top-p", "0"): "top_p is 0",
     (*ASK, "--top-k", "-1"): "top_k is -1",
     (*ASK, "--repetition-penalty", "nan"): "repetition_penalty is nan",
+    (*ASK, "--repetition-penalty", "1e-300"): "repetition_penalty is 1e-300; it must be a number from 0.0001 to 10000",
+    (*ASK, "--repetition-penalty", "1e300"): "repetition_penalty is 1e+300",
     (*ASK, "--seed", "-1"): "seed is -1",
     (*ASK, "--stop", ""): "stop is",
     (*ASK, "--json", "--stream"): "not allowed with",
@@ -357,7 +359,7 @@ WRONG_OPTIONS = {
     (*ASK, "--precision", "fp8", "--calibration-data", "nothing"): "--calibration-data nothing holds no",
     (*ASK, "--engine-dir", "none"): "there is no folder none",
     (*ASK, "--engine-dir", "nothing"): "nothing holds no engine",
-    (*ASK, "--engine-dir", "a.png"): "there is no folder a.png",
+    (*ASK, "--engine-dir", "a.png"): "a.png is a file; a folder is needed",
     ("features", "--output", "f.safetensors"): "one of the arguments --input --image is required",
     ("features", "--input", "nothing", "--output", "new"): "nothing: no image there",
     ("features", "--input", "file:///none", "--output", "new"): "error: /none: there is no such folder",
@@ -413,6 +415,40 @@ def test_wrong_options_are_one_line(call, monkeypatch, tmp_path):
             assert_one_line(call(build_engines, *arguments[2:]), message, arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "the name is empty"),
+        ("loop", "Too many levels of symbolic links"),
+        ("loop/x", "Too many levels of symbolic links"),
+        ("pipe", "is a pipe or a device; a folder is needed"),
+        ("a.png", "is a file; a folder is needed"),
+        ("dangling", "is a link to nowhere, which is not there"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_name_that_cannot_be_a_folder_is_one_line(call, user, name, message):
+    if not (user / "pipe").exists():
+        os.mkfifo(user / "pipe")
+        (user / "loop").symlink_to("loop")
+        (user / "dangling").symlink_to("nowhere")
+    before = sorted(user.iterdir())
+    for script, *arguments in (
+        (build_engines, "--model", "model", "--force", "--engine-dir"),
+        (run, *ASK, "--engine-dir"),
+        (run, "inspect"),
+        (run, "batch", "--input", "a.png", "--task", "features", "--output"),
+    ):
+        assert_one_line(call(script, *arguments, name), message, (arguments, name))
+    if name != "a.png":
+        assert_one_line(call(build_engines, "--model", name), "model", name)
+    assert sorted(user.iterdir()) == before
+
+
+def test_a_home_of_nobody_is_one_line(call):
+    assert_one_line(call(build_engines, "--model", "~nobody-of-this-name/x"), "there is no such folder", "~")
+
+
 def test_what_a_build_would_be_wasted_on_is_known_before_it(call, user):
     shutil.copytree(user / "model", user / "silent")
     (user / "silent" / "chat_template.jinja").unlink()
@@ -424,6 +460,39 @@ def test_what_a_build_would_be_wasted_on_is_known_before_it(call, user):
     ):
         assert_one_line(call(script, *arguments, "--engine-dir", "early"), message, arguments)
         assert not Path("early").exists(), arguments
+
+
+SPOILED = {
+    "generation_config.json": (
+        {"eos_token_id": 10**6},
+        {"temperature": "hot"},
+        {"num_beams": 4},
+        {"repetition_penalty": 1e300},
+    ),
+    "preprocessor_config.json": ({"min_pixels": []}, {"do_resize": False}, {"patch_size": 16}),
+    "video_preprocessor_config.json": ({"fps": "fast"}, {"unheard_of": 1}, {"cap_pixels_per_frame": True}),
+    "tokenizer.json": ("{", {"model": None}),
+    "tokenizer_config.json": ("{",),
+    "chat_template.jinja": ("{% for %}", "{{ 1 / 0 }}"),
+    "config.json": ({"image_token_id": 5}, {"video_token_id": 6}),
+}
+
+
+def test_a_bad_file_of_a_checkpoint_is_known_before_the_build(call, user, monkeypatch):
+    built = []
+    monkeypatch.setattr("runtime.engine_folder.build_engines", lambda *arguments: built.append(arguments))
+    for file, faults in SPOILED.items():
+        for fault in faults:
+            shutil.rmtree(user / "spoiled", ignore_errors=True)
+            shutil.copytree(user / "model", user / "spoiled")
+            path = user / "spoiled" / file
+            if not isinstance(fault, str):
+                fault = json.dumps((json.loads(path.read_text()) if path.exists() else {}) | fault)
+            path.write_text(fault)
+            for script, *arguments in ((run, *ASK), (build_engines,)):
+                found = call(script, *arguments, "--model", "./spoiled", "--backend", "torch", "--engine-dir", "early")
+                assert_one_line(found, f"spoiled: {file}", (file, fault))
+                assert (built, Path("early").exists()) == ([], False), (file, fault)
 
 
 def test_a_damaged_engine_is_one_line(call, quick, user):
@@ -498,6 +567,40 @@ def test_an_interrupt_is_one_word_and_code_130(user, call, quick):
     assert_one_line(call(run, "--engine-dir", "stopped", *ASK), "holds no engine", "stopped")
 
 
+SHELL = """
+import os, shlex, sys
+os.execv("/bin/sh", ["sh", "-c", f"exec {shlex.join(sys.argv[2:])} {sys.argv[1]}"])
+"""
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, name, *others):
+        if name == module:
+            sys.meta_path.remove(self)
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                pass  # as C code does that an import calls
+_, module, script, *arguments = sys.argv
+sys.argv = [script, *arguments]
+sys.path.insert(0, os.path.dirname(script))
+sys.meta_path.insert(0, Finder())
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["dataclasses", "engines.command", "engines.arguments", "torch"])
+def test_an_interrupt_of_an_import_is_not_lost(user, module):
+    for script, *arguments in (
+        ("run.py", "generate", *ASK, "--model", "none"),
+        ("build_engines.py", "--model", "./none"),
+    ):
+        if module == "dataclasses" and script == "build_engines.py":
+            continue  # not imported before the command begins
+        found = finish(start(user, "-c", INTERRUPTED_IMPORT, module, ROOT / script, *arguments))
+        assert found == (130, "", "interrupted\n")
+
+
 def test_terminated(user, quick):
     (user / "photos").mkdir()
     for number in range(2000):
@@ -533,12 +636,33 @@ def test_stdout_that_is_full_closed_or_gone(user, quick):
     assert (code, errors) == (1, "error: stdout: No space left on device\n")
 
 
+@pytest.mark.parametrize(
+    ("closing", "reason"), [(">&-", "Bad file descriptor"), (">/dev/full", "No space left on device")]
+)
+def test_an_answer_that_nobody_gets_is_an_error(user, quick, closing, reason):
+    for arguments in ((*quick, *ASK), ("inspect", quick[1])):
+        command = (ROOT / "run.py", *arguments)
+        found = finish(start(user, "-c", SHELL, closing, sys.executable, *command))
+        assert found == (1, "", f"error: stdout: {reason}\n"), arguments
+    code, out, _ = finish(start(user, "-c", SHELL, "2>&-", sys.executable, ROOT / "run.py", "bogus"))
+    assert (code, out) == (2, "")
+
+
 def test_two_builds_at_once(user):
     build = (ROOT / "build_engines.py", "--model", "model", "--engine-dir", "shared", *LIMITS)
     ended = [finish(process)[::2] for process in [start(user, *build) for _ in range(2)]]
     # The second says that it waits, if it comes while the first is at work.
     found = sorted((code, errors.splitlines()[-1]) for code, errors in ended)
     assert found == [(0, "shared: built"), (0, "shared: up to date")]
+
+
+@pytest.mark.parametrize(("error", "line"), [(MemoryError(), "out of memory"), (OSError(28, "full"), "stdout: full")])
+def test_what_the_system_refuses_is_one_line(call, monkeypatch, error, line):
+    def refuse():
+        raise error
+
+    monkeypatch.setattr(run, "main", refuse)
+    assert call(run) == (1, "", f"error: {line}\n")
 
 
 def test_a_missing_package_is_one_line(user):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from engines.command import Parser, positive_number
+from engines.command import Parser, path_name, positive_number
 from export.importable_torchvision import require_torchvision
 from runtime.backends.runners import parse_device
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
         help_text = f"of {of}; by default all on a GPU, {CPU_DEPTH} on a CPU"
         parser.add_argument(name, type=positive_number, metavar="N", help=help_text)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="how many times faster than Transformers")
+    parser.add_argument("--plot", type=path_name, metavar="FILE.png", help="how many times faster than Transformers")
     arguments = parser.parse_args(argv)
     if arguments.plot is not None:
         check_plot(arguments.plot)

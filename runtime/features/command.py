@@ -9,10 +9,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.command import Parser, positive_number
+from engines.command import Parser, path_name, positive_number
 from engines.interrupts import deferred_interrupt
 from qwen2vl_trt.errors import FeaturesError, MediaError
 from qwen2vl_trt.media_urls import file_path
@@ -34,7 +33,11 @@ def add_features_arguments(parser: Parser) -> None:
     )
     given.add_argument("--image", action="append", metavar="FILE", help="one image; repeat for several")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR|FILE", help="a folder, or a .safetensors file for small sets"
+        "--output",
+        type=path_name,
+        required=True,
+        metavar="DIR|FILE",
+        help="a folder, or a .safetensors file for small sets",
     )
     parser.add_argument("--source", choices=("vision", "decoder"), default="vision", help="default %(default)s")
     parser.add_argument("--prompt", metavar="TEXT", help="of --source decoder: what the decoder reads with each image")

@@ -241,6 +241,7 @@ class _Processor:
 
 
 _HARMLESS: Harmless = {
+    "cap_pixels_per_frame": (None, False),  # True bounds a video's pixels by max_video_tokens
     "crop_size": None,
     "do_center_crop": (None, False),
     "do_convert_rgb": (None, True),
@@ -253,7 +254,6 @@ _HARMLESS: Harmless = {
     "size_divisor": (None,),
 } | dict.fromkeys(
     [
-        "cap_pixels_per_frame",
         "data_format",
         "default_to_square",
         "device",

@@ -101,6 +101,12 @@ class TestAgain:
         profile = Manifest.read(untied_model.engines).profile
         assert not build(untied_model.checkpoint, untied_model.engines, "onnxruntime", profile=profile)
 
+    def test_more_tokens_than_the_model_has_positions_is_a_warning(self, checkpoint, tmp_path, caplog):
+        build(checkpoint, tmp_path, profile=replace(PROFILE, max_seq_len=513))
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert "max_position_embeddings is 512" in line
+        assert "--max-seq-len is 513" in line
+
     def test_force_builds_again(self, checkpoint, tmp_path):
         assert build(checkpoint, tmp_path)
         before = content(tmp_path)

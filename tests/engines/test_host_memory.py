@@ -51,8 +51,14 @@ def test_what_does_not_fit_is_said_in_one_line_with_what_would(checkpoint, monke
     monkeypatch.setattr(host_memory, "available_bytes", lambda: int(free * needs["onnxruntime"]))
     with caplog.at_level(logging.WARNING):
         warn_of_memory(checkpoint, "onnxruntime", FP32)
+        warn_of_memory(checkpoint, "onnxruntime", FP32)  # as a command that builds and then opens
     assert len(caplog.records) == bool(said)
     assert said in caplog.text
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    monkeypatch.setattr(host_memory, "_said", set())
 
 
 def test_the_smallest_is_given_no_advice(checkpoint, monkeypatch, caplog):
@@ -107,4 +113,7 @@ def test_before_a_build_and_before_opening(tmp_path, monkeypatch, caplog):
         run_command(build_engines.main)
     assert "needs about" not in caplog.text  # nothing is built
     open_engines(build(model, tmp_path / "o", "onnxruntime"), "cpu")
+    assert caplog.text.count("of memory on a CPU") == 1  # as `run.py --model` builds and opens in one process
+    host_memory._said.clear()
+    open_engines(tmp_path / "o", "cpu")
     assert "o: backend onnxruntime in fp32 needs about" in caplog.text

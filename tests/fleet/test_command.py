@@ -187,7 +187,6 @@ def test_what_is_refused_before_the_work(batch, images, tmp_path, monkeypatch):
     given = ("--input", images)
     for options, error, message in (
         (("--input", tmp_path / "empty"), MediaError, "no image there"),
-        ((*given, "--output", tmp_path / "file"), BatchError, "is a file; name a folder"),
         ((*given, "--output", tmp_path / "no" / "out"), BatchError, "there is no folder"),
         ((*given, "--prompt", "x"), BatchError, "are for --task generate and --source decoder"),
         ((*given, "--source", "decoder"), BatchError, "every row needs a prompt: give --prompt TEXT, or a table"),

@@ -227,6 +227,8 @@ def test_everything_that_this_transformers_writes_is_known():
         ({"hidden_size": -1}, "hidden_size is -1; expected `int` >= 1"),
         ({"rope_scaling": 5}, "rope_scaling is 5; expected `object`"),
         ({"rms_norm_eps": None, "tie_word_embeddings": 1}, "tie_word_embeddings is 1; expected `bool"),
+        ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype is 'float8_e4m3fn'; only"),
+        ({"unheard_of": {}}, "unheard_of is not known and may change the answer"),
         ({"hidden_size": 3585}, "hidden_size 3585 does not split into 28 heads"),
     ],
 )
@@ -245,6 +247,9 @@ def test_what_would_be_ignored_or_has_no_meaning_is_named(change, message, layou
         ({"patch_size": []}, "vision_config.patch_size is ..; expected `int`, got `array`"),
         ({"fullatt_block_indexes": 5}, "vision_config.fullatt_block_indexes is 5; expected `array`"),
         ({"fullatt_block_indexes": [7, -1]}, r"vision_config.fullatt_block_indexes\[1\] is -1; expected `int` >= 0"),
+        ({"fullatt_block_indexes": [7, 32]}, "fullatt_block_indexes has 32; there are 32 blocks"),
+        ({"tokens_per_second": 0}, "vision_config.tokens_per_second is 0; expected"),
+        ({"torch_dtype": "float8_e4m3fn"}, "vision_config.torch_dtype is 'float8_e4m3fn'; only"),
         ({"in_channels": 1}, "in_channels and in_chans differ"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "vision_config.rope_parameters.rope_type is 'yarn'"),
         ({"deepstack_visual_indexes": [5]}, "vision_config.deepstack_visual_indexes is not known"),

@@ -279,7 +279,10 @@ def test_stop_takes_one_string_or_many(stop):
         *[("temperature", value, "at least 0") for value in (math.nan, math.inf, -math.inf, -0.1, "1", True)],
         *[("top_p", value, "above 0 and up to 1") for value in (0, -0.1, 1.0001, math.nan, math.inf, "1")],
         *[("top_k", value, "at least 0") for value in (-1, 1.5, math.nan, True)],
-        *[("repetition_penalty", value, "above 0") for value in (0, -1, math.nan, math.inf)],
+        *[
+            ("repetition_penalty", value, "from 0.0001 to 10000")
+            for value in (0, -1, 1e-300, 1e300, math.nan, math.inf)
+        ],
         *[("seed", value, "None or a whole number") for value in (-1, 2**63, 1.5, "1", True)],
         *[("stop", value, "not empty") for value in ("", [""], ["a", ""], [1], 3, b"x", "\ud800", ["a", "b\udfff"])],
         *[("ignore_eos", value, "True or False") for value in (1, None, "yes")],

@@ -242,7 +242,7 @@ class TestPreprocess:
         for height, width in EXACT_SIZES + RESIZED_SIZES:
             frames, rows, columns = processor.sizes.image(height, width).grid
             assert frames == 1
-            assert rows * columns == reference.get_number_of_image_patches(height, width)
+            assert rows * columns == reference.get_number_of_image_patches(height, width, {})
         with pytest.raises(MediaError, match=r"^image 3: 1x300 has"):
             processor.sizes.image(300, 1, name="image 3")
 
