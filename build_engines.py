@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from engines.interrupts import begin
+from qwen2vl_trt.engines.interrupts import begin
 
 if __name__ == "__main__":
     begin()  # before the rest is imported
@@ -11,7 +11,7 @@ if __name__ == "__main__":
 import argparse
 import sys
 
-from engines.command import Parser, run_command
+from qwen2vl_trt.engines.command import Parser, run_command
 
 EXAMPLES = """examples:
   build_engines.py --model tiny
@@ -21,9 +21,9 @@ EXAMPLES = """examples:
 
 
 def main() -> None:
-    from engines.arguments import add_build_arguments, plan_build
-    from runtime.engine_folder import build_planned
-    from tiny.calibration import training_data
+    from qwen2vl_trt.engines.arguments import add_build_arguments, plan_build
+    from qwen2vl_trt.runtime.engine_folder import build_planned
+    from qwen2vl_trt.tiny.calibration import training_data
 
     parser = Parser(
         prog="build_engines.py",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from engines.interrupts import begin
+from qwen2vl_trt.engines.interrupts import begin
 
 if __name__ == "__main__":
     begin()  # before the rest is imported
@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.command import Parser, folder_name, run_command, whole_number
+from qwen2vl_trt.engines.command import Parser, folder_name, run_command, whole_number
 
 if TYPE_CHECKING:
-    from runtime.pipeline import Pipeline
+    from qwen2vl_trt.runtime.pipeline import Pipeline
 
 COMMANDS = """commands:
   run.py [generate] --prompt TEXT [--image FILE ...] [--video FILE ...]   answer on stdout
@@ -54,10 +54,10 @@ def main() -> None:
 
 
 def generate(argv: list[str]) -> None:
-    from runtime.inputs.files import opened
-    from runtime.media_arguments import add_media_arguments, media_options
-    from runtime.request import Request
-    from runtime.sampling_arguments import add_sampling_arguments, sampling_params
+    from qwen2vl_trt.runtime.inputs.files import opened
+    from qwen2vl_trt.runtime.media_arguments import add_media_arguments, media_options
+    from qwen2vl_trt.runtime.request import Request
+    from qwen2vl_trt.runtime.sampling_arguments import add_sampling_arguments, sampling_params
 
     parser = _parser("generate", "Answer a prompt about images and videos.")
     parser.add_argument("--prompt", required=True, help="<image> and <video> mark places; without, media come first")
@@ -106,7 +106,7 @@ def generate(argv: list[str]) -> None:
 
 
 def features(argv: list[str]) -> None:
-    from runtime.features.command import add_features_arguments, run_features
+    from qwen2vl_trt.runtime.features.command import add_features_arguments, run_features
 
     parser = _parser("features", "Write features of any number of images: vision tokens, or the decoder's states.")
     add_features_arguments(parser)
@@ -114,7 +114,7 @@ def features(argv: list[str]) -> None:
 
 
 def batch(argv: list[str]) -> None:
-    from fleet.command import add_batch_arguments, run_batch
+    from qwen2vl_trt.fleet.command import add_batch_arguments, run_batch
 
     parser = _parser("batch", "Features of images or answers about them, on many workers: Parquet out.")
     add_batch_arguments(parser)
@@ -127,19 +127,19 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument("--seed", type=whole_number, default=0, help="default %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args(argv)
-    from tiny.report import print_accuracy
+    from qwen2vl_trt.tiny.report import print_accuracy
 
     print_accuracy(_pipeline(arguments), arguments.cases, arguments.seed, arguments.json)
 
 
 def compare(argv: list[str]) -> None:
-    from accuracy.command import compare
+    from qwen2vl_trt.accuracy.command import compare
 
     compare(argv)
 
 
 def bench(argv: list[str]) -> None:
-    from benchmarks.command import main
+    from qwen2vl_trt.benchmarks.command import main
 
     main(argv)
 
@@ -155,10 +155,10 @@ def inspect(argv: list[str]) -> None:
     parser.add_argument("--layers", action="store_true", help="list every layer that computes, with its type")
     parser.add_argument("--verify", action="store_true", help="read every byte that was built: damage of the disk too")
     arguments = parser.parse_args(argv)
-    from engines.inspect import inspect_folder
-    from engines.inspect_table import print_report
-    from engines.tables import stdout_console
-    from runtime.preprocessing.settings import PreprocessorSettings
+    from qwen2vl_trt.engines.inspect import inspect_folder
+    from qwen2vl_trt.engines.inspect_table import print_report
+    from qwen2vl_trt.engines.tables import stdout_console
+    from qwen2vl_trt.runtime.preprocessing.settings import PreprocessorSettings
 
     max_pixels = PreprocessorSettings.from_folder(arguments.folder).image.max_pixels
     report = inspect_folder(arguments.folder, arguments.verify, max_pixels)
@@ -166,15 +166,15 @@ def inspect(argv: list[str]) -> None:
 
 
 def plan(argv: list[str]) -> None:
-    from planning.command import run_plan
+    from qwen2vl_trt.planning.command import run_plan
 
     run_plan(argv, COMMANDS)
 
 
 def _parser(command: str, description: str, files: bool = True) -> Parser:
     """With the options of a pipeline; ``files``: the command reads image files."""
-    from engines.arguments import add_build_arguments
-    from runtime.pipeline_arguments import add_decode_argument, add_pipeline_arguments
+    from qwen2vl_trt.engines.arguments import add_build_arguments
+    from qwen2vl_trt.runtime.pipeline_arguments import add_decode_argument, add_pipeline_arguments
 
     parser = Parser(
         prog=f"run.py {command}",
@@ -194,16 +194,16 @@ def _parser(command: str, description: str, files: bool = True) -> Parser:
 
 def _engine_folder(arguments: argparse.Namespace) -> Path:
     """The engines that the options name, built where missing."""
-    from runtime.engine_folder import engine_folder
-    from runtime.pipeline_arguments import pipeline_options
-    from tiny.calibration import training_data
+    from qwen2vl_trt.runtime.engine_folder import engine_folder
+    from qwen2vl_trt.runtime.pipeline_arguments import pipeline_options
+    from qwen2vl_trt.tiny.calibration import training_data
 
     return engine_folder(arguments, training_data, pipeline_options(arguments))
 
 
 def _pipeline(arguments: argparse.Namespace) -> Pipeline:
-    from runtime.pipeline import Pipeline
-    from runtime.pipeline_arguments import check_decode, pipeline_options
+    from qwen2vl_trt.runtime.pipeline import Pipeline
+    from qwen2vl_trt.runtime.pipeline_arguments import check_decode, pipeline_options
 
     check_decode(arguments.decode, arguments.device)
     options = pipeline_options(arguments)

@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError
-from qwen2vl_trt.hub import ResolvedModel, published_name, resolve_model
+from qwen2vl_trt.hub import TINY, ResolvedModel, published_name, resolve_model
 from qwen2vl_trt.prompts import check_tokenizer_files
 
 from .attention_mask import ATTENTION_MASKS
@@ -194,9 +194,16 @@ def _precisions() -> str:
 
 
 def usual_profile(model: str | None) -> BuildProfile:
-    """Limits of a model's own file in ``configs/``, however its name is spelt, or the defaults where it has none."""
-    own = _CONFIGS / f"{published_name((model or '').replace('--', '/')) or model}.yaml"
-    return BuildProfile.from_dict(BuildConfig.from_yaml(own).limits) if own.is_file() else BuildProfile()
+    """Limits of a model's own file in ``configs/``, however its name is spelt, or the defaults where it has none.
+
+    Raises:
+        BuildError: the file of a model that is known is missing or damaged.
+    """
+    published = published_name((model or "").replace("--", "/"))
+    own = _CONFIGS / f"{published or model}.yaml"
+    if not (published or model == TINY or own.is_file()):
+        return BuildProfile()
+    return BuildProfile.from_dict(BuildConfig.from_yaml(own).limits)
 
 
 def plan_build(arguments: argparse.Namespace) -> BuildPlan:

@@ -122,8 +122,11 @@ class Backend:
 
 def _build_torch(job: BuildJob) -> list[Path]:
     """The torch engine is the checkpoint itself; the limits are kept so that every backend refuses the same."""
-    from export.onnx_model import check_fit, model_graphs  # export takes seconds to import and is needed here alone
-    from export.weights import link_checkpoint
+    from qwen2vl_trt.export.onnx_model import (  # export takes seconds to import and is needed here alone
+        check_fit,
+        model_graphs,
+    )
+    from qwen2vl_trt.export.weights import link_checkpoint
 
     check_fit(job.checkpoint, model_graphs(job.checkpoint, job.precision.vision, job.precision.decoder))
     job.steps("linking weights")
@@ -132,8 +135,8 @@ def _build_torch(job: BuildJob) -> list[Path]:
 
 
 def _build_onnxruntime(job: BuildJob) -> list[Path]:
-    """The two graphs as they are; the cache's capacity stays dynamic, see :func:`export.graphs.decoder_graph`."""
-    from export.onnx_model import export_onnx
+    """The two graphs as they are; the capacity of the cache stays dynamic (``export.graphs.decoder_graph``)."""
+    from qwen2vl_trt.export.onnx_model import export_onnx
 
     return export_onnx(job.checkpoint, job.folder, job.precision.vision, on_step=job.steps)
 

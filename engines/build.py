@@ -33,11 +33,12 @@ def build_engines(
 
     Args:
         model: see :func:`qwen2vl_trt.hub.resolve_model`.
-        backend: with ``precision``, from :func:`engines.backends.find_backend`.
+        backend: with ``precision``, from :func:`qwen2vl_trt.engines.backends.find_backend`.
         precision: one of the backend's.
         profile: the limits.
         folder: where the engines go; made if missing. Damaged engines there are built again.
-        force: build whatever the folder holds; older engines work until the new ones do (see :mod:`engines.staging`).
+        force: build whatever the folder holds; older engines work until the new ones do (see
+            :mod:`qwen2vl_trt.engines.staging`).
 
     Returns:
         Whether anything was built.

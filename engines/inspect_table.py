@@ -1,4 +1,4 @@
-"""Print what :mod:`engines.inspect` found."""
+"""Print what :mod:`qwen2vl_trt.engines.inspect` found."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 The parser (seen in TensorRT-RTX 1.7.1) imports the operator ``Attention``
 
 - without its lengths (``nonpad_kv_seqlen``), and causal in the upper-left corner: with a cache, wrong answers; here it
-  gets a mask (:mod:`engines.attention_mask`), or TensorRT's own lengths and the lower-right corner;
+  gets a mask (:mod:`qwen2vl_trt.engines.attention_mask`), or TensorRT's own lengths and the lower-right corner;
 - with queries and keys each multiplied by the root of the softmax scale *in the network's type*: in BF16 that scale
   is 0.3 % off for heads of 128, and both are rounded once more;
 - without leave to decompose: no engine where there is no fused kernel, as in FP32. With it, one is used where there is.
@@ -87,7 +87,8 @@ def lower(trt: Any, network: Any, path: Path, attention_mask: str = ATTENTION_MA
         trt: the TensorRT module.
         network: as parsed from ``path``, the whole of it.
         path: the ONNX file.
-        attention_mask: how attention is told what to see, one of :data:`engines.attention_mask.ATTENTION_MASKS`.
+        attention_mask: how attention is told what to see, one of
+            :data:`qwen2vl_trt.engines.attention_mask.ATTENTION_MASKS`.
 
     Returns:
         Arrays that the network points to; keep them until it is built.

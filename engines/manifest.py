@@ -1,7 +1,7 @@
 """The manifest of an engine folder: what it was built from, for what, and with what.
 
-It takes its place last (see :mod:`engines.staging`). A folder without one holds no engine, so a killed build leaves
-nothing that loads; a folder whose files differ from it is refused, naming the difference.
+It takes its place last (see :mod:`qwen2vl_trt.engines.staging`). A folder without one holds no engine, so a killed
+build leaves nothing that loads; a folder whose files differ from it is refused, naming the difference.
 
 A plan has gigabytes, and hashing them at every start would cost more than loading them. A file that still has its size
 and its time of modification is taken for the one that was built; one with another time (edited, replaced, copied

@@ -54,7 +54,7 @@ def build_plans(
             the node's name, or a full disk.
         CheckpointError: the weights do not fit the configuration.
     """
-    from export.onnx_model import export_onnx  # seconds to import, and needed here alone
+    from qwen2vl_trt.export.onnx_model import export_onnx  # seconds to import, and needed here alone
 
     trt = load_tensorrt(variant)
     _check_machine(variant, options)
@@ -113,7 +113,7 @@ def parse(trt: Any, path: Path, attention_mask: str = ATTENTION_MASKS[0]) -> Par
     Args:
         trt: the TensorRT module.
         path: the ONNX file.
-        attention_mask: see :func:`engines.lowering.lower`.
+        attention_mask: see :func:`qwen2vl_trt.engines.lowering.lower`.
 
     Raises:
         BuildError: with TensorRT's own reason and the node's name.

@@ -23,7 +23,7 @@ class TensorRTOptions:
         weight_streaming: let the runner keep part of the weights in host memory.
         hardware_compatibility: GPUs other than the one that builds; TensorRT only.
         compute_capabilities: GPUs to build for, ``8.9``; TensorRT for RTX only, its own default where empty.
-        attention_mask: how attention is told which keys there are, see :mod:`engines.attention_mask`.
+        attention_mask: how attention is told which keys there are, see :mod:`qwen2vl_trt.engines.attention_mask`.
 
     Raises:
         BuildError: a value that TensorRT has no meaning for.

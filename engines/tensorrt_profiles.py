@@ -24,7 +24,7 @@ class Range(NamedTuple):
 
 
 Ranges = dict[str, Range]
-"""By the dimension's name in :mod:`export.graphs`."""
+"""By the dimension's name in :mod:`qwen2vl_trt.export.graphs`."""
 
 _USUAL_PATCHES = 1024  # of a 448 x 448 image
 _USUAL_PROMPT = 1024  # tokens

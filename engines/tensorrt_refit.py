@@ -75,7 +75,7 @@ def refit(trt: Any, engine: Any, log: Any, path: Path) -> None:
     Args:
         trt: the TensorRT module.
         engine: deserialised from a stripped plan.
-        log: see :func:`engines.tensorrt_log.tensorrt_log`.
+        log: see :func:`qwen2vl_trt.engines.tensorrt_log.tensorrt_log`.
         path: the ONNX file that it was built from, with the weights beside it.
 
     Raises:

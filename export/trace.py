@@ -44,7 +44,7 @@ def trace(graph: Graph, dtype: torch.dtype) -> ir.Model:
 
     Returns:
         The ONNX model. Its weight initialisers carry the module's parameter names, a type and a shape, and no
-        value; :func:`export.weights.point_to_checkpoint` fills them in.
+        value; :func:`qwen2vl_trt.export.weights.point_to_checkpoint` fills them in.
     """
     module, constants = _meta_module(graph, dtype)
     tensors = [

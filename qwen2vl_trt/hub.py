@@ -117,7 +117,7 @@ def _file_in_words(path: Path) -> str:
 
 
 def _tiny_folder() -> Path:
-    folder = Path(__file__).resolve().parent.parent / "tiny" / "checkpoint"
+    folder = Path(__file__).resolve().parent / "tiny" / "checkpoint"
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"the tiny model is not installed: {folder} has no config.json")
     return folder

@@ -2,9 +2,9 @@
 
 Each room is built on those before it: ``inputs`` reads pictures and videos, ``preprocessing`` turns them into patches,
 ``backends`` run the two engines, ``media`` gives embeddings and remembers them, ``scheduling`` shares the decoder among
-requests, and ``tensorrt_llm`` takes the decoder's place where that library schedules. :mod:`runtime.pipeline` joins
-them, :mod:`runtime.service` gives a pipeline a thread of its own, for servers; ``features`` writes embeddings of whole
-collections.
+requests, and ``tensorrt_llm`` takes the decoder's place where that library schedules.
+:mod:`qwen2vl_trt.runtime.pipeline` joins them, :mod:`qwen2vl_trt.runtime.service` gives a pipeline a thread of its own,
+for servers; ``features`` writes embeddings of whole collections.
 """
 
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from export.quantize import CalibrationSample
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, MediaError, Qwen2VLError
+from qwen2vl_trt.export.quantize import CalibrationSample
 from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import PromptBuilder
 from qwen2vl_trt.windows import Grid
@@ -46,8 +46,8 @@ class CalibrationData:
 
         Lines ``{"image": "a.jpg", "prompt": "..."}`` of ``prompts.jsonl`` where there is one (``image`` may be a list,
         or missing for text alone). Else every image that ``run.py features`` would find there, in that order
-        (:func:`runtime.inputs.image_listing.list_images`), with what a text file of its name says (``a.txt`` beside
-        ``a.jpg``) or ``Describe the image.``
+        (:func:`qwen2vl_trt.runtime.inputs.image_listing.list_images`), with what a text file of its name says
+        (``a.txt`` beside ``a.jpg``) or ``Describe the image.``
 
         Raises:
             BuildError: no such folder, no image in it, a file that cannot be read, or a line that makes no sense.

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from engines.arguments import BuildPlan, built_folder, plan_build
-from engines.build import build_engines, engines_in
 from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.engines.arguments import BuildPlan, built_folder, plan_build
+from qwen2vl_trt.engines.build import build_engines, engines_in
 
 from .backends.runners import default_device
 from .calibration import CalibrationData

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.profile import BuildProfile
 from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import CheckpointError
 from qwen2vl_trt.prompts import PromptBuilder
 

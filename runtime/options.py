@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from engines.profile import BuildProfile
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import LimitError
 
 from .media.ahead import DEFAULT_AHEAD_BYTES
@@ -16,12 +16,12 @@ from .preprocessing.settings import PreprocessorSettings
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """Options of a :class:`~runtime.pipeline.Pipeline`.
+    """Options of a :class:`~qwen2vl_trt.runtime.pipeline.Pipeline`.
 
     Attributes:
         min_pixels: smallest image area; smaller ones are enlarged. By default the checkpoint's.
         max_pixels: largest image area; larger ones are shrunk. By default the checkpoint's.
-        cap_pixels_per_frame: see :meth:`~runtime.preprocessing.settings.PreprocessorSettings.from_folder`.
+        cap_pixels_per_frame: see :meth:`~qwen2vl_trt.runtime.preprocessing.settings.PreprocessorSettings.from_folder`.
         strict_size: refuse an image or a video that does not fit the engines' limits; by default it is resized to fit.
         image_pixel_limit: most pixels of an image file or a Pillow image, checked before it is decoded.
         generation_config: ``auto`` takes what a request does not say from the checkpoint's ``generation_config.json``;
@@ -77,7 +77,7 @@ class PipelineOptions:
             profile: the engines' limits.
 
         Raises:
-            CheckpointError: see :meth:`~runtime.preprocessing.settings.PreprocessorSettings.from_folder`.
+            CheckpointError: see :meth:`~qwen2vl_trt.runtime.preprocessing.settings.PreprocessorSettings.from_folder`.
             LimitError: ``min_pixels`` above ``max_pixels``.
         """
         settings = PreprocessorSettings.from_folder(folder, self.cap_pixels_per_frame)

@@ -50,8 +50,8 @@ class Pipeline:
     step that another thread is in. How requests share a pipeline is told in docs/runtime.md.
 
     Args:
-        engines: see :func:`runtime.backends.runners.open_engines`.
-        options: see :class:`~runtime.options.PipelineOptions`.
+        engines: see :func:`qwen2vl_trt.runtime.backends.runners.open_engines`.
+        options: see :class:`~qwen2vl_trt.runtime.options.PipelineOptions`.
         clock: seconds, for deadlines and all timings but ``vision``, the packing of pixels and what threads load; a
             simulation brings its own.
     """

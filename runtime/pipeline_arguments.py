@@ -8,7 +8,7 @@ from .options import PipelineOptions
 
 
 def add_decode_argument(parser: argparse._ActionsContainer) -> None:
-    """Add ``--decode``, see :class:`~runtime.options.PipelineOptions`."""
+    """Add ``--decode``, see :class:`~qwen2vl_trt.runtime.options.PipelineOptions`."""
     parser.add_argument(
         "--decode", choices=("cpu", "gpu"), default="cpu", help="where JPEG files are decoded; default %(default)s"
     )

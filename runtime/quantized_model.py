@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from engines.arguments import CALIBRATION_SIZE, BuildPlan, CalibrationChoice
-from engines.manifest import Manifest
-from engines.progress import progress_bar
-from export.quantize import check_quantizer, quantize_checkpoint
 from qwen2vl_trt.checkpoint import RECORD, Checkpoint
 from qwen2vl_trt.config import read_json
+from qwen2vl_trt.engines.arguments import CALIBRATION_SIZE, BuildPlan, CalibrationChoice
+from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.progress import progress_bar
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError
+from qwen2vl_trt.export.quantize import check_quantizer, quantize_checkpoint
 from qwen2vl_trt.quantization import fp8_layers
 
 from .calibration import Calibration, CalibrationData

@@ -27,14 +27,14 @@ class Request:
     Attributes:
         prompt: text, with ``<image>`` and ``<video>`` at their places or without (images first, then videos); or
             messages in OpenAI's or Qwen's form, whose parts may carry the media themselves.
-        images: see :func:`runtime.inputs.images.load_image` for what is taken.
-        videos: see :func:`runtime.inputs.video.load_video`.
+        images: see :func:`qwen2vl_trt.runtime.inputs.images.load_image` for what is taken.
+        videos: see :func:`qwen2vl_trt.runtime.inputs.video.load_video`.
         deadline: seconds from its submission after which the answer is no longer wanted. One that has begun then ends
             with the token it has just got and ``finish_reason`` ``"deadline"``; one that has no token yet fails with
             DeadlineError.
         image_options: of every image whose part of a message does not say otherwise.
         video_options: of every video, likewise; which frames are kept, of files alone, and ``sample_fps`` of frames in
-            memory alone. A :class:`~runtime.inputs.video.Video` keeps its own rate.
+            memory alone. A :class:`~qwen2vl_trt.runtime.inputs.video.Video` keeps its own rate.
 
     Raises:
         PromptError: options that are no :class:`~qwen2vl_trt.media_options.ImageOptions` or ``VideoOptions``.

@@ -9,7 +9,7 @@ from .sampler import SamplingParams
 
 
 def add_sampling_arguments(parser: argparse._ActionsContainer) -> None:
-    """Add one option for each of :class:`~runtime.sampler.SamplingParams`."""
+    """Add one option for each of :class:`~qwen2vl_trt.runtime.sampler.SamplingParams`."""
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer; default the checkpoint's, or 256")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; default the checkpoint's")
     parser.add_argument("--top-p", type=float, metavar="P", help="1 is off; default the checkpoint's")

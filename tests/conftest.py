@@ -15,7 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-from export.importable_torchvision import allow_torchvision
+from qwen2vl_trt.export.importable_torchvision import allow_torchvision
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
@@ -75,9 +75,9 @@ class BuiltModel:
 
 
 def _build(folder: Path, reference: Any, dtype: torch.dtype, **save: Any) -> BuiltModel:
-    from engines.backends import find_backend
-    from engines.build import build_engines
-    from engines.profile import BuildProfile
+    from qwen2vl_trt.engines.backends import find_backend
+    from qwen2vl_trt.engines.build import build_engines
+    from qwen2vl_trt.engines.profile import BuildProfile
     from qwen2vl_trt.hub import ResolvedModel
     from tests.support.models import save_model
 
@@ -119,11 +119,11 @@ def built_model(request: pytest.FixtureRequest) -> BuiltModel:
 def fp8_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in FP8, by Model Optimizer over 96 scenes of its training digits. Do not write into it."""
     pytest.importorskip("modelopt", reason="NVIDIA Model Optimizer is not installed: the quantize extra")
-    from export.quantize import quantize_checkpoint
     from qwen2vl_trt.checkpoint import Checkpoint
+    from qwen2vl_trt.export.quantize import quantize_checkpoint
     from qwen2vl_trt.hub import resolve_model
-    from runtime.calibration import Calibration
-    from tiny.calibration import training_data
+    from qwen2vl_trt.runtime.calibration import Calibration
+    from qwen2vl_trt.tiny.calibration import training_data
 
     checkpoint = Checkpoint(resolve_model("tiny").folder)
     samples = Calibration(checkpoint, training_data(96))

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 import build_engines
 import run
-from engines.command import run_command
-from engines.manifest import FORMAT
 from qwen2vl_trt import __version__
+from qwen2vl_trt.engines.command import run_command
+from qwen2vl_trt.engines.manifest import FORMAT
 from tests.support import fake_nvimgcodec
 from tests.support.engine_folders import BUILDS, write_checkpoint
 from tests.support.media_files import save_video
@@ -166,7 +166,7 @@ def test_features_writes_a_tensor_an_image(call, engines):
 def test_jpeg_files_are_decoded_on_a_gpu(call, quick, monkeypatch):
     """A fake of nvImageCodec decodes each level one lower, on the CPU."""
     codec = fake_nvimgcodec.install(monkeypatch)
-    for module in ("runtime.inputs.jpeg_decoder", "runtime.preprocessing.preprocessor"):
+    for module in ("qwen2vl_trt.runtime.inputs.jpeg_decoder", "qwen2vl_trt.runtime.preprocessing.preprocessor"):
         monkeypatch.setattr(f"{module}.check_gpu_decoding", lambda device: None)
     images = ("--image", "a.png", "--image", "b.jpg")
     found = {}
@@ -480,7 +480,7 @@ SPOILED = {
 
 def test_a_bad_file_of_a_checkpoint_is_known_before_the_build(call, user, monkeypatch):
     built = []
-    monkeypatch.setattr("runtime.engine_folder.build_engines", lambda *arguments: built.append(arguments))
+    monkeypatch.setattr("qwen2vl_trt.runtime.engine_folder.build_engines", lambda *arguments: built.append(arguments))
     for file, faults in SPOILED.items():
         for fault in faults:
             shutil.rmtree(user / "spoiled", ignore_errors=True)
@@ -589,7 +589,9 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("module", ["dataclasses", "engines.command", "engines.arguments", "torch"])
+@pytest.mark.parametrize(
+    "module", ["dataclasses", "qwen2vl_trt.engines.command", "qwen2vl_trt.engines.arguments", "torch"]
+)
 def test_an_interrupt_of_an_import_is_not_lost(user, module):
     for script, *arguments in (
         ("run.py", "generate", *ASK, "--model", "none"),

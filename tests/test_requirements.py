@@ -7,7 +7,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from engines.onnxruntime_version import OLDEST
+from qwen2vl_trt.engines.onnxruntime_version import OLDEST
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TOML")
 ROOT = Path(__file__).resolve().parent.parent

@@ -114,7 +114,7 @@ def test_a_command_reports_nothing(watched, backend):
     assert watched.traces() == []
 
 
-@pytest.mark.parametrize("module", ["runtime.backends", "accuracy.engine_runner"])
+@pytest.mark.parametrize("module", ["qwen2vl_trt.runtime.backends", "qwen2vl_trt.accuracy.engine_runner"])
 def test_the_library_reports_nothing(watched, untied_model, module):
     watched.run("-c", OF_THE_LIBRARY.format(module=module, engines=str(untied_model.engines)))
     assert watched.traces() == []

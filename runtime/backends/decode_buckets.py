@@ -2,8 +2,8 @@
 
 A CUDA graph is captured for fixed shapes and addresses. So a step of any neighbouring slots runs the first 1, 2, 4, ...
 slots, as many as hold it: a handful of graphs, where one for each choice of neighbours would be a square of them. A
-slot that only fills up the batch writes beyond its tokens, as :mod:`runtime.scheduling.scheduler` lets it, and attends
-to one.
+slot that only fills up the batch writes beyond its tokens, as :mod:`qwen2vl_trt.runtime.scheduling.scheduler` lets it,
+and attends to one.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from engines.onnxruntime_version import check_onnxruntime
-from engines.profile import BuildProfile
-from export.graphs import cache_names
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.onnxruntime_version import check_onnxruntime
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.export.graphs import cache_names
 from qwen2vl_trt.windows import WindowLayout
 
 from .kept_layouts import keep_layouts
@@ -79,7 +79,7 @@ def open_session(path: Path, device: torch.device, model: bytes | None = None) -
 
 
 class OrtVision:
-    """See :class:`runtime.backends.runners.VisionRunner`."""
+    """See :class:`qwen2vl_trt.runtime.backends.runners.VisionRunner`."""
 
     def __init__(self, session: ort.InferenceSession, device: torch.device) -> None:
         self._session, self._device = session, device
@@ -101,7 +101,7 @@ class OrtVision:
 
 
 class OrtDecoder:
-    """See :class:`runtime.backends.runners.DecoderRunner`."""
+    """See :class:`qwen2vl_trt.runtime.backends.runners.DecoderRunner`."""
 
     def __init__(
         self,

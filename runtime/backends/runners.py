@@ -11,22 +11,22 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from engines.backends import BACKENDS
-from engines.host_memory import warn_of_memory
-from engines.manifest import Manifest
-from engines.precision import Precision
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.backends import BACKENDS
+from qwen2vl_trt.engines.host_memory import warn_of_memory
+from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.precision import Precision
 from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.windows import WindowLayout
 
 from .kv_cache import KVCache
 
 _BACKENDS = {
-    "torch": "runtime.backends.torch_runner",
-    "onnxruntime": "runtime.backends.onnxruntime_runner",
-    "tensorrt": "runtime.backends.tensorrt_runner",
-    "tensorrt-rtx": "runtime.backends.tensorrt_runner",
-    "tensorrt-llm": "runtime.tensorrt_llm.runner",
+    "torch": "qwen2vl_trt.runtime.backends.torch_runner",
+    "onnxruntime": "qwen2vl_trt.runtime.backends.onnxruntime_runner",
+    "tensorrt": "qwen2vl_trt.runtime.backends.tensorrt_runner",
+    "tensorrt-rtx": "qwen2vl_trt.runtime.backends.tensorrt_runner",
+    "tensorrt-llm": "qwen2vl_trt.runtime.tensorrt_llm.runner",
 }
 """Imported when an engine asks for it: a backend's package may not be installed."""
 
@@ -90,7 +90,7 @@ class DecoderRunner(Protocol):
 
 
 class Backend(Protocol):
-    """A module that runs engines, ``runtime.backends.torch_runner`` for one."""
+    """A module that runs engines, ``qwen2vl_trt.runtime.backends.torch_runner`` for one."""
 
     def default_device(self) -> str:
         """Raises EngineError where the backend runs on no device of this machine."""

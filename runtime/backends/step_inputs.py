@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def step_inputs(inputs_embeds: Tensor, position_ids: Tensor, starts: Sequence[int]) -> dict[str, Tensor]:
-    """By the names of :mod:`export.graphs`; what is made here lies on the host. No row is padded.
+    """By the names of :mod:`qwen2vl_trt.export.graphs`; what is made here lies on the host. No row is padded.
 
     Args:
         inputs_embeds: ``[B, S, C]``.

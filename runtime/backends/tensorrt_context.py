@@ -43,10 +43,10 @@ class Scratch:
 class ExecutionContext:
     """One ``IExecutionContext`` in one optimisation profile.
 
-    Call its methods inside the device's :meth:`~runtime.backends.tensorrt_device.CudaDevice.stream`.
+    Call its methods inside the device's :meth:`~qwen2vl_trt.runtime.backends.tensorrt_device.CudaDevice.stream`.
 
     Args:
-        engine: see :func:`runtime.backends.tensorrt_engine.load_engine`.
+        engine: see :func:`qwen2vl_trt.runtime.backends.tensorrt_engine.load_engine`.
         profile: index of the optimisation profile.
         scratch: shared by contexts that never run at the same time.
         stream: handle to enqueue on.

@@ -1,4 +1,4 @@
-"""Decoding under CUDA graphs, one for each number of slots of :mod:`runtime.backends.decode_buckets`.
+"""Decoding under CUDA graphs, one for each number of slots of :mod:`qwen2vl_trt.runtime.backends.decode_buckets`.
 
 TensorRT: the state of a context is part of what is captured from it, so each graph has its own; they share their memory
 (https://docs.nvidia.com/deeplearning/tensorrt/latest/performance/best-practices.html, CUDA graphs).
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from export.graphs import cache_names
 from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.export.graphs import cache_names
 
 from .decode_buckets import graph_rows, graph_size
 from .kv_cache import KVCache

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from engines.manifest import Manifest
-from engines.tensorrt_log import tensorrt_log
-from engines.tensorrt_module import TENSORRT, TENSORRT_RTX, Variant, load_tensorrt
-from engines.tensorrt_profiles import Ranges, decoder_ranges, vision_ranges
-from engines.tensorrt_refit import refit
 from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.tensorrt_log import tensorrt_log
+from qwen2vl_trt.engines.tensorrt_module import TENSORRT, TENSORRT_RTX, Variant, load_tensorrt
+from qwen2vl_trt.engines.tensorrt_profiles import Ranges, decoder_ranges, vision_ranges
+from qwen2vl_trt.engines.tensorrt_refit import refit
 from qwen2vl_trt.errors import EngineError
 
 from .tensorrt_device import CudaDevice

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engines.profile import BuildProfile
 from qwen2vl_trt.config import TextConfig
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import EngineError
 
 ALIGNMENT = 256

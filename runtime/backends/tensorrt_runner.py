@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engines.profile import BuildProfile
-from export.graphs import cache_names
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.export.graphs import cache_names
 from qwen2vl_trt.windows import WindowLayout
 
 from .decode_buckets import graph_sizes
@@ -47,7 +47,7 @@ def default_device() -> str:
 
 
 def load_vision(engines: Engines) -> TensorRTVision:
-    """Load the vision plan; raises as :func:`runtime.backends.tensorrt_engine.load_engine`."""
+    """Load the vision plan; raises as :func:`qwen2vl_trt.runtime.backends.tensorrt_engine.load_engine`."""
     return TensorRTVision(_load(engines, "vision"))
 
 
@@ -55,7 +55,7 @@ def load_decoder(engines: Engines) -> TensorRTDecoder:
     """Load the decoder plan and allocate its cache.
 
     Raises:
-        EngineError: as :func:`runtime.backends.tensorrt_engine.load_engine`, or the cache does not fit.
+        EngineError: as :func:`qwen2vl_trt.runtime.backends.tensorrt_engine.load_engine`, or the cache does not fit.
     """
     return TensorRTDecoder(_load(engines, "decoder"), engines.checkpoint, engines.manifest.profile)
 
@@ -114,7 +114,7 @@ class _Contexts:
 
 
 class TensorRTVision:
-    """See :class:`runtime.backends.runners.VisionRunner`."""
+    """See :class:`qwen2vl_trt.runtime.backends.runners.VisionRunner`."""
 
     def __init__(self, engine: Engine) -> None:
         stream_weights(engine)
@@ -137,7 +137,7 @@ class TensorRTVision:
 
 
 class TensorRTDecoder:
-    """See :class:`runtime.backends.runners.DecoderRunner`.
+    """See :class:`qwen2vl_trt.runtime.backends.runners.DecoderRunner`.
 
     Args:
         engine: the decoder.

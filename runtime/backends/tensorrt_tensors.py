@@ -10,8 +10,8 @@ from pathlib import Path
 import onnx
 import torch
 
-from engines.onnx_file import read_onnx
-from engines.tensorrt_profiles import Ranges
+from qwen2vl_trt.engines.onnx_file import read_onnx
+from qwen2vl_trt.engines.tensorrt_profiles import Ranges
 from qwen2vl_trt.errors import EngineError, LimitError
 
 Shape = tuple[int, ...]

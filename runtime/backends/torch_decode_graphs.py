@@ -1,8 +1,8 @@
 """The torch decoder's steps of one new token a slot, under CUDA graphs: one launch instead of hundreds.
 
-One graph for each number of slots and of keys of :mod:`runtime.backends.decode_buckets`, captured when a step first
-needs it. All run over the same buffers: inputs are copied in, the likeliest tokens are found inside, and nothing waits
-for the GPU. What graphs use in between comes from one pool, for they run one after another.
+One graph for each number of slots and of keys of :mod:`qwen2vl_trt.runtime.backends.decode_buckets`, captured when a
+step first needs it. All run over the same buffers: inputs are copied in, the likeliest tokens are found inside, and
+nothing waits for the GPU. What graphs use in between comes from one pool, for they run one after another.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engines.profile import BuildProfile
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.decoder import Decoder, Places
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.fused import fuse_decoder, fuse_vision
 from qwen2vl_trt.quantization import fp8_layers, use_fp8
 from qwen2vl_trt.varlen import can_pack, can_read_cache
@@ -60,7 +60,7 @@ _TRIED_TOKENS = 256
 
 
 class TorchVision:
-    """See :class:`runtime.backends.runners.VisionRunner`."""
+    """See :class:`qwen2vl_trt.runtime.backends.runners.VisionRunner`."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         with torch.device("meta"):
@@ -138,7 +138,7 @@ class _Packed(NamedTuple):
 
 
 class TorchDecoder:
-    """See :class:`runtime.backends.runners.DecoderRunner`."""
+    """See :class:`qwen2vl_trt.runtime.backends.runners.DecoderRunner`."""
 
     fixed_cache = False
 

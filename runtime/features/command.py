@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from engines.command import Parser, path_name, positive_number
-from engines.interrupts import deferred_interrupt
+from qwen2vl_trt.engines.command import Parser, path_name, positive_number
+from qwen2vl_trt.engines.interrupts import deferred_interrupt
 from qwen2vl_trt.errors import FeaturesError, MediaError
 from qwen2vl_trt.media_urls import file_path
 
@@ -162,7 +162,7 @@ def _settings(arguments: argparse.Namespace, pipeline: Pipeline) -> dict[str, An
 def _progress(count: Callable[[], int]) -> Iterator[Callable[[Extraction], None]]:
     from rich.progress import TextColumn
 
-    from engines.progress import progress_bar
+    from qwen2vl_trt.engines.progress import progress_bar
 
     with progress_bar(TextColumn("{task.fields[rate]}")) as progress:
         task = progress.add_task("images", total=None, rate="")

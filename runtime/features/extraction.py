@@ -20,7 +20,7 @@ Pool = Literal["mean", "none"]
 
 
 class Store(Protocol):
-    """Where features go; :class:`runtime.features.store.FeatureStore` is one."""
+    """Where features go; :class:`qwen2vl_trt.runtime.features.store.FeatureStore` is one."""
 
     @property
     def failed(self) -> int: ...

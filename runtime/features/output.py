@@ -59,7 +59,7 @@ class Output:
 
     @contextmanager
     def open(self, settings: dict[str, Any], if_exists: IfExists, shard_size: int) -> Iterator[FeatureStore]:
-        """The store to fill; see :func:`runtime.features.store.open_store`."""
+        """The store to fill; see :func:`qwen2vl_trt.runtime.features.store.open_store`."""
         with open_store(self.folder, settings, if_exists, shard_size) as store:
             yield store
 

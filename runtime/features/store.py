@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.manifest import Manifest
+from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.errors import FeaturesError
 from qwen2vl_trt.windows import Grid
 

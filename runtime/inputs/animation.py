@@ -32,7 +32,7 @@ def is_picture(file: VideoFile) -> bool:
 
 
 class Animation:
-    """A :class:`~runtime.inputs.clips.Clip` whose frames are shown as long as their own delays say.
+    """A :class:`~qwen2vl_trt.runtime.inputs.clips.Clip` whose frames are shown as long as their own delays say.
 
     Args:
         file: see :func:`is_picture`.
@@ -53,7 +53,7 @@ class Animation:
         return Timeline(tuple(ticks), Fraction(end), Fraction(1, 1000))
 
     def decode(self, kept: Sequence[int], timeline: Timeline) -> tuple[dict[int, Tensor], Timeline]:
-        """See :meth:`runtime.inputs.clips.Clip.decode`."""
+        """See :meth:`qwen2vl_trt.runtime.inputs.clips.Clip.decode`."""
         wanted, frames = set(kept), {}
         for number, image in enumerate(self._frames()):
             if number in wanted:

@@ -43,7 +43,7 @@ def list_images(source: str, passed_over: Counter[str] | None = None) -> Iterato
     """The images of a folder and the folders below it, or those that a glob (``**`` included) matches.
 
     Of a folder the files are taken whose ending, in any case, is among
-    :func:`~runtime.inputs.image_formats.image_suffixes`; of a glob, whatever it matches.
+    :func:`~qwen2vl_trt.runtime.inputs.image_formats.image_suffixes`; of a glob, whatever it matches.
     Keys are paths relative to :func:`input_root`, with ``/``. Order: a folder's files by name, then its folders by
     name. Memory: the names in one folder; of a glob, all that it matches. Names that begin with a dot are left out, as
     shells do. Links to files are followed, and listed if they lead nowhere: reading them says so. Links to folders,

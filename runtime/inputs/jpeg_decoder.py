@@ -63,7 +63,8 @@ class JpegDecoder:
     def load(
         self, sources: Sequence[ImageSource], names: Sequence[str], limits: ImageLimits | None = None
     ) -> list[Tensor]:
-        """:func:`~runtime.inputs.images.load_image` for many, all their plain JPEG files decoded in one call.
+        """:func:`~qwen2vl_trt.runtime.inputs.images.load_image` for many, all their plain JPEG files decoded in one
+        call.
 
         A file that the decoder gives up is left to Pillow, which decodes it or says what is wrong with it.
         """

@@ -36,7 +36,7 @@ class Video:
     """Frames of one size, in order, and their rate.
 
     Attributes:
-        frames: images (see :data:`~runtime.inputs.images.ImageSource`); ``[3, H, W]`` tensors once loaded.
+        frames: images (see :data:`~qwen2vl_trt.runtime.inputs.images.ImageSource`); ``[3, H, W]`` tensors once loaded.
         fps: frames per second of these frames, that is, after sampling.
         source_size: height and width that they had in their file; None where they have not been loaded. Those of a
             very large video are held smaller.
@@ -77,8 +77,8 @@ def load_video(
 
     A file is read in the containers MP4, MOV and 3GP, Matroska and WebM, AVI, MPEG, FLV, ASF and Ogg, as raw H.264 or
     HEVC, or as an animated GIF, WebP or PNG. Which of its frames are kept is told in
-    :mod:`runtime.inputs.frame_sampling`. Frames given in memory are all kept, as in Transformers and qwen-vl-utils:
-    whoever has them has chosen them (or does, by :meth:`FrameSampling.indices`).
+    :mod:`qwen2vl_trt.runtime.inputs.frame_sampling`. Frames given in memory are all kept, as in Transformers and
+    qwen-vl-utils: whoever has them has chosen them (or does, by :meth:`FrameSampling.indices`).
 
     Args:
         source: see :data:`VideoSource`.
@@ -90,7 +90,7 @@ def load_video(
 
     Returns:
         A video whose frames are ``[3, H, W]`` tensors, uint8 or float32 as in
-        :func:`~runtime.inputs.images.load_image`, and whose rate is that of the frames kept.
+        :func:`~qwen2vl_trt.runtime.inputs.images.load_image`, and whose rate is that of the frames kept.
 
     Raises:
         MediaError: no such file, not a regular one, no video stream, no frame, truncated or corrupt, frames of
@@ -120,10 +120,10 @@ def load_video(
 
 @contextmanager
 def opened_video(path: str | Path, label: str) -> Iterator[BoundedFile]:
-    """Open a video file for :func:`load_video`; see :func:`runtime.inputs.files.opened`.
+    """Open a video file for :func:`load_video`; see :func:`qwen2vl_trt.runtime.inputs.files.opened`.
 
     Raises:
-        MediaError: as there, or more than :data:`~runtime.inputs.files.MAX_VIDEO_BYTES`.
+        MediaError: as there, or more than :data:`~qwen2vl_trt.runtime.inputs.files.MAX_VIDEO_BYTES`.
     """
     with opened(path, label, "a video") as file:
         if os.fstat(file.fileno()).st_size > MAX_VIDEO_BYTES:

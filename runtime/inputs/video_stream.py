@@ -37,7 +37,7 @@ _DECODED = 0.5
 
 
 class VideoStream:
-    """A :class:`~runtime.inputs.clips.Clip`: of a file's video streams, the one with the most frames.
+    """A :class:`~qwen2vl_trt.runtime.inputs.clips.Clip`: of a file's video streams, the one with the most frames.
 
     Args:
         file: no other is opened, whatever it says.
@@ -77,7 +77,7 @@ class VideoStream:
             return _timeline(stream, stamps[stream.index])
 
     def decode(self, kept: Sequence[int], timeline: Timeline) -> tuple[dict[int, Tensor], Timeline]:
-        """See :meth:`runtime.inputs.clips.Clip.decode`."""
+        """See :meth:`qwen2vl_trt.runtime.inputs.clips.Clip.decode`."""
         wanted, last = set(kept), max(kept)
         frames: dict[int, Tensor] = {}
         stamps: list[Stamp] = []

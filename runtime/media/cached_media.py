@@ -40,7 +40,7 @@ class Medium:
 
 
 class CachedMedia:
-    """A :class:`~runtime.media.embedder.MediaEmbedder` behind an embedding cache.
+    """A :class:`~qwen2vl_trt.runtime.media.embedder.MediaEmbedder` behind an embedding cache.
 
     A file goes by its bytes and the options of its part, so that one in the cache is not even decoded; anything else by
     its pixels and its size. The same picture as a file and as an array is therefore embedded twice.
@@ -56,7 +56,7 @@ class CachedMedia:
         self.hits = self.misses = 0
 
     def load_image(self, source: ImageSource, name: str, options: ImageOptions = ImageOptions()) -> Medium:
-        """Find an image in the cache or load it; raises as :meth:`runtime.media.embedder.MediaEmbedder.load_image`."""
+        """Find an image in the cache or load it; raises as ``MediaEmbedder.load_image``."""
         contents = self._media.file_bytes(source, name)
         key = contents_key(contents, f"image {options}") if contents else None
         entry = self._cache.find(key) if key else None
@@ -66,7 +66,7 @@ class CachedMedia:
         return self._medium(key or self._pixel_keys.key([image.pixels], str(image.size.grid)), image)
 
     def load_video(self, source: VideoSource, name: str, options: VideoOptions = VideoOptions()) -> Medium:
-        """The same for a video; raises as :meth:`runtime.media.embedder.MediaEmbedder.load_video`."""
+        """The same for a video; raises as :meth:`qwen2vl_trt.runtime.media.embedder.MediaEmbedder.load_video`."""
         if isinstance(source, (str, Path)):
             label = labelled(source, name)
             with opened_video(source, label) as file:  # once: what is decoded is what the key names
@@ -85,7 +85,7 @@ class CachedMedia:
     ) -> Medium | None:
         """What :meth:`load_video` gave, of at most so many tokens; None if that cannot be.
 
-        See :meth:`runtime.media.embedder.MediaEmbedder.shorten`.
+        See :meth:`qwen2vl_trt.runtime.media.embedder.MediaEmbedder.shorten`.
         """
         loaded = medium.content
         if not isinstance(loaded, LoadedVideo):  # in the cache as a whole

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engines.profile import BuildProfile
 from qwen2vl_trt.config import VisionConfig
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.windows import Grid, window_layout
 
@@ -78,7 +78,7 @@ class MediaEmbedder:
         return self._preprocessor.settings.sampling
 
     def file_bytes(self, source: ImageSource, name: str) -> bytes | None:
-        """What an image file holds, see :func:`runtime.inputs.images.file_bytes`."""
+        """What an image file holds, see :func:`qwen2vl_trt.runtime.inputs.images.file_bytes`."""
         return file_bytes(source, name=name, limits=self._preprocessor.image_limits)
 
     def load_image(
@@ -87,7 +87,7 @@ class MediaEmbedder:
         """Decode an image and decide its size.
 
         Args:
-            source: see :data:`runtime.inputs.images.ImageSource`.
+            source: see :data:`qwen2vl_trt.runtime.inputs.images.ImageSource`.
             name: what error messages call it.
             options: of its size.
             contents: of the file, where somebody has read it already.
@@ -108,7 +108,7 @@ class MediaEmbedder:
         """Decode and sample a video and decide its frames' size; raises as :meth:`load_image`.
 
         Args:
-            source: see :data:`runtime.inputs.video.VideoSource`.
+            source: see :data:`qwen2vl_trt.runtime.inputs.video.VideoSource`.
             name: what error messages call it.
             options: of its frames and their size.
         """

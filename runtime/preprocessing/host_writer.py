@@ -19,7 +19,7 @@ _CHUNK = 1 << 18
 
 
 class HostWriter:
-    """A :class:`~runtime.preprocessing.frames.FrameWriter` for the CPU.
+    """A :class:`~qwen2vl_trt.runtime.preprocessing.frames.FrameWriter` for the CPU.
 
     A thread a frame, and nothing within it that would start threads of its own: PyTorch's arithmetic splits each
     operation over all cores and waits for the slowest, and beside another busy process an image took 30 ms instead

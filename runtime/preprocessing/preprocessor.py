@@ -1,10 +1,10 @@
 """Images and videos become the vision graph's input: patches in window order, straight from the pixels.
 
-Resize, normalise and patchify follow Transformers' ``Qwen2VLImageProcessor`` and ``Qwen2VLVideoProcessor``; only
-the order of the patches differs, which is that of :func:`qwen2vl_trt.windows.window_layout`. How depends on the device:
-:mod:`~runtime.preprocessing.host_writer` on a CPU; on CUDA :mod:`~runtime.preprocessing.triton_writer`, or
-:mod:`~runtime.preprocessing.torch_writer` where Triton is missing. From 8-bit pixels all three give the same patches,
-bit for bit.
+Resize, normalise and patchify follow Transformers' ``Qwen2VLImageProcessor`` and ``Qwen2VLVideoProcessor``; only the
+order of the patches differs, which is that of :func:`qwen2vl_trt.windows.window_layout`. How depends on the device:
+:mod:`~qwen2vl_trt.runtime.preprocessing.host_writer` on a CPU; on CUDA
+:mod:`~qwen2vl_trt.runtime.preprocessing.triton_writer`, or :mod:`~qwen2vl_trt.runtime.preprocessing.torch_writer` where
+Triton is missing. From 8-bit pixels all three give the same patches, bit for bit.
 
 Letters: S slots of a window, W windows, D values of a patch (``qwen2_vl_dim``); H and W after a 3 are the sides in
 pixels.
@@ -112,7 +112,7 @@ class Preprocessor:
         self._writer = self._choose_writer(kernels, memory_limit)
 
     def load_images(self, sources: Sequence[ImageSource], names: Sequence[str]) -> list[Tensor]:
-        """Decode images, JPEG files where ``decode`` says, see :func:`~runtime.inputs.images.load_image`.
+        """Decode images, JPEG files where ``decode`` says, see :func:`~qwen2vl_trt.runtime.inputs.images.load_image`.
 
         Args:
             sources: any mix.
@@ -135,8 +135,10 @@ class Preprocessor:
         """Resize, normalise and patchify a batch of any mix of sizes.
 
         Args:
-            images: see :func:`~runtime.inputs.images.load_image`, which costs nothing for tensors it has loaded.
-            videos: see :func:`~runtime.inputs.video.load_video`; files are sampled as ``settings.sampling`` says.
+            images: see :func:`~qwen2vl_trt.runtime.inputs.images.load_image`, which costs nothing for tensors it has
+                loaded.
+            videos: see :func:`~qwen2vl_trt.runtime.inputs.video.load_video`; files are sampled as ``settings.sampling``
+                says.
             grids: to resize each image, then each video, to; by default what ``sizes`` says of them.
             out: flat memory of the output's type and device to write into, if it is large enough. On a CPU most of
                 the time goes into the pages of fresh memory, so a caller that is done with a batch passes it on.

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from engines.profile import BuildProfile
 from qwen2vl_trt.config import Qwen2VLConfig, VisionConfig, read_json
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import CheckpointError, LimitError, MediaError
 from qwen2vl_trt.known_fields import Harmless
 from qwen2vl_trt.schema import checked, inside, reject_unknown

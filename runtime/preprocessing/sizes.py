@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from engines.profile import BuildProfile
 from qwen2vl_trt.config import VisionConfig
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import LimitError, MediaError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.windows import Grid

@@ -1,8 +1,8 @@
 """Frames into windows with PyTorch's operations, on any device: what CUDA does where Triton is missing.
 
-It resizes uint8 in whole numbers (:mod:`runtime.preprocessing.bicubic`), since PyTorch has no uint8 resize for CUDA,
-so its patches equal the CPU's bit for bit. Floats are resized by PyTorch's own kernel for the device. Tests run it on
-CPU tensors; on a GPU it has not run yet.
+It resizes uint8 in whole numbers (:mod:`qwen2vl_trt.runtime.preprocessing.bicubic`), since PyTorch has no uint8 resize
+for CUDA, so its patches equal the CPU's bit for bit. Floats are resized by PyTorch's own kernel for the device. Tests
+run it on CPU tensors; on a GPU it has not run yet.
 
 Letters: n frames, S slots of a window; H and W after a 3 are the sides in pixels.
 """
@@ -28,7 +28,7 @@ _CHUNK = 1 << 25
 
 
 class TorchWriter:
-    """A :class:`~runtime.preprocessing.frames.FrameWriter` for frames that fit together into one tensor.
+    """A :class:`~qwen2vl_trt.runtime.preprocessing.frames.FrameWriter` for frames that fit together into one tensor.
 
     Args:
         config: the vision tower.

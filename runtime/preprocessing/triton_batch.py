@@ -1,4 +1,4 @@
-"""What :mod:`~runtime.preprocessing.triton_kernels` is told about a batch: a record a frame, and tables they share."""
+"""What ``triton_kernels`` is told about a batch: a record a frame, and tables they share."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Two kernels that turn any number of 8-bit frames of any sizes into patches.
 
-:mod:`~runtime.preprocessing.triton_writer` launches them. A frame is a row of ``records``, numbers of 64 bits at the
-places named below; ``tables`` holds the resize weights of each axis
-(:class:`~runtime.preprocessing.bicubic.BicubicTable`: first, then weights), ``levels`` the normalised value of each
-level of each channel. A program finds its frame by counting the frames that start at or before it.
+:mod:`~qwen2vl_trt.runtime.preprocessing.triton_writer` launches them. A frame is a row of ``records``, numbers of 64
+bits at the places named below; ``tables`` holds the resize weights of each axis
+(:class:`~qwen2vl_trt.runtime.preprocessing.bicubic.BicubicTable`: first, then weights), ``levels`` the normalised value
+of each level of each channel. A program finds its frame by counting the frames that start at or before it.
 
 The module imports Triton and is imported only where that is installed. Compiled for a GPU it has not run yet; under
 ``TRITON_INTERPRET=1`` tests run it on the CPU.

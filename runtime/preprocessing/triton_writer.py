@@ -1,8 +1,8 @@
 """Frames into windows with two launches for a whole batch of mixed sizes, whatever their number.
 
 The horizontal pass and the vertical pass, which also normalises and writes the patches in window order, follow
-:mod:`runtime.preprocessing.bicubic`; the normalised values are looked up among the 256 that a channel can have. So the
-result equals the CPU's bit for bit, in FP32 and BF16.
+:mod:`qwen2vl_trt.runtime.preprocessing.bicubic`; the normalised values are looked up among the 256 that a channel can
+have. So the result equals the CPU's bit for bit, in FP32 and BF16.
 
 Compiled for a GPU it has not run yet; tests run it on the CPU by Triton's interpreter.
 """
@@ -49,7 +49,7 @@ def triton_is_installed() -> bool:
 
 
 class TritonWriter:
-    """A :class:`~runtime.preprocessing.frames.FrameWriter` for 8-bit frames; others go to ``floats``.
+    """A :class:`~qwen2vl_trt.runtime.preprocessing.frames.FrameWriter` for 8-bit frames; others go to ``floats``.
 
     Args:
         config: the vision tower.

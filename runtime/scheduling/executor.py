@@ -16,7 +16,8 @@ from .sequence import NewToken, RunningSequence
 
 
 class Executor(Protocol):
-    """In-flight batching of requests: :mod:`runtime.scheduling.scheduler`, or an engine that schedules itself.
+    """In-flight batching of requests: :mod:`qwen2vl_trt.runtime.scheduling.scheduler`, or an engine that schedules
+    itself.
 
     A request that fails ends with the error in its output and leaves the others alone. One thread at a time.
     """
@@ -66,7 +67,7 @@ class Executor(Protocol):
         ...
 
     def warm_up(self, chunk: int, longest: int) -> None:
-        """Make ready for requests, see :meth:`runtime.backends.runners.DecoderRunner.warm_up`; while none runs."""
+        """Make ready for requests, see ``DecoderRunner.warm_up``; while none runs."""
         ...
 
     def step(self) -> list[NewToken]:
@@ -76,7 +77,7 @@ class Executor(Protocol):
 
 @runtime_checkable
 class SelfScheduling(Protocol):
-    """A backend whose engine schedules its requests itself, without :mod:`runtime.scheduling.scheduler`."""
+    """A backend whose engine schedules its requests itself, without :mod:`qwen2vl_trt.runtime.scheduling.scheduler`."""
 
     def load_executor(self, engines: Engines, reuse_prefixes: bool, counters: Counters) -> Executor:
         """Raises EngineError where the engine does not load."""

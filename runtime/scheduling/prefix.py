@@ -26,7 +26,7 @@ def token_keys(
         token_ids: S of them.
         position_ids: ``[3, S]``, see :func:`qwen2vl_trt.mrope.rope_index`.
         media: of images and of videos: their token id, each one's 16-byte content key
-            (:mod:`runtime.media.content_keys`) and number of tokens, in the order of the prompt.
+            (:mod:`qwen2vl_trt.runtime.media.content_keys`) and number of tokens, in the order of the prompt.
 
     Returns:
         ``[S, 6]`` int64: token id, content key in two halves (0 of text), three positions.

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.profile import BuildProfile, flag
 from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.engines.profile import BuildProfile, flag
 from qwen2vl_trt.errors import LimitError, MediaError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.media_urls import local
@@ -75,7 +75,7 @@ class Prepared:
         delta: position of a generated token minus its index.
         images: in the order of their tokens.
         videos: the same.
-        keys: ``[S, 6]``, see :func:`runtime.scheduling.prefix.token_keys`.
+        keys: ``[S, 6]``, see :func:`qwen2vl_trt.runtime.scheduling.prefix.token_keys`.
         notes: a line for each image and video that did not fit the engines as it was.
     """
 
@@ -275,7 +275,7 @@ class Preparer:
 
         Args:
             group: their media are embedded together.
-            embed_tokens: the decoder's :meth:`~runtime.backends.runners.DecoderRunner.embed`.
+            embed_tokens: the decoder's :meth:`~qwen2vl_trt.runtime.backends.runners.DecoderRunner.embed`.
         """
         embeds, times = self._media.embed([medium for item in group for medium in (*item.images, *item.videos)])
         following = iter(embeds)

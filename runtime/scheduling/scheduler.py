@@ -98,7 +98,7 @@ class Scheduler:
         return sum(self._slots.kept_lengths)
 
     def embed(self, preparer: Preparer, group: Sequence[Prepared]) -> tuple[list[Tensor], StageTimes]:
-        """Decoder inputs of each request, see :meth:`runtime.scheduling.preparation.Preparer.embed`."""
+        """Decoder inputs of each request, see :meth:`qwen2vl_trt.runtime.scheduling.preparation.Preparer.embed`."""
         return preparer.embed(group, self._decoder.embed)
 
     def add(self, sequence: RunningSequence) -> None:
@@ -130,7 +130,7 @@ class Scheduler:
         self._settle()
 
     def warm_up(self, chunk: int, longest: int) -> None:
-        """See :meth:`runtime.scheduling.executor.Executor.warm_up`; forgets what ended requests left.
+        """See :meth:`qwen2vl_trt.runtime.scheduling.executor.Executor.warm_up`; forgets what ended requests left.
 
         Raises:
             ValueError: a request runs.

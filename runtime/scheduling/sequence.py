@@ -27,7 +27,8 @@ class RunningSequence:
         delta: position of a generated token minus its index.
         stream: its answer's text and end.
         sampling: its settings and random state.
-        keys: what the prompt's tokens are, see :func:`runtime.scheduling.prefix.token_keys`; empty shares nothing.
+        keys: what the prompt's tokens are, see :func:`qwen2vl_trt.runtime.scheduling.prefix.token_keys`; empty shares
+            nothing.
         prepared: the prompt itself, for an executor that embeds or tokenizes on its own.
         arrival: when ``inputs_embeds`` are there.
         slot: its row of the cache; None before its prompt is begun.

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engines import tensorrt_llm_api as api
 from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.engines import tensorrt_llm_api as api
 from qwen2vl_trt.errors import ExecutionError, LimitError, SamplingError
 from qwen2vl_trt.mrope import mrope_config
 
@@ -46,13 +46,13 @@ class _Running:
 
 
 class TensorRTLLMExecutor:
-    """See :class:`runtime.scheduling.executor.Executor`.
+    """See :class:`qwen2vl_trt.runtime.scheduling.executor.Executor`.
 
     TensorRT-LLM's interface is asynchronous: its requests live in an event loop on a thread of their own, which puts
     what they get into a queue, and :meth:`step` empties the queue.
 
     Args:
-        llm: see :func:`engines.tensorrt_llm_api.make_llm`; this executor's alone.
+        llm: see :func:`qwen2vl_trt.engines.tensorrt_llm_api.make_llm`; this executor's alone.
         config: the model.
         ends: its end-of-sequence and padding tokens.
         slots: most requests together.

@@ -11,9 +11,9 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from engines.manifest import Manifest
-from engines.tensorrt_llm_api import EMBEDDINGS, load_tensorrt_llm, make_llm, vision_input
-from engines.tensorrt_llm_options import TensorRTLLMOptions
+from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.tensorrt_llm_api import EMBEDDINGS, load_tensorrt_llm, make_llm, vision_input
+from qwen2vl_trt.engines.tensorrt_llm_options import TensorRTLLMOptions
 from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.windows import WindowLayout
 
@@ -22,7 +22,10 @@ from ..generation_config import GenerationConfig
 from ..scheduling.counters import Counters
 from .executor import TensorRTLLMExecutor
 
-_RUNNERS = {"torch": "runtime.backends.torch_runner", "tensorrt": "runtime.backends.tensorrt_runner"}
+_RUNNERS = {
+    "torch": "qwen2vl_trt.runtime.backends.torch_runner",
+    "tensorrt": "qwen2vl_trt.runtime.backends.tensorrt_runner",
+}
 _MEMORY_FRACTION = 0.8
 """Of the GPU memory that the weights leave free; the rest is the vision engine's, whose activations share GPU 0."""
 

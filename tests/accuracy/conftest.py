@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from engines.backends import find_backend
-from engines.build import build_engines
-from engines.profile import BuildConfig, BuildProfile
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.profile import BuildConfig, BuildProfile
 from qwen2vl_trt.hub import resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -27,7 +27,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def compare(capsys):
     """Runs the command: its exit code and what it printed on stdout."""
-    from accuracy.command import compare
+    from qwen2vl_trt.accuracy.command import compare
 
     def run(*arguments):
         try:

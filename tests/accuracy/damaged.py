@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 
-from engines.staging import MANIFEST_FILE
+from qwen2vl_trt.engines.staging import MANIFEST_FILE
 
 
 def damage(source: Path, folder: Path, graph: str, block: str, factor: float = 1.01) -> Path:

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from accuracy import command, extra, tables
-from accuracy.report import is_block
-from accuracy.transformers_runner import TransformersRunner
-from engines.backends import find_backend
-from engines.build import build_engines
-from engines.profile import BuildProfile
+from qwen2vl_trt.accuracy import command, extra, tables
+from qwen2vl_trt.accuracy.report import is_block
+from qwen2vl_trt.accuracy.transformers_runner import TransformersRunner
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import (
     CompareError,
     EngineError,
@@ -42,7 +42,7 @@ BLOCKS = ["visual.patch_embed", *(f"visual.blocks.{n}" for n in range(4)), *(f"m
 @pytest.fixture(scope="module")
 def full(tiny, tmp_path_factory):
     """Everything that the command can write, of ONNX Runtime's engine over all default cases."""
-    from accuracy.command import compare
+    from qwen2vl_trt.accuracy.command import compare
 
     folder = tmp_path_factory.mktemp("report")
     engine = tiny["onnxruntime", "fp32"]

@@ -5,8 +5,8 @@ import pytest
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
-from accuracy.comparison import Row, compare_runners
-from accuracy.figures import Agreement
+from qwen2vl_trt.accuracy.comparison import Row, compare_runners
+from qwen2vl_trt.accuracy.figures import Agreement
 
 VOCABULARY, STEPS = 5, 3
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from accuracy.figures import Agreement, measure, merge
+from qwen2vl_trt.accuracy.figures import Agreement, measure, merge
 from qwen2vl_trt.errors import EngineError
 
 

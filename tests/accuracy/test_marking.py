@@ -5,9 +5,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from accuracy.marking import marked_graph
+from qwen2vl_trt.accuracy.marking import marked_graph
 from qwen2vl_trt.errors import EngineError
-from runtime.backends.onnxruntime_runner import open_session
+from qwen2vl_trt.runtime.backends.onnxruntime_runner import open_session
 
 
 @pytest.mark.parametrize(

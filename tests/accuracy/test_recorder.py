@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from accuracy.recorder import Recorder, decoder_modules, in_patch_order, pack, vision_modules
+from qwen2vl_trt.accuracy.recorder import Recorder, decoder_modules, in_patch_order, pack, vision_modules
 from qwen2vl_trt.windows import unpad, window_layout
 from tests.support.models import model_config, our_config, pack_windows, random_model, random_patches
 

@@ -10,10 +10,10 @@ import torch
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.json import load_json
 
-from accuracy.saved_inputs import SavedInputs
+from qwen2vl_trt.accuracy.saved_inputs import SavedInputs
 from qwen2vl_trt.errors import CompareError
-from runtime import Pipeline, Request
-from runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime import Pipeline, Request
+from qwen2vl_trt.runtime.backends.runners import open_engines
 from tests.support.models import relative_error
 
 PICTURE = str(Path(__file__).resolve().parent.parent.parent / "docs" / "digits.png")
@@ -22,7 +22,7 @@ PROMPT = "What digits are in the image?"
 
 @pytest.fixture(scope="module")
 def saved(tiny, tmp_path_factory):
-    from accuracy.command import compare
+    from qwen2vl_trt.accuracy.command import compare
 
     folder = tmp_path_factory.mktemp("saved")
     engine = str(tiny["onnxruntime", "fp32"])

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from accuracy.figures import Agreement, Figures
-from accuracy.tolerance import TOLERANCES, Tolerance, model_order, tolerance_of
+from qwen2vl_trt.accuracy.figures import Agreement, Figures
+from qwen2vl_trt.accuracy.tolerance import TOLERANCES, Tolerance, model_order, tolerance_of
 from qwen2vl_trt.errors import LimitError
 
 GOOD = Figures(1e-6, 1e-7, 1e-6, 1e-7, 1.0, 1.0, 10)

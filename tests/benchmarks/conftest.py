@@ -4,13 +4,13 @@ import pickle
 
 import pytest
 
-import benchmarks.bench.operators
-import benchmarks.bench.run
-import benchmarks.seed.run
+import qwen2vl_trt.benchmarks.bench.operators
+import qwen2vl_trt.benchmarks.bench.run
+import qwen2vl_trt.benchmarks.seed.run
 
 
 class WorkerHere:
-    """In the place of :class:`benchmarks.workers.Worker`, whose own tests start real processes."""
+    """In the place of :class:`qwen2vl_trt.benchmarks.workers.Worker`, whose own tests start real processes."""
 
     def __init__(self, name, setup):
         self.name, self._target = name, pickle.loads(pickle.dumps(setup))()
@@ -29,12 +29,16 @@ class WorkerHere:
 @pytest.fixture
 def no_processes(monkeypatch):
     """Each costs seconds of imports."""
-    for module in (benchmarks.bench.run, benchmarks.bench.operators, benchmarks.seed.run):
+    for module in (
+        qwen2vl_trt.benchmarks.bench.run,
+        qwen2vl_trt.benchmarks.bench.operators,
+        qwen2vl_trt.benchmarks.seed.run,
+    ):
         monkeypatch.setattr(module, "Worker", WorkerHere)
 
 
 @pytest.fixture
 def small_rates(monkeypatch):
     """Of small matrices: no test compares a rate with anything but another of its run."""
-    monkeypatch.setattr("benchmarks.floors.rates._SIZES", (1 << 20, 1 << 22))
-    monkeypatch.setattr("benchmarks.floors.rates._PRODUCTS", ((64, 256, 256),))
+    monkeypatch.setattr("qwen2vl_trt.benchmarks.floors.rates._SIZES", (1 << 20, 1 << 22))
+    monkeypatch.setattr("qwen2vl_trt.benchmarks.floors.rates._PRODUCTS", ((64, 256, 256),))

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import run
-from benchmarks.bench import run as run_bench
-from engines import command as engines_command
-from engines.backends import find_backend
-from engines.build import build_engines
-from engines.command import run_command
-from engines.profile import BuildProfile
+from qwen2vl_trt.benchmarks.bench import run as run_bench
+from qwen2vl_trt.engines import command as engines_command
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.command import run_command
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.hub import resolve_model
 
@@ -284,11 +284,11 @@ def test_wrong_options_are_one_line(bench, engines, arguments, message):
 
 @pytest.mark.parametrize("option", ["--plot", "--trace-plot"])
 def test_a_missing_package_names_its_extra(bench, engines, monkeypatch, option):
-    monkeypatch.setattr("benchmarks.files.find_spec", lambda name: None)
+    monkeypatch.setattr("qwen2vl_trt.benchmarks.files.find_spec", lambda name: None)
     answer = bench("--engine-dir", engines / "torch", option, "p.png")
     assert_one_line(answer, "pip install 'qwen2vl-trt[bench]'")
     assert f"{option} needs matplotlib" in answer[2]
-    monkeypatch.setattr("export.importable_torchvision.find_spec", lambda name: None)
+    monkeypatch.setattr("qwen2vl_trt.export.importable_torchvision.find_spec", lambda name: None)
     needed = "needs torchvision, which is not installed: pip install 'qwen2vl-trt[bench]'"
     assert_one_line(bench("--engine-dir", engines / "torch", "--against", "transformers"), needed)
     assert_one_line(bench("seed"), needed)

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import measure
-from benchmarks.measure import Contender, compete, machine
 from qwen2vl_trt import __version__
+from qwen2vl_trt.benchmarks import measure
+from qwen2vl_trt.benchmarks.measure import Contender, compete, machine
 from qwen2vl_trt.errors import BenchmarkError
 
 

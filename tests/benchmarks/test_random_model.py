@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks import random_model
-from benchmarks.random_model import SHAPES, config_of, random_checkpoint, write_sparse_checkpoint
+from qwen2vl_trt.benchmarks import random_model
+from qwen2vl_trt.benchmarks.random_model import SHAPES, config_of, random_checkpoint, write_sparse_checkpoint
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import BenchmarkError

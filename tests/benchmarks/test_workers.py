@@ -5,7 +5,7 @@ from importlib import import_module
 import psutil
 import pytest
 
-from benchmarks.workers import Worker, forget_peak, peak_bytes
+from qwen2vl_trt.benchmarks.workers import Worker, forget_peak, peak_bytes
 from qwen2vl_trt.errors import BenchmarkError, EngineError, MissingDependencyError
 
 
@@ -30,7 +30,7 @@ def test_calls_and_errors():
 
 
 def test_an_error_of_this_project_arrives_as_it_is(tmp_path):
-    with module("runtime.backends.runners") as worker, pytest.raises(EngineError, match="holds no engine"):
+    with module("qwen2vl_trt.runtime.backends.runners") as worker, pytest.raises(EngineError, match="holds no engine"):
         worker.call("open_engines", tmp_path)
 
 

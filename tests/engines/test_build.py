@@ -16,17 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import export.onnx_model
-import export.weights
-from engines.backends import BACKENDS, DEFAULT_BACKEND, find_backend
-from engines.build import build_engines, default_engine_dir, engines_in
-from engines.manifest import Manifest
-from engines.profile import BuildProfile
-from engines.staging import MANIFEST_FILE
+import qwen2vl_trt.export.onnx_model
+import qwen2vl_trt.export.weights
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.backends import BACKENDS, DEFAULT_BACKEND, find_backend
+from qwen2vl_trt.engines.build import build_engines, default_engine_dir, engines_in
+from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.profile import BuildProfile
+from qwen2vl_trt.engines.staging import MANIFEST_FILE
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError, MissingDependencyError
 from qwen2vl_trt.hub import ResolvedModel
-from runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.backends.runners import open_engines
 from tests.support.engine_folders import installed_backends
 from tests.support.models import model_config, random_model, save_model
 
@@ -36,9 +36,9 @@ PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=64, max_batch_size=2, max_inpu
 BUILD = """
 import logging, sys
 from pathlib import Path
-from engines.backends import find_backend
-from engines.build import build_engines
-from engines.profile import BuildProfile
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.hub import ResolvedModel
 
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
@@ -96,8 +96,8 @@ class TestAgain:
         assert loads(folder)
 
     def test_a_second_export_does_nothing(self, untied_model, tmp_path, monkeypatch):
-        monkeypatch.setattr(export.onnx_model, "trace", spoil)
-        monkeypatch.setattr(export.weights, "link_checkpoint", spoil)
+        monkeypatch.setattr(qwen2vl_trt.export.onnx_model, "trace", spoil)
+        monkeypatch.setattr(qwen2vl_trt.export.weights, "link_checkpoint", spoil)
         profile = Manifest.read(untied_model.engines).profile
         assert not build(untied_model.checkpoint, untied_model.engines, "onnxruntime", profile=profile)
 
@@ -283,14 +283,14 @@ class TestInterrupted:
             if graph.name == step:
                 interrupt()
 
-        monkeypatch.setattr(export.onnx_model, "trace", trace)
-        monkeypatch.setattr(export.onnx_model, "point_to_checkpoint", lambda *arguments: None)
-        monkeypatch.setattr(export.onnx_model.ir, "save", lambda model, path: path.touch())
+        monkeypatch.setattr(qwen2vl_trt.export.onnx_model, "trace", trace)
+        monkeypatch.setattr(qwen2vl_trt.export.onnx_model, "point_to_checkpoint", lambda *arguments: None)
+        monkeypatch.setattr(qwen2vl_trt.export.onnx_model.ir, "save", lambda model, path: path.touch())
         with monkeypatch.context() as patch:
             if step == "link":
-                patch.setattr(export.weights.os, "link", interrupt)
+                patch.setattr(qwen2vl_trt.export.weights.os, "link", interrupt)
             if step == "manifest":
-                patch.setattr("engines.plan_file.os.fsync", interrupt)
+                patch.setattr("qwen2vl_trt.engines.plan_file.os.fsync", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 build(checkpoint, tmp_path, "onnxruntime", profile=PROFILE, force=True)
         assert content(tmp_path) == before
@@ -301,7 +301,7 @@ class TestInterrupted:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with monkeypatch.context() as patch:
-            patch.setattr("engines.plan_file.os.fsync", full)
+            patch.setattr("qwen2vl_trt.engines.plan_file.os.fsync", full)
             with pytest.raises(BuildError, match="No space left on device"):
                 build(checkpoint, tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -400,6 +400,6 @@ def test_bf16_weights_in_a_torch_engine(tied_model, tmp_path):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("engines.backends.find_spec", lambda name: None)
+    monkeypatch.setattr("qwen2vl_trt.engines.backends.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"needs torch.*pip install torch"):
         find_backend("onnxruntime", None)

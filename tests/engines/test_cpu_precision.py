@@ -8,9 +8,9 @@ from statistics import median
 import pytest
 import torch
 
-from engines import cpu_precision
-from engines.arguments import add_build_arguments, plan_build
-from engines.backends import find_backend
+from qwen2vl_trt.engines import cpu_precision
+from qwen2vl_trt.engines.arguments import add_build_arguments, plan_build
+from qwen2vl_trt.engines.backends import find_backend
 
 
 def planned(*options: str) -> tuple[str, Path]:

@@ -6,17 +6,17 @@ import onnx
 import pytest
 import torch
 
-from engines.backends import find_backend
-from engines.build import build_engines
-from engines.inspect import inspect_folder
-from engines.lowering import find_faults
-from engines.manifest import Manifest
-from engines.precision import FP8
-from engines.tensorrt_build import parse
-from engines.tensorrt_options import TensorRTOptions
-from export.onnx_model import export_onnx
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.inspect import inspect_folder
+from qwen2vl_trt.engines.lowering import find_faults
+from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.precision import FP8
+from qwen2vl_trt.engines.tensorrt_build import parse
+from qwen2vl_trt.engines.tensorrt_options import TensorRTOptions
 from qwen2vl_trt.errors import BuildError
+from qwen2vl_trt.export.onnx_model import export_onnx
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.quantization import fp8_layers
 from tests.engines.network_interpreter import run_network

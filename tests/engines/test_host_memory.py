@@ -7,12 +7,12 @@ import psutil
 import pytest
 
 import build_engines
-from engines import host_memory
-from engines.command import run_command
-from engines.host_memory import available_bytes, expected_bytes, warn_of_memory
-from engines.precision import BF16, FP8, FP32
 from qwen2vl_trt.checkpoint import Checkpoint
-from runtime.backends.runners import open_engines
+from qwen2vl_trt.engines import host_memory
+from qwen2vl_trt.engines.command import run_command
+from qwen2vl_trt.engines.host_memory import available_bytes, expected_bytes, warn_of_memory
+from qwen2vl_trt.engines.precision import BF16, FP8, FP32
+from qwen2vl_trt.runtime.backends.runners import open_engines
 from tests.support.engine_folders import build, write_checkpoint
 from tests.support.models import model_config, random_model, save_model
 

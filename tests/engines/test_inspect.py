@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from engines.arguments import usual_profile
-from engines.inspect import inspect_folder
-from engines.inspect_table import print_report
-from engines.manifest import Manifest
-from engines.tensorrt_profiles import vision_ranges
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.arguments import usual_profile
+from qwen2vl_trt.engines.inspect import inspect_folder
+from qwen2vl_trt.engines.inspect_table import print_report
+from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.tensorrt_profiles import vision_ranges
 from qwen2vl_trt.errors import EngineError
-from runtime.preprocessing.settings import PreprocessorSettings
-from runtime.preprocessing.sizes import SizeRules
+from qwen2vl_trt.runtime.preprocessing.settings import PreprocessorSettings
+from qwen2vl_trt.runtime.preprocessing.sizes import SizeRules
 from tests.support.engine_folders import PROFILE, build
 
 ROOT = Path(__file__).parents[2]
@@ -168,7 +168,7 @@ def test_the_command_prints_a_report_or_one_line(folder):
 
 def test_the_checkpoints_own_limit_of_pixels_bounds_the_largest_photo(tmp_path):
     """Tiny's, of 50,176 pixels, is smaller than that of its engines."""
-    folder = build(ROOT / "tiny" / "checkpoint", tmp_path / "engines", "torch", profile=usual_profile("tiny"))
+    folder = build(ROOT / "qwen2vl_trt" / "tiny" / "checkpoint", tmp_path / "engines", "torch", profile=usual_profile("tiny"))
     command = [sys.executable, "run.py", "inspect", folder]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     (line,) = [line.split() for line in done.stdout.splitlines() if "unshrunk" in line]

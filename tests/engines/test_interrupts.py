@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.interrupts import deferred_interrupt
+from qwen2vl_trt.engines.interrupts import deferred_interrupt
 
 ROOT = Path(__file__).resolve().parents[2]
 TERM, INT = signal.SIGTERM, signal.SIGINT
@@ -16,7 +16,7 @@ TERM, INT = signal.SIGTERM, signal.SIGINT
 def ended(main, ignore_ctrl_c=False):
     """Exit code, stdout and stderr of a command whose main function has these lines."""
     lines = "\n    ".join(["import os, signal, sys", "me = os.getpid()", *main])
-    code = f"from engines.command import run_command\ndef main():\n    {lines}\nrun_command(main)"
+    code = f"from qwen2vl_trt.engines.command import run_command\ndef main():\n    {lines}\nrun_command(main)"
     process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -29,7 +29,7 @@ def ended(main, ignore_ctrl_c=False):
 
 
 DEFERRED = (
-    "from engines.interrupts import deferred_interrupt",
+    "from qwen2vl_trt.engines.interrupts import deferred_interrupt",
     "with deferred_interrupt() as told:",
     "    os.kill(me, {0})",
     "    print('saved', told.is_set())",

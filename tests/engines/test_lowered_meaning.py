@@ -7,10 +7,10 @@ import onnxruntime
 import pytest
 import torch
 
-from engines.attention_mask import ATTENTION_MASKS
-from engines.tensorrt_build import parse
-from export.onnx_model import export_onnx
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.attention_mask import ATTENTION_MASKS
+from qwen2vl_trt.engines.tensorrt_build import parse
+from qwen2vl_trt.export.onnx_model import export_onnx
 from qwen2vl_trt.rope_scaling import YarnScaling
 from qwen2vl_trt.windows import window_layout
 from tests.engines.network_interpreter import run_network

@@ -7,12 +7,12 @@ import numpy as np
 import onnx
 import pytest
 
-from engines import lowering
-from engines.attention_mask import ATTENTION_MASKS
-from engines.lowering import attention_nodes, find_faults, lower
-from engines.tensorrt_build import parse
-from engines.tensorrt_log import tensorrt_log
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines import lowering
+from qwen2vl_trt.engines.attention_mask import ATTENTION_MASKS
+from qwen2vl_trt.engines.lowering import attention_nodes, find_faults, lower
+from qwen2vl_trt.engines.tensorrt_build import parse
+from qwen2vl_trt.engines.tensorrt_log import tensorrt_log
 from qwen2vl_trt.errors import BuildError
 
 GRAPHS = ("vision", "decoder")

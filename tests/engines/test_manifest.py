@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from engines.manifest import FORMAT, BuiltFile, Manifest, file_hash
-from engines.profile import BuildProfile
-from engines.staging import MANIFEST_FILE
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.manifest import FORMAT, BuiltFile, Manifest, file_hash
+from qwen2vl_trt.engines.profile import BuildProfile
+from qwen2vl_trt.engines.staging import MANIFEST_FILE
 from qwen2vl_trt.errors import EngineError
 
 MANIFEST = Manifest(
@@ -69,7 +69,7 @@ def test_writing_replaces_at_once(tmp_path, monkeypatch):
     def die(file_descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("engines.plan_file.os.fsync", die)
+    monkeypatch.setattr("qwen2vl_trt.engines.plan_file.os.fsync", die)
     with pytest.raises(KeyboardInterrupt):
         replace(MANIFEST, model="another").write(tmp_path)
     assert Manifest.read(tmp_path) == MANIFEST
@@ -152,7 +152,9 @@ def flip(path, keep_time=False):
 def hashed(folder, monkeypatch, thorough=False):
     """Names of the files that a check reads."""
     names = []
-    monkeypatch.setattr("engines.manifest.file_hash", lambda path: names.append(path.name) or file_hash(path))
+    monkeypatch.setattr(
+        "qwen2vl_trt.engines.manifest.file_hash", lambda path: names.append(path.name) or file_hash(path)
+    )
     Manifest.read(folder).verify(folder, thorough)
     return names
 

@@ -3,10 +3,10 @@
 import onnxruntime
 import pytest
 
-from engines.backends import find_backend
-from engines.onnxruntime_version import check_onnxruntime
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.onnxruntime_version import check_onnxruntime
 from qwen2vl_trt.errors import EngineError
-from runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.backends.runners import open_engines
 
 ERROR = r"onnxruntime {} answers wrongly .* 1\.28 or newer is needed: pip install 'onnxruntime>=1\.28'"
 

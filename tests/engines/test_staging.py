@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from engines import staging
-from engines.backends import find_backend
-from engines.build import build_engines
-from engines.manifest import Manifest
-from engines.profile import BuildProfile
-from engines.staging import staged
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines import staging
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.profile import BuildProfile
+from qwen2vl_trt.engines.staging import staged
 from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.hub import ResolvedModel
 from tests.support.models import model_config, random_model, save_model
@@ -25,10 +25,10 @@ SHAPE = model_config(text={"num_hidden_layers": 1}, vision={"depth": 1, "fullatt
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from engines import staging
-from engines.backends import find_backend
-from engines.build import build_engines
-from engines.profile import BuildProfile
+from qwen2vl_trt.engines import staging
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.hub import ResolvedModel
 
 calls, last = 0, int(sys.argv[1])

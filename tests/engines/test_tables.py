@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from engines.tables import print_table, stdout_console
+from qwen2vl_trt.engines.tables import print_table, stdout_console
 
 WIDTHS = (20, 40, 60, 80, 10_000)
 CELLS = [

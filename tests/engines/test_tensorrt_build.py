@@ -19,22 +19,22 @@ import numpy as np
 import onnx
 import pytest
 
-import engines.tensorrt_build as tensorrt_build
-from benchmarks.random_model import config_of, write_sparse_checkpoint
-from engines.attention_mask import ATTENTION_MASKS
-from engines.backends import find_backend
-from engines.build import build_engines
-from engines.manifest import Manifest
-from engines.plan_file import whole_file
-from engines.precision import BF16
-from engines.profile import BuildProfile
-from engines.progress import BuildSteps, progress_bar
-from engines.tensorrt_build import build_plans, parse
-from engines.tensorrt_log import tensorrt_log
-from engines.tensorrt_module import TENSORRT, TENSORRT_RTX, load_tensorrt
-from engines.tensorrt_options import TensorRTOptions
-from engines.timing_cache import load_timing_cache, save_timing_cache, timing_cache_path
+import qwen2vl_trt.engines.tensorrt_build as tensorrt_build
+from qwen2vl_trt.benchmarks.random_model import config_of, write_sparse_checkpoint
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.attention_mask import ATTENTION_MASKS
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.plan_file import whole_file
+from qwen2vl_trt.engines.precision import BF16
+from qwen2vl_trt.engines.profile import BuildProfile
+from qwen2vl_trt.engines.progress import BuildSteps, progress_bar
+from qwen2vl_trt.engines.tensorrt_build import build_plans, parse
+from qwen2vl_trt.engines.tensorrt_log import tensorrt_log
+from qwen2vl_trt.engines.tensorrt_module import TENSORRT, TENSORRT_RTX, load_tensorrt
+from qwen2vl_trt.engines.tensorrt_options import TensorRTOptions
+from qwen2vl_trt.engines.timing_cache import load_timing_cache, save_timing_cache, timing_cache_path
 from qwen2vl_trt.errors import BuildError, MissingDependencyError
 from qwen2vl_trt.hub import resolve_model
 from tests.support.engine_folders import PROFILE, build
@@ -299,7 +299,7 @@ class TestWritingAPlan:
         def full(number):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr("engines.plan_file.os.fsync", full)
+        monkeypatch.setattr("qwen2vl_trt.engines.plan_file.os.fsync", full)
         with pytest.raises(OSError, match="No space left on device"), whole_file(path) as file:
             file.write(b"newer")
         assert [file.name for file in tmp_path.iterdir()] == ["vision.engine"]
@@ -314,7 +314,9 @@ class TestWritingAPlan:
 class TestMissing:
     @pytest.mark.parametrize("variant", [TENSORRT, TENSORRT_RTX], ids=lambda variant: variant.backend)
     def test_not_installed(self, monkeypatch, variant):
-        monkeypatch.setattr("engines.backends.find_spec", lambda name: None if name == variant.module else object())
+        monkeypatch.setattr(
+            "qwen2vl_trt.engines.backends.find_spec", lambda name: None if name == variant.module else object()
+        )
         said = rf"needs {variant.module}, which is not installed: pip install 'qwen2vl-trt\[{variant.backend}\]'"
         with pytest.raises(MissingDependencyError, match=said):
             find_backend(variant.backend, None)
@@ -324,7 +326,7 @@ class TestMissing:
         def fail(name):
             raise error("libnvinfer.so.11: cannot open shared object file")
 
-        monkeypatch.setattr("engines.tensorrt_module.import_module", fail)
+        monkeypatch.setattr("qwen2vl_trt.engines.tensorrt_module.import_module", fail)
         with pytest.raises(
             MissingDependencyError, match=r"cannot be imported \(libnvinfer.*pip install 'qwen2vl-trt\[te"
         ):
@@ -354,7 +356,7 @@ class TestMissing:
             find_backend(backend, "fp16")
 
     def test_nothing_imports_it_at_start_up(self):
-        code = "import sys, build_engines, run, engines.arguments, engines.build; print(*sys.modules)"
+        code = "import sys, build_engines, run; from qwen2vl_trt.engines import arguments, build; print(*sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         assert not {"tensorrt", "tensorrt_rtx"} & set(done.stdout.split())
 

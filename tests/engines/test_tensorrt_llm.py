@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.arguments import add_build_arguments, plan_build
-from engines.backends import find_backend
-from engines.build import build_engines
-from engines.command import Parser
-from engines.manifest import Manifest
-from engines.profile import BuildProfile
-from engines.tensorrt_llm_api import differences, load_tensorrt_llm, make_llm, sampling_params, vision_input
-from engines.tensorrt_llm_options import TensorRTLLMOptions
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.arguments import add_build_arguments, plan_build
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.command import Parser
+from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.profile import BuildProfile
+from qwen2vl_trt.engines.tensorrt_llm_api import differences, load_tensorrt_llm, make_llm, sampling_params, vision_input
+from qwen2vl_trt.engines.tensorrt_llm_options import TensorRTLLMOptions
 from qwen2vl_trt.errors import BuildError, MissingDependencyError
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.rope_scaling import LinearScaling

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.profile import BuildProfile
-from engines.tensorrt_profiles import decoder_ranges, most_windows, vision_ranges
 from qwen2vl_trt.config import VisionConfig
+from qwen2vl_trt.engines.profile import BuildProfile
+from qwen2vl_trt.engines.tensorrt_profiles import decoder_ranges, most_windows, vision_ranges
 from qwen2vl_trt.errors import BuildError
 from qwen2vl_trt.windows import window_layout
 

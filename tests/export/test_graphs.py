@@ -10,9 +10,9 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from export.graphs import cache_names, decoder_graph, vision_graph
-from export.trace import trace
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.export.graphs import cache_names, decoder_graph, vision_graph
+from qwen2vl_trt.export.trace import trace
 from qwen2vl_trt.weights import checkpoint_names
 from tests.support.models import model_config, our_config
 

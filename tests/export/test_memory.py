@@ -13,7 +13,7 @@ def test_export_of_7b_widths_stays_far_below_the_weights(tmp_path):
     """Two layers and two blocks of 7B's width, in a sparse file; the whole depth takes no more a layer."""
     figures = tmp_path / "figures.json"
     subprocess.run(
-        [sys.executable, "-m", "benchmarks.export", "--layers", "2", "--blocks", "2", "--json", figures],
+        [sys.executable, "-m", "qwen2vl_trt.benchmarks.export", "--layers", "2", "--blocks", "2", "--json", figures],
         check=True,
         cwd=ROOT,
         env=os.environ | {"TMPDIR": str(tmp_path)},

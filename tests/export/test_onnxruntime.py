@@ -5,12 +5,12 @@ import onnxruntime
 import pytest
 import torch
 
-from engines.backends import find_backend
-from engines.build import build_engines
-from engines.manifest import Manifest
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.hub import ResolvedModel
+from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.windows import window_layout
-from runtime.backends.runners import open_engines
 from tests.support.models import IMAGE, our_config, pack_windows, prompt_positions, random_patches, relative_error
 
 COPIES = "in-place optimization not activated"  # what ONNX Runtime warns of where TensorScatter copies its cache

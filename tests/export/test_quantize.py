@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-import export.quantize
-from export.quantize import CalibrationSample, fp8_config, quantize_checkpoint
+import qwen2vl_trt.export.quantize
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.decoder import Decoder
 from qwen2vl_trt.errors import BuildError, CheckpointError, MissingDependencyError
+from qwen2vl_trt.export.quantize import CalibrationSample, fp8_config, quantize_checkpoint
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.quantization import fp8_layers, use_fp8
+from qwen2vl_trt.runtime.calibration import Calibration
+from qwen2vl_trt.tiny.calibration import training_data
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import window_layout
-from runtime.calibration import Calibration
 from tests.qwen2vl_trt.test_quantization import linear_layers
 from tests.support.bounds import E4M3_NOISE
 from tests.support.models import pack_windows
-from tiny.calibration import training_data
 
 pytest.importorskip("modelopt", reason="NVIDIA Model Optimizer is not installed: the quantize extra")
 GRIDS = ((1, 6, 10), (1, 12, 8))
@@ -83,7 +83,7 @@ def model_optimizers_own(samples):
 
     def calibrate(model):
         for sample in samples:
-            model(**export.quantize._arguments(sample, "cpu"), use_cache=False)
+            model(**qwen2vl_trt.export.quantize._arguments(sample, "cpu"), use_cache=False)
 
     with torch.no_grad():
         mtq.quantize(model, fp8_config(), calibrate)
@@ -179,7 +179,7 @@ def test_it_computes_what_model_optimizers_own_model_does(tmp_path):
 
 class TestWhatGoesWrong:
     def test_not_installed(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(export.quantize, "find_spec", lambda name: None)
+        monkeypatch.setattr(qwen2vl_trt.export.quantize, "find_spec", lambda name: None)
         with pytest.raises(MissingDependencyError, match=r"pip install 'qwen2vl-trt\[quantize\]'"):
             quantize_checkpoint(tiny(), tmp_path / "fp8", [])
 
@@ -199,7 +199,7 @@ class TestWhatGoesWrong:
         def full(*arguments):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(export.quantize, "_run_model_optimizer", full)
+        monkeypatch.setattr(qwen2vl_trt.export.quantize, "_run_model_optimizer", full)
         with pytest.raises(BuildError, match=r"fp8: No space left on device; nothing that loads was left there"):
             quantize_checkpoint(tiny(), tmp_path / "fp8", [])
 
@@ -207,7 +207,7 @@ class TestWhatGoesWrong:
 def test_a_torchvision_of_another_torch_is_no_hindrance():
     """In a process of its own, where ``tests/conftest.py`` has not declared its operators."""
     code = (
-        "from export.importable_torchvision import allow_torchvision\n"
+        "from qwen2vl_trt.export.importable_torchvision import allow_torchvision\n"
         "allow_torchvision()\n"
         "from transformers import Qwen2_5_VLForConditionalGeneration\n"
     )

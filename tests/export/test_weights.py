@@ -7,13 +7,13 @@ import shutil
 import pytest
 import torch
 
-import export.onnx_model as onnx_model
-import export.weights as weights
-from export.graphs import decoder_graph, vision_graph
-from export.onnx_model import check_fit, export_onnx
-from export.weights import link_checkpoint
+import qwen2vl_trt.export.onnx_model as onnx_model
+import qwen2vl_trt.export.weights as weights
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import CheckpointError
+from qwen2vl_trt.export.graphs import decoder_graph, vision_graph
+from qwen2vl_trt.export.onnx_model import check_fit, export_onnx
+from qwen2vl_trt.export.weights import link_checkpoint
 from tests.support.models import edit_checkpoint, model_config, random_model, save_model
 
 

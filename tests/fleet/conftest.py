@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from runtime import Pipeline, PipelineOptions, SamplingParams
+from qwen2vl_trt.runtime import Pipeline, PipelineOptions, SamplingParams
 from tests.support.engine_folders import build, write_checkpoint
 
 if importlib.util.find_spec("ray") is None:  # a conftest that raises would end every other folder's tests too
@@ -14,8 +14,8 @@ if importlib.util.find_spec("ray") is None:  # a conftest that raises would end 
         pytest.skip("Ray is not installed: pip install 'qwen2vl-trt[ray]'", allow_module_level=True)
 
 else:
-    from fleet.inputs import divide, find_input, read_partitions
-    from fleet.worker import Worker, WorkerSettings
+    from qwen2vl_trt.fleet.inputs import divide, find_input, read_partitions
+    from qwen2vl_trt.fleet.worker import Worker, WorkerSettings
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,12 @@ from dataclasses import asdict
 
 import pytest
 
-import fleet.driver
-import fleet.extra
+import qwen2vl_trt.fleet.driver
+import qwen2vl_trt.fleet.extra
 import run
-from fleet.cluster import connect
-from fleet.worker import Worker
 from qwen2vl_trt.errors import BatchError, FeaturesError, MediaError, MissingDependencyError, SamplingError
+from qwen2vl_trt.fleet.cluster import connect
+from qwen2vl_trt.fleet.worker import Worker
 from tests.fleet.outputs import failures, rows, write_lines
 from tests.support.media_files import save_images
 
@@ -41,7 +41,7 @@ def no_ray(monkeypatch):
                     raise BatchError(answer["fatal"])
                 yield answer
 
-    monkeypatch.setattr(fleet.driver, "Driver", Loop)
+    monkeypatch.setattr(qwen2vl_trt.fleet.driver, "Driver", Loop)
     return asked
 
 
@@ -127,7 +127,7 @@ def test_a_resumed_run_must_be_the_same(batch, images, tmp_path):
 
 def test_an_interrupted_job_goes_on_where_it_was(batch, images, tmp_path, monkeypatch, capsys):
     """What it says is what the output holds: a worker is a partition ahead of what the driver was told."""
-    run_all = fleet.driver.Driver.run
+    run_all = qwen2vl_trt.fleet.driver.Driver.run
 
     def interrupted(self, partitions, *rest):
         told = run_all(self, partitions[:2], *rest)
@@ -135,13 +135,13 @@ def test_an_interrupted_job_goes_on_where_it_was(batch, images, tmp_path, monkey
         next(told)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fleet.driver.Driver, "run", interrupted)
+    monkeypatch.setattr(qwen2vl_trt.fleet.driver.Driver, "run", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"^8 rows are saved; run again with --resume to go on$"):
         batch("--input", images, "--partition-rows", 4)
     assert len(rows(tmp_path / "out")) == 8
     assert not (tmp_path / "out" / ".work").exists()
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(fleet.driver.Driver, "run", run_all)
+    monkeypatch.setattr(qwen2vl_trt.fleet.driver.Driver, "run", run_all)
     batch("--input", images, "--partition-rows", 4, "--resume")
     assert len(rows(tmp_path / "out")) == 10
 
@@ -224,7 +224,7 @@ def test_a_worker_that_lives_on_adds_nothing_to_what_was_counted(batch, images, 
             monkeypatch.setattr(os, "link", link)
         yield
 
-    monkeypatch.setattr(fleet.driver.Driver, "run", interrupted)
+    monkeypatch.setattr(qwen2vl_trt.fleet.driver.Driver, "run", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"^4 rows are saved"):
         batch("--input", images, "--partition-rows", 4)
     assert "cannot be written" in left[0]()["fatal"]
@@ -280,7 +280,7 @@ def test_two_runs_exclude_each_other(batch, images, tmp_path):
 
 
 def test_ray_is_not_installed(batch, images, monkeypatch):
-    monkeypatch.setattr(fleet.extra, "find_spec", lambda name: None if name == "ray" else name)
+    monkeypatch.setattr(qwen2vl_trt.fleet.extra, "find_spec", lambda name: None if name == "ray" else name)
     with pytest.raises(
         MissingDependencyError, match=r"needs ray, which is not installed: pip install 'qwen2vl-trt\[ray\]'"
     ):

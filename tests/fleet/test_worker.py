@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fleet.journal import Journal
-from fleet.partition_file import data_path, errors_path, read_done
 from qwen2vl_trt.errors import BatchError, FeaturesError
-from runtime import Request, SamplingParams
-from runtime.features.command import add_features_arguments, run_features
+from qwen2vl_trt.fleet.journal import Journal
+from qwen2vl_trt.fleet.partition_file import data_path, errors_path, read_done
+from qwen2vl_trt.runtime import Request, SamplingParams
+from qwen2vl_trt.runtime.features.command import add_features_arguments, run_features
 from tests.fleet.outputs import failures, rows, write_lines
 from tests.support.bounds import FP32, FP32_BEHIND_BOTH
 from tests.support.media_files import save_images
@@ -31,8 +31,8 @@ def single_process(pipeline, folder, output, *options):
     """Features as `run.py features` makes them, by image."""
     from safetensors.torch import load_file
 
-    from engines.command import Parser
-    from runtime.features.shards import shard_paths
+    from qwen2vl_trt.engines.command import Parser
+    from qwen2vl_trt.runtime.features.shards import shard_paths
 
     parser = Parser()
     add_features_arguments(parser)
@@ -62,7 +62,7 @@ def test_features_are_those_of_the_single_process(job, pipeline, images, tmp_pat
 
 
 def test_bfloat16_is_stored_exactly(job, images):
-    from fleet.partition_file import PartitionWriter, feature_schema
+    from qwen2vl_trt.fleet.partition_file import PartitionWriter, feature_schema
 
     batch = job(images)
     values = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -74,7 +74,7 @@ def test_bfloat16_is_stored_exactly(job, images):
 
 
 def test_a_layer_is_that_of_a_single_process(job, images, pipeline, engine_dir, tmp_path):
-    from runtime import Pipeline
+    from qwen2vl_trt.runtime import Pipeline
 
     batch = job(images, layer=2, pool="mean")
     batch.run()

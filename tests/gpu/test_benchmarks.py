@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-import benchmarks.bench.operators
-import benchmarks.bench.run
-from benchmarks.command import main
-from benchmarks.floors.rates import measure_rates
-from engines.backends import find_backend
-from engines.build import build_engines
-from engines.profile import BuildProfile
+import qwen2vl_trt.benchmarks.bench.operators
+import qwen2vl_trt.benchmarks.bench.run
+from qwen2vl_trt.benchmarks.command import main
+from qwen2vl_trt.benchmarks.floors.rates import measure_rates
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
@@ -48,7 +48,7 @@ def engines(tmp_path_factory):
 def bench(engines, monkeypatch, capsys, tmp_path):
     """Runs a command in a folder of its own; gives its JSON."""
     monkeypatch.chdir(tmp_path)
-    for module in (benchmarks.bench.run, benchmarks.bench.operators):
+    for module in (qwen2vl_trt.benchmarks.bench.run, qwen2vl_trt.benchmarks.bench.operators):
         monkeypatch.setattr(module, "Worker", Here)
 
     def run(*arguments):

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from runtime.inputs.images import load_image
-from runtime.preprocessing.preprocessor import Preprocessor
-from runtime.preprocessing.triton_writer import TritonWriter, triton_is_installed
+from qwen2vl_trt.runtime.inputs.images import load_image
+from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
+from qwen2vl_trt.runtime.preprocessing.triton_writer import TritonWriter, triton_is_installed
 from tests.support.pictures import CONFIG, TINY, TINY_SETTINGS, in_form, mixes, natural
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")

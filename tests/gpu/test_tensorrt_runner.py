@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from engines.attention_mask import ATTENTION_MASKS
-from engines.backends import find_backend
-from engines.build import build_engines
-from engines.profile import BuildProfile
-from engines.tensorrt_options import TensorRTOptions
+from qwen2vl_trt.engines.attention_mask import ATTENTION_MASKS
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.profile import BuildProfile
+from qwen2vl_trt.engines.tensorrt_options import TensorRTOptions
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.hub import resolve_model
-from runtime import Pipeline, PipelineOptions, Request, SamplingParams
-from runtime.backends.runners import open_engines
-from runtime.backends.tensorrt_device import CudaDevice
-from runtime.backends.tensorrt_runner import TensorRTDecoder, _load
+from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams
+from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.backends.tensorrt_device import CudaDevice
+from qwen2vl_trt.runtime.backends.tensorrt_runner import TensorRTDecoder, _load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 
@@ -130,8 +130,8 @@ def test_a_warm_up_captures_all_graphs(engines, monkeypatch):
     assert sorted(graphs) == [1, 2, 4]
     assert all("replay" in graph.replay.__name__ for graph in graphs.values())
     monkeypatch.setattr(CudaDevice, "capture", None)
-    monkeypatch.setattr("runtime.backends.tensorrt_decode_graphs.ExecutionContext", None)
-    monkeypatch.setattr("runtime.backends.tensorrt_runner.ExecutionContext", None)
+    monkeypatch.setattr("qwen2vl_trt.runtime.backends.tensorrt_decode_graphs.ExecutionContext", None)
+    monkeypatch.setattr("qwen2vl_trt.runtime.backends.tensorrt_runner.ExecutionContext", None)
     image = np.random.default_rng(0).integers(0, 256, (84, 112, 3), dtype=np.uint8)
     asked = [Request("What digits are in the image? " * (1 + n), [image]) for n in range(8)]
     for output in pipeline.generate(asked, SamplingParams(max_tokens=8, ignore_eos=True)):
@@ -186,7 +186,7 @@ def test_streamed_weights_answer_as_resident_ones(tmp_path, monkeypatch):
     """With hardly any room on the GPU for them."""
     whole, streamed = (build(tmp_path / str(on), "tensorrt", "bf16", weight_streaming=on) for on in (False, True))
     expected = Pipeline.from_engine_dir(whole).generate(requests(4))
-    budget = "runtime.backends.tensorrt_engine.streaming_budget"
+    budget = "qwen2vl_trt.runtime.backends.tensorrt_engine.streaming_budget"
     monkeypatch.setattr(budget, lambda streamable, free, needed: streamable // 8)
     found = Pipeline.from_engine_dir(streamed).generate(requests(4))
     assert [output.token_ids for output in found] == [output.token_ids for output in expected]

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from planning.capacity import Assumptions, Load, plan
-from planning.tables import find_config, find_gpu
 from qwen2vl_trt.errors import CheckpointError, PlanError
+from qwen2vl_trt.planning.capacity import Assumptions, Load, plan
+from qwen2vl_trt.planning.tables import find_config, find_gpu
 
 FLOORS = Assumptions(vision=1, prefill=1, decode=1, tp=1, reserve=0)
 LOAD = Load(rows=32, columns=32, text_tokens=30, output_tokens=128, images_per_second=100)
@@ -148,7 +148,7 @@ def test_gpus_and_models_go_by_any_spelling(tmp_path):
         find_config("x")
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         find_config(str(tmp_path))
-    assert find_config("tiny/checkpoint").text.hidden_size == 128
+    assert find_config("qwen2vl_trt/tiny/checkpoint").text.hidden_size == 128
 
 
 def test_a_folder_that_is_no_checkpoint_does_not_stand_in_the_way_of_tiny(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import run
-from engines.command import run_command
+from qwen2vl_trt.engines.command import run_command
 
 ASK = "--model Qwen2.5-VL-72B --gpu H200 --images-per-second 100 --output-tokens 128".split()  # noqa: SIM905
 
@@ -54,7 +54,7 @@ def test_options_reach_the_plan(call):
 
 
 def test_features_and_a_checkpoint_folder(call):
-    answer = call("--model", "tiny/checkpoint", "--gpu", "l4", "--images-per-second", "5", "--output-tokens", "0")
+    answer = call("--model", "qwen2vl_trt/tiny/checkpoint", "--gpu", "l4", "--images-per-second", "5", "--output-tokens", "0")
     assert answer[0] == 0
     assert "16 x 16 = 256, tokens 64" in answer[1]  # the checkpoint's own limit of pixels
     assert answer[1].splitlines()[-1].startswith("1 x L4: 1 x tp_size 1, bf16, no decoder, ")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from planning import counts
-from planning.tables import find_config
 from qwen2vl_trt.decoder import Decoder
+from qwen2vl_trt.planning import counts
+from qwen2vl_trt.planning.tables import find_config
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.windows import window_layout
 

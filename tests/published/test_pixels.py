@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from qwen2vl_trt.config import Qwen2VLConfig
-from runtime.preprocessing.preprocessor import Preprocessor
-from runtime.preprocessing.settings import PreprocessorSettings
+from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
+from qwen2vl_trt.runtime.preprocessing.settings import PreprocessorSettings
 from tests.support.pictures import merge_order
 from tests.support.published import config_json
 

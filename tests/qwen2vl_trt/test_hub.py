@@ -173,9 +173,8 @@ def test_folder_of_the_hub_cache_is_named_after_its_model(tmp_path):
     assert resolve_model(path).name == "Org--Name"
 
 
-def test_tiny_lies_beside_the_package(monkeypatch, tmp_path):
-    package = tmp_path / "qwen2vl_trt"
-    monkeypatch.setattr(hub, "__file__", str(package / "hub.py"))
+def test_tiny_lies_in_the_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "hub.py"))
     with pytest.raises(CheckpointError, match="tiny model is not installed"):
         resolve_model("tiny")
     folder = tmp_path / "tiny" / "checkpoint"

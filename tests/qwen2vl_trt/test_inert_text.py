@@ -12,7 +12,7 @@ from qwen2vl_trt.inert_text import InertText, _characters
 from qwen2vl_trt.prompts import PromptBuilder
 from tests.support.chat import text, user
 
-TINY = Path(__file__).parents[2] / "tiny" / "checkpoint"
+TINY = Path(__file__).parents[2] / "qwen2vl_trt" / "tiny" / "checkpoint"
 MANY = {
     "letters": "abc XYZ don't 's 're",
     "spaces": " \n\r\t\u00a0\u2003",

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from runtime.detokenizer import AnswerStream, Detokenizer, StopStrings
-from runtime.sampler import SamplingParams
+from qwen2vl_trt.runtime.detokenizer import AnswerStream, Detokenizer, StopStrings
+from qwen2vl_trt.runtime.sampler import SamplingParams
 
 EOS = "<|im_end|>"
 

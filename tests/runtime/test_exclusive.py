@@ -7,9 +7,9 @@ import warnings
 import pytest
 
 from qwen2vl_trt.errors import ExecutionError
-from runtime import Pipeline, SamplingParams
-from runtime.backends.runners import open_engines
-from runtime.exclusive import Exclusive
+from qwen2vl_trt.runtime import Pipeline, SamplingParams
+from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.exclusive import Exclusive
 from tests.runtime.test_pipeline import answers, random_params, random_request
 
 PATIENCE = 60  # seconds after which a test that hangs fails

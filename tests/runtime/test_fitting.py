@@ -9,10 +9,19 @@ import torch
 from PIL import Image
 
 from qwen2vl_trt.errors import LimitError, MediaError, PromptError
-from runtime import ImageOptions, MediaSize, Pipeline, PipelineOptions, Request, SamplingParams, Video, VideoOptions
-from runtime.media.fit_warnings import MOST_WARNINGS
-from runtime.preprocessing.settings import PreprocessorSettings
-from runtime.preprocessing.sizes import SizeRules
+from qwen2vl_trt.runtime import (
+    ImageOptions,
+    MediaSize,
+    Pipeline,
+    PipelineOptions,
+    Request,
+    SamplingParams,
+    Video,
+    VideoOptions,
+)
+from qwen2vl_trt.runtime.media.fit_warnings import MOST_WARNINGS
+from qwen2vl_trt.runtime.preprocessing.settings import PreprocessorSettings
+from qwen2vl_trt.runtime.preprocessing.sizes import SizeRules
 from tests.support.engine_folders import PROFILE, build
 from tests.support.media_files import save_video
 from tests.support.requests import answers, picture
@@ -30,7 +39,7 @@ def torch_pipeline(engine_dirs):
 @pytest.fixture(scope="module")
 def default_pipeline(checkpoint, tmp_path_factory):
     """A random model with the limits that are built by default, 16 to 10,816 patches, and the published area."""
-    from engines.profile import BuildProfile
+    from qwen2vl_trt.engines.profile import BuildProfile
 
     folder = build(checkpoint, tmp_path_factory.mktemp("default") / "torch", "torch", profile=BuildProfile())
     return Pipeline.from_engine_dir(folder, "cpu", PipelineOptions(min_pixels=3136, max_pixels=12_845_056))

@@ -7,14 +7,14 @@ import random
 import pytest
 import torch
 
-from engines.manifest import MANIFEST_FILE, Manifest
-from engines.profile import BuildProfile
 from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.engines.manifest import MANIFEST_FILE, Manifest
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import Qwen2VLError
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.mrope import rotary_frequencies
-from runtime.generation_config import GenerationConfig
-from runtime.preprocessing.settings import PreprocessorSettings, smart_resize
+from qwen2vl_trt.runtime.generation_config import GenerationConfig
+from qwen2vl_trt.runtime.preprocessing.settings import PreprocessorSettings, smart_resize
 from tests.qwen2vl_trt.test_config import PUBLISHED
 from tests.qwen2vl_trt.test_rope_scaling import QWENS_RECIPE, layouts
 

@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.profile import BuildConfig, BuildProfile
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.profile import BuildConfig, BuildProfile
 from qwen2vl_trt.hub import resolve_model
+from qwen2vl_trt.runtime import Pipeline
+from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.tiny.evaluation import held_out_scenes, score
+from qwen2vl_trt.tiny.report import answer_scenes
+from qwen2vl_trt.tiny.scenes import TASKS
 from qwen2vl_trt.windows import window_layout
-from runtime import Pipeline
-from runtime.backends.runners import open_engines
 from tests.support.bounds import E4M3_NOISE
 from tests.support.engine_folders import build
-from tiny.evaluation import held_out_scenes, score
-from tiny.report import answer_scenes
-from tiny.scenes import TASKS
 
 CASES = 75  # a task
 PROFILE = BuildProfile.from_dict(BuildConfig.from_yaml(Path(__file__).parents[2] / "configs" / "tiny.yaml").limits)
@@ -66,8 +66,8 @@ def test_onnxruntime_and_torch_compute_the_same_fp8(folders):
 
 def test_onnxruntime_equals_torch_in_fp32_between(folders, fp8_checkpoint):
     """The same modules in FP32."""
-    from engines.precision import FP8_IN_FP32
-    from runtime.backends.torch_runner import TorchDecoder, TorchVision
+    from qwen2vl_trt.engines.precision import FP8_IN_FP32
+    from qwen2vl_trt.runtime.backends.torch_runner import TorchDecoder, TorchVision
 
     engines = open_engines(folders("onnxruntime", "fp8"), "cpu")
     checkpoint, cpu = Checkpoint(fp8_checkpoint), torch.device("cpu")

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from engines.arguments import BuildPlan, CalibrationChoice
-from engines.backends import BACKENDS, find_backend
-from engines.build import build_engines
-from engines.profile import BuildProfile
 from qwen2vl_trt.checkpoint import RECORD, Checkpoint
+from qwen2vl_trt.engines.arguments import BuildPlan, CalibrationChoice
+from qwen2vl_trt.engines.backends import BACKENDS, find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import BuildError, MissingDependencyError
 from qwen2vl_trt.hub import ResolvedModel, resolve_model
-from runtime import quantized_model
-from runtime.calibration import CalibrationData
-from runtime.quantized_model import quantize_first
-from tiny.calibration import training_data
+from qwen2vl_trt.runtime import quantized_model
+from qwen2vl_trt.runtime.calibration import CalibrationData
+from qwen2vl_trt.runtime.quantized_model import quantize_first
+from qwen2vl_trt.tiny.calibration import training_data
 
 
 @pytest.fixture
@@ -205,7 +205,9 @@ class TestWhatGoesWrong:
             quantize_first(plan(), training_data)
 
     def test_model_optimizer_missing(self, made, monkeypatch):
-        monkeypatch.setattr("export.quantize.find_spec", lambda name: None if name == "requests" else object())
+        monkeypatch.setattr(
+            "qwen2vl_trt.export.quantize.find_spec", lambda name: None if name == "requests" else object()
+        )
         with pytest.raises(MissingDependencyError, match=r"needs requests, which is not installed: pip install"):
             quantize_first(plan(), training_data)
         assert made == []

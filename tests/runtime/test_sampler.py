@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from qwen2vl_trt.errors import SamplingError
-from runtime import sampler
-from runtime.sampler import Sampling, SamplingParams, SequenceSampling, distribution, penalise, sample
+from qwen2vl_trt.runtime import sampler
+from qwen2vl_trt.runtime.sampler import Sampling, SamplingParams, SequenceSampling, distribution, penalise, sample
 
 VOCAB = 300
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from qwen2vl_trt.errors import LimitError, MediaError
-from runtime import Pipeline, PipelineOptions, Request, SamplingParams
-from runtime.backends.runners import open_engines
-from runtime.backends.torch_runner import CudaDecoder, CudaVision
+from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams
+from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision
 from tests.support import fake_tensorrt
 from tests.support.engine_folders import PROFILE, build_fake_tensorrt, use_fake_tensorrt
 from tests.support.recorded_graph import RecordedGraphs

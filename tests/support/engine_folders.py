@@ -9,20 +9,20 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig
 
-import runtime.backends.tensorrt_engine
-import runtime.backends.tensorrt_runner
-from engines.backends import BACKENDS, Backend, find_backend
-from engines.build import build_engines
-from engines.manifest import BuiltFile, Manifest
-from engines.profile import BuildProfile
-from engines.tensorrt_profiles import decoder_ranges, vision_ranges
-from export.onnx_model import export_onnx
+import qwen2vl_trt.runtime.backends.tensorrt_engine
+import qwen2vl_trt.runtime.backends.tensorrt_runner
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.backends import BACKENDS, Backend, find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.manifest import BuiltFile, Manifest
+from qwen2vl_trt.engines.profile import BuildProfile
+from qwen2vl_trt.engines.tensorrt_profiles import decoder_ranges, vision_ranges
+from qwen2vl_trt.export.onnx_model import export_onnx
 from qwen2vl_trt.hub import resolve_model
+from qwen2vl_trt.tiny.model import config_dict
+from qwen2vl_trt.tiny.tokenizer import write_processor_files
 from tests.support import fake_tensorrt
 from tests.support.models import random_model, save_model
-from tiny.model import config_dict
-from tiny.tokenizer import write_processor_files
 
 PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=180, max_batch_size=4, max_input_len=400, max_seq_len=700)
 BUILDS = (("torch", "fp32"), ("onnxruntime", "fp32"))
@@ -85,6 +85,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def use_fake_tensorrt(monkeypatch: pytest.MonkeyPatch, name: str = "tensorrt") -> type:
     """Put the fake runtime in the place of TensorRT, or TensorRT for RTX, and of the GPU; returns its module."""
     module = fake_tensorrt.module(name)
-    monkeypatch.setattr(runtime.backends.tensorrt_engine, "load_tensorrt", lambda variant: module)
-    monkeypatch.setattr(runtime.backends.tensorrt_runner, "CudaDevice", fake_tensorrt.CpuDevice)
+    monkeypatch.setattr(qwen2vl_trt.runtime.backends.tensorrt_engine, "load_tensorrt", lambda variant: module)
+    monkeypatch.setattr(qwen2vl_trt.runtime.backends.tensorrt_runner, "CudaDevice", fake_tensorrt.CpuDevice)
     return module

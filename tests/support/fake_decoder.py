@@ -5,12 +5,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from runtime.backends.runners import Step
-from runtime.detokenizer import AnswerStream
-from runtime.request import Output
-from runtime.sampler import Sampling, SequenceSampling
-from runtime.scheduling.prefix import token_keys
-from runtime.scheduling.sequence import RunningSequence
+from qwen2vl_trt.runtime.backends.runners import Step
+from qwen2vl_trt.runtime.detokenizer import AnswerStream
+from qwen2vl_trt.runtime.request import Output
+from qwen2vl_trt.runtime.sampler import Sampling, SequenceSampling
+from qwen2vl_trt.runtime.scheduling.prefix import token_keys
+from qwen2vl_trt.runtime.scheduling.sequence import RunningSequence
 
 VOCABULARY = 32
 
@@ -83,7 +83,7 @@ class Tokenizer:
 
 
 def sequence(prompt, max_tokens=3, delta=0, media=(), output=None, params=None):
-    """A request; ``media`` as of :func:`runtime.scheduling.prefix.token_keys`."""
+    """A request; ``media`` as of :func:`qwen2vl_trt.runtime.scheduling.prefix.token_keys`."""
     params = params or Sampling(max_tokens)
     positions = torch.arange(len(prompt)).expand(3, -1)
     return RunningSequence(

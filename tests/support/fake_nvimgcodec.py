@@ -5,7 +5,7 @@ import types
 
 import torch
 
-from runtime.inputs.images import load_image
+from qwen2vl_trt.runtime.inputs.images import load_image
 
 
 class FakeCodec(types.ModuleType):

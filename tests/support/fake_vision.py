@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from engines.profile import BuildProfile
 from qwen2vl_trt.config import Qwen2VLConfig
-from runtime.media.embedder import MediaEmbedder
-from runtime.preprocessing.preprocessor import Preprocessor, PreprocessorSettings
+from qwen2vl_trt.engines.profile import BuildProfile
+from qwen2vl_trt.runtime.media.embedder import MediaEmbedder
+from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor, PreprocessorSettings
 from tests.support.models import model_config
 
 CONFIG = Qwen2VLConfig.from_dict(model_config().to_dict()).vision

@@ -2,7 +2,7 @@
 
 from safetensors.torch import load_file
 
-from runtime.features.shards import shard_paths
+from qwen2vl_trt.runtime.features.shards import shard_paths
 
 
 def stored(folder):

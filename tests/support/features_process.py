@@ -13,7 +13,12 @@ CONTEXT = multiprocessing.get_context("forkserver") if hasattr(os, "fork") else 
 def start(arguments, log: Path):
     """Start the command; its stderr goes to a file."""
     CONTEXT.set_forkserver_preload(
-        ["runtime.features.extraction", "runtime.features.output", "runtime.backends.torch_runner", "rich.progress"]
+        [
+            "qwen2vl_trt.runtime.features.extraction",
+            "qwen2vl_trt.runtime.features.output",
+            "qwen2vl_trt.runtime.backends.torch_runner",
+            "rich.progress",
+        ]
     )
     process = CONTEXT.Process(target=_main, args=([str(argument) for argument in arguments], str(log)))
     process.start()
@@ -24,7 +29,7 @@ def _main(arguments, log):
     import torch
 
     import run
-    from engines.command import run_command
+    from qwen2vl_trt.engines.command import run_command
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 2)

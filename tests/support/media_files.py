@@ -63,8 +63,8 @@ def without_rate(data):
 
 def digit_pictures(labels=(3, 7, 1, 4), size=84):
     """One held-out handwritten digit each, drawn plainly: ``[size, size, 3]``."""
-    from tiny.digits import load_split
-    from tiny.scenes import PLAIN, draw_digit
+    from qwen2vl_trt.tiny.digits import load_split
+    from qwen2vl_trt.tiny.scenes import PLAIN, draw_digit
 
     rng = np.random.default_rng(0)
     _, held_out = load_split()

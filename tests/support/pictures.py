@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from qwen2vl_trt.config import VisionConfig
-from runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
+from qwen2vl_trt.runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
 
 CONFIG = VisionConfig(
     depth=1, hidden_size=16, num_heads=1, intermediate_size=16, out_hidden_size=16, fullatt_block_indexes=(0,)

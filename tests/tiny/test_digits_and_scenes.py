@@ -7,11 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tiny import scenes
-from tiny.batching import target_size
-from tiny.curriculum import training_scenes
-from tiny.digits import load_split
-from tiny.scenes import AUGMENTED, PLAIN, TASKS, Scene, evaluation_scene
+from qwen2vl_trt.tiny import scenes
+from qwen2vl_trt.tiny.batching import target_size
+from qwen2vl_trt.tiny.curriculum import training_scenes
+from qwen2vl_trt.tiny.digits import load_split
+from qwen2vl_trt.tiny.scenes import AUGMENTED, PLAIN, TASKS, Scene, evaluation_scene
 
 
 def held_out(task: str, count: int, seed: int = 0) -> list[Scene]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tiny.evaluation import evaluate, held_out_scenes, score
-from tiny.scenes import Scene
+from qwen2vl_trt.tiny.evaluation import evaluate, held_out_scenes, score
+from qwen2vl_trt.tiny.scenes import Scene
 
 
 @pytest.mark.parametrize(

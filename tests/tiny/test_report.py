@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tiny import report
+from qwen2vl_trt.tiny import report
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from qwen2vl_trt.config import Qwen2VLConfig
-from tiny.batching import Collator
-from tiny.model import config_dict
-from tiny.tokenizer import SPECIAL_TOKENS, padded_vocab_size, train_tokenizer, write_processor_files
+from qwen2vl_trt.tiny.batching import Collator
+from qwen2vl_trt.tiny.model import config_dict
+from qwen2vl_trt.tiny.tokenizer import SPECIAL_TOKENS, padded_vocab_size, train_tokenizer, write_processor_files
 
 TEXTS = (
     "What digits are in the image?",

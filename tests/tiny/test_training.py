@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.tiny.batching import Collator, target_size
+from qwen2vl_trt.tiny.evaluation import held_out_scenes
+from qwen2vl_trt.tiny.model import TinyModel, checkpoint_tensors
+from qwen2vl_trt.tiny.recipe import Recipe
+from qwen2vl_trt.tiny.scenes import FPS, TASKS
+from qwen2vl_trt.tiny.tokenizer import IMAGE_MEAN, IMAGE_STD
+from qwen2vl_trt.tiny.train import Trainer, greedy_ids, train
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.windows import window_layout
-from tiny.batching import Collator, target_size
-from tiny.evaluation import held_out_scenes
-from tiny.model import TinyModel, checkpoint_tensors
-from tiny.recipe import Recipe
-from tiny.scenes import FPS, TASKS
-from tiny.tokenizer import IMAGE_MEAN, IMAGE_STD
-from tiny.train import Trainer, greedy_ids, train
 
 RECIPE = Recipe(steps=4, warmup=2, batch_limit=6)
 

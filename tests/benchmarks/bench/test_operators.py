@@ -2,11 +2,11 @@
 
 import pytest
 
-from benchmarks.bench.operators import ITERATIONS, _Profiled
-from benchmarks.subjects.engines import DecoderSubject, EngineOptions, PipelineSubject, VisionSubject
-from benchmarks.subjects.shapes import Limits, Shape, cases
-from runtime.backends.runners import open_engines
-from runtime.preprocessing.preprocessor import PreprocessorSettings
+from qwen2vl_trt.benchmarks.bench.operators import ITERATIONS, _Profiled
+from qwen2vl_trt.benchmarks.subjects.engines import DecoderSubject, EngineOptions, PipelineSubject, VisionSubject
+from qwen2vl_trt.benchmarks.subjects.shapes import Limits, Shape, cases
+from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.preprocessing.preprocessor import PreprocessorSettings
 from tests.support.engine_folders import PROFILE, build_fake_tensorrt, use_fake_tensorrt, write_checkpoint
 
 pytest.importorskip("onnxruntime", reason="it computes what the engines would")

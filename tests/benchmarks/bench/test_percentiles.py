@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.bench.percentiles import PERCENTILES, Statistics, percentile
+from qwen2vl_trt.benchmarks.bench.percentiles import PERCENTILES, Statistics, percentile
 
 
 def trtexec(ordered, number):

@@ -7,12 +7,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from benchmarks.floors.rates import Floor, Rates
-from benchmarks.floors.work import Call, Work, count_work, decoder_call, vision_call
-from benchmarks.random_model import config_of
-from export.graphs import decoder_graph, vision_graph
-from export.trace import trace
+from qwen2vl_trt.benchmarks.floors.rates import Floor, Rates
+from qwen2vl_trt.benchmarks.floors.work import Call, Work, count_work, decoder_call, vision_call
+from qwen2vl_trt.benchmarks.random_model import config_of
 from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.export.graphs import decoder_graph, vision_graph
+from qwen2vl_trt.export.trace import trace
 
 
 @cache

@@ -7,15 +7,15 @@ from importlib import import_module
 import pytest
 import torch
 
-from benchmarks import random_model
-from benchmarks.floors.rates import Rates
-from benchmarks.random_model import SHAPES, config_of
-from benchmarks.seed import command, contenders
-from benchmarks.seed import run as seed
-from benchmarks.seed.contenders import Ours, Transformers
-from benchmarks.seed.report import text
-from benchmarks.seed.rows import Plan, Row, plan_for
-from benchmarks.seed.run import Report, floor_of
+from qwen2vl_trt.benchmarks import random_model
+from qwen2vl_trt.benchmarks.floors.rates import Rates
+from qwen2vl_trt.benchmarks.random_model import SHAPES, config_of
+from qwen2vl_trt.benchmarks.seed import command, contenders
+from qwen2vl_trt.benchmarks.seed import run as seed
+from qwen2vl_trt.benchmarks.seed.contenders import Ours, Transformers
+from qwen2vl_trt.benchmarks.seed.report import text
+from qwen2vl_trt.benchmarks.seed.rows import Plan, Row, plan_for
+from qwen2vl_trt.benchmarks.seed.run import Report, floor_of
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import BenchmarkError
 from tests.support.models import SMALL_SHAPE
@@ -198,7 +198,7 @@ def test_wrong_options_are_named(arguments, message, capsys, monkeypatch, tmp_pa
     import sys
 
     import run
-    from engines.command import run_command
+    from qwen2vl_trt.engines.command import run_command
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["run.py", "bench", "seed", *arguments])

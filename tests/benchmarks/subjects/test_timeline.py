@@ -13,18 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.bench.timeline_plot import COLORS, save_timeline
-from benchmarks.subjects import engines as our_engines
-from benchmarks.subjects.engines import EngineOptions, PipelineSubject
-from benchmarks.subjects.shapes import Limits, Shape, cases
-from benchmarks.subjects.stages import Stage
-from benchmarks.subjects.timeline import GPU, HOST, REQUESTS, SLOTS, Timeline
-from engines.backends import find_backend
-from engines.build import build_engines
-from engines.profile import BuildProfile
+from qwen2vl_trt.benchmarks.bench.timeline_plot import COLORS, save_timeline
+from qwen2vl_trt.benchmarks.subjects import engines as our_engines
+from qwen2vl_trt.benchmarks.subjects.engines import EngineOptions, PipelineSubject
+from qwen2vl_trt.benchmarks.subjects.shapes import Limits, Shape, cases
+from qwen2vl_trt.benchmarks.subjects.stages import Stage
+from qwen2vl_trt.benchmarks.subjects.timeline import GPU, HOST, REQUESTS, SLOTS, Timeline
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
-from runtime.backends.runners import open_engines
-from runtime.request import Output
+from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.request import Output
 
 PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_input_len=100, max_seq_len=140)
 

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import torch
 from pathlib import Path
-from benchmarks.subjects.shapes import Case
-from benchmarks.subjects.transformers import TransformersPipeline
+from qwen2vl_trt.benchmarks.subjects.shapes import Case
+from qwen2vl_trt.benchmarks.subjects.transformers import TransformersPipeline
 
 subject = TransformersPipeline(Path("tiny/checkpoint"), "fp32", torch.float32, "cpu")
 subject.prepare(Case("pipeline", "small", ((56, 56),), generate=2))

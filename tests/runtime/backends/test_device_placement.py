@@ -14,13 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.random_model import config_of
-from engines.profile import BuildProfile
 from qwen2vl_trt import ops
+from qwen2vl_trt.benchmarks.random_model import config_of
 from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.engines.profile import BuildProfile
+from qwen2vl_trt.runtime.backends import token_embedding, torch_decode_graphs, torch_runner
+from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision
 from qwen2vl_trt.windows import window_layout
-from runtime.backends import token_embedding, torch_decode_graphs, torch_runner
-from runtime.backends.torch_runner import CudaDecoder, CudaVision
 
 DEVICE = torch.device("cuda", 0) if torch.version.cuda else torch.device("meta")
 CONFIG = Qwen2VLConfig.from_dict(config_of("Qwen2.5-VL-3B", 2, 8))

@@ -3,9 +3,9 @@
 import torch
 
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.runtime.backends.kept_layouts import keep_layouts
+from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.windows import WindowLayout, window_layout
-from runtime.backends.kept_layouts import keep_layouts
-from runtime.backends.runners import open_engines
 
 
 def test_those_used_last_are_kept(checkpoint):

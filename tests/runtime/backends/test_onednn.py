@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from engines.backends import BACKENDS
 from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.engines.backends import BACKENDS
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.layers import FP8Linear, SwiGLU
+from qwen2vl_trt.runtime import Pipeline, Request, SamplingParams
+from qwen2vl_trt.runtime.backends import onednn
 from qwen2vl_trt.vision import VisionTransformer
-from runtime import Pipeline, Request, SamplingParams
-from runtime.backends import onednn
 from tests.support.bounds import BF16_STEP, FP32
 from tests.support.engine_folders import build
 from tests.support.models import relative_error
@@ -132,7 +132,7 @@ def test_processes_that_tests_start_have_no_packing_either(tmp_path):
     """With --no-onednn-packing, which tests/conftest.py passes on so."""
     root = Path(__file__).resolve().parents[3]
     path = os.pathsep.join([str(root / "tests" / "support" / "no_onednn_packing"), str(root)])
-    code = "import torch; from runtime.backends import onednn; sys.exit(onednn.available(torch.float32))"
+    code = "import torch; from qwen2vl_trt.runtime.backends import onednn; sys.exit(onednn.available(torch.float32))"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; {code}"], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path
     )

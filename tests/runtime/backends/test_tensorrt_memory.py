@@ -7,10 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.profile import BuildProfile
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import EngineError
-from runtime.backends.kv_cache import KVCache
-from runtime.backends.tensorrt_memory import ALIGNMENT, check_cache, check_rows, in_words, streaming_budget, token_bytes
+from qwen2vl_trt.runtime.backends.kv_cache import KVCache
+from qwen2vl_trt.runtime.backends.tensorrt_memory import (
+    ALIGNMENT,
+    check_cache,
+    check_rows,
+    in_words,
+    streaming_budget,
+    token_bytes,
+)
 
 OF_7B = SimpleNamespace(num_hidden_layers=28, num_key_value_heads=4, head_dim=128)
 PROFILE = BuildProfile()  # 8 requests of 8,192 tokens

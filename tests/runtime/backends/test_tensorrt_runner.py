@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-import runtime.backends.tensorrt_engine
-import runtime.backends.tensorrt_runner
-from engines.manifest import Manifest
+import qwen2vl_trt.runtime.backends.tensorrt_engine
+import qwen2vl_trt.runtime.backends.tensorrt_runner
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.errors import EngineError, LimitError
+from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams
+from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.backends.tensorrt_runner import TensorRTDecoder
 from qwen2vl_trt.windows import window_layout
-from runtime import Pipeline, PipelineOptions, Request, SamplingParams
-from runtime.backends.runners import open_engines
-from runtime.backends.tensorrt_runner import TensorRTDecoder
 from tests.support import fake_tensorrt
 from tests.support.engine_folders import (
     PROFILE,
@@ -75,7 +75,10 @@ def opened(folder, cuda_graphs=True):
     engines = open_engines(folder, "cpu")
     if not cuda_graphs:
         engines.__dict__["decoder"] = TensorRTDecoder(
-            runtime.backends.tensorrt_runner._load(engines, "decoder"), engines.checkpoint, PROFILE, cuda_graphs=False
+            qwen2vl_trt.runtime.backends.tensorrt_runner._load(engines, "decoder"),
+            engines.checkpoint,
+            PROFILE,
+            cuda_graphs=False,
         )
     return engines
 
@@ -332,7 +335,7 @@ class TestVision:
         block = weakref.ref(engines.vision._contexts._scratch._block)
         gone, allocate = [], torch.empty
         monkeypatch.setattr(
-            "runtime.backends.tensorrt_context.torch.empty",
+            "qwen2vl_trt.runtime.backends.tensorrt_context.torch.empty",
             lambda size, **given: (gone.append(block() is None) if size else None, allocate(size, **given))[1],
         )
         engines.vision._contexts._scratch.at_least(10**7)

@@ -6,9 +6,9 @@ import onnx
 import pytest
 import torch
 
-from engines.tensorrt_profiles import Range
+from qwen2vl_trt.engines.tensorrt_profiles import Range
 from qwen2vl_trt.errors import EngineError, LimitError
-from runtime.backends.tensorrt_tensors import EngineTensor, check_tensors, choose_profile, expected_tensors
+from qwen2vl_trt.runtime.backends.tensorrt_tensors import EngineTensor, check_tensors, choose_profile, expected_tensors
 
 PROFILES = (
     {"batch": Range(1, 1, 4), "sequence": Range(1, 100, 300)},

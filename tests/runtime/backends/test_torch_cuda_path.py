@@ -14,11 +14,11 @@ from qwen2vl_trt import ops, pointwise, varlen
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.fused import FusedSwiGLU
 from qwen2vl_trt.pointwise import Pointwise
+from qwen2vl_trt.runtime import Pipeline, Request, SamplingParams
+from qwen2vl_trt.runtime.backends import torch_runner
+from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
 from qwen2vl_trt.windows import window_layout
-from runtime import Pipeline, Request, SamplingParams
-from runtime.backends import torch_runner
-from runtime.backends.runners import open_engines
-from runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
 from tests.support.compiled_steps import compilations, graph_breaks, need_a_compiler
 from tests.support.engine_folders import PROFILE, build
 from tests.support.models import edit_checkpoint, in_fp8_as_shared, relative_error, write_quantization

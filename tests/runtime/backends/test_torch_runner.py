@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qwen2vl_trt.hub import resolve_model
+from qwen2vl_trt.runtime.backends import torch_runner
+from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.windows import window_layout
-from runtime.backends import torch_runner
-from runtime.backends.runners import open_engines
 from tests.support.engine_folders import build
 from tests.support.models import relative_error
 

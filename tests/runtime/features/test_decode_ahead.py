@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from qwen2vl_trt.errors import MediaError
-from runtime.features import decode_ahead as module
-from runtime.features.decode_ahead import Batching, decode_ahead
-from runtime.inputs.image_listing import ImageFile
-from runtime.media.embedder import LoadedImage
-from runtime.preprocessing.sizes import MediaSize
+from qwen2vl_trt.runtime.features import decode_ahead as module
+from qwen2vl_trt.runtime.features.decode_ahead import Batching, decode_ahead
+from qwen2vl_trt.runtime.inputs.image_listing import ImageFile
+from qwen2vl_trt.runtime.media.embedder import LoadedImage
+from qwen2vl_trt.runtime.preprocessing.sizes import MediaSize
 
 
 class Source:

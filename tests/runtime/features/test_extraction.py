@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qwen2vl_trt.errors import FeaturesError, LimitError, MediaError, PromptError
-from runtime import Pipeline, PipelineOptions, Request
-from runtime.features.command import add_features_arguments, run_features
-from runtime.features.shards import shard_paths
-from runtime.pipeline_arguments import add_decode_argument, add_pipeline_arguments, pipeline_options
+from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request
+from qwen2vl_trt.runtime.features.command import add_features_arguments, run_features
+from qwen2vl_trt.runtime.features.shards import shard_paths
+from qwen2vl_trt.runtime.pipeline_arguments import add_decode_argument, add_pipeline_arguments, pipeline_options
 from tests.support import features_process
 from tests.support.bounds import FP32, FP32_BEHIND_BOTH
 from tests.support.feature_files import stored
@@ -47,8 +47,8 @@ def folder(images):
 
 
 def extract(pipeline, *options):
-    from engines.arguments import add_build_arguments
-    from engines.command import Parser
+    from qwen2vl_trt.engines.arguments import add_build_arguments
+    from qwen2vl_trt.engines.command import Parser
 
     def open_pipeline(arguments):
         asked = pipeline_options(arguments)

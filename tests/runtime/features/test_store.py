@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qwen2vl_trt.errors import FeaturesError
-from runtime.features import store as feature_store
-from runtime.features.shards import merge_shards, shard_paths
-from runtime.features.store import open_store
+from qwen2vl_trt.runtime.features import store as feature_store
+from qwen2vl_trt.runtime.features.shards import merge_shards, shard_paths
+from qwen2vl_trt.runtime.features.store import open_store
 from tests.support.feature_files import stored
 
 SETTINGS = {"model": "m", "layer": None}

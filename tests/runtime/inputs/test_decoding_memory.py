@@ -13,8 +13,8 @@ SCRIPT = """
 import json, sys
 import torch
 from PIL import Image
-from runtime.inputs.images import decoding_bytes, load_image
-from runtime.preprocessing.preprocessor import Preprocessor
+from qwen2vl_trt.runtime.inputs.images import decoding_bytes, load_image
+from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
 from tests.support.pictures import CONFIG
 
 torch.set_num_threads(1)

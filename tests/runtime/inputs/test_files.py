@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from qwen2vl_trt.errors import MediaError
-from runtime import Pipeline, Request, Service
-from runtime.backends.runners import open_engines
-from runtime.inputs.files import opened, read_whole
-from runtime.inputs.images import ImageLimits, decoding_bytes, file_bytes, load_image
-from runtime.inputs.video import load_video
+from qwen2vl_trt.runtime import Pipeline, Request, Service
+from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.inputs.files import opened, read_whole
+from qwen2vl_trt.runtime.inputs.images import ImageLimits, decoding_bytes, file_bytes, load_image
+from qwen2vl_trt.runtime.inputs.video import load_video
 
 PATIENCE = 60
 
@@ -84,7 +84,9 @@ def test_a_pipe_holds_up_no_service(engine_dirs, tmp_path):
 
 
 def test_process_substitution_says_why_not():
-    code = "import sys; from runtime.inputs.images import load_image; load_image(sys.argv[1], name='image 1')"
+    code = (
+        "import sys; from qwen2vl_trt.runtime.inputs.images import load_image; load_image(sys.argv[1], name='image 1')"
+    )
     command = ["bash", "-c", f'"{sys.executable}" -c "{code}" <(cat docs/digits.png)']
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert "MediaError: image 1 (/dev/fd/" in done.stderr
@@ -93,7 +95,7 @@ def test_process_substitution_says_why_not():
 
 def test_a_file_as_standard_input_is_one(tmp_path):
     Image.new("RGB", (5, 4)).save(tmp_path / "a.png")
-    code = "from runtime.inputs.images import load_image; print(*load_image('/dev/stdin').shape)"
+    code = "from qwen2vl_trt.runtime.inputs.images import load_image; print(*load_image('/dev/stdin').shape)"
     with (tmp_path / "a.png").open("rb") as file:
         done = subprocess.run(
             [sys.executable, "-c", code], stdin=file, capture_output=True, text=True, timeout=PATIENCE, check=True

@@ -9,7 +9,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 from transformers.video_utils import VideoMetadata
 
 from qwen2vl_trt.errors import MediaError
-from runtime.inputs.frame_sampling import FrameSampling, Timeline
+from qwen2vl_trt.runtime.inputs.frame_sampling import FrameSampling, Timeline
 
 MS = Fraction(1, 1000)
 RATES = (Fraction(24), Fraction(25), Fraction(30), Fraction(60), Fraction(24000, 1001), Fraction(30000, 1001))

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from qwen2vl_trt.errors import MediaError
-from runtime.inputs import image_formats
-from runtime.inputs.image_formats import image_suffixes
-from runtime.inputs.image_listing import list_images
-from runtime.inputs.images import load_image
+from qwen2vl_trt.runtime.inputs import image_formats
+from qwen2vl_trt.runtime.inputs.image_formats import image_suffixes
+from qwen2vl_trt.runtime.inputs.image_listing import list_images
+from qwen2vl_trt.runtime.inputs.images import load_image
 from tests.support.pictures import natural
 
 

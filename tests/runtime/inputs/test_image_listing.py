@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwen2vl_trt.errors import MediaError
-from runtime.inputs.image_listing import ImageFile, counted, given_images, list_images
+from qwen2vl_trt.runtime.inputs.image_listing import ImageFile, counted, given_images, list_images
 
 
 @pytest.fixture

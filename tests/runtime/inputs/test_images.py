@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from qwen2vl_trt.errors import MediaError
-from runtime.inputs import images
-from runtime.inputs.images import ImageLimits, decoding_bytes, load_image, split_batch
+from qwen2vl_trt.runtime.inputs import images
+from qwen2vl_trt.runtime.inputs.images import ImageLimits, decoding_bytes, load_image, split_batch
 
 
 def picture(height=24, width=36, channels=3, seed=0):

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from engines.profile import BuildProfile
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import MediaError, MissingDependencyError
-from runtime import Pipeline, PipelineOptions
-from runtime.inputs.images import ImageLimits, load_image
-from runtime.inputs.jpeg_decoder import JpegDecoder
-from runtime.media.embedder import MediaEmbedder
-from runtime.preprocessing.preprocessor import Preprocessor
+from qwen2vl_trt.runtime import Pipeline, PipelineOptions
+from qwen2vl_trt.runtime.inputs.images import ImageLimits, load_image
+from qwen2vl_trt.runtime.inputs.jpeg_decoder import JpegDecoder
+from qwen2vl_trt.runtime.media.embedder import MediaEmbedder
+from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
 from tests.support import fake_nvimgcodec
 from tests.support.fake_nvimgcodec import lowered
 from tests.support.pictures import CONFIG, natural

@@ -17,9 +17,9 @@ from transformers.video_utils import load_video as transformers_load_video
 
 from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.media_options import VideoOptions
-from runtime.inputs.files import MAX_VIDEO_BYTES
-from runtime.inputs.images import ImageLimits
-from runtime.inputs.video import DEFAULT_FPS, FrameSampling, Video, load_video
+from qwen2vl_trt.runtime.inputs.files import MAX_VIDEO_BYTES
+from qwen2vl_trt.runtime.inputs.images import ImageLimits
+from qwen2vl_trt.runtime.inputs.video import DEFAULT_FPS, FrameSampling, Video, load_video
 from tests.support.media_files import save_video
 
 

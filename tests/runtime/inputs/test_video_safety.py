@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from qwen2vl_trt.errors import MediaError
-from runtime.inputs import clips, video_stream
-from runtime.inputs.bounded_file import BoundedFile
-from runtime.inputs.frame_sampling import FrameSampling
-from runtime.inputs.video import load_video
-from runtime.media.cached_media import CachedMedia
-from runtime.media.embedding_cache import EmbeddingCache
+from qwen2vl_trt.runtime.inputs import clips, video_stream
+from qwen2vl_trt.runtime.inputs.bounded_file import BoundedFile
+from qwen2vl_trt.runtime.inputs.frame_sampling import FrameSampling
+from qwen2vl_trt.runtime.inputs.video import load_video
+from qwen2vl_trt.runtime.media.cached_media import CachedMedia
+from qwen2vl_trt.runtime.media.embedding_cache import EmbeddingCache
 from tests.support.fake_vision import embedder
 from tests.support.media_files import save_video
 from tests.support.pictures import natural

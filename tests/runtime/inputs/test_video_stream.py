@@ -10,8 +10,8 @@ import pytest
 
 from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.media_options import VideoOptions
-from runtime.inputs.video import load_video
-from runtime.inputs.video_stream import VideoStream
+from qwen2vl_trt.runtime.inputs.video import load_video
+from qwen2vl_trt.runtime.inputs.video_stream import VideoStream
 from tests.support.media_files import edited, save_video, without_rate
 
 H264 = {"codec": "libx264", "codec_options": {"g": "250"}}  # one group of pictures, with B-frames

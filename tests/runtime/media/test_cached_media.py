@@ -9,11 +9,11 @@ from PIL import Image
 
 from qwen2vl_trt.errors import LimitError, MediaError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
-from runtime import Video
-from runtime.media import embedder as embedder_module
-from runtime.media.cached_media import CachedMedia
-from runtime.media.embedding_cache import EmbeddingCache
-from runtime.preprocessing import preprocessor as preprocessor_module
+from qwen2vl_trt.runtime import Video
+from qwen2vl_trt.runtime.media import embedder as embedder_module
+from qwen2vl_trt.runtime.media.cached_media import CachedMedia
+from qwen2vl_trt.runtime.media.embedding_cache import EmbeddingCache
+from qwen2vl_trt.runtime.preprocessing import preprocessor as preprocessor_module
 from tests.support.fake_vision import embedder, picture
 from tests.support.media_files import save_video
 

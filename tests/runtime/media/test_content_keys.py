@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from runtime.media.content_keys import PixelKeys, contents_key, file_key
+from qwen2vl_trt.runtime.media.content_keys import PixelKeys, contents_key, file_key
 
 
 def pixels(seed, height=9, width=13):
@@ -56,7 +56,7 @@ def test_the_mix_of_another_device_tells_contents_apart():
 
 def test_the_mix_is_splitmix64():
     """First outputs of the published generator with seed 0 are the finaliser of multiples of its increment."""
-    from runtime.media.content_keys import _splitmix
+    from qwen2vl_trt.runtime.media.content_keys import _splitmix
 
     increment = 0x9E3779B97F4A7C15 - (1 << 64)
     found = _splitmix(torch.tensor([increment]) * torch.tensor([1, 2]))

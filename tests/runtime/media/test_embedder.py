@@ -6,7 +6,7 @@ from PIL import Image
 
 from qwen2vl_trt.errors import LimitError, MediaError
 from qwen2vl_trt.media_options import VideoOptions
-from runtime import Video
+from qwen2vl_trt.runtime import Video
 from tests.support.fake_vision import embedder, picture
 from tests.support.media_files import save_video
 
@@ -90,7 +90,7 @@ def test_a_call_sees_no_more_pairs_of_patches_than_the_largest_image():
 
 
 def test_a_video_that_is_held_smaller_keeps_its_original_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("runtime.inputs.clips.MAX_BYTES", 4 * 3 * 56 * 84)
+    monkeypatch.setattr("qwen2vl_trt.runtime.inputs.clips.MAX_BYTES", 4 * 3 * 56 * 84)
     path = save_video(tmp_path / "clip.mp4", [picture(n, 112, 168) for n in range(4)])
     media, _ = embedder()
     loaded = media.load_video(path, "video 1")

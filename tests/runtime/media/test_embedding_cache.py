@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.media.embedding_cache import CachedEmbedding, EmbeddingCache
-from runtime.preprocessing.sizes import MediaSize
+from qwen2vl_trt.runtime.media.embedding_cache import CachedEmbedding, EmbeddingCache
+from qwen2vl_trt.runtime.preprocessing.sizes import MediaSize
 
 ROW = 4 * 8  # bytes
 SIZE = MediaSize(60, 30, 56, 28, (1, 2, 4), 2)

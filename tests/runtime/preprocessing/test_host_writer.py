@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.preprocessing import host_writer
-from runtime.preprocessing.preprocessor import Preprocessor
+from qwen2vl_trt.runtime.preprocessing import host_writer
+from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
 from tests.support.pictures import CONFIG, natural
 
 

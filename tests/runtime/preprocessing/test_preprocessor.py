@@ -16,10 +16,10 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl, image_pr
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from qwen2vl_trt.errors import MediaError
+from qwen2vl_trt.runtime.inputs.video import Video
+from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
+from qwen2vl_trt.runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
 from qwen2vl_trt.windows import window_layout
-from runtime.inputs.video import Video
-from runtime.preprocessing.preprocessor import Preprocessor
-from runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
 from tests.support.pictures import CONFIG, TINY, merge_order, natural, noise
 
 DEFAULT = image_processing_qwen2_vl.Qwen2VLImageProcessor

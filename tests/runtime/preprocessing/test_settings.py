@@ -9,8 +9,8 @@ from transformers.models.qwen2_vl import image_processing_qwen2_vl
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from qwen2vl_trt.errors import CheckpointError, LimitError, MediaError
-from runtime.inputs.video import FrameSampling
-from runtime.preprocessing.settings import PixelSettings, PreprocessorSettings, smart_resize
+from qwen2vl_trt.runtime.inputs.video import FrameSampling
+from qwen2vl_trt.runtime.preprocessing.settings import PixelSettings, PreprocessorSettings, smart_resize
 from tests.support.models import MINIMAL_CONFIG
 
 DEFAULT = image_processing_qwen2_vl.Qwen2VLImageProcessor

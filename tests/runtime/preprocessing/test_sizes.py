@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as transformers_resize
 
-from engines.arguments import usual_profile
-from engines.profile import BuildProfile
 from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.engines.arguments import usual_profile
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import LimitError, MediaError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
-from runtime.options import PipelineOptions
-from runtime.preprocessing.preprocessor import Preprocessor
-from runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
-from runtime.preprocessing.sizes import SizeRules
+from qwen2vl_trt.runtime.options import PipelineOptions
+from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
+from qwen2vl_trt.runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
+from qwen2vl_trt.runtime.preprocessing.sizes import SizeRules
 from tests.support.models import model_config
 from tests.support.pictures import merge_order
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.preprocessing.staging import Staging, bytes_of
+from qwen2vl_trt.runtime.preprocessing.staging import Staging, bytes_of
 from tests.support.pictures import in_form, noise
 
 CPU = torch.device("cpu")
@@ -168,7 +168,7 @@ class TestOrder:
         assert cuda.log == ["current records current1"]
 
     def test_pieces_leave_while_others_are_filled(self, cuda, monkeypatch):
-        monkeypatch.setattr("runtime.preprocessing.staging._PIECE", 1000)
+        monkeypatch.setattr("qwen2vl_trt.runtime.preprocessing.staging._PIECE", 1000)
         images = [noise(20, 20, seed) for seed in range(5)]  # 1,200 bytes each
         staging = Staging(CPU)
         with staging.slot(bytes_of(images)) as slot:

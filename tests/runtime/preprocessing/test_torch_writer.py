@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-from runtime.preprocessing import host_writer, torch_writer
-from runtime.preprocessing.preprocessor import Preprocessor
-from runtime.preprocessing.staging import Staging
-from runtime.preprocessing.torch_writer import TorchWriter
+from qwen2vl_trt.runtime.preprocessing import host_writer, torch_writer
+from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
+from qwen2vl_trt.runtime.preprocessing.staging import Staging
+from qwen2vl_trt.runtime.preprocessing.torch_writer import TorchWriter
 from tests.support.pictures import CONFIG, TINY, TINY_SETTINGS, in_form, merge_order, mixes, natural, noise
 
 CPU = torch.device("cpu")

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 from qwen2vl_trt.errors import EngineError, MissingDependencyError
-from runtime.preprocessing import preprocessor as module
-from runtime.preprocessing import triton_writer
-from runtime.preprocessing.preprocessor import Preprocessor
-from runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
-from runtime.preprocessing.staging import Slot, Staging
-from runtime.preprocessing.torch_writer import TorchWriter
-from runtime.preprocessing.triton_writer import Tiles, TritonWriter, triton_is_installed
+from qwen2vl_trt.runtime.preprocessing import preprocessor as module
+from qwen2vl_trt.runtime.preprocessing import triton_writer
+from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
+from qwen2vl_trt.runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
+from qwen2vl_trt.runtime.preprocessing.staging import Slot, Staging
+from qwen2vl_trt.runtime.preprocessing.torch_writer import TorchWriter
+from qwen2vl_trt.runtime.preprocessing.triton_writer import Tiles, TritonWriter, triton_is_installed
 from tests.support.pictures import CONFIG, TINY, TINY_SETTINGS, in_form, merge_order, mixes, natural, noise
 
 CPU = torch.device("cpu")
@@ -133,8 +133,8 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from runtime.preprocessing import triton_kernels as kernels
-from runtime.preprocessing.triton_writer import Tiles, _MAX_FRAMES
+from qwen2vl_trt.runtime.preprocessing import triton_kernels as kernels
+from qwen2vl_trt.runtime.preprocessing.triton_writer import Tiles, _MAX_FRAMES
 
 disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 cubin, capabilities = Path(sys.argv[1]), map(int, sys.argv[2:])

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from runtime.backends.runners import Step
-from runtime.request import Output
-from runtime.sampler import Sampling, SequenceSampling
-from runtime.scheduling.scheduler import Scheduler
-from runtime.sending import send
+from qwen2vl_trt.runtime.backends.runners import Step
+from qwen2vl_trt.runtime.request import Output
+from qwen2vl_trt.runtime.sampler import Sampling, SequenceSampling
+from qwen2vl_trt.runtime.scheduling.scheduler import Scheduler
+from qwen2vl_trt.runtime.sending import send
 from tests.support.device_tensors import META, DeviceTensor, Synchronisations, pin
 from tests.support.fake_decoder import VOCABULARY, FakeDecoder, expected, sequence
 

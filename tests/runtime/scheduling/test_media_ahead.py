@@ -15,12 +15,12 @@ from PIL import Image
 
 from qwen2vl_trt.errors import DeadlineError, LimitError, MediaError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
-from runtime import Pipeline, PipelineOptions, Request, SamplingParams, Video
-from runtime.backends.runners import open_engines
-from runtime.media.ahead import fits
-from runtime.scheduling import media_ahead
-from runtime.scheduling.media_ahead import _THREADS, MediaAhead
-from runtime.scheduling.preparation import LoadedMedia, MediaSources
+from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams, Video
+from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.media.ahead import fits
+from qwen2vl_trt.runtime.scheduling import media_ahead
+from qwen2vl_trt.runtime.scheduling.media_ahead import _THREADS, MediaAhead
+from qwen2vl_trt.runtime.scheduling.preparation import LoadedMedia, MediaSources
 from tests.support.requests import answers, picture, random_params, random_request
 
 PATIENCE = 60  # seconds after which a test that hangs fails

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from qwen2vl_trt.errors import DeadlineError, ExecutionError, LimitError
-from runtime.request import Output
-from runtime.sampler import Sampling
-from runtime.scheduling.counters import Counters
-from runtime.scheduling.scheduler import Scheduler
+from qwen2vl_trt.runtime.request import Output
+from qwen2vl_trt.runtime.sampler import Sampling
+from qwen2vl_trt.runtime.scheduling.counters import Counters
+from qwen2vl_trt.runtime.scheduling.scheduler import Scheduler
 from tests.support.fake_decoder import FakeDecoder, drain, expected, sequence
 
 

@@ -18,14 +18,14 @@ from transformers import Qwen2_5_VLConfig
 
 from qwen2vl_trt.errors import CheckpointError, DeadlineError, ExecutionError, LimitError, MediaError
 from qwen2vl_trt.hub import resolve_model
-from runtime import Pipeline, PipelineOptions, Request, SamplingParams
-from runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams
+from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.tiny.model import config_dict
+from qwen2vl_trt.tiny.tokenizer import write_processor_files
 from tests.support.bounds import FP32_BEHIND_BOTH
 from tests.support.engine_folders import PROFILE, build
 from tests.support.models import random_model, relative_error, save_model
 from tests.support.requests import answers, clip, picture, random_params, random_request
-from tiny.model import config_dict
-from tiny.tokenizer import write_processor_files
 
 BACKENDS = ("torch", "onnxruntime")
 

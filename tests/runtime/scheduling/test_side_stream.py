@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runtime import Pipeline, PipelineOptions, Request, SamplingParams
-from runtime.backends.runners import open_engines
-from runtime.scheduling.side_stream import Arrival, SideStream
+from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams
+from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.scheduling.side_stream import Arrival, SideStream
 from tests.support.fake_decoder import FakeDecoder, drain, expected, sequence
 from tests.support.requests import answers, random_request
 
@@ -103,7 +103,7 @@ def arriving(number, cuda, prompt, max_tokens):
 
 
 def scheduler_over(decoder):
-    from runtime.scheduling.scheduler import Scheduler
+    from qwen2vl_trt.runtime.scheduling.scheduler import Scheduler
 
     return Scheduler(decoder, 8)
 

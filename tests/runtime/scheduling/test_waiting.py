@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 from qwen2vl_trt.errors import DeadlineError, LimitError, PromptError
-from runtime import Request
-from runtime.request import Output
-from runtime.sampler import Sampling
-from runtime.scheduling.media_ahead import MediaAhead
-from runtime.scheduling.waiting import WaitingLine
+from qwen2vl_trt.runtime import Request
+from qwen2vl_trt.runtime.request import Output
+from qwen2vl_trt.runtime.sampler import Sampling
+from qwen2vl_trt.runtime.scheduling.media_ahead import MediaAhead
+from qwen2vl_trt.runtime.scheduling.waiting import WaitingLine
 
 
 class Preparer:

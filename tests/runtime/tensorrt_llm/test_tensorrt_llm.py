@@ -10,23 +10,23 @@ from dataclasses import replace
 
 import pytest
 
-from engines.backends import find_backend
-from engines.build import build_engines
-from engines.manifest import Manifest
-from engines.tensorrt_llm_options import TensorRTLLMOptions
-from export.quantize import quantize_checkpoint
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.tensorrt_llm_options import TensorRTLLMOptions
 from qwen2vl_trt.errors import DeadlineError, EngineError, ExecutionError, LimitError, SamplingError
+from qwen2vl_trt.export.quantize import quantize_checkpoint
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.quantization import fp8_layers
-from runtime import Pipeline, PipelineOptions, Request, SamplingParams
-from runtime.backends.runners import open_engines
-from runtime.calibration import Calibration
-from runtime.tensorrt_llm import runner as tensorrt_llm_runner
+from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams
+from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.calibration import Calibration
+from qwen2vl_trt.runtime.tensorrt_llm import runner as tensorrt_llm_runner
+from qwen2vl_trt.tiny.calibration import training_data
 from tests.support import fake_tensorrt_llm
 from tests.support.engine_folders import PROFILE, build
 from tests.support.requests import answers, clip, picture, random_request
-from tiny.calibration import training_data
 
 REQUESTS = [random_request(seed) for seed in range(10)]  # text alone, images, videos, mixed, in their own places
 LENGTHS = [SamplingParams(max_tokens=4 + 3 * seed, ignore_eos=seed == 3) for seed in range(10)]

@@ -6,7 +6,9 @@ from importlib.abc import MetaPathFinder
 
 class _Patching(MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
-        if fullname == "runtime.backends.onednn":  # which alone uses it; importing torch now would slow every process
+        if (
+            fullname == "qwen2vl_trt.runtime.backends.onednn"
+        ):  # which alone uses it; importing torch now would slow every process
             sys.meta_path.remove(self)
             import torch
 

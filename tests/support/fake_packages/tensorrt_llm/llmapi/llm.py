@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from engines.profile import BuildProfile
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.mrope import rope_index
-from runtime.backends.torch_runner import TorchDecoder
+from qwen2vl_trt.runtime.backends.torch_runner import TorchDecoder
 
 from ..inputs.multimodal import MultimodalParams
 

@@ -1,0 +1,281 @@
+"""`run.py compare`: its options, and what runs against what."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen2vl_trt.engines.command import FAILED, Parser, folder_name, path_name, positive_number
+from qwen2vl_trt.errors import CompareError, Qwen2VLError
+
+if TYPE_CHECKING:
+    from polygraphy.backend.base import BaseRunner
+
+    from qwen2vl_trt.checkpoint import Checkpoint
+    from qwen2vl_trt.runtime.backends.runners import Engines
+    from qwen2vl_trt.runtime.preprocessing.preprocessor import PreprocessorSettings
+
+    from .cases import Case
+    from .comparison import Row
+    from .report import Report
+
+REFERENCES = ("transformers", "torch")
+_EPILOG = """Exit codes: 0 within the tolerance; 1 over it, with a line that says what departs; 2 for bad input.
+docs/accuracy.md says what is compared, how errors are defined and why the limits are what they are."""
+
+
+def compare(argv: list[str]) -> None:
+    """Run the command; exits with code 1 where the engine is over its tolerance."""
+    arguments = _parser().parse_args(argv)
+    from .extra import check_extra, quieten
+
+    check_extra()
+    quieten()
+    from qwen2vl_trt.engines.tables import stdout_console
+
+    from .tables import print_report
+
+    for path in (arguments.json, arguments.plot):
+        _check_file(path)  # before the minutes that a comparison may take
+    report = _report(arguments, shlex.join(["run.py", "compare", *argv]))
+    print_report(report, stdout_console())
+    if arguments.json:
+        report.write_json(arguments.json)
+    if arguments.plot:
+        from .plot import plot
+
+        plot(report, arguments.plot)
+    if report.ended_by is not None:
+        raise report.ended_by
+    if report.departures:
+        sys.stdout.flush()
+        sys.exit(FAILED)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="run.py compare",
+        description="Compare an engine folder with Hugging Face Transformers in FP32, stage by stage.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--engine-dir", type=folder_name, required=True, metavar="DIR")
+    parser.add_argument(
+        "--against", default="transformers", metavar="REFERENCE", help="transformers (default), torch, or an engine DIR"
+    )
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="DIR", help="show this engine of the same model beside; repeat"
+    )
+    parser.add_argument("--layers", action="store_true", help="compare every block, and name the first that departs")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="repeat for several")
+    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="repeat for several")
+    parser.add_argument("--prompt", help="with the images and videos; without, a fixed set of real pictures is asked")
+    parser.add_argument(
+        "--max-tokens", type=positive_number, default=32, metavar="N", help="of an answer; default %(default)s"
+    )
+    parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge smaller images; default the checkpoint's")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink larger images; default the checkpoint's")
+    parser.add_argument(
+        "--tolerance", nargs="+", default=[], metavar="NAME=VALUE", help="change a limit, or lift it: yardstick=none"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="the checkpoint that a quantised one was made from: the reference's weights"
+    )
+    parser.add_argument("--device", help="of the engine: cpu, cuda, cuda:1; by default a GPU where it can use one")
+    parser.add_argument("--reference-device", metavar="DEVICE", help="of everything else; by default the engine's")
+    parser.add_argument("--json", type=path_name, metavar="FILE", help="write every figure")
+    parser.add_argument(
+        "--plot", type=path_name, metavar="FILE", help="draw the error by block as a PNG; implies --layers"
+    )
+    parser.add_argument(
+        "--save-inputs",
+        type=folder_name,
+        metavar="DIR",
+        help="write the graphs' inputs for `polygraphy run` and `trtexec`",
+    )
+    return parser
+
+
+def _report(arguments: argparse.Namespace, command: str) -> Report:
+    from qwen2vl_trt.engines.progress import progress_bar
+    from qwen2vl_trt.runtime.backends.runners import open_engines
+    from qwen2vl_trt.runtime.options import PipelineOptions
+
+    from .comparison import compare_inputs, compare_runners
+    from .engine_runner import EngineRunner
+    from .inputs import PreprocessorRunner, ProcessorRunner, TransformersProcessor, check_limits
+    from .machine import machine
+    from .report import Report
+    from .saved_inputs import SavedInputs
+    from .tolerance import tolerance_of
+
+    engines = open_engines(arguments.engine_dir, arguments.device)
+    against = _against(arguments, engines)
+    tolerance = tolerance_of(engines.manifest.precision, against.manifest.precision if against else "fp32")
+    tolerance = tolerance.override(arguments.tolerance)
+    checkpoint, config = engines.checkpoint, engines.checkpoint.config
+    options = PipelineOptions(min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels)
+    settings = options.preprocessor_settings(checkpoint.folder, engines.manifest.profile)
+    settings = settings.narrowed(config.vision.patch_size)  # Transformers is to resize as the pipeline does
+    cases = _cases(arguments, engines, settings)
+    processor = TransformersProcessor(checkpoint.folder, settings, config.vision.qwen2_vl_dim)
+    feeds = [processor(case, arguments.max_tokens) for case in cases]
+    for case, feed in zip(cases, feeds):
+        check_limits(case, feed, engines.manifest.profile, config)
+    saved = SavedInputs(arguments.save_inputs, engines) if arguments.save_inputs else None
+
+    wanted = arguments.layers or arguments.plot is not None
+    layers = wanted and EngineRunner.can_record(engines)
+    notes = []
+    if wanted and not layers:
+        notes.append(f"the blocks inside {engines.manifest.backend} engines, which show their outputs only")
+    if any(case.videos for case in cases):
+        notes.append("positions in prompts with a video: Transformers is given ours, it counts them otherwise")
+    engine = EngineRunner(_name(engines), engines, layers, saved)
+    reference, yardstick, others = _runners(arguments, engines, against, wanted)
+    runners = [engine, *others, yardstick]
+    inputs = compare_inputs(
+        ProcessorRunner(feeds), PreprocessorRunner(cases, checkpoint, settings, engines.device), len(cases)
+    )
+    rows: list[Row] = []
+    ended_by = None
+    try:
+        with progress_bar() as progress:
+            task = progress.add_task("comparing", total=len(cases) * (1 + len(runners)))
+            rows.extend(
+                compare_runners(
+                    reference, runners, feeds, lambda runner: progress.update(task, advance=1, description=runner)
+                )
+            )
+    except (KeyboardInterrupt, Qwen2VLError) as reason:
+        if not rows:
+            raise
+        ended_by = reason
+    finished = len(rows) == len(runners)
+    if saved is not None:
+        saved.write()
+    return Report(
+        folder=engines.folder,
+        manifest=engines.manifest,
+        reference=reference.name,
+        tolerance=tolerance,
+        cases=tuple((case, len(feed["input_ids"])) for case, feed in zip(cases, feeds)),
+        inputs=inputs,
+        engine=rows[0],
+        yardstick=rows[-1] if finished else None,
+        others=tuple(rows[1:-1] if finished else rows[1:]),
+        notes=tuple(notes),
+        machine=machine(),
+        command=command,
+        ended_by=ended_by,
+    )
+
+
+def _runners(
+    arguments: argparse.Namespace, engines: Engines, against: Engines | None, layers: bool
+) -> tuple[BaseRunner, BaseRunner, list[BaseRunner]]:
+    """The reference, the yardstick, and our modules in FP32 where they are neither the engine nor the reference."""
+    import torch
+
+    from qwen2vl_trt.runtime.backends.runners import parse_device
+
+    from .engine_runner import EngineRunner, ModulesRunner
+    from .transformers_runner import TransformersRunner
+
+    device = parse_device(arguments.reference_device) if arguments.reference_device else engines.device
+    checkpoint = _reference_checkpoint(arguments.model, engines)
+
+    def transformers(dtype: torch.dtype, name: str) -> BaseRunner:
+        return TransformersRunner(f"Transformers {name}", checkpoint, dtype, device, layers)
+
+    ours: BaseRunner = ModulesRunner("torch fp32", engines, checkpoint, device, layers)
+    yardstick = transformers(torch.bfloat16, "bf16")
+    others: list[BaseRunner] = []
+    for folder in arguments.also:
+        also = _other(Path(folder), "--also", arguments.device, engines)
+        others.append(EngineRunner(_name(also), also, layers and EngineRunner.can_record(also)))
+    if arguments.against == "torch":
+        return ours, yardstick, others
+    if _name(engines) != ours.name and ours.name not in (other.name for other in others):
+        others.append(ours)
+    if against is not None:
+        record = layers and EngineRunner.can_record(against)
+        return EngineRunner(str(against.folder), against, record), yardstick, others
+    return transformers(torch.float32, "fp32"), yardstick, others
+
+
+def _name(engines: Engines) -> str:
+    return f"{engines.manifest.backend} {engines.manifest.precision}"
+
+
+def _against(arguments: argparse.Namespace, engines: Engines) -> Engines | None:
+    """The engine folder to compare with; None for a reference that has no folder."""
+    if arguments.against in REFERENCES:
+        return None
+    return _other(Path(arguments.against), "--against", arguments.reference_device or arguments.device, engines)
+
+
+def _other(folder: Path, option: str, device: str | None, engines: Engines) -> Engines:
+    from qwen2vl_trt.runtime.backends.runners import open_engines
+
+    if not folder.is_dir():
+        known = f"; besides folders there are {', '.join(REFERENCES)}" if option == "--against" else ""
+        raise CompareError(f"{option} {folder}: there is no such folder{known}")
+    other = open_engines(folder, device)
+    _check_same(engines.checkpoint, other.checkpoint)
+    return other
+
+
+def _reference_checkpoint(model: str | None, engines: Engines) -> Checkpoint:
+    from qwen2vl_trt.checkpoint import Checkpoint
+    from qwen2vl_trt.hub import resolve_model
+
+    if model is not None:
+        checkpoint = Checkpoint(resolve_model(model).folder)
+        _check_same(engines.checkpoint, checkpoint)
+        return checkpoint
+    if _is_quantised(engines.checkpoint):
+        raise CompareError(
+            f"{engines.folder} holds FP8 weights, which Transformers does not load; name the checkpoint that they were"
+            " made from with --model"
+        )
+    return engines.checkpoint
+
+
+def _check_same(checkpoint: Checkpoint, other: Checkpoint) -> None:
+    """Refuse another model; a quantised one has other weights, so its shapes have to do."""
+    same = checkpoint.hash == other.hash
+    if not same and (_is_quantised(checkpoint) or _is_quantised(other)):
+        same = (checkpoint.config.text, checkpoint.config.vision) == (other.config.text, other.config.vision)
+    if not same:
+        raise CompareError(
+            f"{checkpoint.folder} (model {checkpoint.hash[:12]}) and {other.folder} (model {other.hash[:12]}) are"
+            " different models; engines of one checkpoint can be compared"
+        )
+
+
+def _is_quantised(checkpoint: Checkpoint) -> bool:
+    return any(checkpoint.locate(name).dtype.itemsize == 1 for name in checkpoint.names)
+
+
+def _cases(arguments: argparse.Namespace, engines: Engines, settings: PreprocessorSettings) -> list[Case]:
+    from .cases import digit_cases, photograph_cases, user_case
+
+    if arguments.prompt is not None:
+        return [user_case(arguments.prompt, arguments.image, arguments.video, settings)]
+    if arguments.image or arguments.video:
+        raise CompareError("--image and --video need a --prompt")
+    return digit_cases() if engines.manifest.model.startswith("tiny") else photograph_cases()
+
+
+def _check_file(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.is_dir():
+        raise CompareError(f"{path} is a folder; a file is to be written there")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise CompareError(f"{path} cannot be written: {path.parent} is no folder that can be written")

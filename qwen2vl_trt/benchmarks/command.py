@@ -1,0 +1,185 @@
+"""``run.py bench``: trtexec's options, in the spelling of this project's commands and in trtexec's own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+from qwen2vl_trt.engines.arguments import add_build_arguments
+from qwen2vl_trt.engines.command import Parser, path_name, positive_number
+from qwen2vl_trt.errors import BenchmarkError
+from qwen2vl_trt.runtime.engine_folder import engine_folder
+from qwen2vl_trt.runtime.pipeline_arguments import add_decode_argument, check_decode
+
+from .bench import summary
+from .bench.run import PRECISIONS, Options, Until, run
+from .files import check_plot, check_target, write_json
+from .random_model import SHAPES, random_checkpoint
+from .subjects.engines import EngineOptions, check_options
+from .subjects.shapes import STAGES, Shape
+
+_EPILOG = """run.py bench seed --help                             the seed implementation's comparisons, random weights
+
+shapes, several of them separated by spaces:
+  --shapes 448x448x8 448x448x4,1080x1920             vision calls: images as HEIGHTxWIDTH[xCOUNT]
+  --shapes batch:8,prompt:256,generate:64            decoder: answers together, tokens of each prompt and answer
+  --shapes 448x448,batch:4,generate:32               pipeline: requests at a time, each with these images
+
+Latency is of the host's clock on a CPU; on a GPU it is H2D + GPU compute + D2H, from CUDA events."""
+
+
+def main(argv: list[str]) -> None:
+    """Measure engines and print what was found."""
+    if argv[:1] == ["seed"]:
+        from .seed.command import main as seed
+
+        return seed(argv[1:])
+    arguments = _parse(argv)
+    for path in (arguments.export_times, arguments.export_profile, arguments.trace):
+        if path is not None:
+            check_target(path)
+    for option, path in (("--plot", arguments.plot), ("--trace-plot", arguments.trace_plot)):
+        if path is not None:
+            check_plot(path, option)
+    stages = (arguments.stage,) if arguments.stage else STAGES
+    tracing = [option for option in ("trace", "trace_plot") if getattr(arguments, option) is not None]
+    if tracing and "pipeline" not in stages:
+        option = tracing[0].replace("_", "-")
+        raise BenchmarkError(f"--{option} is a timeline of the pipeline; bench {arguments.stage} has none")
+    shapes = tuple(Shape.parse(text) for text in arguments.shapes)
+    check_decode(arguments.decode, arguments.device)
+    folder = _folder(arguments)
+    engines = EngineOptions(folder, arguments.device, arguments.streams, arguments.use_cuda_graph, arguments.decode)
+    check_options(engines, stages)
+    until = Until(arguments.warm_up / 1e3, arguments.duration, arguments.iterations)
+    report = run(
+        Options(
+            engines,
+            stages,
+            shapes,
+            until,
+            _rival(arguments.against, engines),
+            arguments.export_profile is not None,
+            bool(tracing),
+        )
+    )
+    command = ["run.py", "bench", *argv]
+    if arguments.json:
+        print(json.dumps(summary.as_dict(report, command), indent=1))
+    else:
+        print("\n".join(summary.text(report)))
+    if arguments.export_times is not None:
+        write_json(arguments.export_times, summary.times(report))
+    if arguments.export_profile is not None:
+        write_json(arguments.export_profile, summary.operators(report))
+    if arguments.trace is not None and report.trace is not None:
+        write_json(arguments.trace, report.trace)
+    if arguments.trace_plot is not None and report.trace is not None:
+        from .bench.plot import what_ran
+        from .bench.timeline_plot import save_timeline
+
+        save_timeline(report.trace, f"{what_ran(report)}: {report.results[-1].case.label}", arguments.trace_plot)
+    if arguments.plot is not None:
+        from .bench.plot import save_plot
+
+        save_plot(report, arguments.plot)
+    if report.ended_by is not None:
+        sys.stdout.flush()  # an OSError is reported by leaving out what stdout still holds
+        raise report.ended_by
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="run.py bench",
+        description="Measure engines: throughput, latency, memory, share of each stage, fraction of the floor.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stage", nargs="?", choices=STAGES, help="default all three")
+    add_build_arguments(parser)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where the backend can use one")
+    add_decode_argument(parser)
+    group = parser.add_argument_group("measuring")
+    group.add_argument("--shapes", nargs="+", default=[], metavar="SHAPE", help="what to run; see below")
+    group.add_argument(
+        "--warm-up", "--warmUp", type=_seconds, default=200.0, metavar="MS", help="default %(default)g ms"
+    )
+    group.add_argument("--duration", type=_seconds, default=3.0, metavar="S", help="at least; default %(default)g s")
+    group.add_argument(
+        "--iterations", type=positive_number, default=10, metavar="N", help="at least; default %(default)s"
+    )
+    group.add_argument(
+        "--streams",
+        "--infStreams",
+        type=positive_number,
+        default=1,
+        metavar="N",
+        help="vision calls at a time; default 1",
+    )
+    group.add_argument("--use-cuda-graph", "--useCudaGraph", action="store_true", help="replay the vision call (GPU)")
+    group.add_argument(
+        "--against",
+        metavar="transformers[:PRECISION]",
+        help="the same work in Transformers, turn about; by default in the engines' precision",
+    )
+    group.add_argument(
+        "--random-weights", action="store_true", help=f"of {' or '.join(SHAPES)} (--model), for want of a hub"
+    )
+    group.add_argument("--layers", type=positive_number, metavar="N", help="of the decoder, with --random-weights")
+    group.add_argument("--blocks", type=positive_number, metavar="N", help="of the vision tower, with --random-weights")
+    group = parser.add_argument_group("results")
+    group.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    group.add_argument("--export-times", "--exportTimes", type=path_name, metavar="FILE.json", help="every sample")
+    group.add_argument(
+        "--export-profile", "--exportProfile", type=path_name, metavar="FILE.json", help="time by operator"
+    )
+    group.add_argument(
+        "--trace", type=path_name, metavar="FILE.json", help="timeline of the last pipeline shape, for ui.perfetto.dev"
+    )
+    group.add_argument("--trace-plot", type=path_name, metavar="FILE.png", help="the same timeline, as a picture")
+    group.add_argument("--plot", type=path_name, metavar="FILE.png", help="latency percentiles")
+    return parser.parse_args(argv)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    """The engines in --engine-dir as they are, unless a model is named too; else the model's, built where missing."""
+    if arguments.random_weights:
+        if not arguments.model:
+            raise BenchmarkError(f"--random-weights needs a --model to take the shape of: {', '.join(SHAPES)}")
+        root = Path("artifacts") / "checkpoints"
+        arguments.model = str(random_checkpoint(arguments.model, arguments.layers, arguments.blocks, root))
+    elif arguments.layers or arguments.blocks:
+        raise BenchmarkError("--layers and --blocks cut a model of --random-weights; a trained one stays whole")
+    from qwen2vl_trt.tiny.calibration import training_data
+
+    return engine_folder(arguments, training_data)
+
+
+def _rival(text: str | None, options: EngineOptions) -> str | None:
+    """Precision in which Transformers runs; FP8 engines are compared with BF16, which is the nearest it has."""
+    if text is None:
+        return None
+    name, _, precision = text.partition(":")
+    if name != "transformers" or (precision and precision not in PRECISIONS):
+        raise BenchmarkError(
+            f"--against {text}: known is transformers, and with a precision transformers:{{{','.join(PRECISIONS)}}}"
+        )
+    from qwen2vl_trt.engines.manifest import Manifest
+    from qwen2vl_trt.export.importable_torchvision import require_torchvision
+
+    require_torchvision("--against transformers", "bench")
+    built = Manifest.read(options.folder).precision
+    return precision or (built if built in PRECISIONS else "bf16")

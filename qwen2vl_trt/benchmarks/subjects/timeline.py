@@ -1,0 +1,205 @@
+"""A timeline of the pipeline that Perfetto and chrome://tracing open (``bench pipeline --trace FILE``).
+
+The format is Chrome's Trace Event Format, its JSON object form: complete events (``ph`` X) with ``ts`` and ``dur`` in
+microseconds, on tracks (``tid``) of groups (``pid``), and metadata events (``ph`` M) that name both. On one track
+slices nest or follow each other, they never overlap in part.
+
+Nothing is waited for while it is recorded. On a GPU a slice of the host is the time that its call took to return, and
+CUDA events around the same call, on the stream that it queues on, give the GPU's slice. ``requests`` among a slice's
+``args`` are the numbers of those that it worked on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwen2vl_trt.runtime.request import Output
+
+from .stages import Stage
+
+HOST, SLOTS, REQUESTS, GPU = 1, 2, 3, 4
+_GROUPS = {HOST: "host", SLOTS: "decoder slots", REQUESTS: "requests", GPU: "GPU"}
+STEP, CALLERS_STREAM, SIDE_STREAM = "step()", "caller's stream", "side stream"
+TITLES = {"wait": "wait for media", "prefill": "prefill chunk", "decode": "decode step", "sampling": "sample"}
+"""Of the slices of a stage, where it is not the stage's name."""
+
+
+@dataclass(frozen=True)
+class _Span:
+    stage: Stage
+    began: float
+    ended: float
+    thread: str
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    stream: torch.cuda.Stream | None
+
+
+class _Owners:
+    """Whose the work of a span was, which follows from the slots and the images of the requests.
+
+    Attributes:
+        outputs: the requests, numbered from 1 in the order in which they arrived.
+    """
+
+    def __init__(self, spans: Sequence[_Span], outputs: Sequence[Output]) -> None:
+        self.outputs = dict(enumerate(sorted(outputs, key=lambda output: output.arrival), start=1))
+        numbers = {id(output): number for number, output in self.outputs.items()}
+        self._begun = [(span, numbers[id(span.stage.output)]) for span in spans if id(span.stage.output) in numbers]
+        self._of_media = {key: number for span, number in self._begun for key in span.stage.media}
+        self._with_media = [span for span in spans if span.stage.media and span.stage.output is None]
+
+    def of(self, span: _Span) -> list[int]:
+        """Numbers of the requests of a call."""
+        found = {self.in_slot(slot, span.began) for slot in span.stage.slots}
+        for around in self._with_media:
+            if around.thread == span.thread and around.began <= span.began and span.ended <= around.ended:
+                found |= {self._of_media.get(key) for key in around.stage.media}
+        return sorted(number for number in found if number is not None)
+
+    def in_slot(self, slot: int, time: float) -> int | None:
+        """Who has a slot at that time."""
+        last = max(
+            (pair for pair in self._begun if slot in pair[0].stage.slots and pair[0].began <= time),
+            key=lambda pair: pair[0].began,
+            default=None,
+        )
+        if last is None:
+            return None
+        output = self.outputs[last[1]]
+        return last[1] if time < output.arrival + output.timings.total else None
+
+
+class Timeline:
+    """Records stages; an :data:`~qwen2vl_trt.benchmarks.subjects.stages.Observer`.
+
+    Attributes:
+        requests: those that ran meanwhile, in the order in which they ended.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.requests: Sequence[Output] = ()
+        self._device = device
+        self._stepping = threading.current_thread().name
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was recorded; time begins here."""
+        self._spans: list[_Span] = []
+        self._zero_event: torch.cuda.Event | None = None
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # so that both clocks have the same zero
+            self._zero_event = self._event()
+            torch.cuda.synchronize(self._device)
+        self._stream = self._current()
+        self._zero = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, stage: Stage) -> Iterator[None]:
+        thread = threading.current_thread().name
+        on_gpu = self._zero_event is not None and thread == self._stepping  # threads that load queue nothing there
+        first = self._event() if on_gpu else None
+        began = time.perf_counter()
+        yield
+        ended = time.perf_counter()
+        events = None if first is None else (first, self._event())
+        self._spans.append(_Span(stage, began, ended, thread, events, self._current() if on_gpu else None))
+
+    def _current(self) -> torch.cuda.Stream | None:
+        return torch.cuda.current_stream(self._device) if self._zero_event is not None else None
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def as_dict(self) -> dict[str, Any]:
+        """The trace, for JSON."""
+        if self._zero_event is not None:
+            torch.cuda.synchronize(self._device)
+        calls = [span for span in self._spans if span.stage.output is None]
+        owners = _Owners(self._spans, self.requests)
+        threads = list(dict.fromkeys([self._stepping, *(span.thread for span in calls)]))
+        slices = [
+            *self._host_slices(calls, owners, threads),
+            *self._slot_slices(calls, owners),
+            *self._gpu_slices(calls, owners),
+            *self._request_slices(owners),
+        ]
+        slices.sort(key=lambda event: (event["pid"], event["tid"], event["ts"], -event["dur"]))
+        names = {(HOST, number): name for number, name in enumerate(threads, start=1)} | {(HOST, 1): STEP}
+        return {"traceEvents": [*_names(slices, names), *slices], "displayTimeUnit": "ms"}
+
+    def _host_slices(self, calls: list[_Span], owners: _Owners, threads: list[str]) -> Iterator[dict[str, Any]]:
+        for span in calls:
+            yield _slice(HOST, 1 + threads.index(span.thread), span, *self._times(span), owners.of(span))
+
+    def _slot_slices(self, calls: list[_Span], owners: _Owners) -> Iterator[dict[str, Any]]:
+        """Without those of a free slot between others, whose row takes part in a call for nobody."""
+        for span in calls:
+            for slot in span.stage.slots:
+                number = owners.in_slot(slot, span.began)
+                if number is not None:
+                    yield _slice(SLOTS, 1 + slot, span, *self._times(span), [number])
+
+    def _gpu_slices(self, calls: list[_Span], owners: _Owners) -> Iterator[dict[str, Any]]:
+        """A stage within another, as the pixels' copies within preprocessing, begins after it and ends before it."""
+        for span in calls:
+            if span.events is not None:
+                assert self._zero_event is not None
+                began, ended = (self._zero_event.elapsed_time(event) * 1e3 for event in span.events)
+                yield _slice(GPU, 1 if span.stream == self._stream else 2, span, began, ended, owners.of(span))
+
+    def _request_slices(self, owners: _Owners) -> Iterator[dict[str, Any]]:
+        """A request from its arrival to its end, and in it the time to its first token and that of its answer."""
+        for number, output in owners.outputs.items():
+            arrival, timings = self._microseconds(output.arrival), output.timings
+            first, end = (arrival + seconds * 1e6 for seconds in (timings.time_to_first_token, timings.total))
+            yield _event(REQUESTS, number, f"request {number}", arrival, end, {"tokens": len(output.token_ids)})
+            yield _event(
+                REQUESTS, number, "to the first token", arrival, first, {"prompt tokens": output.prompt_tokens}
+            )
+            yield _event(REQUESTS, number, "answer", first, end, {})
+
+    def _times(self, span: _Span) -> tuple[float, float]:
+        return self._microseconds(span.began), self._microseconds(span.ended)
+
+    def _microseconds(self, seconds: float) -> float:
+        return (seconds - self._zero) * 1e6
+
+
+def _slice(group: int, track: int, span: _Span, began: float, ended: float, requests: list[int]) -> dict[str, Any]:
+    details = {**span.stage.details, "requests": requests} if requests else span.stage.details
+    return _event(group, track, TITLES.get(span.stage.name, span.stage.name), began, ended, details)
+
+
+def _event(group: int, track: int, name: str, began: float, ended: float, details: dict[str, Any]) -> dict[str, Any]:
+    start, end = round(began * 1e3), round(ended * 1e3)  # whole nanoseconds, so that rounding moves no slice's end
+    return {
+        "name": name,
+        "ph": "X",
+        "pid": group,
+        "tid": track,
+        "ts": start / 1e3,
+        "dur": (end - start) / 1e3,
+        "args": details,
+    }
+
+
+def _names(slices: Sequence[dict[str, Any]], threads: dict[tuple[int, int], str]) -> Iterator[dict[str, Any]]:
+    names = {(GPU, 1): CALLERS_STREAM, (GPU, 2): SIDE_STREAM} | threads
+    for group in sorted({event["pid"] for event in slices}):
+        yield _name("process_name", group, 0, _GROUPS[group])
+    for group, track in sorted({(event["pid"], event["tid"]) for event in slices}):
+        numbered = f"slot {track - 1}" if group == SLOTS else f"request {track}"
+        yield _name("thread_name", group, track, names.get((group, track), numbered))
+
+
+def _name(kind: str, group: int, track: int, name: str) -> dict[str, Any]:
+    return {"name": kind, "ph": "M", "pid": group, "tid": track, "args": {"name": name}}

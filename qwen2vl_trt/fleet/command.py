@@ -1,0 +1,323 @@
+"""``run.py batch``: its options, its progress, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen2vl_trt.engines.command import Parser, folder_name, positive_number
+from qwen2vl_trt.errors import BatchError
+from qwen2vl_trt.messages import LONE_SURROGATE
+from qwen2vl_trt.runtime.pipeline_arguments import pipeline_options
+from qwen2vl_trt.runtime.sampler import SamplingParams
+from qwen2vl_trt.runtime.sampling_arguments import add_sampling_arguments, sampling_params
+
+from .extra import check_extra
+from .tally import Tally
+
+if TYPE_CHECKING:
+    from .inputs import Input
+    from .rows import Partition
+
+_SETTINGS, _INPUT, _WORK, _LOCK = "settings.json", "input", ".work", ".lock"
+
+
+def add_batch_arguments(parser: Parser) -> None:
+    """Add the options that :func:`run_batch` reads."""
+    parser.add_argument(
+        "--input", required=True, metavar="DIR|GLOB|URI", help="images, or tables: '*.parquet', '*.jsonl', 's3://...'"
+    )
+    parser.add_argument(
+        "--output", type=folder_name, required=True, metavar="DIR", help="a folder that every worker sees"
+    )
+    parser.add_argument("--task", choices=("features", "generate"), required=True)
+    table = parser.add_argument_group("rows")
+    table.add_argument("--image-column", metavar="NAME", help="path, URI or bytes of an image; default image")
+    table.add_argument("--id-column", metavar="NAME", help="default id if there is one, else the table and the row")
+    asked = table.add_mutually_exclusive_group()
+    asked.add_argument("--prompt-column", metavar="NAME", help="default prompt if there is one")
+    asked.add_argument("--prompt", metavar="TEXT", help="of every row")
+    table.add_argument(
+        "--partition-rows",
+        type=positive_number,
+        default=1024,
+        metavar="N",
+        help="rows a file of output; default %(default)s",
+    )
+    features = parser.add_argument_group("--task features")
+    features.add_argument("--source", choices=("vision", "decoder"), default="vision", help="default %(default)s")
+    features.add_argument("--layer", type=int, metavar="N", help="output of layer N, from 1 (torch backend)")
+    features.add_argument("--pool", choices=("mean", "none"), default="none", help="over an image's tokens")
+    add_sampling_arguments(parser.add_argument_group("--task generate"))
+    fleet = parser.add_argument_group("workers")
+    fleet.add_argument("--num-workers", type=positive_number, default=1, metavar="N", help="default %(default)s")
+    fleet.add_argument(
+        "--cpus-per-worker", type=positive_number, metavar="N", help="default: this machine's, shared out"
+    )
+    fleet.add_argument(
+        "--gpus-per-worker",
+        type=float,
+        metavar="N",
+        help="0.5 shares one; default 1 if Ray has any and --device allows",
+    )
+    fleet.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster, auto or ray://...; default none")
+    fleet.add_argument(
+        "--batch-tokens", type=positive_number, metavar="N", help="most tokens together; default what the engines take"
+    )
+    fleet.add_argument(
+        "--max-retries",
+        type=int,
+        default=3,
+        metavar="N",
+        help="times that a row may be alone in hand when its worker is lost; default %(default)s",
+    )
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on where an earlier run stopped, if one did")
+    again.add_argument("--overwrite", action="store_true", help="remove an earlier run's output first")
+
+
+def run_batch(arguments: argparse.Namespace, find_engines: Callable[[argparse.Namespace], Path]) -> None:
+    """Work on all rows as the options say.
+
+    Ends with 0 even if some rows could not be used (a warning counts them).
+
+    Args:
+        find_engines: gives the folder of the engines that the options name, built once, before any worker starts.
+
+    Raises:
+        BatchError: the options do not fit, the output is in the way, a table cannot be read, Ray is not there, or no
+            row could be used.
+        FeaturesError: the output cannot be written, or is of other settings.
+        MediaError: there is no input.
+        MissingDependencyError: Ray is not installed.
+    """
+    check_extra()
+    params = _checked(arguments)
+    from .inputs import find_input
+
+    output: Path = arguments.output
+    _check_output(output, arguments.resume, arguments.overwrite)
+    given = find_input(arguments.input, arguments.image_column, arguments.prompt_column, arguments.id_column)
+    needs_prompt = arguments.task == "generate" or arguments.source == "decoder"
+    if needs_prompt and arguments.prompt is None and given.columns.prompt is None:
+        raise BatchError("every row needs a prompt: give --prompt TEXT, or a table with a column prompt")
+    if arguments.prompt is not None or not needs_prompt:
+        given = dataclasses.replace(given, columns=dataclasses.replace(given.columns, prompt=None))
+    engine_dir = find_engines(arguments).resolve()
+    with _opened(output, _settings(arguments, given, params, engine_dir), given, arguments) as (partitions, work):
+        _run(arguments, given, params, engine_dir, partitions, work)
+
+
+def _checked(arguments: argparse.Namespace) -> SamplingParams:
+    params = sampling_params(arguments)
+    if arguments.task == "generate" and (arguments.layer or arguments.pool != "none" or arguments.source != "vision"):
+        raise BatchError("--source, --layer and --pool are for --task features")
+    if arguments.task == "features" and params != SamplingParams():
+        raise BatchError("options of answers, --max-tokens for one, are for --task generate")
+    if arguments.task == "features" and arguments.source == "vision" and (arguments.prompt or arguments.prompt_column):
+        raise BatchError("--prompt and --prompt-column are for --task generate and --source decoder")
+    gpus = arguments.gpus_per_worker
+    if gpus is not None and not (math.isfinite(gpus) and gpus >= 0 and (gpus <= 1 or gpus == int(gpus))):
+        raise BatchError(f"--gpus-per-worker {gpus:g}: give a share of one GPU, up to 1, or a whole number")
+    if arguments.max_retries < 0:
+        raise BatchError(f"--max-retries {arguments.max_retries}: give 0 or more")
+    return params
+
+
+def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    if LONE_SURROGATE.search(str(output.absolute())):
+        raise BatchError(f"{str(output.absolute())!r} is not valid UTF-8, which Parquet files need; rename the folder")
+    if not output.parent.is_dir():
+        raise BatchError(f"{output} cannot be written: there is no folder {output.parent}")
+    target = output if output.is_dir() else output.parent
+    if not os.access(target, os.W_OK):
+        raise BatchError(f"{output} cannot be written: the folder {target} is read-only")
+    if (output / _SETTINGS).exists() and not (resume or overwrite):
+        raise BatchError(
+            f"{output} holds the output of an earlier run; --resume goes on with it, --overwrite starts again"
+        )
+
+
+def _settings(arguments: argparse.Namespace, given: Input, params: SamplingParams, engine_dir: Path) -> dict[str, Any]:
+    """What the output depends on; a resumed run must have the same. JSON values only."""
+    from qwen2vl_trt.engines.manifest import Manifest
+    from qwen2vl_trt.runtime.features.store import common_settings
+
+    from .filesystem import is_uri
+
+    manifest = Manifest.read(engine_dir)
+    options, profile = pipeline_options(arguments), manifest.profile
+    pixels = options.preprocessor_settings(manifest.verify(engine_dir).folder, profile)
+    settings = common_settings(manifest, options, pixels) | {
+        "input": given.source if is_uri(given.source) else str(Path(given.source).absolute()),
+        "image_column": given.columns.image,
+        "prompt_column": given.columns.prompt,
+        "id_column": given.columns.id,
+        "partition_rows": arguments.partition_rows,
+        "task": arguments.task,
+        "prompt": arguments.prompt,
+    }
+    if arguments.task == "generate":
+        sampling = json.loads(json.dumps(dataclasses.asdict(params)))
+        limits = {"max_input_len": profile.max_input_len, "max_seq_len": profile.max_seq_len}
+        return settings | limits | sampling | {"generation_config": arguments.generation_config}
+    return settings | {"source": arguments.source, "layer": arguments.layer, "pool": arguments.pool}
+
+
+@contextmanager
+def _opened(
+    output: Path, settings: dict[str, Any], given: Input, arguments: argparse.Namespace
+) -> Iterator[tuple[list[Partition], Path]]:
+    """The output's partitions and a fresh folder for attempts; no other run can use the output while it lasts."""
+    from filelock import FileLock, Timeout
+
+    from qwen2vl_trt.runtime.features.shards import write_durably, writing
+    from qwen2vl_trt.runtime.features.store import check_settings
+    from qwen2vl_trt.runtime.inputs.image_listing import counted
+
+    from .inputs import divide, read_partitions
+    from .partition_file import DATA, ERRORS
+
+    with writing(output):
+        output.mkdir(exist_ok=True)
+        lock = FileLock(output / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise BatchError(f"{output}: another run is writing there; wait for it, or give another --output") from None
+    try:
+        with writing(output):
+            if arguments.overwrite:
+                (output / _SETTINGS).unlink(missing_ok=True)
+            if (output / _SETTINGS).exists():
+                check_settings(output, settings)
+            # Workers of a run that was killed may live on for seconds: what they write lies in the old folder.
+            shutil.rmtree(output / _WORK, ignore_errors=True)
+            work = output / _WORK / uuid.uuid4().hex
+            work.mkdir(parents=True)
+            if not (output / _SETTINGS).exists():
+                for name in (DATA, ERRORS, _INPUT):
+                    if (output / name).exists():
+                        shutil.rmtree(output / name)
+                    (output / name).mkdir()
+                passed_over = divide(given, arguments.partition_rows, output / _INPUT)
+                if passed_over:
+                    print(f"passed over: {counted(passed_over)}", file=sys.stderr)
+                write_durably(output / _SETTINGS, json.dumps(settings, indent=2).encode())  # last: the run has begun
+        yield read_partitions(output / _INPUT), work
+    finally:
+        shutil.rmtree(output / _WORK, ignore_errors=True)
+        lock.release()
+
+
+def _run(
+    arguments: argparse.Namespace,
+    given: Input,
+    params: SamplingParams,
+    engine_dir: Path,
+    partitions: list[Partition],
+    work: Path,
+) -> None:
+    from .driver import Driver
+    from .partition_file import ERRORS, read_done
+    from .worker import WorkerSettings
+
+    output = arguments.output.resolve()
+    tally = Tally()
+    waiting = []
+    for partition in partitions:
+        done = read_done(output, partition.number)
+        if done is None:
+            waiting.append(partition)
+        else:
+            tally.skip(done)
+    workers = min(arguments.num_workers, max(1, len(waiting)))
+    cores = os.cpu_count() or 1
+    cpus = arguments.cpus_per_worker or max(1, cores // workers)
+    if waiting:
+        with (
+            _saying_what_is_saved(output, partitions, work),
+            Driver(arguments.address, max(cores, cpus * workers)) as ray,
+        ):
+            gpus = _gpus(arguments, ray.resources, workers)
+            settings = WorkerSettings(
+                engine_dir=engine_dir,
+                output=output,
+                work=work.resolve(),
+                columns=given.columns,
+                task=arguments.task,
+                prompt=arguments.prompt,
+                params=params,
+                source=arguments.source,
+                layer=arguments.layer,
+                pool=arguments.pool,
+                device=arguments.device or (None if gpus else "cpu"),
+                options=pipeline_options(arguments),
+                batch_tokens=arguments.batch_tokens,
+                threads=cpus,
+                max_retries=arguments.max_retries,
+                workers=workers,
+            )
+            tally.began = time.perf_counter()
+            with _progress(sum(partition.rows for partition in partitions), tally.rows) as show:
+                for result in ray.run(waiting, settings, cpus, gpus):
+                    tally.add(result)
+                    show(tally.rows, tally.rate)
+    if tally.failed and not tally.saved + tally.skipped:
+        raise BatchError(f"none of the {tally.failed:,} rows could be used; the first: {tally.first_failure}")
+    there = f", {tally.skipped:,} were there" if tally.skipped else ""
+    rate = f", {tally.rate:.1f} rows/s, workers: {workers}" if waiting else ""
+    print(f"{arguments.output}: {tally.saved:,} rows{there}{rate}", file=sys.stderr)
+    if tally.failed:
+        print(f"warning: {tally.failed:,} rows could not be used: see {arguments.output / ERRORS}", file=sys.stderr)
+
+
+@contextmanager
+def _saying_what_is_saved(output: Path, partitions: list[Partition], work: Path) -> Iterator[None]:
+    """Let an interrupt say how many rows the output holds: more than have been told, as workers are ahead of that."""
+    from .partition_file import read_done
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            work.rename(work.with_name("ended"))  # now no worker that lives on, on another machine, can add to them
+        done = [read_done(output, partition.number) for partition in partitions]
+        saved = sum(found.saved for found in done if found is not None)
+        raise KeyboardInterrupt(f"{saved:,} rows are saved; run again with --resume to go on") from None
+
+
+def _gpus(arguments: argparse.Namespace, resources: dict[str, float], workers: int) -> float:
+    """GPUs for each worker, which Ray has."""
+    there = resources.get("GPU", 0)
+    gpus = arguments.gpus_per_worker
+    if gpus is None:
+        gpus = 1 if there and arguments.device != "cpu" else 0
+    if gpus * workers > there:
+        raise BatchError(
+            f"{workers} workers of {gpus:g} GPUs need {gpus * workers:g}, Ray has {there:g}: give fewer --num-workers"
+            " or a smaller --gpus-per-worker"
+        )
+    return gpus
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Callable[[int, float], None]]:
+    from rich.progress import TextColumn
+
+    from qwen2vl_trt.engines.progress import progress_bar
+
+    with progress_bar(TextColumn("{task.fields[rate]}")) as progress:
+        task = progress.add_task("rows", total=total, completed=done, rate="")
+        yield lambda rows, rate: progress.update(task, completed=rows, rate=f"{rate:.1f} rows/s")

@@ -1,0 +1,114 @@
+"""Rows behind the interface that features of images have: fetched, noted in the journal, halved where memory ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen2vl_trt.errors import LimitError, MediaError, PromptError
+from qwen2vl_trt.runtime.features.decode_ahead import Batching
+from qwen2vl_trt.runtime.features.sources import Admit, DecoderFeatures, VisionFeatures
+from qwen2vl_trt.runtime.inputs.image_listing import ImageFile
+from qwen2vl_trt.runtime.media.embedder import LoadedImage
+from qwen2vl_trt.runtime.request import Request
+
+from .filesystem import is_uri, open_filesystem
+from .journal import Journal
+from .memory import out_of_memory
+from .rows import Row
+
+
+@dataclass(frozen=True)
+class LoadedRow(LoadedImage):
+    """A decoded image with the row that it is of."""
+
+    row: Row
+
+
+class PromptedDecoderFeatures(DecoderFeatures):
+    """The decoder's hidden states over each row's own prompt."""
+
+    def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
+        requests = [Request(image.row.prompt or "", [image.pixels]) for image in images if isinstance(image, LoadedRow)]
+        return self._pipeline.hidden_states(requests)
+
+
+class RowSource:
+    """Makes another source read rows.
+
+    Args:
+        source: what makes the features, or only loads images.
+        batching: what an engine call takes; where memory ends, half as many tokens, and so on, until the worker ends.
+    """
+
+    def __init__(self, source: VisionFeatures | DecoderFeatures, batching: Batching) -> None:
+        self._source, self._batching = source, batching
+        self._max_tokens = batching.max_tokens
+        self._rows: dict[str, Row] = {}
+        self.journal: Journal | None = None
+
+    def files(self, rows: Iterable[Row]) -> Iterator[ImageFile]:
+        """The rows as files to load; one that is taken from the iterator waits until it is loaded."""
+        for row in rows:
+            self._rows[row.id] = row
+            yield ImageFile(row.id, row.id)
+
+    def load(self, path: str, name: str, admit: Admit) -> LoadedImage:
+        row = self._rows.pop(path)
+        if self.journal is not None:
+            self.journal.start(row.id)
+        if row.fault is not None:
+            raise MediaError(f"row {row.id}: {row.fault}")
+        assert row.image is not None
+        image = self._source.load(_fetch(row.image, row.id), f"row {row.id}", admit)
+        return LoadedRow(image.pixels, image.size, row)
+
+    def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
+        features: list[Tensor] = []
+        waiting = list(images)
+        while waiting:
+            group = self._fitting(waiting)
+            try:
+                features += self._source.extract(group)
+            except PromptError as error:  # of a row's own prompt: its neighbours are not lost
+                raise MediaError(str(error)) from None
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                reason = str(error)
+            else:
+                waiting = waiting[len(group) :]
+                continue
+            self._shrink(group, reason)  # here, where the exception no longer holds the tensors of the call
+        return features
+
+    def _fitting(self, images: list[LoadedImage]) -> list[LoadedImage]:
+        tokens = 0
+        for count, image in enumerate(images):
+            tokens += image.size.tokens
+            if count and tokens > self._max_tokens:
+                return images[:count]
+        return images
+
+    def _shrink(self, group: list[LoadedImage], reason: str) -> None:
+        tokens = sum(image.size.tokens for image in group)
+        torch.cuda.empty_cache()
+        if len(group) == 1:
+            raise LimitError(
+                f"out of memory with this row alone, {tokens:,} image tokens: lower --max-pixels ({reason})"
+            )
+        self._max_tokens = max(1, min(self._max_tokens, tokens) // 2)
+
+
+def _fetch(image: str | bytes, row: str) -> str | bytes:
+    """The bytes of an image that is not on this machine."""
+    if isinstance(image, bytes) or not is_uri(image) or image.startswith(("http://", "https://")):
+        return image  # addresses are refused where images are loaded
+    filesystem, path = open_filesystem(image)
+    try:
+        return bytes(filesystem.cat_file(path))
+    except Exception as error:  # each store's client has exceptions of its own
+        raise MediaError(f"row {row} ({image}): cannot be read: {error}") from None
