@@ -18,8 +18,8 @@ from fastapi import FastAPI, Form, UploadFile
 from fastapi.requests import Request as HTTPRequest
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from qwen2vl_trt import Event, Pipeline, Request, Service
 from qwen2vl_trt.errors import DeadlineError, ExecutionError, Qwen2VLError, UnavailableError
-from qwen2vl_trt.runtime import Event, Pipeline, Request, Service
 
 STATUS = {UnavailableError: 503, DeadlineError: 504, ExecutionError: 500}  # the others: 400, the request is wrong
 DEADLINE = 10.0  # seconds

@@ -28,22 +28,15 @@ from .errors import (
 from .telemetry import opt_out
 
 if TYPE_CHECKING:
-    from .runtime import (
-        Answer,
-        Counters,
-        Event,
-        ImageOptions,
-        MediaSize,
-        Output,
-        Pipeline,
-        PipelineOptions,
-        Request,
-        SamplingParams,
-        Service,
-        Timings,
-        Video,
-        VideoOptions,
-    )
+    from .media_options import ImageOptions, VideoOptions
+    from .runtime.inputs.video import Video
+    from .runtime.options import PipelineOptions
+    from .runtime.pipeline import Pipeline
+    from .runtime.preprocessing.sizes import MediaSize
+    from .runtime.request import Event, Output, Request, Timings
+    from .runtime.sampler import SamplingParams
+    from .runtime.scheduling.counters import Counters
+    from .runtime.service import Answer, Service
 
 __all__ = [
     "Answer",
@@ -84,9 +77,26 @@ __version__ = "0.1.0"
 # every package of the project imports this one before them (tests/test_telemetry.py).
 opt_out()
 
+_MODULES = {
+    "Answer": "runtime.service",
+    "Counters": "runtime.scheduling.counters",
+    "Event": "runtime.request",
+    "ImageOptions": "media_options",
+    "MediaSize": "runtime.preprocessing.sizes",
+    "Output": "runtime.request",
+    "Pipeline": "runtime.pipeline",
+    "PipelineOptions": "runtime.options",
+    "Request": "runtime.request",
+    "SamplingParams": "runtime.sampler",
+    "Service": "runtime.service",
+    "Timings": "runtime.request",
+    "Video": "runtime.inputs.video",
+    "VideoOptions": "media_options",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """What :mod:`qwen2vl_trt.runtime` exports, imported when it is asked for: it takes PyTorch's seconds."""
-    if name not in __all__:
+    """A class of the library, imported when it is asked for: it takes PyTorch's seconds."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("qwen2vl_trt.runtime"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

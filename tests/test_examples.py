@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from qwen2vl_trt import Event, SamplingParams
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import ExecutionError
 from qwen2vl_trt.hub import resolve_model
-from qwen2vl_trt.runtime import Event, SamplingParams
 
 pytest.importorskip("fastapi", reason="fastapi is not installed: pip install 'qwen2vl-trt[test]'")
 pytest.importorskip("python_multipart", reason="python-multipart is not installed: pip install 'qwen2vl-trt[test]'")

@@ -9,10 +9,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ("qwen2vl_trt", "export", "engines", "runtime", "planning", "tiny", "accuracy", "fleet", "benchmarks")
-"""Each imports only those before it, the first being the modules that stand in none of the others; the two commands
-import all of them, and nothing imports a command."""
-COMMANDS = ("build_engines", "run")
+LAYERS = (
+    "qwen2vl_trt",
+    "export",
+    "engines",
+    "runtime",
+    "planning",
+    "tiny",
+    "accuracy",
+    "fleet",
+    "benchmarks",
+    "commands",
+)
+"""Each imports only those before it, the first being the modules that stand in none of the others; the two scripts
+import all of them, and nothing imports a script."""
+SCRIPTS = ("build_engines", "run")
 
 
 def _sources() -> dict[str, Path]:
@@ -20,7 +31,7 @@ def _sources() -> dict[str, Path]:
     files = [
         Path(folder, name) for folder, _, names in os.walk(ROOT / "qwen2vl_trt", followlinks=True) for name in names
     ]
-    files = [file for file in files if file.suffix == ".py"] + [ROOT / f"{command}.py" for command in COMMANDS]
+    files = [file for file in files if file.suffix == ".py"] + [ROOT / f"{command}.py" for command in SCRIPTS]
     modules = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
     named = {module.removesuffix(".__init__"): path for path, module in modules.items()}
     del named["qwen2vl_trt"]
@@ -69,7 +80,7 @@ def test_everything_is_imported_under_one_name():
 def test_data_flows_one_way_through_the_folders():
     back = []
     for module in SOURCES:
-        if module not in COMMANDS:
+        if module not in SCRIPTS:
             allowed = LAYERS[: LAYERS.index(_layer(module)) + 1]
             back += [f"{module} imports {found}" for found in of_project(module) if _layer(found) not in allowed]
     assert not back

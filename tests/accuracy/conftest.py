@@ -27,11 +27,11 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def compare(capsys):
     """Runs the command: its exit code and what it printed on stdout."""
-    from qwen2vl_trt.accuracy.command import compare
+    from qwen2vl_trt.commands import call
 
     def run(*arguments):
         try:
-            compare([str(argument) for argument in arguments])
+            call("compare", [str(argument) for argument in arguments])
             code = 0
         except SystemExit as exit:
             code = exit.code

@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from qwen2vl_trt.accuracy import command, extra, tables
+from qwen2vl_trt.accuracy import extra, tables
 from qwen2vl_trt.accuracy.report import is_block
 from qwen2vl_trt.accuracy.transformers_runner import TransformersRunner
+from qwen2vl_trt.commands import call
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.profile import BuildProfile
@@ -42,13 +43,11 @@ BLOCKS = ["visual.patch_embed", *(f"visual.blocks.{n}" for n in range(4)), *(f"m
 @pytest.fixture(scope="module")
 def full(tiny, tmp_path_factory):
     """Everything that the command can write, of ONNX Runtime's engine over all default cases."""
-    from qwen2vl_trt.accuracy.command import compare
-
     folder = tmp_path_factory.mktemp("report")
     engine = tiny["onnxruntime", "fp32"]
     before = {path.name: path.stat().st_mtime_ns for path in engine.iterdir()}
     # No SystemExit: within the tolerance.
-    compare(["--engine-dir", str(engine), "--json", str(folder / "r.json"), "--plot", str(folder / "r.png")])
+    call("compare", ["--engine-dir", str(engine), "--json", str(folder / "r.json"), "--plot", str(folder / "r.png")])
     assert {path.name: path.stat().st_mtime_ns for path in engine.iterdir()} == before
     return folder
 
@@ -141,7 +140,7 @@ def test_what_was_compared_is_not_lost(tiny, monkeypatch, capsys, tmp_path, erro
     )
     options = ("--layers", "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png")
     with pytest.raises(type(error) if isinstance(error, Exception) else error):
-        command.compare([str(part) for part in ("--engine-dir", tiny["torch", "fp32"], *PICTURE, *options)])
+        call("compare", [str(part) for part in ("--engine-dir", tiny["torch", "fp32"], *PICTURE, *options)])
     out = capsys.readouterr().out
     assert "torch fp32: 6 of 6 greedy tokens agree" in out
     assert "ended before torch fp32 could be judged" in out

@@ -10,9 +10,9 @@ import torch
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.json import load_json
 
+from qwen2vl_trt import Pipeline, Request
 from qwen2vl_trt.accuracy.saved_inputs import SavedInputs
 from qwen2vl_trt.errors import CompareError
-from qwen2vl_trt.runtime import Pipeline, Request
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from tests.support.models import relative_error
 
@@ -22,11 +22,11 @@ PROMPT = "What digits are in the image?"
 
 @pytest.fixture(scope="module")
 def saved(tiny, tmp_path_factory):
-    from qwen2vl_trt.accuracy.command import compare
+    from qwen2vl_trt.commands import call
 
     folder = tmp_path_factory.mktemp("saved")
     engine = str(tiny["onnxruntime", "fp32"])
-    compare(["--engine-dir", engine, "--save-inputs", str(folder), "--image", PICTURE, "--prompt", PROMPT])
+    call("compare", ["--engine-dir", engine, "--save-inputs", str(folder), "--image", PICTURE, "--prompt", PROMPT])
     return folder
 
 

@@ -18,6 +18,7 @@ from qwen2vl_trt.engines.inspect_table import print_report
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.engines.tensorrt_profiles import vision_ranges
 from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.runtime.preprocessing.settings import PreprocessorSettings
 from qwen2vl_trt.runtime.preprocessing.sizes import SizeRules
 from tests.support.engine_folders import PROFILE, build
@@ -168,7 +169,7 @@ def test_the_command_prints_a_report_or_one_line(folder):
 
 def test_the_checkpoints_own_limit_of_pixels_bounds_the_largest_photo(tmp_path):
     """Tiny's, of 50,176 pixels, is smaller than that of its engines."""
-    folder = build(ROOT / "qwen2vl_trt" / "tiny" / "checkpoint", tmp_path / "engines", "torch", profile=usual_profile("tiny"))
+    folder = build(resolve_model("tiny").folder, tmp_path / "engines", "torch", profile=usual_profile("tiny"))
     command = [sys.executable, "run.py", "inspect", folder]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     (line,) = [line.split() for line in done.stdout.splitlines() if "unshrunk" in line]

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from qwen2vl_trt.runtime import Pipeline, PipelineOptions, SamplingParams
+from qwen2vl_trt import Pipeline, PipelineOptions, SamplingParams
 from tests.support.engine_folders import build, write_checkpoint
 
 if importlib.util.find_spec("ray") is None:  # a conftest that raises would end every other folder's tests too

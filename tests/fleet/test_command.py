@@ -8,7 +8,7 @@ import pytest
 
 import qwen2vl_trt.fleet.driver
 import qwen2vl_trt.fleet.extra
-import run
+from qwen2vl_trt.commands import call
 from qwen2vl_trt.errors import BatchError, FeaturesError, MediaError, MissingDependencyError, SamplingError
 from qwen2vl_trt.fleet.cluster import connect
 from qwen2vl_trt.fleet.worker import Worker
@@ -65,7 +65,7 @@ def batch(engine_dir, tmp_path):
             1,
             *options,
         )
-        run.batch([str(option) for option in options])
+        call("batch", [str(option) for option in options])
 
     return command
 

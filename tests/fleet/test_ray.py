@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from qwen2vl_trt.runtime import Request, SamplingParams
+from qwen2vl_trt import Request, SamplingParams
 from tests.fleet.outputs import failures, rows, write_lines
 from tests.support.bounds import FP32
 from tests.support.media_files import save_images

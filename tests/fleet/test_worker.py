@@ -1,6 +1,5 @@
 """One worker, without Ray: its numbers, its files, and what it does about bad rows and where memory ends."""
 
-import argparse
 import errno
 
 import pyarrow as pa
@@ -8,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from qwen2vl_trt import Request, SamplingParams
+from qwen2vl_trt.commands import features
 from qwen2vl_trt.errors import BatchError, FeaturesError
 from qwen2vl_trt.fleet.journal import Journal
 from qwen2vl_trt.fleet.partition_file import data_path, errors_path, read_done
-from qwen2vl_trt.runtime import Request, SamplingParams
-from qwen2vl_trt.runtime.features.command import add_features_arguments, run_features
 from tests.fleet.outputs import failures, rows, write_lines
 from tests.support.bounds import FP32, FP32_BEHIND_BOTH
 from tests.support.media_files import save_images
@@ -35,9 +34,9 @@ def single_process(pipeline, folder, output, *options):
     from qwen2vl_trt.runtime.features.shards import shard_paths
 
     parser = Parser()
-    add_features_arguments(parser)
+    features.add_arguments(parser)
     arguments = parser.parse_args(["--input", str(folder), "--output", str(output), *options])
-    run_features(argparse.Namespace(**vars(arguments), min_pixels=None, max_pixels=None), lambda _: pipeline)
+    features.run(arguments, lambda _: pipeline)
     return {key: value for path in shard_paths(output) for key, value in load_file(path).items()}
 
 
@@ -74,7 +73,7 @@ def test_bfloat16_is_stored_exactly(job, images):
 
 
 def test_a_layer_is_that_of_a_single_process(job, images, pipeline, engine_dir, tmp_path):
-    from qwen2vl_trt.runtime import Pipeline
+    from qwen2vl_trt import Pipeline
 
     batch = job(images, layer=2, pool="mean")
     batch.run()

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from qwen2vl_trt import Pipeline, Request, SamplingParams
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
-from qwen2vl_trt.runtime import Pipeline, Request, SamplingParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 

@@ -7,8 +7,8 @@ import torch
 
 import qwen2vl_trt.benchmarks.bench.operators
 import qwen2vl_trt.benchmarks.bench.run
-from qwen2vl_trt.benchmarks.command import main
 from qwen2vl_trt.benchmarks.floors.rates import measure_rates
+from qwen2vl_trt.commands import call
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.profile import BuildProfile
@@ -52,7 +52,7 @@ def bench(engines, monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(module, "Worker", Here)
 
     def run(*arguments):
-        main([*arguments, "--engine-dir", str(engines), *FEW])
+        call("bench", [*arguments, "--engine-dir", str(engines), *FEW])
         return json.loads(capsys.readouterr().out)
 
     return run

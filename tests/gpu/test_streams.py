@@ -5,11 +5,11 @@ import warnings
 import pytest
 import torch
 
+from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
-from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from tests.support.requests import answers, random_params, random_request
 

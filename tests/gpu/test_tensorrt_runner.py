@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams
 from qwen2vl_trt.engines.attention_mask import ATTENTION_MASKS
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
@@ -14,7 +15,6 @@ from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.engines.tensorrt_options import TensorRTOptions
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.hub import resolve_model
-from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.backends.tensorrt_device import CudaDevice
 from qwen2vl_trt.runtime.backends.tensorrt_runner import TensorRTDecoder, _load

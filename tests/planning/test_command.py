@@ -54,7 +54,9 @@ def test_options_reach_the_plan(call):
 
 
 def test_features_and_a_checkpoint_folder(call):
-    answer = call("--model", "qwen2vl_trt/tiny/checkpoint", "--gpu", "l4", "--images-per-second", "5", "--output-tokens", "0")
+    answer = call(
+        "--model", "qwen2vl_trt/tiny/checkpoint", "--gpu", "l4", "--images-per-second", "5", "--output-tokens", "0"
+    )
     assert answer[0] == 0
     assert "16 x 16 = 256, tokens 64" in answer[1]  # the checkpoint's own limit of pixels
     assert answer[1].splitlines()[-1].startswith("1 x L4: 1 x tp_size 1, bf16, no decoder, ")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from qwen2vl_trt import Pipeline, PipelineOptions
 from qwen2vl_trt.engines.profile import BuildProfile
-from qwen2vl_trt.runtime import Pipeline, PipelineOptions
 from tests.support.engine_folders import build
 from tests.support.published import VOCABULARY, write_processor_files, write_published
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams, Video
+from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams, Video
 from tests.published.conversations import IMAGE, VIDEO, assistant, system, text, user
 
 TOKENS = 8

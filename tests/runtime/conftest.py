@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwen2vl_trt.runtime import Pipeline
+from qwen2vl_trt import Pipeline
 from tests.support.engine_folders import BUILDS, build, write_checkpoint
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from transformers import GenerationConfig as TransformersGenerationConfig
 
+from qwen2vl_trt import Pipeline, PipelineOptions, SamplingParams
 from qwen2vl_trt.errors import CheckpointError
-from qwen2vl_trt.runtime import Pipeline, PipelineOptions, SamplingParams
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from tests.runtime.test_generation_config import PUBLISHED_3B, PUBLISHED_7B
 from tests.runtime.test_pipeline import image_first, reference_inputs

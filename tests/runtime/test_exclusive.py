@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 
+from qwen2vl_trt import Pipeline, SamplingParams
 from qwen2vl_trt.errors import ExecutionError
-from qwen2vl_trt.runtime import Pipeline, SamplingParams
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.exclusive import Exclusive
 from tests.runtime.test_pipeline import answers, random_params, random_request

@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen2vl_trt.errors import LimitError, MediaError, PromptError
-from qwen2vl_trt.runtime import (
+from qwen2vl_trt import (
     ImageOptions,
     MediaSize,
     Pipeline,
@@ -19,6 +18,7 @@ from qwen2vl_trt.runtime import (
     Video,
     VideoOptions,
 )
+from qwen2vl_trt.errors import LimitError, MediaError, PromptError
 from qwen2vl_trt.runtime.media.fit_warnings import MOST_WARNINGS
 from qwen2vl_trt.runtime.preprocessing.settings import PreprocessorSettings
 from qwen2vl_trt.runtime.preprocessing.sizes import SizeRules

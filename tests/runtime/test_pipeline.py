@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams, Video, VideoOptions
 from qwen2vl_trt.errors import CheckpointError, EngineError, LimitError, MediaError, PromptError, SamplingError
 from qwen2vl_trt.hub import resolve_model
-from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams, Video, VideoOptions
 from qwen2vl_trt.tiny.evaluation import held_out_scenes
 from qwen2vl_trt.tiny.report import answer_scenes
 from qwen2vl_trt.tiny.scenes import TASKS

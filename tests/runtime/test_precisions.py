@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen2vl_trt import Pipeline
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.profile import BuildConfig, BuildProfile
 from qwen2vl_trt.hub import resolve_model
-from qwen2vl_trt.runtime import Pipeline
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.tiny.evaluation import held_out_scenes, score
 from qwen2vl_trt.tiny.report import answer_scenes

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from qwen2vl_trt.runtime import Pipeline, SamplingParams
+from qwen2vl_trt import Pipeline, SamplingParams
 from tests.runtime.test_pipeline import image_first, reference_inputs
 from tests.support.engine_folders import BUILDS, build, write_checkpoint
 from tests.support.models import relative_error

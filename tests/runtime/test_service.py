@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qwen2vl_trt import Pipeline, Request, SamplingParams, Service
 from qwen2vl_trt.errors import DeadlineError, ExecutionError, MediaError, UnavailableError
-from qwen2vl_trt.runtime import Pipeline, Request, SamplingParams, Service
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from tests.runtime.scheduling.test_media_ahead import Gate, held
 from tests.runtime.test_pipeline import answers, random_params, random_request
@@ -252,7 +252,7 @@ def test_it_is_refused_in_a_forked_process(service, monkeypatch):
 def test_a_program_that_forgets_to_close_ends(engine_dirs):
     program = (
         "import sys\n"
-        "from qwen2vl_trt.runtime import Pipeline, Request, SamplingParams, Service\n"
+        "from qwen2vl_trt import Pipeline, Request, SamplingParams, Service\n"
         "service = Service(Pipeline.from_engine_dir(sys.argv[1], 'cpu'))\n"
         "answer = service.submit(Request('Hello'), SamplingParams(max_tokens=100, ignore_eos=True))\n"
         "next(iter(answer))\n"

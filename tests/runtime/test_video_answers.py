@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qwen2vl_trt import Pipeline, Request
 from qwen2vl_trt.hub import resolve_model
-from qwen2vl_trt.runtime import Pipeline, Request
 from tests.support.engine_folders import build
 from tests.support.media_files import digit_pictures, edited, save_video
 

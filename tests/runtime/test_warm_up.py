@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams
 from qwen2vl_trt.errors import LimitError, MediaError
-from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision
 from tests.support import fake_tensorrt

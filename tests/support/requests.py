@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from qwen2vl_trt.runtime import Request, SamplingParams, Video
+from qwen2vl_trt import Request, SamplingParams, Video
 
 WORDS = ["What", "digits", "are", "in", "the", "images?", "Read", "both:", "first", "second", "How", "many", "see", "7"]
 

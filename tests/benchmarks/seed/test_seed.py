@@ -10,12 +10,13 @@ import torch
 from qwen2vl_trt.benchmarks import random_model
 from qwen2vl_trt.benchmarks.floors.rates import Rates
 from qwen2vl_trt.benchmarks.random_model import SHAPES, config_of
-from qwen2vl_trt.benchmarks.seed import command, contenders
+from qwen2vl_trt.benchmarks.seed import contenders
 from qwen2vl_trt.benchmarks.seed import run as seed
 from qwen2vl_trt.benchmarks.seed.contenders import Ours, Transformers
 from qwen2vl_trt.benchmarks.seed.report import text
 from qwen2vl_trt.benchmarks.seed.rows import Plan, Row, plan_for
 from qwen2vl_trt.benchmarks.seed.run import Report, floor_of
+from qwen2vl_trt.commands import bench_seed, call
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import BenchmarkError
 from tests.support.models import SMALL_SHAPE
@@ -45,7 +46,7 @@ def bench(no_processes, small_rates, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(contenders, "_SECONDS", 0.0)
 
     def run(*arguments):
-        command.main(["--device", "cpu", "--layers", "2", "--blocks", "2", *arguments, "--json"])
+        call("bench seed", ["--device", "cpu", "--layers", "2", "--blocks", "2", *arguments, "--json"])
         return json.loads(capsys.readouterr().out)
 
     return run
@@ -173,7 +174,7 @@ def test_floors_are_those_counted_by_hand():
 
 def test_the_text_shows_what_was_measured(bench, monkeypatch):
     reports = []
-    monkeypatch.setattr(command, "run", lambda *arguments: reports.append(seed.run(*arguments)) or reports[0])
+    monkeypatch.setattr(bench_seed, "measure", lambda *arguments: reports.append(seed.run(*arguments)) or reports[0])
     bench()
     (report,) = reports
     lines = list(text(report))

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from qwen2vl_trt import Pipeline, Request, SamplingParams
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.engines.backends import BACKENDS
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.layers import FP8Linear, SwiGLU
-from qwen2vl_trt.runtime import Pipeline, Request, SamplingParams
 from qwen2vl_trt.runtime.backends import onednn
 from qwen2vl_trt.vision import VisionTransformer
 from tests.support.bounds import BF16_STEP, FP32

@@ -17,10 +17,10 @@ import torch
 
 import qwen2vl_trt.runtime.backends.tensorrt_engine
 import qwen2vl_trt.runtime.backends.tensorrt_runner
+from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.errors import EngineError, LimitError
-from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.backends.tensorrt_runner import TensorRTDecoder
 from qwen2vl_trt.windows import window_layout

@@ -10,11 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qwen2vl_trt import ops, pointwise, varlen
+from qwen2vl_trt import Pipeline, Request, SamplingParams, ops, pointwise, varlen
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.fused import FusedSwiGLU
 from qwen2vl_trt.pointwise import Pointwise
-from qwen2vl_trt.runtime import Pipeline, Request, SamplingParams
 from qwen2vl_trt.runtime.backends import torch_runner
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision

@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from qwen2vl_trt import Pipeline, PipelineOptions, Request
+from qwen2vl_trt.commands import features
 from qwen2vl_trt.errors import FeaturesError, LimitError, MediaError, PromptError
-from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request
-from qwen2vl_trt.runtime.features.command import add_features_arguments, run_features
 from qwen2vl_trt.runtime.features.shards import shard_paths
-from qwen2vl_trt.runtime.pipeline_arguments import add_decode_argument, add_pipeline_arguments, pipeline_options
+from qwen2vl_trt.runtime.pipeline_arguments import pipeline_options
 from tests.support import features_process
 from tests.support.bounds import FP32, FP32_BEHIND_BOTH
 from tests.support.feature_files import stored
@@ -47,7 +47,6 @@ def folder(images):
 
 
 def extract(pipeline, *options):
-    from qwen2vl_trt.engines.arguments import add_build_arguments
     from qwen2vl_trt.engines.command import Parser
 
     def open_pipeline(arguments):
@@ -55,11 +54,8 @@ def extract(pipeline, *options):
         return pipeline if asked == pipeline.options else Pipeline(pipeline.engines, asked)
 
     parser = Parser()
-    add_build_arguments(parser)
-    add_pipeline_arguments(parser)
-    add_decode_argument(parser)
-    add_features_arguments(parser)
-    run_features(parser.parse_args([str(option) for option in options]), open_pipeline)
+    features.add_arguments(parser)
+    features.run(parser.parse_args([str(option) for option in options]), open_pipeline)
 
 
 def assert_equal(found, expected):

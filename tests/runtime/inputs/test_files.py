@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from qwen2vl_trt import Pipeline, Request, Service
 from qwen2vl_trt.errors import MediaError
-from qwen2vl_trt.runtime import Pipeline, Request, Service
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.inputs.files import opened, read_whole
 from qwen2vl_trt.runtime.inputs.images import ImageLimits, decoding_bytes, file_bytes, load_image

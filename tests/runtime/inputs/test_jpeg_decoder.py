@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from qwen2vl_trt import Pipeline, PipelineOptions
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import MediaError, MissingDependencyError
-from qwen2vl_trt.runtime import Pipeline, PipelineOptions
 from qwen2vl_trt.runtime.inputs.images import ImageLimits, load_image
 from qwen2vl_trt.runtime.inputs.jpeg_decoder import JpegDecoder
 from qwen2vl_trt.runtime.media.embedder import MediaEmbedder

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from qwen2vl_trt import Video
 from qwen2vl_trt.errors import LimitError, MediaError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
-from qwen2vl_trt.runtime import Video
 from qwen2vl_trt.runtime.media import embedder as embedder_module
 from qwen2vl_trt.runtime.media.cached_media import CachedMedia
 from qwen2vl_trt.runtime.media.embedding_cache import EmbeddingCache

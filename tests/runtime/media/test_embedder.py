@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
+from qwen2vl_trt import Video
 from qwen2vl_trt.errors import LimitError, MediaError
 from qwen2vl_trt.media_options import VideoOptions
-from qwen2vl_trt.runtime import Video
 from tests.support.fake_vision import embedder, picture
 from tests.support.media_files import save_video
 

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams, Video
 from qwen2vl_trt.errors import DeadlineError, LimitError, MediaError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
-from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams, Video
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.media.ahead import fits
 from qwen2vl_trt.runtime.scheduling import media_ahead

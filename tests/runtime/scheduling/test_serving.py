@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2_5_VLConfig
 
+from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams
 from qwen2vl_trt.errors import CheckpointError, DeadlineError, ExecutionError, LimitError, MediaError
 from qwen2vl_trt.hub import resolve_model
-from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.tiny.model import config_dict
 from qwen2vl_trt.tiny.tokenizer import write_processor_files

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams
+from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.scheduling.side_stream import Arrival, SideStream
 from tests.support.fake_decoder import FakeDecoder, drain, expected, sequence

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from qwen2vl_trt import Request
 from qwen2vl_trt.errors import DeadlineError, LimitError, PromptError
-from qwen2vl_trt.runtime import Request
 from qwen2vl_trt.runtime.request import Output
 from qwen2vl_trt.runtime.sampler import Sampling
 from qwen2vl_trt.runtime.scheduling.media_ahead import MediaAhead

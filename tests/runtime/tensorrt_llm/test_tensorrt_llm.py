@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
@@ -19,7 +20,6 @@ from qwen2vl_trt.errors import DeadlineError, EngineError, ExecutionError, Limit
 from qwen2vl_trt.export.quantize import quantize_checkpoint
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.quantization import fp8_layers
-from qwen2vl_trt.runtime import Pipeline, PipelineOptions, Request, SamplingParams
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.calibration import Calibration
 from qwen2vl_trt.runtime.tensorrt_llm import runner as tensorrt_llm_runner

@@ -1,4 +1,4 @@
-"""``run.py plan``: its options and what it prints."""
+"""GPUs, tensor parallelism, batch, cache and throughput, on paper: counts and fractions of floors."""
 
 from __future__ import annotations
 
@@ -9,65 +9,17 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from qwen2vl_trt.engines.arguments import usual_profile
-from qwen2vl_trt.engines.command import Parser, positive_number, whole_number
-
-from .arithmetic import arithmetic, summary
-from .capacity import TP_SIZES, Assumptions, Load, plan
-from .tables import find_config, find_gpu
+from qwen2vl_trt.engines.command import positive_number, whole_number
+from qwen2vl_trt.planning.arithmetic import arithmetic, summary
+from qwen2vl_trt.planning.capacity import TP_SIZES, Assumptions, Load, plan
+from qwen2vl_trt.planning.tables import find_config, find_gpu
 
 _PUBLISHED_MAX_PIXELS = 12_845_056
 """Of the published checkpoints' preprocessor; engines built with the limits in ``configs/`` take less."""
 
 
-def run_plan(argv: list[str], epilog: str) -> None:
-    """Print how many GPUs a load needs, with the arithmetic.
-
-    Raises:
-        PlanError: an unknown GPU or model, or a model that fits in no way.
-        CheckpointError: a checkpoint folder without a readable configuration.
-        MediaError: an image size that the model does not take.
-    """
-    arguments = _parser(epilog).parse_args(argv)
-
-    from qwen2vl_trt.hub import find_local, published_name
-    from qwen2vl_trt.runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
-    from qwen2vl_trt.runtime.preprocessing.sizes import SizeRules
-
-    config, gpu, local = find_config(arguments.model), find_gpu(arguments.gpu), find_local(arguments.model)
-    published = PreprocessorSettings(image=PixelSettings(max_pixels=_PUBLISHED_MAX_PIXELS))
-    settings = PreprocessorSettings.from_folder(local.folder) if local else published
-    settings = settings.with_limits(max_pixels=arguments.max_pixels)
-    settings = replace(settings, profile=usual_profile(local.name if local else published_name(arguments.model)))
-    _, rows, columns = SizeRules(config.vision, settings).image(*arguments.image_size, name="--image-size").grid
-    load = Load(
-        rows=rows,
-        columns=columns,
-        text_tokens=arguments.prompt_tokens,
-        output_tokens=arguments.output_tokens,
-        images_per_second=arguments.images_per_second,
-        max_seq_len=arguments.max_seq_len,
-        max_batch_size=arguments.max_batch_size,
-    )
-    assumptions = Assumptions(
-        **{field.name: getattr(arguments, f"{field.name}_fraction") for field in fields(Assumptions)}
-    )
-    found = plan(config, gpu, load, arguments.precision, arguments.tp_size, assumptions)
-    if arguments.json:
-        answer: dict[str, Any] = {"model": arguments.model, "precision": arguments.precision, "gpus": found.gpus}
-        answer |= {"gpu": asdict(gpu), "load": asdict(load), "assumptions": asdict(assumptions), "plan": asdict(found)}
-        print(json.dumps(answer))
-        return
-    print("\n".join(arithmetic(config, gpu, load, arguments.precision, assumptions, found)))
-    print(summary(gpu, load, arguments.precision, found))
-
-
-def _parser(epilog: str) -> Parser:
-    parser = Parser(
-        prog="run.py plan",
-        description="GPUs, tensor parallelism, batch, cache and throughput, on paper: counts and fractions of floors.",
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`run` reads."""
     parser.add_argument(
         "--model", required=True, metavar="NAME", help="tiny, Qwen2.5-VL-{3B,7B,32B,72B}, or a checkpoint folder"
     )
@@ -124,7 +76,46 @@ def _parser(epilog: str) -> Parser:
             help=f"{what}; assumed %(default)s",
         )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the arithmetic")
-    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print how many GPUs a load needs, with the arithmetic.
+
+    Raises:
+        PlanError: an unknown GPU or model, or a model that fits in no way.
+        CheckpointError: a checkpoint folder without a readable configuration.
+        MediaError: an image size that the model does not take.
+    """
+    from qwen2vl_trt.hub import find_local, published_name
+    from qwen2vl_trt.runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
+    from qwen2vl_trt.runtime.preprocessing.sizes import SizeRules
+
+    config, gpu, local = find_config(arguments.model), find_gpu(arguments.gpu), find_local(arguments.model)
+    published = PreprocessorSettings(image=PixelSettings(max_pixels=_PUBLISHED_MAX_PIXELS))
+    settings = PreprocessorSettings.from_folder(local.folder) if local else published
+    settings = settings.with_limits(max_pixels=arguments.max_pixels)
+    settings = replace(settings, profile=usual_profile(local.name if local else published_name(arguments.model)))
+    _, rows, columns = SizeRules(config.vision, settings).image(*arguments.image_size, name="--image-size").grid
+    load = Load(
+        rows=rows,
+        columns=columns,
+        text_tokens=arguments.prompt_tokens,
+        output_tokens=arguments.output_tokens,
+        images_per_second=arguments.images_per_second,
+        max_seq_len=arguments.max_seq_len,
+        max_batch_size=arguments.max_batch_size,
+    )
+    assumptions = Assumptions(
+        **{field.name: getattr(arguments, f"{field.name}_fraction") for field in fields(Assumptions)}
+    )
+    found = plan(config, gpu, load, arguments.precision, arguments.tp_size, assumptions)
+    if arguments.json:
+        answer: dict[str, Any] = {"model": arguments.model, "precision": arguments.precision, "gpus": found.gpus}
+        answer |= {"gpu": asdict(gpu), "load": asdict(load), "assumptions": asdict(assumptions), "plan": asdict(found)}
+        print(json.dumps(answer))
+        return
+    print("\n".join(arithmetic(config, gpu, load, arguments.precision, assumptions, found)))
+    print(summary(gpu, load, arguments.precision, found))
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""``run.py bench``: trtexec's options, in the spelling of this project's commands and in trtexec's own."""
+"""Measure engines: throughput, latency, memory, share of each stage, fraction of the floor."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import math
 import sys
 from pathlib import Path
 
+from qwen2vl_trt.benchmarks.bench import summary
+from qwen2vl_trt.benchmarks.bench.run import PRECISIONS, Options, Until
+from qwen2vl_trt.benchmarks.bench.run import run as measure
+from qwen2vl_trt.benchmarks.files import check_plot, check_target, write_json
+from qwen2vl_trt.benchmarks.random_model import SHAPES, random_checkpoint
+from qwen2vl_trt.benchmarks.subjects.engines import EngineOptions, check_options
+from qwen2vl_trt.benchmarks.subjects.shapes import STAGES, Shape
 from qwen2vl_trt.engines.arguments import add_build_arguments
-from qwen2vl_trt.engines.command import Parser, path_name, positive_number
+from qwen2vl_trt.engines.command import path_name, positive_number
 from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.runtime.engine_folder import engine_folder
 from qwen2vl_trt.runtime.pipeline_arguments import add_decode_argument, check_decode
 
-from .bench import summary
-from .bench.run import PRECISIONS, Options, Until, run
-from .files import check_plot, check_target, write_json
-from .random_model import SHAPES, random_checkpoint
-from .subjects.engines import EngineOptions, check_options
-from .subjects.shapes import STAGES, Shape
-
-_EPILOG = """run.py bench seed --help                             the seed implementation's comparisons, random weights
+EPILOG = """run.py bench seed --help                             the seed implementation's comparisons, random weights
 
 shapes, several of them separated by spaces:
   --shapes 448x448x8 448x448x4,1080x1920             vision calls: images as HEIGHTxWIDTH[xCOUNT]
@@ -31,73 +31,8 @@ shapes, several of them separated by spaces:
 Latency is of the host's clock on a CPU; on a GPU it is H2D + GPU compute + D2H, from CUDA events."""
 
 
-def main(argv: list[str]) -> None:
-    """Measure engines and print what was found."""
-    if argv[:1] == ["seed"]:
-        from .seed.command import main as seed
-
-        return seed(argv[1:])
-    arguments = _parse(argv)
-    for path in (arguments.export_times, arguments.export_profile, arguments.trace):
-        if path is not None:
-            check_target(path)
-    for option, path in (("--plot", arguments.plot), ("--trace-plot", arguments.trace_plot)):
-        if path is not None:
-            check_plot(path, option)
-    stages = (arguments.stage,) if arguments.stage else STAGES
-    tracing = [option for option in ("trace", "trace_plot") if getattr(arguments, option) is not None]
-    if tracing and "pipeline" not in stages:
-        option = tracing[0].replace("_", "-")
-        raise BenchmarkError(f"--{option} is a timeline of the pipeline; bench {arguments.stage} has none")
-    shapes = tuple(Shape.parse(text) for text in arguments.shapes)
-    check_decode(arguments.decode, arguments.device)
-    folder = _folder(arguments)
-    engines = EngineOptions(folder, arguments.device, arguments.streams, arguments.use_cuda_graph, arguments.decode)
-    check_options(engines, stages)
-    until = Until(arguments.warm_up / 1e3, arguments.duration, arguments.iterations)
-    report = run(
-        Options(
-            engines,
-            stages,
-            shapes,
-            until,
-            _rival(arguments.against, engines),
-            arguments.export_profile is not None,
-            bool(tracing),
-        )
-    )
-    command = ["run.py", "bench", *argv]
-    if arguments.json:
-        print(json.dumps(summary.as_dict(report, command), indent=1))
-    else:
-        print("\n".join(summary.text(report)))
-    if arguments.export_times is not None:
-        write_json(arguments.export_times, summary.times(report))
-    if arguments.export_profile is not None:
-        write_json(arguments.export_profile, summary.operators(report))
-    if arguments.trace is not None and report.trace is not None:
-        write_json(arguments.trace, report.trace)
-    if arguments.trace_plot is not None and report.trace is not None:
-        from .bench.plot import what_ran
-        from .bench.timeline_plot import save_timeline
-
-        save_timeline(report.trace, f"{what_ran(report)}: {report.results[-1].case.label}", arguments.trace_plot)
-    if arguments.plot is not None:
-        from .bench.plot import save_plot
-
-        save_plot(report, arguments.plot)
-    if report.ended_by is not None:
-        sys.stdout.flush()  # an OSError is reported by leaving out what stdout still holds
-        raise report.ended_by
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="run.py bench",
-        description="Measure engines: throughput, latency, memory, share of each stage, fraction of the floor.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`run` reads."""
     parser.add_argument("stage", nargs="?", choices=STAGES, help="default all three")
     add_build_arguments(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where the backend can use one")
@@ -141,7 +76,60 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     group.add_argument("--trace-plot", type=path_name, metavar="FILE.png", help="the same timeline, as a picture")
     group.add_argument("--plot", type=path_name, metavar="FILE.png", help="latency percentiles")
-    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure engines and print what was found."""
+    for path in (arguments.export_times, arguments.export_profile, arguments.trace):
+        if path is not None:
+            check_target(path)
+    for option, path in (("--plot", arguments.plot), ("--trace-plot", arguments.trace_plot)):
+        if path is not None:
+            check_plot(path, option)
+    stages = (arguments.stage,) if arguments.stage else STAGES
+    tracing = [option for option in ("trace", "trace_plot") if getattr(arguments, option) is not None]
+    if tracing and "pipeline" not in stages:
+        option = tracing[0].replace("_", "-")
+        raise BenchmarkError(f"--{option} is a timeline of the pipeline; bench {arguments.stage} has none")
+    shapes = tuple(Shape.parse(text) for text in arguments.shapes)
+    check_decode(arguments.decode, arguments.device)
+    folder = _folder(arguments)
+    engines = EngineOptions(folder, arguments.device, arguments.streams, arguments.use_cuda_graph, arguments.decode)
+    check_options(engines, stages)
+    until = Until(arguments.warm_up / 1e3, arguments.duration, arguments.iterations)
+    report = measure(
+        Options(
+            engines,
+            stages,
+            shapes,
+            until,
+            _rival(arguments.against, engines),
+            arguments.export_profile is not None,
+            bool(tracing),
+        )
+    )
+    if arguments.json:
+        print(json.dumps(summary.as_dict(report, arguments.command_line), indent=1))
+    else:
+        print("\n".join(summary.text(report)))
+    if arguments.export_times is not None:
+        write_json(arguments.export_times, summary.times(report))
+    if arguments.export_profile is not None:
+        write_json(arguments.export_profile, summary.operators(report))
+    if arguments.trace is not None and report.trace is not None:
+        write_json(arguments.trace, report.trace)
+    if arguments.trace_plot is not None and report.trace is not None:
+        from qwen2vl_trt.benchmarks.bench.plot import what_ran
+        from qwen2vl_trt.benchmarks.bench.timeline_plot import save_timeline
+
+        save_timeline(report.trace, f"{what_ran(report)}: {report.results[-1].case.label}", arguments.trace_plot)
+    if arguments.plot is not None:
+        from qwen2vl_trt.benchmarks.bench.plot import save_plot
+
+        save_plot(report, arguments.plot)
+    if report.ended_by is not None:
+        sys.stdout.flush()  # an OSError is reported by leaving out what stdout still holds
+        raise report.ended_by
 
 
 def _seconds(text: str) -> float:

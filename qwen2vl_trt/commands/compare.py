@@ -1,4 +1,4 @@
-"""`run.py compare`: its options, and what runs against what."""
+"""Compare an engine folder with Hugging Face Transformers in FP32, stage by stage."""
 
 from __future__ import annotations
 
@@ -9,60 +9,26 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen2vl_trt.engines.command import FAILED, Parser, folder_name, path_name, positive_number
+from qwen2vl_trt.engines.command import FAILED, folder_name, path_name, positive_number
 from qwen2vl_trt.errors import CompareError, Qwen2VLError
 
 if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner
 
+    from qwen2vl_trt.accuracy.cases import Case
+    from qwen2vl_trt.accuracy.comparison import Row
+    from qwen2vl_trt.accuracy.report import Report
     from qwen2vl_trt.checkpoint import Checkpoint
     from qwen2vl_trt.runtime.backends.runners import Engines
     from qwen2vl_trt.runtime.preprocessing.preprocessor import PreprocessorSettings
 
-    from .cases import Case
-    from .comparison import Row
-    from .report import Report
-
 REFERENCES = ("transformers", "torch")
-_EPILOG = """Exit codes: 0 within the tolerance; 1 over it, with a line that says what departs; 2 for bad input.
+EPILOG = """Exit codes: 0 within the tolerance; 1 over it, with a line that says what departs; 2 for bad input.
 docs/accuracy.md says what is compared, how errors are defined and why the limits are what they are."""
 
 
-def compare(argv: list[str]) -> None:
-    """Run the command; exits with code 1 where the engine is over its tolerance."""
-    arguments = _parser().parse_args(argv)
-    from .extra import check_extra, quieten
-
-    check_extra()
-    quieten()
-    from qwen2vl_trt.engines.tables import stdout_console
-
-    from .tables import print_report
-
-    for path in (arguments.json, arguments.plot):
-        _check_file(path)  # before the minutes that a comparison may take
-    report = _report(arguments, shlex.join(["run.py", "compare", *argv]))
-    print_report(report, stdout_console())
-    if arguments.json:
-        report.write_json(arguments.json)
-    if arguments.plot:
-        from .plot import plot
-
-        plot(report, arguments.plot)
-    if report.ended_by is not None:
-        raise report.ended_by
-    if report.departures:
-        sys.stdout.flush()
-        sys.exit(FAILED)
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="run.py compare",
-        description="Compare an engine folder with Hugging Face Transformers in FP32, stage by stage.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`run` reads."""
     parser.add_argument("--engine-dir", type=folder_name, required=True, metavar="DIR")
     parser.add_argument(
         "--against", default="transformers", metavar="REFERENCE", help="transformers (default), torch, or an engine DIR"
@@ -97,21 +63,45 @@ def _parser() -> Parser:
         metavar="DIR",
         help="write the graphs' inputs for `polygraphy run` and `trtexec`",
     )
-    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command; exits with code 1 where the engine is over its tolerance."""
+    from qwen2vl_trt.accuracy.extra import check_extra, quieten
+
+    check_extra()
+    quieten()
+    from qwen2vl_trt.accuracy.tables import print_report
+    from qwen2vl_trt.engines.tables import stdout_console
+
+    for path in (arguments.json, arguments.plot):
+        _check_file(path)  # before the minutes that a comparison may take
+    report = _report(arguments, shlex.join(arguments.command_line))
+    print_report(report, stdout_console())
+    if arguments.json:
+        report.write_json(arguments.json)
+    if arguments.plot:
+        from qwen2vl_trt.accuracy.plot import plot
+
+        plot(report, arguments.plot)
+    if report.ended_by is not None:
+        raise report.ended_by
+    if report.departures:
+        sys.stdout.flush()
+        sys.exit(FAILED)
 
 
 def _report(arguments: argparse.Namespace, command: str) -> Report:
+    from qwen2vl_trt.accuracy.comparison import compare_inputs, compare_runners
+    from qwen2vl_trt.accuracy.engine_runner import EngineRunner
+    from qwen2vl_trt.accuracy.inputs import PreprocessorRunner, ProcessorRunner, TransformersProcessor, check_limits
+    from qwen2vl_trt.accuracy.machine import machine
+    from qwen2vl_trt.accuracy.report import Report
+    from qwen2vl_trt.accuracy.saved_inputs import SavedInputs
+    from qwen2vl_trt.accuracy.tolerance import tolerance_of
     from qwen2vl_trt.engines.progress import progress_bar
     from qwen2vl_trt.runtime.backends.runners import open_engines
     from qwen2vl_trt.runtime.options import PipelineOptions
-
-    from .comparison import compare_inputs, compare_runners
-    from .engine_runner import EngineRunner
-    from .inputs import PreprocessorRunner, ProcessorRunner, TransformersProcessor, check_limits
-    from .machine import machine
-    from .report import Report
-    from .saved_inputs import SavedInputs
-    from .tolerance import tolerance_of
 
     engines = open_engines(arguments.engine_dir, arguments.device)
     against = _against(arguments, engines)
@@ -181,10 +171,9 @@ def _runners(
     """The reference, the yardstick, and our modules in FP32 where they are neither the engine nor the reference."""
     import torch
 
+    from qwen2vl_trt.accuracy.engine_runner import EngineRunner, ModulesRunner
+    from qwen2vl_trt.accuracy.transformers_runner import TransformersRunner
     from qwen2vl_trt.runtime.backends.runners import parse_device
-
-    from .engine_runner import EngineRunner, ModulesRunner
-    from .transformers_runner import TransformersRunner
 
     device = parse_device(arguments.reference_device) if arguments.reference_device else engines.device
     checkpoint = _reference_checkpoint(arguments.model, engines)
@@ -263,7 +252,7 @@ def _is_quantised(checkpoint: Checkpoint) -> bool:
 
 
 def _cases(arguments: argparse.Namespace, engines: Engines, settings: PreprocessorSettings) -> list[Case]:
-    from .cases import digit_cases, photograph_cases, user_case
+    from qwen2vl_trt.accuracy.cases import digit_cases, photograph_cases, user_case
 
     if arguments.prompt is not None:
         return [user_case(arguments.prompt, arguments.image, arguments.video, settings)]

@@ -1,4 +1,4 @@
-"""``run.py features``: its options, its progress, and how it ends."""
+"""Write features of any number of images: vision tokens, or the decoder's states."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from qwen2vl_trt.engines.command import Parser, path_name, positive_number
+from qwen2vl_trt.engines.command import path_name, positive_number
 from qwen2vl_trt.engines.interrupts import deferred_interrupt
 from qwen2vl_trt.errors import FeaturesError, MediaError
 from qwen2vl_trt.media_urls import file_path
 
+from .model import add_model_arguments, open_pipeline
+
 if TYPE_CHECKING:
-    from ..inputs.image_listing import ImageFile
-    from ..pipeline import Pipeline
-    from .extraction import Extraction
+    from qwen2vl_trt.runtime.features.extraction import Extraction
+    from qwen2vl_trt.runtime.inputs.image_listing import ImageFile
+    from qwen2vl_trt.runtime.pipeline import Pipeline
 
 
-def add_features_arguments(parser: Parser) -> None:
-    """Add the options that :func:`run_features` reads."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`run` reads."""
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument(
         "--input",
@@ -64,9 +66,10 @@ def add_features_arguments(parser: Parser) -> None:
         metavar="N",
         help="threads that decode; default %(default)s, one a core",
     )
+    add_model_arguments(parser)
 
 
-def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespace], Pipeline]) -> None:
+def run(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespace], Pipeline] = open_pipeline) -> None:
     """Extract features as the options say.
 
     Ends with 0 even if some images could not be used (a warning counts them). Ctrl-C and SIGTERM first save what is
@@ -77,8 +80,8 @@ def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argpars
             used.
         MediaError: no images.
     """
-    from ..inputs.image_listing import counted
-    from .output import Output
+    from qwen2vl_trt.runtime.features.output import Output
+    from qwen2vl_trt.runtime.inputs.image_listing import counted
 
     if (arguments.source == "decoder") != (arguments.prompt is not None):
         raise FeaturesError("--source decoder needs a --prompt, and --prompt is for --source decoder")
@@ -88,9 +91,9 @@ def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argpars
     passed_over: Counter[str] = Counter()
     images, count = _images(arguments, passed_over)
     pipeline = open_pipeline(arguments)
-    from .decode_ahead import Batching
-    from .extraction import extract_features
-    from .sources import DecoderFeatures, VisionFeatures
+    from qwen2vl_trt.runtime.features.decode_ahead import Batching
+    from qwen2vl_trt.runtime.features.extraction import extract_features
+    from qwen2vl_trt.runtime.features.sources import DecoderFeatures, VisionFeatures
 
     checkpoint, profile = pipeline.engines.checkpoint, pipeline.profile
     source = (
@@ -104,36 +107,37 @@ def run_features(arguments: argparse.Namespace, open_pipeline: Callable[[argpars
     with output.open(_settings(arguments, pipeline), if_exists, arguments.shard_size) as store:
         try:
             with deferred_interrupt() as told, _progress(count) as show:
-                run = extract_features(source, images, store, batching, arguments.pool, told.is_set, show)
+                done = extract_features(source, images, store, batching, arguments.pool, told.is_set, show)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{store.saved:,} images are saved; run again with --resume to go on") from None
         output.finish(store)
-    if run.failed and not store.saved:
-        raise FeaturesError(f"none of the {run.failed:,} images could be used; the first: {run.first_failure}")
-    skipped = f", {run.skipped:,} were there" if run.skipped else ""
+    if done.failed and not store.saved:
+        raise FeaturesError(f"none of the {done.failed:,} images could be used; the first: {done.first_failure}")
+    skipped = f", {done.skipped:,} were there" if done.skipped else ""
+    busy, waited = done.engine / done.seconds, done.waited / done.seconds
     print(
-        f"{output.path}: {run.extracted:,} images{skipped}, {run.images_per_second:.1f} images/s"
-        f" (engine busy {run.engine / run.seconds:.0%} of the time, waiting for images {run.waited / run.seconds:.0%})",
+        f"{output.path}: {done.extracted:,} images{skipped}, {done.images_per_second:.1f} images/s"
+        f" (engine busy {busy:.0%} of the time, waiting for images {waited:.0%})",
         file=sys.stderr,
     )
     if passed_over:
         print(f"passed over: {counted(passed_over)}", file=sys.stderr)
-    if run.resized:
+    if done.resized:
         print(
             f"warning: images that were resized to fit the engine ({pipeline.profile.min_hw_dims:,} to"
-            f" {pipeline.profile.max_hw_dims:,} patches): {run.resized:,}; --strict-size refuses them",
+            f" {pipeline.profile.max_hw_dims:,} patches): {done.resized:,}; --strict-size refuses them",
             file=sys.stderr,
         )
-    if run.failed:
+    if done.failed:
         print(
-            f"warning: images that could not be used and were skipped: {run.failed:,}, see {output.errors}",
+            f"warning: images that could not be used and were skipped: {done.failed:,}, see {output.errors}",
             file=sys.stderr,
         )
 
 
 def _images(arguments: argparse.Namespace, passed_over: Counter[str]) -> tuple[Iterator[ImageFile], Callable[[], int]]:
     """The images, which count what is passed over as they are listed, and what counts them, which may take as long."""
-    from ..inputs.image_listing import counted, given_images, list_images
+    from qwen2vl_trt.runtime.inputs.image_listing import counted, given_images, list_images
 
     if arguments.image:
         given = given_images(arguments.image)
@@ -146,8 +150,8 @@ def _images(arguments: argparse.Namespace, passed_over: Counter[str]) -> tuple[I
 
 def _settings(arguments: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     """What the features depend on; a resumed run must have the same. JSON values only."""
-    from ..inputs.image_listing import input_root
-    from .store import common_settings
+    from qwen2vl_trt.runtime.features.store import common_settings
+    from qwen2vl_trt.runtime.inputs.image_listing import input_root
 
     return common_settings(pipeline.engines.manifest, pipeline.options, pipeline.settings) | {
         "input": str(input_root(arguments.input).resolve()) if arguments.input else None,

@@ -1,4 +1,4 @@
-"""``run.py batch``: its options, its progress, and how it ends."""
+"""Features of images or answers about them, on many workers: Parquet out."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen2vl_trt.engines.command import Parser, folder_name, positive_number
+from qwen2vl_trt.engines.command import folder_name, positive_number
 from qwen2vl_trt.errors import BatchError
+from qwen2vl_trt.fleet.extra import check_extra
+from qwen2vl_trt.fleet.tally import Tally
 from qwen2vl_trt.messages import LONE_SURROGATE
 from qwen2vl_trt.runtime.pipeline_arguments import pipeline_options
 from qwen2vl_trt.runtime.sampler import SamplingParams
 from qwen2vl_trt.runtime.sampling_arguments import add_sampling_arguments, sampling_params
 
-from .extra import check_extra
-from .tally import Tally
+from .model import add_model_arguments, find_engines
 
 if TYPE_CHECKING:
-    from .inputs import Input
-    from .rows import Partition
+    from qwen2vl_trt.fleet.inputs import Input
+    from qwen2vl_trt.fleet.rows import Partition
 
 _SETTINGS, _INPUT, _WORK, _LOCK = "settings.json", "input", ".work", ".lock"
 
 
-def add_batch_arguments(parser: Parser) -> None:
-    """Add the options that :func:`run_batch` reads."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`run` reads."""
     parser.add_argument(
         "--input", required=True, metavar="DIR|GLOB|URI", help="images, or tables: '*.parquet', '*.jsonl', 's3://...'"
     )
@@ -85,15 +86,14 @@ def add_batch_arguments(parser: Parser) -> None:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on where an earlier run stopped, if one did")
     again.add_argument("--overwrite", action="store_true", help="remove an earlier run's output first")
+    add_model_arguments(parser)
 
 
-def run_batch(arguments: argparse.Namespace, find_engines: Callable[[argparse.Namespace], Path]) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Work on all rows as the options say.
 
     Ends with 0 even if some rows could not be used (a warning counts them).
 
-    Args:
-        find_engines: gives the folder of the engines that the options name, built once, before any worker starts.
 
     Raises:
         BatchError: the options do not fit, the output is in the way, a table cannot be read, Ray is not there, or no
@@ -104,7 +104,7 @@ def run_batch(arguments: argparse.Namespace, find_engines: Callable[[argparse.Na
     """
     check_extra()
     params = _checked(arguments)
-    from .inputs import find_input
+    from qwen2vl_trt.fleet.inputs import find_input
 
     output: Path = arguments.output
     _check_output(output, arguments.resume, arguments.overwrite)
@@ -152,9 +152,8 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
 def _settings(arguments: argparse.Namespace, given: Input, params: SamplingParams, engine_dir: Path) -> dict[str, Any]:
     """What the output depends on; a resumed run must have the same. JSON values only."""
     from qwen2vl_trt.engines.manifest import Manifest
+    from qwen2vl_trt.fleet.filesystem import is_uri
     from qwen2vl_trt.runtime.features.store import common_settings
-
-    from .filesystem import is_uri
 
     manifest = Manifest.read(engine_dir)
     options, profile = pipeline_options(arguments), manifest.profile
@@ -182,12 +181,11 @@ def _opened(
     """The output's partitions and a fresh folder for attempts; no other run can use the output while it lasts."""
     from filelock import FileLock, Timeout
 
+    from qwen2vl_trt.fleet.inputs import divide, read_partitions
+    from qwen2vl_trt.fleet.partition_file import DATA, ERRORS
     from qwen2vl_trt.runtime.features.shards import write_durably, writing
     from qwen2vl_trt.runtime.features.store import check_settings
     from qwen2vl_trt.runtime.inputs.image_listing import counted
-
-    from .inputs import divide, read_partitions
-    from .partition_file import DATA, ERRORS
 
     with writing(output):
         output.mkdir(exist_ok=True)
@@ -229,9 +227,9 @@ def _run(
     partitions: list[Partition],
     work: Path,
 ) -> None:
-    from .driver import Driver
-    from .partition_file import ERRORS, read_done
-    from .worker import WorkerSettings
+    from qwen2vl_trt.fleet.driver import Driver
+    from qwen2vl_trt.fleet.partition_file import ERRORS, read_done
+    from qwen2vl_trt.fleet.worker import WorkerSettings
 
     output = arguments.output.resolve()
     tally = Tally()
@@ -286,7 +284,7 @@ def _run(
 @contextmanager
 def _saying_what_is_saved(output: Path, partitions: list[Partition], work: Path) -> Iterator[None]:
     """Let an interrupt say how many rows the output holds: more than have been told, as workers are ahead of that."""
-    from .partition_file import read_done
+    from qwen2vl_trt.fleet.partition_file import read_done
 
     try:
         yield

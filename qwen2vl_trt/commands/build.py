@@ -1,0 +1,32 @@
+"""Build a vision engine and a decoder engine from a Qwen2.5-VL checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from qwen2vl_trt.engines.arguments import add_build_arguments, plan_build
+
+EPILOG = """examples:
+  build_engines.py --model tiny
+  build_engines.py --model Qwen2.5-VL-7B --backend torch --precision bf16
+  build_engines.py --model path/to/checkpoint --max-batch-size 4 --max-hw-dims 2048
+  build_engines.py --model Qwen2.5-VL-7B --precision fp8 --calibration-data path/to/images"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`run` reads."""
+    add_build_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Build what is missing, and say which folder it is."""
+    from qwen2vl_trt.runtime.engine_folder import build_planned
+    from qwen2vl_trt.tiny.calibration import training_data
+
+    plan = plan_build(arguments)
+    if build_planned(plan, training_data):
+        state = "built"
+    else:
+        state = "up to date" + (f", built with {' '.join(plan.kept)}" if plan.kept else "")
+    print(f"{plan.folder}: {state}", file=sys.stderr)
