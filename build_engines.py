@@ -6,8 +6,8 @@ from qwen2vl_trt.engines.interrupts import begin
 if __name__ == "__main__":
     begin()  # before the rest is imported
 
-from qwen2vl_trt.commands import build_main
+from qwen2vl_trt.commands import build_main as main
 from qwen2vl_trt.engines.command import run_command
 
 if __name__ == "__main__":
-    run_command(build_main)
+    run_command(main)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import build_engines
 import run
 from qwen2vl_trt import __version__
+from qwen2vl_trt.commands import COMMANDS
 from qwen2vl_trt.engines.command import run_command
 from qwen2vl_trt.engines.manifest import FORMAT
 from tests.support import fake_nvimgcodec
@@ -267,12 +268,16 @@ def test_fp8_quantises_first(call, user):
 
 
 def test_help_names_models_and_limits(call):
-    for script, arguments in ((run, ()), (run, ("features",)), (run, ("eval",)), (build_engines, ())):
+    for script, arguments in ((run, ("generate",)), (run, ("features",)), (run, ("eval",)), (build_engines, ())):
         code, out, errors = call(script, *arguments, "--help")
         assert (code, errors) == (0, "")
         assert "--max-hw-dims" in out
         assert "Qwen2.5-VL-{3B,7B,32B,72B}" in out
-    assert "run.py features" in call(run, "--help")[1]
+    overview = call(run)
+    assert all(call(run, word) == overview for word in ("help", "--help"))
+    for name in COMMANDS:
+        assert f"\n  {name} " in overview[1]
+        assert call(run, *name.split(), "--help")[1].startswith(f"usage: run.py {name} ")
     for script, arguments in ((run, ()), (run, ("inspect",)), (build_engines, ())):
         assert call(script, *arguments, "--version") == (0, f"qwen2vl-trt {__version__}\n", "")
 
@@ -310,7 +315,7 @@ WRONG_INPUT = {
     (*ASK, "--video", "a.png"): "video 1 (a.png): a still image, not a video; give it as an image",
 }
 WRONG_OPTIONS = {
-    (): "required: --prompt",
+    ("generate",): "required: --prompt",
     ("bogus",): "unknown command 'bogus'",
     (*ASK, "--bogus"): "--bogus",
     (*ASK, "--decode", "disk"): "--decode: invalid choice: 'disk'",
@@ -554,7 +559,15 @@ def test_an_interrupt_is_one_word_and_code_130(user, call, quick):
     time.sleep(0.7)
     importing.send_signal(signal.SIGINT)
     building = start(
-        user, ROOT / "build_engines.py", "--model", "model", "--backend", "onnxruntime", "--engine-dir", "stopped"
+        user,
+        ROOT / "build_engines.py",
+        "--model",
+        "model",
+        "--backend",
+        "onnxruntime",
+        "--engine-dir",
+        "stopped",
+        *LIMITS,
     )
     while not (user / "stopped" / ".building" / "model.safetensors").exists():
         time.sleep(0.05)
