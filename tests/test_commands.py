@@ -554,7 +554,15 @@ def test_an_interrupt_is_one_word_and_code_130(user, call, quick):
     time.sleep(0.7)
     importing.send_signal(signal.SIGINT)
     building = start(
-        user, ROOT / "build_engines.py", "--model", "model", "--backend", "onnxruntime", "--engine-dir", "stopped"
+        user,
+        ROOT / "build_engines.py",
+        "--model",
+        "model",
+        "--backend",
+        "onnxruntime",
+        "--engine-dir",
+        "stopped",
+        *LIMITS,
     )
     while not (user / "stopped" / ".building" / "model.safetensors").exists():
         time.sleep(0.05)
