@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from qwen2vl_trt import __version__
+import qwen2vl_trt
 from qwen2vl_trt.errors import Qwen2VLError, shortened
 
 from .interrupts import INTERRUPTED, TERMINATED, end_at_once
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.add_argument("--version", action="version", version=f"qwen2vl-trt {__version__}")
+        self.add_argument("--version", action="version", version=f"qwen2vl-trt {qwen2vl_trt.__version__}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"error: {shortened(message)} (options: {self.prog} --help)\n")
@@ -162,7 +162,9 @@ def _report(error: Exception) -> NoReturn:
     if isinstance(error, Qwen2VLError):
         _fail(str(error))
     if isinstance(error, ModuleNotFoundError):
-        _fail(f"the package {error.name} is not installed; `pip install -e .` in this folder brings what is needed")
+        checkout = Path(qwen2vl_trt.__file__).resolve().parent.parent
+        own = f"-e {checkout}" if (checkout / "pyproject.toml").is_file() else "--force-reinstall qwen2vl-trt"
+        _fail(f"the package {error.name} is not installed; `pip install {own}` brings what is needed")
     if isinstance(error, BrokenPipeError):  # the reader of stdout has gone (`| head`), which is no news to the user
         _discard_output()
         sys.exit(FAILED)

@@ -23,7 +23,7 @@ LAYERS = (
 )
 """Each imports only those before it, the first being the modules that stand in none of the others; the two scripts
 import all of them, and nothing imports a script."""
-SCRIPTS = ("build_engines", "run")
+SCRIPTS = ("build_engines", "run", "qwen2vl_trt.__main__")
 
 
 def _sources() -> dict[str, Path]:
@@ -31,7 +31,9 @@ def _sources() -> dict[str, Path]:
     files = [
         Path(folder, name) for folder, _, names in os.walk(ROOT / "qwen2vl_trt", followlinks=True) for name in names
     ]
-    files = [file for file in files if file.suffix == ".py"] + [ROOT / f"{command}.py" for command in SCRIPTS]
+    files = [file for file in files if file.suffix == ".py"] + [
+        ROOT / f"{command}.py" for command in SCRIPTS if "." not in command
+    ]
     modules = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
     named = {module.removesuffix(".__init__"): path for path, module in modules.items()}
     del named["qwen2vl_trt"]

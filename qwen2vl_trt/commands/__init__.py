@@ -78,6 +78,7 @@ def run_module(module: Any, prog: str, argv: list[str]) -> None:
 
 
 def _overview(prog: str) -> str:
+    build = "build_engines.py" if prog == "run.py" else f"{prog}-build"
     commands = "\n".join(f"  {name:<11} {what}" for name, what in COMMANDS.items())
     return f"""usage: {prog} COMMAND [options]
 
@@ -85,4 +86,4 @@ def _overview(prog: str) -> str:
 
 `{prog} COMMAND --help` lists a command's options. Options without a command are those of generate:
   {prog} --model tiny --image picture.png --prompt "What digits are in the image?"
-`build_engines.py` builds engines ahead of time; the commands above build what is missing."""
+`{build}` builds engines ahead of time; the commands above build what is missing."""
