@@ -28,10 +28,9 @@ SCRIPTS = ("build_engines", "run", "qwen2vl_trt.__main__")
 
 def _sources() -> dict[str, Path]:
     """Every module of the project by its full name, but for ``qwen2vl_trt`` itself, which exports names of others."""
-    files = [
-        Path(folder, name) for folder, _, names in os.walk(ROOT / "qwen2vl_trt", followlinks=True) for name in names
-    ]
-    files = [file for file in files if file.suffix == ".py"] + [
+    package = os.walk(ROOT / "qwen2vl_trt", followlinks=True)  # export, engines and runtime are links
+    files = [Path(folder, name) for folder, _, names in package for name in names if name.endswith(".py")]
+    files += [ROOT / f"{script}.py" for script in SCRIPTS if "." not in script]
         ROOT / f"{command}.py" for command in SCRIPTS if "." not in command
     ]
     modules = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
