@@ -20,9 +20,9 @@ import msgspec
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError
+from qwen2vl_trt.files import write_whole
 from qwen2vl_trt.schema import checked, reject_unknown
 
-from .plan_file import whole_file
 from .profile import BuildProfile
 from .staging import MANIFEST_FILE, finish
 
@@ -106,8 +106,7 @@ class Manifest:
         Raises:
             OSError: the disk is full, or the folder cannot be written.
         """
-        with whole_file(folder / MANIFEST_FILE) as file:
-            file.write(json.dumps(asdict(self), indent=2).encode())
+        write_whole(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=2).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .plan_file import whole_file
+from qwen2vl_trt.files import flush, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +79,9 @@ def staged(folder: Path) -> Iterator[Path]:
         for name in names:
             if (folder / name).is_dir():
                 raise IsADirectoryError(errno.EISDIR, f"{name} is a folder there, and a file of the engines")
-        with whole_file(building / _NAMES) as file:
-            file.write("\n".join(names).encode())
-        _flush(building)
+        write_whole(building / _NAMES, "\n".join(names).encode())
         building.rename(folder / _BUILT)
-        _flush(folder)
+        flush(folder)
     finally:
         _remove(building)
     _move(folder)
@@ -114,16 +111,6 @@ def _move(folder: Path) -> None:
                 (built / name).replace(folder / name)
         (built / _NAMES).unlink()
     _remove(built)
-
-
-def _flush(folder: Path) -> None:
-    """Put the names in a folder on the disk, where the system can."""
-    if os.name == "posix":
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
 
 
 def _remove(folder: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
+
+from qwen2vl_trt.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +32,7 @@ def load_timing_cache(config: Any, path: Path) -> None:
 
 def save_timing_cache(config: Any, path: Path) -> None:
     """Write it back, atomically. A cache that cannot be written costs the next build time, not this one its engine."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
-        temporary.replace(path)
+        write_whole(path, memoryview(config.get_timing_cache().serialize()))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         logger.warning("%s cannot be written: %s", path, error.strerror or error)

@@ -31,8 +31,6 @@ def _sources() -> dict[str, Path]:
     package = os.walk(ROOT / "qwen2vl_trt", followlinks=True)  # export, engines and runtime are links
     files = [Path(folder, name) for folder, _, names in package for name in names if name.endswith(".py")]
     files += [ROOT / f"{script}.py" for script in SCRIPTS if "." not in script]
-        ROOT / f"{command}.py" for command in SCRIPTS if "." not in command
-    ]
     modules = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
     named = {module.removesuffix(".__init__"): path for path, module in modules.items()}
     del named["qwen2vl_trt"]

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwen2vl_trt.errors import BatchError, MediaError
+from qwen2vl_trt.files import replacement
 from qwen2vl_trt.runtime.features.names import as_unicode
 from qwen2vl_trt.runtime.features.shards import writing
 from qwen2vl_trt.runtime.inputs.image_formats import image_suffixes
@@ -125,11 +126,9 @@ def divide(given: Input, rows: int, folder: Path) -> Counter[str]:
     if not partitions:
         raise BatchError(f"{given.source} has no rows")
     _refuse_duplicates(tables, root, given.columns, digests)
-    with writing(folder / PARTITIONS):
-        temporary = folder / f".{PARTITIONS}.tmp"
+    with writing(folder / PARTITIONS), replacement(folder / PARTITIONS) as temporary:
         listed = [asdict(partition) | {"path": os.fsencode(partition.path)} for partition in partitions]
         pq.write_table(pa.Table.from_pylist(listed), temporary)  # a path as its bytes: it need not be Unicode
-        temporary.replace(folder / PARTITIONS)
     return passed_over
 
 
@@ -192,8 +191,7 @@ def _listed(source: str, passed_over: Counter[str]) -> Iterator[tuple[str, str]]
 def _write_listing(source: str, path: Path, rows: int, passed_over: Counter[str]) -> None:
     # Paths as their bytes, which need not be Unicode as a string must.
     schema = pa.schema([("id", pa.binary()), ("image", pa.struct([("path", pa.binary())]))])
-    temporary = path.with_name(f".{path.name}.tmp")
-    with pq.ParquetWriter(temporary, schema) as writer:
+    with replacement(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         group: list[dict[str, Any]] = []
         for key, image in _listed(source, passed_over):
             group.append({"id": os.fsencode(key), "image": {"path": os.fsencode(image)}})
@@ -202,7 +200,6 @@ def _write_listing(source: str, path: Path, rows: int, passed_over: Counter[str]
                 group = []
         if group:
             writer.write_table(pa.Table.from_pylist(group, schema))
-    temporary.replace(path)
 
 
 def _column_names(table: str) -> Counter[str]:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.files import replacement
 
 from .batching import Batch, Collator
 from .card import write_card
@@ -65,10 +66,9 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write the state for :meth:`resume`; whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
         state = {"weights": self.weights.state_dict(), "step": self.step, "seconds": self.seconds}
-        torch.save(state, temporary)
-        temporary.replace(path)
+        with replacement(path) as temporary:
+            torch.save(state, temporary)
 
     def resume(self, path: Path) -> bool:
         """Continue from a saved state, if there is one. Batches depend on the step alone, so nothing else is needed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from qwen2vl_trt.errors import FeaturesError
+from qwen2vl_trt.files import replacement
 from qwen2vl_trt.windows import Grid
 
 SHARDS = "features-*.safetensors"
@@ -123,33 +123,15 @@ def merge_shards(folder: Path, target: Path) -> None:
         _write_durably(target, write, shapes)
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Make a file appear whole or not at all, also when the power fails; raises OSError."""
-    _write_durably(path, lambda file: file.write(content))
-
-
 def _write_durably(
     path: Path, write: Callable[[BinaryIO], object], shapes: Mapping[str, list[int]] | None = None
 ) -> None:
     """With ``shapes``, of tensors by key, what was written must read back as a shard of these."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacement(path) as temporary:
         with temporary.open("wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
         if shapes is not None:
             _read_back(temporary, shapes)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the rename itself is on the disk when its folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _read_back(written: Path, shapes: Mapping[str, list[int]]) -> None:

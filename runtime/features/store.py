@@ -28,6 +28,7 @@ from torch import Tensor
 
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.errors import FeaturesError
+from qwen2vl_trt.files import replacement, write_whole
 from qwen2vl_trt.windows import Grid
 
 from ..options import PipelineOptions
@@ -40,7 +41,6 @@ from .shards import (
     shard_number,
     shard_path,
     shard_paths,
-    write_durably,
     write_shard,
     writing,
 )
@@ -178,17 +178,13 @@ class FeatureStore:
     def _rebuild_index(self, paths: list[Path]) -> NDArray[np.bytes_]:
         """Write the index anew from the shards' headers, and return their keys' digests, sorted."""
         digests = bytearray()  # 16 bytes an image: a set of their names would take ten times that
-        temporary = self.folder / f".{_INDEX}.tmp"
-        with writing(self.folder / _INDEX):
-            with temporary.open("w", encoding="utf-8") as index:
-                for path in paths:
-                    tensors, grids, _ = read_header(path)
-                    for key, grid in grids.items():
-                        index.write(_index_line(key, path.name, tensors[key]["shape"], grid))
-                        digests += _digest(key)
-                index.flush()
-                os.fsync(index.fileno())
-            temporary.replace(self.folder / _INDEX)
+        whole = self.folder / _INDEX
+        with writing(whole), replacement(whole) as temporary, temporary.open("w", encoding="utf-8") as index:
+            for path in paths:
+                tensors, grids, _ = read_header(path)
+                for key, grid in grids.items():
+                    index.write(_index_line(key, path.name, tensors[key]["shape"], grid))
+                    digests += _digest(key)
         # As byte strings: numpy drops trailing zeros of both sides of a comparison, which tells no two digests alike.
         return np.sort(np.frombuffer(bytes(digests), dtype=f"S{_DIGEST}"))
 
@@ -227,7 +223,7 @@ def open_store(
             if if_exists == "overwrite":
                 clear(folder)
             if not holds_features(folder):
-                write_durably(folder / _SETTINGS, json.dumps(settings, indent=2).encode())
+                write_whole(folder / _SETTINGS, json.dumps(settings, indent=2).encode())
         check_settings(folder, settings)
         store = FeatureStore(folder, shard_size)
         try:

@@ -290,7 +290,7 @@ class TestInterrupted:
             if step == "link":
                 patch.setattr(qwen2vl_trt.export.weights.os, "link", interrupt)
             if step == "manifest":
-                patch.setattr("qwen2vl_trt.engines.plan_file.os.fsync", interrupt)
+                patch.setattr("qwen2vl_trt.files.os.fsync", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 build(checkpoint, tmp_path, "onnxruntime", profile=PROFILE, force=True)
         assert content(tmp_path) == before
@@ -301,7 +301,7 @@ class TestInterrupted:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with monkeypatch.context() as patch:
-            patch.setattr("qwen2vl_trt.engines.plan_file.os.fsync", full)
+            patch.setattr("qwen2vl_trt.files.os.fsync", full)
             with pytest.raises(BuildError, match="No space left on device"):
                 build(checkpoint, tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]

@@ -69,7 +69,7 @@ def test_writing_replaces_at_once(tmp_path, monkeypatch):
     def die(file_descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qwen2vl_trt.engines.plan_file.os.fsync", die)
+    monkeypatch.setattr("qwen2vl_trt.files.os.fsync", die)
     with pytest.raises(KeyboardInterrupt):
         replace(MANIFEST, model="another").write(tmp_path)
     assert Manifest.read(tmp_path) == MANIFEST

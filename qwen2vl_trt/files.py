@@ -1,0 +1,42 @@
+"""Files that appear whole or not at all, also when the process is killed or the power fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """The name of a file to write, which takes the name ``path`` when the ``with`` ends well, and is removed otherwise.
+
+    Raises:
+        OSError: it was not written, the disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """:func:`replacement` with this content."""
+    with replacement(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def flush(path: Path) -> None:
+    """Put a file's content, or a folder's names, on the disk; the latter where the system can."""
+    if os.name != "posix" and path.is_dir():
+        return
+    opened = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
