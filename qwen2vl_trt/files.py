@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def replacement(path: Path) -> Iterator[Path]:
+def replacement(path: Path, check: Callable[[Path], object] | None = None) -> Iterator[Path]:
     """The name of a file to write, which takes the name ``path`` when the ``with`` ends well, and is removed otherwise.
+
+    Args:
+        check: is given the file once it is on the disk, and raises what speaks against it.
 
     Raises:
         OSError: it was not written, the disk is full, or the folder cannot be written.
@@ -19,6 +22,8 @@ def replacement(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         flush(temporary)
+        if check is not None:
+            check(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

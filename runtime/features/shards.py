@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -127,11 +128,9 @@ def _write_durably(
     path: Path, write: Callable[[BinaryIO], object], shapes: Mapping[str, list[int]] | None = None
 ) -> None:
     """With ``shapes``, of tensors by key, what was written must read back as a shard of these."""
-    with replacement(path) as temporary:
-        with temporary.open("wb") as file:
-            write(file)
-        if shapes is not None:
-            _read_back(temporary, shapes)
+    check = None if shapes is None else partial(_read_back, shapes=shapes)
+    with replacement(path, check) as temporary, temporary.open("wb") as file:
+        write(file)
 
 
 def _read_back(written: Path, shapes: Mapping[str, list[int]]) -> None:

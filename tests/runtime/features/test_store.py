@@ -266,7 +266,7 @@ def test_a_disk_that_fills_up_at_every_write(tmp_path, monkeypatch):
         fill(folder, "resume")
         assert_whole(folder)
     assert limit > 10
-    left[0] = 6
+    left[0] = 7
     with pytest.raises(
         FeaturesError, match=r"^\S*features-00001\S* cannot be written: No space left on device; 4 images"
     ):
