@@ -64,7 +64,7 @@ def _spelling(action: argparse.Action) -> str:
     value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else (action.dest or "").upper())
     value = " ".join(value) if isinstance(value, tuple) else value
     if not action.option_strings:
-        return f"`{action.metavar or action.dest}`"
+        return f"`{value}`".replace("|", r"\|") if action.metavar or action.choices else f"`{action.dest}`"
     spelling = ", ".join(action.option_strings)
     if action.nargs != 0:
         spelling += f" {value}" + (" ..." if action.nargs in ("+", "*") else "")

@@ -1,5 +1,6 @@
 """What the pages say that can be checked: links lead somewhere, options exist, the reference is what the code says."""
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -63,6 +64,16 @@ def test_options_exist(page):
             command = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
         wrong += [f"{command} {word}" for word in words if word.startswith("--") and word not in known[command]]
     assert not wrong
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "python.md"])
+def test_python_parses_and_imports_what_there_is(page):
+    import qwen2vl_trt
+
+    for block in re.findall(r"(?ms)^```python\n(.*?)^```$", page.read_text(encoding="utf-8")):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "qwen2vl_trt":
+                assert {alias.name for alias in node.names} <= set(qwen2vl_trt.__all__)
 
 
 @cache
