@@ -45,12 +45,12 @@ lint: .venv/test
 
 # The test extra brings everything that a run needs, so a run after a test installs nothing.
 .venv/run: pyproject.toml constraints.txt | .venv/bin/python
-	@echo "Installing into .venv: 1.4 GB with PyTorch for a CPU (README says how to take it), several more for CUDA; minutes."
+	@echo "Installing into .venv: 1.4 GB and 2 minutes besides the download with PyTorch for a CPU (README: Install), more for CUDA"
 	test .venv/test -nt pyproject.toml -a .venv/test -nt constraints.txt || $(INSTALL) .
 	touch $@
 
 .venv/test: pyproject.toml constraints.txt | .venv/bin/python
-	@echo "Installing the test extra into .venv: 2.6 GB with PyTorch for a CPU, several more for CUDA; minutes."
+	@echo "Installing the test extra into .venv: 2.6 GB with PyTorch for a CPU (README: Install), more for CUDA"
 	$(INSTALL) ".[test]"
 	touch $@
 
