@@ -1,11 +1,12 @@
 # `make run` and `make test` are each complete on their own: they create .venv and install what they need.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+INSTALL := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: run test test-lowest test-kernels lint clean
+.PHONY: run test check test-lowest test-kernels lint docs clean
 
 run: .venv/run
+	@echo "Building the tiny model's engines, 5 MB in artifacts/ (nothing to build when they are there), then asking:"
 	$(BIN)/python run.py --model tiny --image docs/digits.png --prompt "What digits are in the image?"
 
 # TESTS chooses some of them, and takes options: TESTS="--no-onednn-packing tests/runtime" is a CPU without AVX-512.
@@ -25,6 +26,15 @@ test-lowest: .venv/lowest/installed
 test-kernels: .venv/test .venv/kernels
 	PYTHONPATH=.venv/kernels $(BIN)/python -m pytest tests/runtime/preprocessing/test_triton_writer.py
 
+# The fast loop: lint, types, the pages, and the tests of what git says has changed since BASE (make check BASE=main).
+BASE ?= HEAD
+check: lint
+	$(BIN)/python -m pytest --numprocesses logical --dist loadfile $$($(BIN)/python tests/changed.py $(BASE))
+
+# docs/reference, from the code; tests/test_docs.py compares it.
+docs: .venv/test
+	$(BIN)/python docs/generate.py
+
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,10 +45,12 @@ lint: .venv/test
 
 # The test extra brings everything that a run needs, so a run after a test installs nothing.
 .venv/run: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing into .venv: 1.4 GB and 2 minutes besides the download with PyTorch for a CPU (README: Install), more for CUDA"
 	test .venv/test -nt pyproject.toml -a .venv/test -nt constraints.txt || $(INSTALL) .
 	touch $@
 
 .venv/test: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing the test extra into .venv: 2.6 GB with PyTorch for a CPU (README: Install), more for CUDA"
 	$(INSTALL) ".[test]"
 	touch $@
 

@@ -114,7 +114,7 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     tensorrt.add_argument(
         "--attention-mask",
         metavar="KIND",
-        help=f"{', '.join(ATTENTION_MASKS)} (default {ATTENTION_MASKS[0]}; see docs/tensorrt.md)",
+        help=f"{', '.join(ATTENTION_MASKS)} (default {ATTENTION_MASKS[0]}; see docs/design/tensorrt.md)",
     )
     tensorrt_llm = parser.add_argument_group("TensorRT-LLM")
     tensorrt_llm.add_argument("--tp-size", type=int, metavar="N", help="GPUs that share each layer (default 1)")

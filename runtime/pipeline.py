@@ -47,7 +47,7 @@ class Pipeline:
     """Runs requests on a pair of engines.
 
     Any thread of the process that made it may call its methods; they run one at a time, so that a call waits for the
-    step that another thread is in. How requests share a pipeline is told in docs/runtime.md.
+    step that another thread is in. How requests share a pipeline is told in docs/design/scheduler.md.
 
     Args:
         engines: see :func:`qwen2vl_trt.runtime.backends.runners.open_engines`.

@@ -1,4 +1,4 @@
-"""What may depart, and by how much, in each precision; docs/accuracy.md gives the reasons."""
+"""What may depart, and by how much, in each precision; docs/guide/accuracy.md gives the reasons."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 REFERENCES = ("transformers", "torch")
 EPILOG = """Exit codes: 0 within the tolerance; 1 over it, with a line that says what departs; 2 for bad input.
-docs/accuracy.md says what is compared, how errors are defined and why the limits are what they are."""
+docs/guide/accuracy.md says what is compared, how errors are defined and why the limits are what they are."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_number,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="threads that decode; default %(default)s, one a core",
+        help="threads that decode; default one a core",
     )
     add_model_arguments(parser)
 

@@ -1,6 +1,6 @@
 """The TensorRT-LLM backend: the decoder in ``tensorrt_llm.LLM``, on one GPU or several, and a vision engine beside it.
 
-It has run on no GPU yet; see docs/scale.md.
+It has run on no GPU yet; see docs/guide/scale.md.
 """
 
 from __future__ import annotations

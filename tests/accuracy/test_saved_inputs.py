@@ -73,7 +73,7 @@ def test_raw_bytes_are_the_same_numbers(saved):
 
 @pytest.mark.parametrize("graph", ["vision", "decoder"])
 def test_polygraphy_run_takes_the_engine_folder_as_it_is(tiny, saved, graph):
-    """The command of docs/accuracy.md."""
+    """The command of docs/guide/accuracy.md."""
     model = tiny["onnxruntime", "fp32"] / f"{graph}.onnx"
     tool = Path(sys.executable).with_name("polygraphy")
     arguments = ["run", model, "--onnxrt", "--load-inputs", saved / f"{graph}.json"]

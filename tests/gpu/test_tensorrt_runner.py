@@ -141,7 +141,7 @@ def test_a_warm_up_captures_all_graphs(engines, monkeypatch):
 @pytest.mark.parametrize("backend", [pytest.param(name, marks=installed(name)) for name in MODULES])
 @pytest.mark.parametrize("precision", ["bf16", "fp16-decoder"])
 def test_attention_with_lengths_sees_what_a_mask_shows(tmp_path, backend, precision):
-    """Where this fails, ``--attention-mask lengths`` is not for this release on this GPU: see docs/tensorrt.md."""
+    """Where this fails, ``--attention-mask lengths`` is not for this release and GPU: see docs/design/tensorrt.md."""
     found = []
     for kind in ATTENTION_MASKS:
         pipeline = Pipeline.from_engine_dir(build(tmp_path / kind, backend, precision, attention_mask=kind))

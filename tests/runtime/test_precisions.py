@@ -91,7 +91,7 @@ def test_an_fp16_decoder_beside_a_bf16_tower(folders):
 
 
 def test_fp8_reads_held_out_digits_as_well(folders):
-    """Through ONNX Runtime, as `run.py eval` asks them; docs/quantization.md has the figures over 1,000 of a task."""
+    """Through ONNX Runtime, as `run.py eval` asks them; docs/guide/quantization.md has figures over 1,000 of a task."""
     pipelines = [Pipeline.from_engine_dir(folders("onnxruntime", precision), "cpu") for precision in ("fp8", "fp32")]
     scenes = [scene for task in TASKS for scene in held_out_scenes(task, CASES, seed=0)]
     answers = [answer_scenes(pipeline, scenes) for pipeline in pipelines]

@@ -1,0 +1,26 @@
+"""Answers about one image, and embeddings of it, in fifteen lines.
+
+python examples/ask.py docs/digits.png "What digits are in the image?"
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from qwen2vl_trt import Pipeline, Request, SamplingParams
+
+
+def main(image: str, prompt: str) -> None:
+    """Print the answer as it comes, then what it took."""
+    pipeline = Pipeline.from_engine_dir(os.environ.get("ENGINE_DIR", "artifacts/tiny-onnxruntime-fp32"))
+    for event in pipeline.stream(Request(prompt, [image]), SamplingParams(max_tokens=64)):
+        print(event.text, end="", flush=True)
+    output = event.output
+    print(f"\n{output.prompt_tokens} prompt tokens, {output.timings.total * 1000:.0f} ms")
+    (embedding,) = pipeline.embed_images([image])  # [tokens, hidden]
+    print(f"embedding of the image: {tuple(embedding.shape)}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
