@@ -11,7 +11,7 @@ from itertools import count
 
 from ..inputs.image_listing import ImageFile
 from ..media.ahead import DEFAULT_AHEAD_BYTES, Admission
-from ..media.embedder import LoadedImage
+from ..preprocessing.medium import Medium
 from .sources import IMAGE_FAULTS, FeatureSource
 
 
@@ -35,7 +35,7 @@ class Batching:
         return 2 * max(self.max_batch_size, self.workers)
 
 
-_Decoded = tuple[str, LoadedImage | Exception]
+_Decoded = tuple[str, Medium | Exception]
 
 
 @contextmanager
@@ -52,8 +52,8 @@ def decode_ahead(
     """
     admission = Admission(DEFAULT_AHEAD_BYTES)
 
-    def load(turn: int, number: int, image: ImageFile) -> LoadedImage | Exception:
-        loaded: LoadedImage | Exception
+    def load(turn: int, number: int, image: ImageFile) -> Medium | Exception:
+        loaded: Medium | Exception
         try:
             loaded = source.load(image.path, f"image {number}", lambda nbytes: admission.admit(turn, nbytes))
         except IMAGE_FAULTS as error:
@@ -64,7 +64,7 @@ def decode_ahead(
         return loaded
 
     def items() -> Iterator[_Decoded]:
-        ahead: deque[tuple[int, str, Future[LoadedImage | Exception]]] = deque()
+        ahead: deque[tuple[int, str, Future[Medium | Exception]]] = deque()
         turns = count()
         while True:
             while len(ahead) < batching.ahead:
@@ -88,5 +88,5 @@ def decode_ahead(
         executor.shutdown(cancel_futures=True)
 
 
-def _nbytes(image: LoadedImage | Exception) -> int:
-    return image.nbytes if isinstance(image, LoadedImage) else 0
+def _nbytes(image: Medium | Exception) -> int:
+    return image.nbytes if isinstance(image, Medium) else 0

@@ -10,7 +10,7 @@ from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.runtime.features import decode_ahead as module
 from qwen2vl_trt.runtime.features.decode_ahead import Batching, decode_ahead
 from qwen2vl_trt.runtime.inputs.image_listing import ImageFile
-from qwen2vl_trt.runtime.media.embedder import LoadedImage
+from qwen2vl_trt.runtime.preprocessing.medium import Medium
 from qwen2vl_trt.runtime.preprocessing.sizes import MediaSize
 
 
@@ -19,7 +19,7 @@ class Source:
 
     def __init__(self, pixels=1, pause=0.0):
         self.loaded, self.pause = [], pause
-        self.image = LoadedImage(torch.zeros(pixels, dtype=torch.uint8), MediaSize(28, 28, 28, 28, (1, 2, 2), 1))
+        self.image = Medium(MediaSize(28, 28, 28, 28, (1, 2, 2), 1), [torch.zeros(pixels, dtype=torch.uint8)])
         self.lock = threading.Lock()
 
     def load(self, path, name, admit):
