@@ -44,6 +44,8 @@ def decode_ahead(
 ) -> Iterator[Iterator[_Decoded]]:
     """Decode images in order on threads that work ahead within the bounds, that of their bytes included.
 
+    An image counts until the caller has let go of it.
+
     Args:
         images: each with the number that error messages give it.
 
@@ -60,7 +62,7 @@ def decode_ahead(
             loaded = error
         finally:
             admission.admit(turn, 0)  # those behind it wait for its turn to be over
-        admission.hold(turn, _nbytes(loaded))
+        admission.hold(turn, loaded.nbytes if isinstance(loaded, Medium) else 0)
         return loaded
 
     def items() -> Iterator[_Decoded]:
@@ -77,7 +79,8 @@ def decode_ahead(
                 return
             turn, key, future = ahead.popleft()
             image = future.result()
-            admission.hold(turn, 0)
+            if isinstance(image, Medium):
+                admission.hand_over(turn, image)
             yield key, image
 
     executor = ThreadPoolExecutor(batching.workers, thread_name_prefix="decode")
@@ -86,7 +89,3 @@ def decode_ahead(
     finally:
         admission.close()
         executor.shutdown(cancel_futures=True)
-
-
-def _nbytes(image: Medium | Exception) -> int:
-    return image.nbytes if isinstance(image, Medium) else 0
