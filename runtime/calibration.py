@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +23,7 @@ from qwen2vl_trt.windows import Grid
 
 from .inputs.image_formats import image_suffixes
 from .inputs.image_listing import list_images
-from .inputs.images import load_image
-from .inputs.video import Video, load_video
+from .preprocessing.medium import Medium
 from .preprocessing.preprocessor import PackedPixels, Preprocessor, PreprocessorSettings
 from .request import Request
 
@@ -103,16 +101,6 @@ def _listed_pairs(path: Path) -> list[tuple[str, list[Path]]]:
     return pairs
 
 
-class _Prepared(NamedTuple):
-    """A request without its pixels: all that can be wrong with it is known."""
-
-    images: list[Tensor]
-    videos: list[Video]
-    image_grids: list[Grid]
-    video_grids: list[Grid]
-    token_ids: list[int]
-
-
 class Calibration:
     """Samples of a model from requests.
 
@@ -140,28 +128,24 @@ class Calibration:
         """The samples, each made when its turn comes; raises as :meth:`check`."""
         return map(self._sample, self._data.requests)
 
-    def _prepare(self, request: Request) -> _Prepared:
+    def _prepare(self, request: Request) -> tuple[list[Medium], list[Medium], list[int]]:
+        """A request's images, its videos and its tokens: all that can be wrong with it is known."""
         named = [image for image in request.images if isinstance(image, (str, Path))]
         make = self._preprocessor
         try:
-            images = [load_image(image) for image in request.images]
-            videos = [load_video(video, sampling=make.settings.sampling) for video in request.videos]
-            sizes = [video.source_size or load_image(video.frames[0]).shape[1:] for video in videos]
-            image_grids = [make.sizes.image(*image.shape[1:]).grid for image in images]
-            video_grids = [
-                make.sizes.video(len(video.frames), height, width, video.fps).grid
-                for video, (height, width) in zip(videos, sizes)
-            ]
-            token_ids = self._prompts.build(request.prompt, image_grids, video_grids).token_ids
+            images = [make.load_image(image, "image") for image in request.images]
+            videos = [make.load_video(video, "video") for video in request.videos]
+            prompt = self._prompts.build(request.prompt, _grids(images), _grids(videos))
         except Qwen2VLError as error:
             raise BuildError(f"calibration data{', ' if named else ''}{', '.join(map(str, named))}: {error}") from None
-        return _Prepared(images, videos, image_grids, video_grids, token_ids)
+        return images, videos, prompt.token_ids
 
     def _sample(self, request: Request) -> CalibrationSample:
-        images, videos, image_grids, video_grids, token_ids = self._prepare(request)
-        still = self._preprocessor.preprocess(images) if images else None
-        moving = self._preprocessor.preprocess(videos=videos) if videos else None
-        seconds = moving.second_per_grid_ts if moving else ()
+        images, videos, token_ids = self._prepare(request)
+        still = self._preprocessor.pack(images) if images else None
+        moving = self._preprocessor.pack(videos) if videos else None
+        image_grids, video_grids = _grids(images), _grids(videos)
+        seconds = [video.size.second_per_grid for video in videos]
         position_ids, _ = rope_index(token_ids, self._config, image_grids, video_grids, seconds)
         return CalibrationSample(
             torch.tensor(token_ids), position_ids, self._patches(still), image_grids, self._patches(moving), video_grids
@@ -173,3 +157,7 @@ class Calibration:
             return None
         groups = packed.pixel_values.view(-1, self._config.vision.merge_unit, self._config.vision.qwen2_vl_dim)
         return groups[packed.layout.merge_index].flatten(0, 1)
+
+
+def _grids(media: list[Medium]) -> list[Grid]:
+    return [medium.size.grid for medium in media]

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from operator import index
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from .detokenizer import AnswerStream
 from .exclusive import Exclusive, exclusive
 from .inputs.images import ImageLimits, ImageSource, check_pixels
 from .media.cached_media import CachedMedia
-from .media.embedder import MediaEmbedder
+from .media.embedder import MediaEmbedder, StageTimes
 from .media.embedding_cache import EmbeddingCache
 from .model_files import ModelFiles
 from .options import PipelineOptions
@@ -342,11 +343,11 @@ class Pipeline:
             MediaError: no list, or an image cannot be read; named by its number, from 1.
             LimitError: an image does not fit the engine, and sizes are strict.
         """
-        images = listed(images, "images", 4)
+        images, preprocessor = listed(images, "images", 4), self._media.preprocessor
         embeddings: list[Tensor] = []
         for first in range(0, len(images), self.profile.max_batch_size):
             group = images[first : first + self.profile.max_batch_size]
-            loaded = [self._media.load_image(source, f"image {n}") for n, source in enumerate(group, start=first + 1)]
+            loaded = [preprocessor.load_image(source, f"image {n}") for n, source in enumerate(group, start=first + 1)]
             with self._side.work(loaded) as arrival:
                 embeds = self._media.embed(loaded)[0]
             arrival.take(*embeds)
@@ -377,7 +378,7 @@ class Pipeline:
                 for number, request in enumerate(requests[first : first + self.engines.decoder.slots], start=first + 1)
             ]
             with self._side.work(group) as arrival:
-                embeds, _ = self._preparer.embed(group, self.engines.decoder.embed)
+                embeds, _ = self._embed(group)
             arrival.take(*embeds)
             longest = max(len(item.token_ids) for item in group)
             # Rows are padded on the right; no token sees what follows it.
@@ -436,10 +437,10 @@ class Pipeline:
             return
         try:
             with self._side.work(group) as arrival:
-                embeds, times = self._scheduler.embed(self._preparer, [prepared for _, prepared in group])
+                inputs, times = self._embed([prepared for _, prepared in group])
             sequences = [
                 self._sequence(waiting, prepared, inputs_embeds, arrival)
-                for (waiting, prepared), inputs_embeds in zip(group, embeds, strict=True)
+                for (waiting, prepared), inputs_embeds in zip(group, inputs, strict=True)
             ]
         except Exception as error:
             if len(group) > 1:
@@ -451,11 +452,19 @@ class Pipeline:
             waiting.output.fail(named(error, "the vision engine"))
             return
         for (waiting, prepared), sequence in zip(group, sequences, strict=True):
-            if prepared.images or prepared.videos:
+            if prepared.media:
                 waiting.output.timings.preprocess += times.preprocess
                 waiting.output.timings.vision = times.vision
             self._waiting.remove(waiting)
             self._scheduler.add(sequence)
+
+    def _embed(self, group: Sequence[Prepared]) -> tuple[list[Tensor], StageTimes]:
+        """What a decoder reads of each prompt, whose media are embedded together, and the time that media took."""
+        seen = [] if self._scheduler.takes_pixels else [item.media for item in group]
+        embeds, times = self._cached_media.embed([medium for media in seen for medium in media])
+        following = iter(embeds)
+        inputs = [self._scheduler.inputs_embeds(item, [*islice(following, len(item.media))]) for item in group]
+        return inputs, times
 
     def _sequence(
         self, waiting: WaitingRequest, prepared: Prepared, inputs_embeds: Tensor, arrival: Arrival

@@ -95,4 +95,4 @@ def _case(name: str, prompt: str, images: Sequence[ImageSource] = (), videos: Se
 
 def stacked(video: Video) -> Tensor:
     """Frames ``[T, 3, H, W]``."""
-    return torch.stack(list(video.frames))  # type: ignore[arg-type]  # load_video made them tensors
+    return torch.stack([load_image(frame) for frame in video.frames])

@@ -88,7 +88,7 @@ class Generation:
                 tokens + answer.tokens > self._max_tokens or len(running) >= self._pipeline.profile.max_batch_size
             ):
                 break
-            answer.output = self._pipeline.submit(Request(answer.prompt or "", [answer.image.pixels]), self._params)
+            answer.output = self._pipeline.submit(Request(answer.prompt or "", [*answer.image.frames]), self._params)
             running.append(answer)
             tokens += answer.tokens
         if running:

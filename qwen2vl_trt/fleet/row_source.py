@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from qwen2vl_trt.errors import LimitError, MediaError, PromptError
 from qwen2vl_trt.runtime.features.decode_ahead import Batching
 from qwen2vl_trt.runtime.features.sources import Admit, DecoderFeatures, VisionFeatures
 from qwen2vl_trt.runtime.inputs.image_listing import ImageFile
-from qwen2vl_trt.runtime.media.embedder import LoadedImage
+from qwen2vl_trt.runtime.preprocessing.medium import Medium
 from qwen2vl_trt.runtime.request import Request
 
 from .filesystem import is_uri, open_filesystem
@@ -21,18 +21,20 @@ from .memory import out_of_memory
 from .rows import Row
 
 
-@dataclass(frozen=True)
-class LoadedRow(LoadedImage):
+@dataclass(frozen=True, eq=False)
+class LoadedRow(Medium):
     """A decoded image with the row that it is of."""
 
-    row: Row
+    row: Row = field(kw_only=True)
 
 
 class PromptedDecoderFeatures(DecoderFeatures):
     """The decoder's hidden states over each row's own prompt."""
 
-    def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
-        requests = [Request(image.row.prompt or "", [image.pixels]) for image in images if isinstance(image, LoadedRow)]
+    def extract(self, images: Sequence[Medium]) -> list[Tensor]:
+        requests = [
+            Request(image.row.prompt or "", [*image.frames]) for image in images if isinstance(image, LoadedRow)
+        ]
         return self._pipeline.hidden_states(requests)
 
 
@@ -56,7 +58,7 @@ class RowSource:
             self._rows[row.id] = row
             yield ImageFile(row.id, row.id)
 
-    def load(self, path: str, name: str, admit: Admit) -> LoadedImage:
+    def load(self, path: str, name: str, admit: Admit) -> Medium:
         row = self._rows.pop(path)
         if self.journal is not None:
             self.journal.start(row.id)
@@ -64,9 +66,9 @@ class RowSource:
             raise MediaError(f"row {row.id}: {row.fault}")
         assert row.image is not None
         image = self._source.load(_fetch(row.image, row.id), f"row {row.id}", admit)
-        return LoadedRow(image.pixels, image.size, row)
+        return LoadedRow(image.size, image.frames, row=row)
 
-    def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
+    def extract(self, images: Sequence[Medium]) -> list[Tensor]:
         features: list[Tensor] = []
         waiting = list(images)
         while waiting:
@@ -85,7 +87,7 @@ class RowSource:
             self._shrink(group, reason)  # here, where the exception no longer holds the tensors of the call
         return features
 
-    def _fitting(self, images: list[LoadedImage]) -> list[LoadedImage]:
+    def _fitting(self, images: list[Medium]) -> list[Medium]:
         tokens = 0
         for count, image in enumerate(images):
             tokens += image.size.tokens
@@ -93,7 +95,7 @@ class RowSource:
                 return images[:count]
         return images
 
-    def _shrink(self, group: list[LoadedImage], reason: str) -> None:
+    def _shrink(self, group: list[Medium], reason: str) -> None:
         tokens = sum(image.size.tokens for image in group)
         torch.cuda.empty_cache()
         if len(group) == 1:

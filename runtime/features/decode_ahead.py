@@ -11,7 +11,7 @@ from itertools import count
 
 from ..inputs.image_listing import ImageFile
 from ..media.ahead import DEFAULT_AHEAD_BYTES, Admission
-from ..media.embedder import LoadedImage
+from ..preprocessing.medium import Medium
 from .sources import IMAGE_FAULTS, FeatureSource
 
 
@@ -35,7 +35,7 @@ class Batching:
         return 2 * max(self.max_batch_size, self.workers)
 
 
-_Decoded = tuple[str, LoadedImage | Exception]
+_Decoded = tuple[str, Medium | Exception]
 
 
 @contextmanager
@@ -43,6 +43,8 @@ def decode_ahead(
     source: FeatureSource, images: Iterator[tuple[int, ImageFile]], batching: Batching
 ) -> Iterator[Iterator[_Decoded]]:
     """Decode images in order on threads that work ahead within the bounds, that of their bytes included.
+
+    An image counts until the caller has let go of it.
 
     Args:
         images: each with the number that error messages give it.
@@ -52,19 +54,19 @@ def decode_ahead(
     """
     admission = Admission(DEFAULT_AHEAD_BYTES)
 
-    def load(turn: int, number: int, image: ImageFile) -> LoadedImage | Exception:
-        loaded: LoadedImage | Exception
+    def load(turn: int, number: int, image: ImageFile) -> Medium | Exception:
+        loaded: Medium | Exception
         try:
             loaded = source.load(image.path, f"image {number}", lambda nbytes: admission.admit(turn, nbytes))
         except IMAGE_FAULTS as error:
             loaded = error
         finally:
             admission.admit(turn, 0)  # those behind it wait for its turn to be over
-        admission.hold(turn, _nbytes(loaded))
+        admission.hold(turn, loaded.nbytes if isinstance(loaded, Medium) else 0)
         return loaded
 
     def items() -> Iterator[_Decoded]:
-        ahead: deque[tuple[int, str, Future[LoadedImage | Exception]]] = deque()
+        ahead: deque[tuple[int, str, Future[Medium | Exception]]] = deque()
         turns = count()
         while True:
             while len(ahead) < batching.ahead:
@@ -77,7 +79,8 @@ def decode_ahead(
                 return
             turn, key, future = ahead.popleft()
             image = future.result()
-            admission.hold(turn, 0)
+            if isinstance(image, Medium):
+                admission.hand_over(turn, image)
             yield key, image
 
     executor = ThreadPoolExecutor(batching.workers, thread_name_prefix="decode")
@@ -86,7 +89,3 @@ def decode_ahead(
     finally:
         admission.close()
         executor.shutdown(cancel_futures=True)
-
-
-def _nbytes(image: LoadedImage | Exception) -> int:
-    return image.nbytes if isinstance(image, LoadedImage) else 0

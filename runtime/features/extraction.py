@@ -12,7 +12,7 @@ from torch import Tensor
 from qwen2vl_trt.windows import Grid
 
 from ..inputs.image_listing import ImageFile
-from ..media.embedder import LoadedImage
+from ..preprocessing.medium import Medium
 from .decode_ahead import Batching, decode_ahead
 from .sources import IMAGE_FAULTS, FeatureSource
 
@@ -97,7 +97,7 @@ def extract_features(
         PromptError: the prompt is wrong, whatever the image.
     """
     run, began = Extraction(), time.perf_counter()
-    batch: list[tuple[str, LoadedImage]] = []
+    batch: list[tuple[str, Medium]] = []
     tokens = 0
 
     def finish_batch() -> None:
@@ -154,7 +154,7 @@ def _missing(images: Iterable[ImageFile], store: Store, run: Extraction) -> Iter
             yield number, image
 
 
-def _extract_each(source: FeatureSource, images: list[LoadedImage]) -> list[Tensor | Exception]:
+def _extract_each(source: FeatureSource, images: list[Medium]) -> list[Tensor | Exception]:
     """Features of each image or what is wrong with it; the neighbours of a faulty one are not lost."""
     try:
         return list(source.extract(images))

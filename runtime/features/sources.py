@@ -11,8 +11,9 @@ from qwen2vl_trt.errors import LimitError, MediaError
 
 from ..backends.layer_output import end_decoder_after, end_vision_after, patches_in_raster_order
 from ..inputs.images import ImageLimits, decoding_bytes
-from ..media.embedder import LoadedImage, MediaEmbedder
+from ..media.embedder import MediaEmbedder
 from ..pipeline import Pipeline
+from ..preprocessing.medium import Medium
 from ..preprocessing.preprocessor import Preprocessor
 from ..request import Request
 
@@ -26,14 +27,14 @@ IMAGE_FAULTS = (MediaError, LimitError)
 class FeatureSource(Protocol):
     """One way to make features of images."""
 
-    def load(self, path: str, name: str, admit: Admit) -> LoadedImage:
+    def load(self, path: str, name: str, admit: Admit) -> Medium:
         """Read an image, ask for the memory that decoding it takes, decode and check it; on any thread.
 
         Raises MediaError and LimitError.
         """
         ...
 
-    def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
+    def extract(self, images: Sequence[Medium]) -> list[Tensor]:
         """Features ``[tokens, width]`` of each of at most ``max_batch_size`` images."""
         ...
 
@@ -65,12 +66,12 @@ class VisionFeatures:
         )
         self._media = MediaEmbedder(preprocessor, engines.vision, pipeline.profile, self._config)
 
-    def load(self, path: str | bytes, name: str, admit: Admit) -> LoadedImage:
+    def load(self, path: str | bytes, name: str, admit: Admit) -> Medium:
         admit(decoding_bytes(path))
-        return self._media.load_image(path, name)
+        return self._media.preprocessor.load_image(path, name)
 
-    def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
-        embeds, _, _ = self._media.embed(images)
+    def extract(self, images: Sequence[Medium]) -> list[Tensor]:
+        embeds, _ = self._media.embed(images)
         if self._layer is None:
             return embeds
         merge = self._config.spatial_merge_size
@@ -96,8 +97,8 @@ class DecoderFeatures:
         if layer is not None:
             end_decoder_after(pipeline.engines, layer)
 
-    def load(self, path: str | bytes, name: str, admit: Admit) -> LoadedImage:
+    def load(self, path: str | bytes, name: str, admit: Admit) -> Medium:
         return self._vision.load(path, name, admit)
 
-    def extract(self, images: Sequence[LoadedImage]) -> list[Tensor]:
-        return self._pipeline.hidden_states([Request(self._prompt, [image.pixels]) for image in images])
+    def extract(self, images: Sequence[Medium]) -> list[Tensor]:
+        return self._pipeline.hidden_states([Request(self._prompt, [*image.frames]) for image in images])

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -21,7 +22,7 @@ from qwen2vl_trt.media_options import VideoOptions
 
 from .animation import Animation, is_picture
 from .bounded_file import BoundedFile
-from .clips import Clip, VideoFile, sample
+from .clips import Clip, VideoFile, held, sample
 from .files import MAX_VIDEO_BYTES, labelled, opened, too_large
 from .frame_sampling import DEFAULT_FPS, FrameSampling
 from .images import ImageLimits, ImageSource, channels_first, load_image, rgb
@@ -36,15 +37,24 @@ class Video:
     """Frames of one size, in order, and their rate.
 
     Attributes:
-        frames: images (see :data:`~qwen2vl_trt.runtime.inputs.images.ImageSource`); ``[3, H, W]`` tensors once loaded.
+        frames: images (see :data:`~qwen2vl_trt.runtime.inputs.images.ImageSource`).
         fps: frames per second of these frames, that is, after sampling.
-        source_size: height and width that they had in their file; None where they have not been loaded. Those of a
-            very large video are held smaller.
     """
 
     frames: Sequence[ImageSource]
     fps: float
-    source_size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class LoadedVideo(Video):
+    """``[3, H, W]`` tensors, and the height and width that they came in; those of a very large video are held smaller.
+
+    Attributes:
+        source_size: of the frames before that.
+    """
+
+    frames: Sequence[Tensor]
+    source_size: tuple[int, int]
 
 
 VideoSource = Video | str | Path | bytes | BoundedFile | np.ndarray | Tensor | Sequence[ImageSource]
@@ -72,7 +82,7 @@ def load_video(
     sampling: FrameSampling | None = None,
     name: str | None = None,
     limits: ImageLimits | None = None,
-) -> Video:
+) -> LoadedVideo:
     """Read one video.
 
     A file is read in the containers MP4, MOV and 3GP, Matroska and WebM, AVI, MPEG, FLV, ASF and Ogg, as raw H.264 or
@@ -103,9 +113,7 @@ def load_video(
         label = labelled(source, name)
         with opened_video(source, label) as file:
             return _from_file(file, options, sampling or FrameSampling(), label)
-    if isinstance(source, (bytearray, memoryview)):
-        source = bytes(source)
-    if isinstance(source, bytes):
+    if isinstance(source, (bytes, bytearray, memoryview)):
         if not len(source):
             raise MediaError(f"{label}: empty (0 bytes)")
         return _from_file(BytesIO(source), options, sampling or FrameSampling(), label)
@@ -115,7 +123,7 @@ def load_video(
         raise MediaError(
             f"{label}: a {type(source).__name__} is no video; give a path, bytes, an array or a list of frames"
         )
-    return _from_memory(source, options, limits, label)  # type: ignore[arg-type]  # bytes are read above
+    return _from_memory(source, options, limits, label)
 
 
 @contextmanager
@@ -131,19 +139,19 @@ def opened_video(path: str | Path, label: str) -> Iterator[BoundedFile]:
         yield BoundedFile(file)
 
 
-def _from_file(file: VideoFile, options: VideoOptions, sampling: FrameSampling, label: str) -> Video:
+def _from_file(file: VideoFile, options: VideoOptions, sampling: FrameSampling, label: str) -> LoadedVideo:
     sampling = requested_sampling(options, sampling, label)
     clip: Clip = Animation(file, label) if is_picture(file) else VideoStream(file, label)
     frames, fps = sample(clip, sampling, options.video_start, options.video_end, label)
-    return Video(_same_size(frames, label), fps, clip.size)
+    return LoadedVideo(list(_same_size(frames, label)), fps, clip.size)
 
 
 def _from_memory(
-    source: Video | np.ndarray | Tensor | Sequence[ImageSource],
+    source: Video | np.ndarray | Tensor | Sequence[Any],
     options: VideoOptions,
     limits: ImageLimits | None,
     label: str,
-) -> Video:
+) -> LoadedVideo:
     size = None
     fps = requested_rate(options, label)
     if isinstance(source, Video):
@@ -151,26 +159,29 @@ def _from_memory(
             own = VideoOptions(fps=source.fps).fps
         except MediaError as error:
             raise MediaError(f"{label}: {error}") from None
-        fps, size, source = fps or own, source.source_size, source.frames
+        size = source.source_size if isinstance(source, LoadedVideo) else None
+        fps, source = fps or own, source.frames
     if not len(source):
         raise MediaError(f"{label}: no frames")
-    frames = _same_size(_frames(source, label, limits), label)
+    frames = []
+    for frame, given in zip(_same_size(_frames(source, label, limits), label), source):
+        size = size or (frame.shape[1], frame.shape[2])
+        # Those that are decoded here are held as small as a file's; the others the caller has in memory.
+        frames.append(frame if isinstance(given, (np.ndarray, Tensor)) else held(frame, len(source), label))
+    assert size is not None  # there are frames
     if fps is None:
         _logger.warning("%s: no rate given for its frames; %g a second are assumed (sample_fps)", label, DEFAULT_FPS)
-    height, width = frames[0].shape[1:]
-    return Video(frames, fps or DEFAULT_FPS, size or (height, width))
+    return LoadedVideo(frames, fps or DEFAULT_FPS, size)
 
 
-def _frames(
-    source: np.ndarray | Tensor | Sequence[ImageSource], label: str, limits: ImageLimits | None
-) -> list[Tensor]:
+def _frames(source: np.ndarray | Tensor | Sequence[Any], label: str, limits: ImageLimits | None) -> Iterable[Tensor]:
     if not isinstance(source, (np.ndarray, Tensor)):
         floats = [frame for frame in source if isinstance(frame, Tensor) and frame.is_floating_point()]
         brightest = max((float(frame.max()) for frame in floats if frame.numel()), default=0)
-        return [
+        return (
             load_image(frame, name=f"{label}, frame {number}", limits=limits, brightest=brightest)
             for number, frame in enumerate(source, start=1)
-        ]
+        )
     if source.ndim != 4:
         raise MediaError(f"{label}: shape {list(source.shape)} is not [T, C, H, W] or [T, H, W, C]")
     first, last = source.shape[1] in (1, 3, 4), source.shape[3] in (1, 3, 4)
@@ -180,17 +191,19 @@ def _frames(
         source = channels_first(source, label)
     elif last and not first:
         source = source.movedim(3, 1)
-    return list(rgb(source, label).unbind(0))
+    return rgb(source, label).unbind(0)
 
 
-def _same_size(frames: list[Tensor], label: str) -> list[Tensor]:
-    height, width = frames[0].shape[1:]
+def _same_size(frames: Iterable[Tensor], label: str) -> Iterator[Tensor]:
+    first = None
     for number, frame in enumerate(frames, start=1):
+        first = frame if first is None else first
+        height, width = first.shape[1:]
         if frame.shape[1:] != (height, width):
             raise MediaError(
                 f"{label}: frame {number} is {frame.shape[2]}x{frame.shape[1]}, frame 1 is {width}x{height};"
                 " all frames must have one size"
             )
-        if frame.dtype != frames[0].dtype:
-            raise MediaError(f"{label}: frame {number} is {frame.dtype}, frame 1 is {frames[0].dtype}")
-    return frames
+        if frame.dtype != first.dtype:
+            raise MediaError(f"{label}: frame {number} is {frame.dtype}, frame 1 is {first.dtype}")
+        yield frame

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -11,32 +11,16 @@ from torch import Tensor
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 
 from ..inputs.files import labelled
-from ..inputs.images import ImageSource
+from ..inputs.images import ImageSource, file_bytes
 from ..inputs.video import BoundedFile, VideoSource, opened_video
+from ..preprocessing.medium import Medium
 from ..preprocessing.sizes import MediaSize
 from .content_keys import PixelKeys, contents_key, file_key
-from .embedder import LoadedImage, LoadedVideo, MediaEmbedder, StageTimes
-from .embedding_cache import CachedEmbedding, EmbeddingCache
+from .embedder import MediaEmbedder, StageTimes
+from .embedding_cache import EmbeddingCache
 
-
-@dataclass(frozen=True)
-class Medium:
-    """An image or a video of a request.
-
-    Attributes:
-        key: names its content and what it is resized to, 16 bytes.
-        size: what it is resized to.
-        content: its pixels, or its embedding where that was in the cache.
-    """
-
-    key: bytes
-    size: MediaSize
-    content: LoadedImage | LoadedVideo | CachedEmbedding
-
-    @property
-    def nbytes(self) -> int:
-        """Of its pixels; an embedding is the cache's."""
-        return 0 if isinstance(self.content, CachedEmbedding) else self.content.nbytes
+_MOST_SIZES = 4096
+"""Video files whose whole size is remembered, a few hundred bytes each."""
 
 
 class CachedMedia:
@@ -51,76 +35,85 @@ class CachedMedia:
     """
 
     def __init__(self, media: MediaEmbedder, cache: EmbeddingCache) -> None:
-        self._media, self._cache = media, cache
+        self._media, self._load, self._cache = media, media.preprocessor, cache
         self._pixel_keys = PixelKeys()
+        self._whole_sizes: dict[bytes, MediaSize] = {}  # of video files that were made shorter
         self.hits = self.misses = 0
 
     def load_image(self, source: ImageSource, name: str, options: ImageOptions = ImageOptions()) -> Medium:
-        """Find an image in the cache or load it; raises as ``MediaEmbedder.load_image``."""
-        contents = self._media.file_bytes(source, name)
+        """Find an image in the cache or load it; raises as ``Preprocessor.load_image``."""
+        contents = file_bytes(source, name=name, limits=self._load.image_limits)
         key = contents_key(contents, f"image {options}") if contents else None
         entry = self._cache.find(key) if key else None
-        if key and entry:
-            return Medium(key, entry.size, entry)
-        image = self._media.load_image(source, name, options, contents)
-        return self._medium(key or self._pixel_keys.key([image.pixels], str(image.size.grid)), image)
+        return entry or self._keyed(self._load.load_image(source, name, options, contents), key)
 
-    def load_video(self, source: VideoSource, name: str, options: VideoOptions = VideoOptions()) -> Medium:
-        """The same for a video; raises as :meth:`qwen2vl_trt.runtime.media.embedder.MediaEmbedder.load_video`."""
+    def load_video(
+        self, source: VideoSource, name: str, options: VideoOptions = VideoOptions(), whole: bool = True
+    ) -> Medium:
+        """The same for a video; raises as ``Preprocessor.load_video``.
+
+        Args:
+            source: see there.
+            name: what error messages call it.
+            options: of its frames and their size.
+            whole: False gives the size alone of a file that :meth:`shorten` has made shorter before: it probably will
+                again, and then not be decoded.
+        """
         if isinstance(source, (str, Path)):
             label = labelled(source, name)
             with opened_video(source, label) as file:  # once: what is decoded is what the key names
-                return self.load_video(file, label, options)
+                return self.load_video(file, label, options, whole)
         key = self._video_file_key(source, options)
-        entry = self._cache.find(key) if key else None
-        if key and entry:
-            return Medium(key, entry.size, entry)
-        video = self._media.load_video(source, name, options)
-        # load_video leaves tensors as frames
-        frames: Sequence[Tensor] = video.video.frames  # type: ignore[assignment]
-        return self._medium(key or self._pixel_keys.key(frames, str(video.size.grid)), video)
+        if key and (entry := self._cache.find(key)):
+            return entry
+        if key and not whole and (size := self._whole_sizes.get(key)):
+            return Medium(size, key=key)
+        return self._keyed(self._load.load_video(source, name, options), key)
 
     def shorten(
         self, medium: Medium, tokens: int, source: VideoSource, name: str, options: VideoOptions
     ) -> Medium | None:
-        """What :meth:`load_video` gave, of at most so many tokens; None if that cannot be.
+        """What :meth:`load_video` gave, of at most so many tokens, by smaller frames and then by fewer.
 
-        See :meth:`qwen2vl_trt.runtime.media.embedder.MediaEmbedder.shorten`.
+        None where neither is enough.
         """
-        loaded = medium.content
-        if not isinstance(loaded, LoadedVideo):  # in the cache as a whole
-            loaded = self._media.load_video(source, name, options)
-        shorter = self._media.shorten(loaded, tokens, name, options)
+        shorter = self._load.sizes.video_within(tokens, medium.size, name=name, options=options)
         if shorter is None:
             return None
-        return self._medium(contents_key(medium.key, f"{shorter.size.grid} {shorter.size.frames}"), shorter)
+        size, kept = shorter
+        if len(self._whole_sizes) >= _MOST_SIZES:
+            self._whole_sizes.clear()
+        self._whole_sizes[medium.key] = medium.size
+        key = contents_key(medium.key, f"{size.grid} {size.frames}")
+        if entry := self._cache.find(key):
+            return replace(entry, size=size)
+        frames = medium.frames or self._load.load_video(source, name, options).frames
+        return Medium(size, [frames[number] for number in kept], key=key)
 
     def embed(self, media: Sequence[Medium]) -> tuple[list[Tensor], StageTimes]:
         """Embeddings ``[tokens, C]`` of each, equal contents once, and the time that the engine took."""
         found: dict[bytes, Tensor] = {}
         missing: dict[bytes, Medium] = {}
         for medium in media:
-            entry = medium.content if isinstance(medium.content, CachedEmbedding) else self._cache.find(medium.key)
-            if entry is not None:
+            entry = medium if medium.embeds is not None else self._cache.find(medium.key)
+            if entry is not None and entry.embeds is not None:
                 found[medium.key] = entry.embeds
             else:
                 missing.setdefault(medium.key, medium)
-        contents = [(medium, medium.content) for medium in missing.values()]
-        images = [(medium, content) for medium, content in contents if isinstance(content, LoadedImage)]
-        videos = [(medium, content) for medium, content in contents if isinstance(content, LoadedVideo)]
-        image_embeds, video_embeds, times = self._media.embed([image for _, image in images], [v for _, v in videos])
+        embeds, times = self._media.embed(list(missing.values()))
         self.misses += len(missing)
         self.hits += len(media) - len(missing)
-        for (medium, _), embeds in zip([*images, *videos], [*image_embeds, *video_embeds], strict=True):
-            found[medium.key] = embeds
-            self._cache.store(medium.key, CachedEmbedding(embeds, medium.size))
+        for medium, made in zip(missing.values(), embeds, strict=True):
+            found[medium.key] = made
+            self._cache.store(medium.key, made, medium.size)
         return [found[medium.key] for medium in media], times
 
-    def _medium(self, key: bytes, loaded: LoadedImage | LoadedVideo) -> Medium:
-        return Medium(key, loaded.size, self._cache.find(key) or loaded)
+    def _keyed(self, loaded: Medium, key: bytes | None) -> Medium:
+        key = key or self._pixel_keys.key(loaded.frames, str(loaded.size.grid))
+        return replace(self._cache.find(key) or loaded, key=key, size=loaded.size)
 
     def _video_file_key(self, source: VideoSource, options: VideoOptions) -> bytes | None:
-        kind = f"video {self._media.sampling} {options}"
+        kind = f"video {self._load.settings.sampling} {options}"
         if isinstance(source, BoundedFile):
             return file_key(source, kind)
         return contents_key(source, kind) if isinstance(source, bytes) else None

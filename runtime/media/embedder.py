@@ -4,48 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.engines.profile import BuildProfile
-from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.windows import Grid, window_layout
 
 from ..backends.runners import VisionRunner
-from ..inputs.files import labelled
-from ..inputs.images import ImageSource, file_bytes
-from ..inputs.video import FrameSampling, Video, VideoSource, load_video
+from ..preprocessing.medium import Medium
 from ..preprocessing.preprocessor import PackedPixels, Preprocessor
-from ..preprocessing.sizes import MediaSize
-
-
-@dataclass(frozen=True)
-class LoadedImage:
-    """Decoded pixels ``[3, H, W]`` and the size that they will have."""
-
-    pixels: Tensor
-    size: MediaSize
-
-    @property
-    def nbytes(self) -> int:
-        return self.pixels.nbytes
-
-
-@dataclass(frozen=True)
-class LoadedVideo:
-    """Sampled frames and the size that they will have."""
-
-    video: Video
-    size: MediaSize
-
-    @property
-    def nbytes(self) -> int:
-        # load_video leaves tensors as frames
-        frames: Sequence[Tensor] = self.video.frames  # type: ignore[assignment]
-        return sum(frame.nbytes for frame in frames)
 
 
 @dataclass
@@ -57,10 +27,10 @@ class StageTimes:
 
 
 class MediaEmbedder:
-    """Loads, checks and embeds.
+    """Preprocesses and embeds, as few engine calls as the profile allows.
 
     Args:
-        preprocessor: makes the pixels, of sizes that the engine takes.
+        preprocessor: loads media, in sizes that the engine takes, and makes their pixels.
         runner: the vision engine.
         profile: its limits.
         config: the vision tower.
@@ -69,82 +39,24 @@ class MediaEmbedder:
     def __init__(
         self, preprocessor: Preprocessor, runner: VisionRunner, profile: BuildProfile, config: VisionConfig
     ) -> None:
-        self._preprocessor, self._runner, self._profile, self._config = preprocessor, runner, profile, config
+        self.preprocessor, self._runner, self._profile, self._config = preprocessor, runner, profile, config
         self._pixels: Tensor | None = None  # of the largest batch so far: free again once its engine call has returned
 
-    @property
-    def sampling(self) -> FrameSampling:
-        """Which frames of a video file are kept where a request does not say."""
-        return self._preprocessor.settings.sampling
-
-    def file_bytes(self, source: ImageSource, name: str) -> bytes | None:
-        """What an image file holds, see :func:`qwen2vl_trt.runtime.inputs.images.file_bytes`."""
-        return file_bytes(source, name=name, limits=self._preprocessor.image_limits)
-
-    def load_image(
-        self, source: ImageSource, name: str, options: ImageOptions = ImageOptions(), contents: bytes | None = None
-    ) -> LoadedImage:
-        """Decode an image and decide its size.
-
-        Args:
-            source: see :data:`qwen2vl_trt.runtime.inputs.images.ImageSource`.
-            name: what error messages call it.
-            options: of its size.
-            contents: of the file, where somebody has read it already.
-
-        Raises:
-            MediaError: it cannot be read.
-            LimitError: it does not fit the engine, and sizes are strict.
-        """
-        if contents is None:
-            (pixels,) = self._preprocessor.load_images([source], [name])
-        else:
-            (pixels,) = self._preprocessor.load_images([contents], [labelled(source, name)])
-        height, width = pixels.shape[1:]
-        size = self._preprocessor.sizes.image(height, width, name=labelled(source, name), options=options)
-        return LoadedImage(pixels, size)
-
-    def load_video(self, source: VideoSource, name: str, options: VideoOptions = VideoOptions()) -> LoadedVideo:
-        """Decode and sample a video and decide its frames' size; raises as :meth:`load_image`.
-
-        Args:
-            source: see :data:`qwen2vl_trt.runtime.inputs.video.VideoSource`.
-            name: what error messages call it.
-            options: of its frames and their size.
-        """
-        video = load_video(source, options, sampling=self.sampling, name=name, limits=self._preprocessor.image_limits)
-        assert video.source_size is not None  # as load_video gives it
-        height, width = video.source_size
-        size = self._preprocessor.sizes.video(
-            len(video.frames), height, width, video.fps, name=labelled(source, name), options=options
-        )
-        return LoadedVideo(video, size)
-
-    def shorten(self, loaded: LoadedVideo, tokens: int, name: str, options: VideoOptions) -> LoadedVideo | None:
-        """A video of at most so many tokens, by smaller frames and then by fewer; None where neither is enough."""
-        shorter = self._preprocessor.sizes.video_within(tokens, loaded.size, name=name, options=options)
-        if shorter is None:
-            return None
-        size, kept = shorter
-        video = loaded.video
-        frames = [video.frames[index] for index in kept]
-        return LoadedVideo(replace(video, frames=frames, fps=video.fps * len(frames) / len(video.frames)), size)
-
-    def embed(
-        self, images: Sequence[LoadedImage], videos: Sequence[LoadedVideo] = ()
-    ) -> tuple[list[Tensor], list[Tensor], StageTimes]:
-        """Embed any mix of sizes, as few engine calls as the profile allows, see :meth:`_groups`.
+    def embed(self, media: Sequence[Medium]) -> tuple[list[Tensor], StageTimes]:
+        """Embed any mix of sizes by their pixels: images together, see :meth:`_groups`, and each video alone.
 
         Returns:
-            ``[tokens, C]`` of each image and of each video, and the time spent.
+            ``[tokens, C]`` of each, and the time spent.
         """
         times = StageTimes()
-        image_embeds: list[Tensor] = []
-        for group in self._groups([image.size.grid for image in images]):
-            packed = self._timed_preprocess(times, images=images[group])
-            image_embeds += self._run(packed, times).split(packed.layout.tokens_per_item)
-        video_embeds = [self._run(self._timed_preprocess(times, videos=[video]), times) for video in videos]
-        return image_embeds, video_embeds, times
+        found: dict[int, Tensor] = {}
+        images = [number for number, medium in enumerate(media) if not medium.is_video]
+        calls = [images[group] for group in self._groups([media[number].size.grid for number in images])]
+        calls += [[number] for number, medium in enumerate(media) if medium.is_video]
+        for numbers in calls:
+            packed = self._pack([media[number] for number in numbers], times)
+            found |= zip(numbers, self._run(packed, times).split(packed.layout.tokens_per_item))
+        return [found[number] for number in range(len(media))], times
 
     def _groups(self, grids: Sequence[Grid]) -> Iterator[slice]:
         """Neighbours of one engine call: up to ``max_batch_size``, with no more pairs of patches than one image has.
@@ -162,16 +74,9 @@ class MediaEmbedder:
         if grids:
             yield slice(start, len(grids))
 
-    def _timed_preprocess(
-        self, times: StageTimes, images: Sequence[LoadedImage] = (), videos: Sequence[LoadedVideo] = ()
-    ) -> PackedPixels:
+    def _pack(self, media: Sequence[Medium], times: StageTimes) -> PackedPixels:
         began = time.perf_counter()
-        packed = self._preprocessor.preprocess(
-            [image.pixels for image in images],
-            [video.video for video in videos],
-            grids=[image.size.grid for image in images] + [video.size.grid for video in videos],
-            out=self._pixels,
-        )
+        packed = self.preprocessor.pack(media, self._pixels)
         if self._pixels is None or packed.pixel_values.numel() > self._pixels.numel():
             self._pixels = packed.pixel_values.view(-1)
         times.preprocess += time.perf_counter() - began

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from threading import Lock
 
 from torch import Tensor
 
+from ..preprocessing.medium import Medium
 from ..preprocessing.sizes import MediaSize
-
-
-@dataclass(frozen=True)
-class CachedEmbedding:
-    """``embeds [tokens, C]`` on the engine's device, and the size that they are of."""
-
-    embeds: Tensor
-    size: MediaSize
 
 
 class EmbeddingCache:
@@ -33,32 +25,34 @@ class EmbeddingCache:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.nbytes = self.evictions = 0
-        self._entries: OrderedDict[bytes, CachedEmbedding] = OrderedDict()
+        self._entries: OrderedDict[bytes, tuple[Tensor, MediaSize]] = OrderedDict()
         self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, key: bytes) -> CachedEmbedding | None:
-        """What is held under a key, which makes it the most recently used."""
+    def find(self, key: bytes) -> Medium | None:
+        """What is embedded under a key, which makes it the most recently used."""
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None:
-                self._entries.move_to_end(key)
-            return entry
+            if entry is None:
+                return None
+            self._entries.move_to_end(key)
+        embeds, size = entry
+        return Medium(size, embeds=embeds, key=key)
 
-    def store(self, key: bytes, entry: CachedEmbedding) -> None:
-        """Keep a copy, unless it alone exceeds the limit; the least recently used make room."""
-        if key in self._entries or entry.embeds.nbytes > self.limit:
+    def store(self, key: bytes, embeds: Tensor, size: MediaSize) -> None:
+        """Keep a copy of ``[tokens, C]``, unless it alone is over the limit; the least recently used make room."""
+        if key in self._entries or embeds.nbytes > self.limit:
             return
         # A copy: a view would keep the whole batch that it was computed in.
-        entry = CachedEmbedding(entry.embeds.clone(), entry.size)
+        embeds = embeds.clone()
         with self._lock:
-            self._entries[key] = entry
-            self.nbytes += entry.embeds.nbytes
+            self._entries[key] = embeds, size
+            self.nbytes += embeds.nbytes
             while self.nbytes > self.limit:
-                _, dropped = self._entries.popitem(last=False)
-                self.nbytes -= dropped.embeds.nbytes
+                _, (dropped, _) = self._entries.popitem(last=False)
+                self.nbytes -= dropped.nbytes
                 self.evictions += 1
 
     def clear(self) -> None:

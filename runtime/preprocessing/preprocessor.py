@@ -23,14 +23,17 @@ from torch import Tensor
 
 from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.windows import Grid, WindowLayout, window_layout
 
+from ..inputs.files import labelled
 from ..inputs.images import ImageLimits, ImageSource, load_image
 from ..inputs.jpeg_decoder import JpegDecoder, check_gpu_decoding
 from ..inputs.video import VideoSource, load_video
 from .frames import Frame, FrameWriter, window_rows_and_columns
 from .host_writer import HostWriter
-from .settings import PixelSettings, PreprocessorSettings
+from .medium import Medium
+from .settings import PreprocessorSettings
 from .sizes import SizeRules
 from .staging import DEFAULT_LIMIT, Staging
 from .torch_writer import TorchWriter
@@ -124,56 +127,89 @@ class Preprocessor:
             load_image(source, name=name, limits=self.image_limits) for source, name in zip(sources, names, strict=True)
         ]
 
+    def load_image(
+        self, source: ImageSource, name: str, options: ImageOptions = ImageOptions(), contents: bytes | None = None
+    ) -> Medium:
+        """Decode an image and decide its size.
+
+        Args:
+            source: see :data:`~qwen2vl_trt.runtime.inputs.images.ImageSource`.
+            name: what error messages call it.
+            options: of its size.
+            contents: of the file, where somebody has read it already.
+
+        Raises:
+            MediaError: it cannot be read.
+            LimitError: it does not fit the engine, and sizes are strict.
+        """
+        label = labelled(source, name)
+        (pixels,) = self.load_images([source], [name]) if contents is None else self.load_images([contents], [label])
+        return self._image(pixels, label, options)
+
+    def load_video(self, source: VideoSource, name: str, options: VideoOptions = VideoOptions()) -> Medium:
+        """Decode and sample a video and decide its frames' size; raises as :meth:`load_image`.
+
+        Args:
+            source: see :data:`~qwen2vl_trt.runtime.inputs.video.VideoSource`.
+            name: what error messages call it.
+            options: of its frames and their size.
+        """
+        video = load_video(source, options, sampling=self.settings.sampling, name=name, limits=self.image_limits)
+        height, width = video.source_size
+        label = labelled(source, name)
+        size = self.sizes.video(len(video.frames), height, width, video.fps, name=label, options=options)
+        return Medium(size, video.frames)
+
     def preprocess(
         self,
         images: Sequence[ImageSource] = (),
         videos: Sequence[VideoSource] = (),
         *,
-        grids: Sequence[Grid] | None = None,
         out: Tensor | None = None,
     ) -> PackedPixels:
-        """Resize, normalise and patchify a batch of any mix of sizes.
+        """Load and :meth:`pack` a batch of any mix of sizes, named ``image 2`` or ``video 1`` in errors.
 
         Args:
-            images: see :func:`~qwen2vl_trt.runtime.inputs.images.load_image`, which costs nothing for tensors it has
-                loaded.
-            videos: see :func:`~qwen2vl_trt.runtime.inputs.video.load_video`; files are sampled as ``settings.sampling``
-                says.
-            grids: to resize each image, then each video, to; by default what ``sizes`` says of them.
+            images: as :meth:`load_image` takes them.
+            videos: as :meth:`load_video` takes them.
+            out: see :meth:`pack`.
+
+        Raises:
+            MediaError: what the loaders and ``sizes`` refuse.
+            ValueError: nothing to preprocess.
+        """
+        names = [f"image {number}" for number in range(1, len(images) + 1)]
+        media = [self._image(pixels, name) for pixels, name in zip(self.load_images(images, names), names)]
+        media += [self.load_video(video, f"video {number}") for number, video in enumerate(videos, start=1)]
+        return self.pack(media, out)
+
+    def pack(self, media: Sequence[Medium], out: Tensor | None = None) -> PackedPixels:
+        """Resize, normalise and patchify.
+
+        Args:
+            media: with their pixels.
             out: flat memory of the output's type and device to write into, if it is large enough. On a CPU most of
                 the time goes into the pages of fresh memory, so a caller that is done with a batch passes it on.
 
         Raises:
-            MediaError: what the loaders and ``sizes`` refuse, as ``image 2`` or ``video 1``.
             ValueError: nothing to preprocess.
         """
-        if not images and not videos:
+        if not media:
             raise ValueError("preprocess() needs at least one image or video")
-        items: list[tuple[list[Tensor], Grid, PixelSettings]] = []
-        seconds = []
-        given = iter(grids) if grids is not None else None
-        names = [f"image {number}" for number in range(1, len(images) + 1)]
-        for image, name in zip(self.load_images(images, names), names):
-            grid = next(given) if given else self.sizes.image(image.shape[1], image.shape[2], name=name).grid
-            items.append(([image], grid, self.settings.image))
-        for number, clip in enumerate(videos, start=1):
-            name = f"video {number}"
-            video = load_video(clip, sampling=self.settings.sampling, name=name, limits=self.image_limits)
-            frames = [load_image(frame) for frame in video.frames]
-            height, width = video.source_size or frames[0].shape[1:]
-            grid = next(given) if given else self.sizes.video(len(frames), height, width, video.fps, name=name).grid
-            frames += frames[-1:] * (-len(frames) % self.config.temporal_patch_size)
-            items.append((frames, grid, self.settings.video))
-            seconds.append(self.config.temporal_patch_size / video.fps)
-        packed = tuple(grid for _, grid, _ in items)
-        layout = window_layout(packed, self.config)
+        grids = tuple(medium.size.grid for medium in media)
+        layout = window_layout(grids, self.config)
         shape = torch.Size((len(layout.window_lengths), self.config.window_slots, self.config.qwen2_vl_dim))
         if out is None or out.numel() < shape.numel():
             out = torch.empty(shape.numel(), dtype=self.dtype, device=self.device)
         pixel_values = out[: shape.numel()].view(shape)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            self._writer.write(list(self._frames(items)), pixel_values)
-        return PackedPixels(pixel_values, packed, layout, tuple(seconds))
+            self._writer.write(list(self._frames(media)), pixel_values)
+        seconds = tuple(medium.size.second_per_grid for medium in media if medium.is_video)
+        return PackedPixels(pixel_values, grids, layout, seconds)
+
+    def _image(self, pixels: Tensor, label: str, options: ImageOptions = ImageOptions()) -> Medium:
+        height, width = pixels.shape[1:]
+        return Medium(self.sizes.image(height, width, name=label, options=options), (pixels,))
 
     def _choose_writer(self, kernels: Kernels, memory_limit: int) -> FrameWriter:
         if self.device.type == "cpu":
@@ -196,10 +232,13 @@ class Preprocessor:
             return plain
         return fused
 
-    def _frames(self, items: list[tuple[list[Tensor], Grid, PixelSettings]]) -> Iterator[Frame]:
+    def _frames(self, media: Sequence[Medium]) -> Iterator[Frame]:
         first = 0
-        for frames, (patches, rows, columns), settings in items:
-            length = len(frames) // patches  # frames of a temporal patch: T, or the one of an image
+        for medium in media:
+            patches, rows, columns = medium.size.grid
+            settings = self.settings.video if medium.is_video else self.settings.image
+            length = self.config.temporal_patch_size if medium.is_video else 1  # frames of a temporal patch
+            frames = [*medium.frames, *[medium.frames[-1]] * (patches * length - len(medium.frames))]
             size = (rows * self.config.patch_size, columns * self.config.patch_size)
             down, across = window_rows_and_columns(size, self.config)
             for number, frame in enumerate(frames):

@@ -8,10 +8,9 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from ..backends.runners import Engines
-from ..media.embedder import StageTimes
 from ..request import Output
 from .counters import Counters
-from .preparation import Prepared, Preparer
+from .preparation import Prepared
 from .sequence import NewToken, RunningSequence
 
 
@@ -50,8 +49,13 @@ class Executor(Protocol):
         """Of the key-value cache, where that is known."""
         ...
 
-    def embed(self, preparer: Preparer, group: Sequence[Prepared]) -> tuple[list[Tensor], StageTimes]:
-        """What it takes as ``inputs_embeds`` of each request, and the time that media took."""
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether it has a vision tower of its own: nothing is embedded for it."""
+        ...
+
+    def inputs_embeds(self, prepared: Prepared, embeds: Sequence[Tensor]) -> Tensor:
+        """What it takes as ``inputs_embeds`` of a request whose media have these embeddings."""
         ...
 
     def add(self, sequence: RunningSequence) -> None:

@@ -16,12 +16,13 @@ from torch import Tensor
 from ..inputs.images import decoding_bytes
 from ..inputs.video import Video
 from ..media.ahead import DEFAULT_AHEAD_BYTES, fits
-from .preparation import LoadedMedia, MediaSources
+from ..preprocessing.medium import Medium
+from .preparation import MediaSources
 
 _THREADS = min(4, os.cpu_count() or 1)
 """They take turns with the thread that steps: decoders of images and videos let go of Python's lock while they work."""
 
-Load = Callable[[MediaSources], LoadedMedia]
+Load = Callable[[MediaSources], list[Medium]]
 
 
 class Loading:
@@ -41,7 +42,7 @@ class Loading:
         self.nbytes: int | None = None
         self._measured = False
         self.seconds = 0.0
-        self.future: Future[LoadedMedia | None] | None = None
+        self.future: Future[list[Medium] | None] | None = None
 
     @property
     def done(self) -> bool:
@@ -106,7 +107,7 @@ class MediaAhead:
         self._queue(loading)
         return loading
 
-    def take(self, loading: Loading) -> LoadedMedia | None:
+    def take(self, loading: Loading) -> list[Medium] | None:
         """The media; None while a thread is at them or there is no room. Raises what loading them raised."""
         if not loading.ahead:
             if loading.sources.images or loading.sources.videos:
@@ -157,7 +158,7 @@ class MediaAhead:
         held = sum(waiting) + sum(largest if nbytes is None else nbytes for nbytes in busy)
         return fits(held, largest if loading.nbytes is None else loading.nbytes, self._most_bytes)
 
-    def _load_in_turn(self, loading: Loading) -> LoadedMedia | None:
+    def _load_in_turn(self, loading: Loading) -> list[Medium] | None:
         loading.measure()
         with self._lock:
             if not self._room_beside([other for other in self._queued if other.begun], loading):
@@ -166,7 +167,7 @@ class MediaAhead:
         began = time.perf_counter()
         try:
             media = self._load(loading.sources)
-            loading.nbytes = media.nbytes
+            loading.nbytes = sum(medium.nbytes for medium in media)
             return media
         finally:
             loading.seconds = time.perf_counter() - began

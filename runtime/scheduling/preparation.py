@@ -21,8 +21,8 @@ from qwen2vl_trt.prompts import PromptBuilder
 
 from ..inputs.files import labelled
 from ..inputs.video import options_for
-from ..media.cached_media import CachedMedia, Medium
-from ..media.embedder import StageTimes
+from ..media.cached_media import CachedMedia
+from ..preprocessing.medium import Medium
 from ..preprocessing.sizes import MediaSize
 from ..request import Request
 from ..sampler import Sampling
@@ -51,20 +51,6 @@ class MediaSources:
 
 
 @dataclass(frozen=True)
-class LoadedMedia:
-    """Images and videos, each in the order of the request; ``notes`` tells of those that did not fit as they were."""
-
-    images: list[Medium]
-    videos: list[Medium]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Of their pixels."""
-        return sum(medium.nbytes for medium in (*self.images, *self.videos))
-
-
-@dataclass(frozen=True)
 class Prepared:
     """A request whose media are loaded and whose prompt is tokenized: all that can be wrong with it is known.
 
@@ -73,25 +59,36 @@ class Prepared:
         text: the rendered chat template, one vision token an image or video.
         position_ids: ``[3, S]``.
         delta: position of a generated token minus its index.
-        images: in the order of their tokens.
-        videos: the same.
+        media: the images in the order of their tokens, then the videos.
+        places: the media's tokens in the prompt, in the order of the media.
         keys: ``[S, 6]``, see :func:`qwen2vl_trt.runtime.scheduling.prefix.token_keys`.
-        notes: a line for each image and video that did not fit the engines as it was.
     """
 
     token_ids: list[int]
     text: str
     position_ids: Tensor
     delta: int
-    images: list[Medium]
-    videos: list[Medium]
+    media: list[Medium]
+    places: np.ndarray
     keys: np.ndarray
-    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Of its media's pixels."""
-        return LoadedMedia(self.images, self.videos).nbytes
+        return sum(medium.nbytes for medium in self.media)
+
+    def inputs_embeds(self, embed_tokens: Callable[[list[int]], Tensor], embeds: Sequence[Tensor]) -> Tensor:
+        """Decoder inputs ``[S, C]``, image and video tokens in place.
+
+        Args:
+            embed_tokens: the decoder's :meth:`~qwen2vl_trt.runtime.backends.runners.DecoderRunner.embed`.
+            embeds: of each of the media.
+        """
+        rows = embed_tokens(self.token_ids)
+        if embeds:
+            # Found on the host: a mask on a GPU would have to be counted, which waits for all before it.
+            rows.index_copy_(0, send(self.places, rows.device), torch.cat(list(embeds)).to(rows.dtype))
+        return rows
 
 
 class Preparer:
@@ -148,8 +145,8 @@ class Preparer:
             room = most - len(prompt.token_ids) + len(images) + len(videos)
         return MediaSources(images, videos, image_options, video_options, room)
 
-    def load(self, sources: MediaSources) -> LoadedMedia:
-        """Load them; any thread may.
+    def load(self, sources: MediaSources) -> list[Medium]:
+        """Load the images and then the videos; any thread may.
 
         Raises:
             MediaError: an image or a video cannot be read.
@@ -159,46 +156,50 @@ class Preparer:
             self._media.load_image(source, f"image {n}", options)
             for n, (source, options) in enumerate(zip(sources.images, sources.image_options, strict=True), start=1)
         ]
-        videos = [
-            self._media.load_video(source, f"video {n}", options)
+        clips = [
+            (source, f"video {n}", options)
             for n, (source, options) in enumerate(zip(sources.videos, sources.video_options, strict=True), start=1)
         ]
-        fitting = self._shorten(sources, images, videos)
-        notes = [
-            self._note(labelled(source, f"image {n}"), image.size, image.size)
+        asked = [self._media.load_video(*clip, whole=sources.room is None) for clip in clips]
+        room = None if sources.room is None else sources.room - sum(image.size.tokens for image in images)
+        videos = [
+            video if video.frames or video.embeds is not None else self._media.load_video(*clip)
+            for clip, video in zip(clips, self._shorten(clips, asked, room))
+        ]
+        noted = [
+            self._noted(labelled(source, f"image {n}"), image.size, image)
             for n, (source, image) in enumerate(zip(sources.images, images), start=1)
         ]
-        notes += [
-            self._note(labelled(source, f"video {n}"), asked.size, video.size)
-            for n, (source, asked, video) in enumerate(zip(sources.videos, videos, fitting), start=1)
+        noted += [
+            self._noted(labelled(source, name), whole.size, video)
+            for (source, name, _), whole, video in zip(clips, asked, videos)
         ]
-        return LoadedMedia(images, fitting, tuple(note for note in notes if note is not None))
+        return noted
 
-    def _shorten(self, sources: MediaSources, images: list[Medium], videos: list[Medium]) -> list[Medium]:
+    def _shorten(
+        self, clips: list[tuple[Any, str, VideoOptions]], videos: list[Medium], room: int | None
+    ) -> list[Medium]:
         """The videos in what text and images leave; where that is too little, as they are.
 
         Those that are shorter than an equal share keep what they have, the others share the rest equally.
         """
-        if sources.room is None:
-            return videos
-        room = sources.room - sum(image.size.tokens for image in images)
-        if sum(video.size.tokens for video in videos) <= room:
+        if room is None or sum(video.size.tokens for video in videos) <= room:
             return videos
         fitting = list(videos)
         for done, index in enumerate(sorted(range(len(videos)), key=lambda index: videos[index].size.tokens)):
             share = room // (len(videos) - done)
             if videos[index].size.tokens > share:
-                source, options = sources.videos[index], sources.video_options[index]
-                shorter = self._media.shorten(videos[index], share, source, f"video {index + 1}", options)
+                shorter = self._media.shorten(videos[index], share, *clips[index])
                 if shorter is None:
                     return videos
                 fitting[index] = shorter
             room -= fitting[index].size.tokens
         return fitting
 
-    def _note(self, name: str, asked: MediaSize, size: MediaSize) -> str | None:
+    def _noted(self, name: str, asked: MediaSize, medium: Medium) -> Medium:
+        size = medium.size
         if size.limited_by is None:
-            return None
+            return medium
         what = f"{size.resized_width}x{size.resized_height}"
         if size.frames is not None:
             what = f"{size.frames} frames of {what}"
@@ -210,9 +211,10 @@ class Preparer:
         else:
             numbers = ", ".join(f"{flag(limit)} {getattr(self._profile, limit):,}" for limit in limits)
             why = f"to fit the engines ({numbers})"
-        return f"{name} ({size.width}x{size.height}) is resized to {what} {why}; --strict-size refuses it"
+        note = f"{name} ({size.width}x{size.height}) is resized to {what} {why}; --strict-size refuses it"
+        return replace(medium, note=note)
 
-    def prepare(self, request: Request, media: LoadedMedia | None = None) -> Prepared:
+    def prepare(self, request: Request, media: list[Medium] | None = None) -> Prepared:
         """Tokenize a request's prompt around its media.
 
         Args:
@@ -225,32 +227,33 @@ class Preparer:
             MediaError: see :meth:`sources` and :meth:`load`, which load what is not given.
         """
         media = self.load(self.sources(request)) if media is None else media
-        loaded, clips = media.images, media.videos
-        image_grids, video_grids = [image.size.grid for image in loaded], [clip.size.grid for clip in clips]
+        images = [medium for medium in media if not medium.is_video]
+        videos = [medium for medium in media if medium.is_video]
+        image_grids, video_grids = [image.size.grid for image in images], [video.size.grid for video in videos]
         prompt = self._prompts.build(request.prompt, image_grids, video_grids)
         if len(prompt.token_ids) > self._profile.max_input_len:
             ways = ["Shorten the text"]
-            if loaded:
+            if images:
                 ways.append("shrink the images (max_pixels)")
-            if clips and self._strict_size:
+            if videos and self._strict_size:
                 ways.append("leave --strict-size out, so that videos are made to fit")
-            if clips:
+            if videos:
                 ways.append("ask for fewer frames of videos (nframes, min_frames, max_frames)")
             raise LimitError(
                 f"the prompt has {len(prompt.token_ids):,} tokens; these engines take"
                 f" {self._profile.max_input_len:,} (--max-input-len). {', '.join(ways)}, or rebuild."
             )
-        seconds = [clip.size.second_per_grid for clip in clips]
+        seconds = [video.size.second_per_grid for video in videos]
         position_ids, delta = rope_index(prompt.token_ids, self._config, image_grids, video_grids, seconds)
+        kinds = ((self._config.image_token_id, images), (self._config.video_token_id, videos))
+        tokens = np.asarray(prompt.token_ids)
+        places = np.concatenate([np.flatnonzero(tokens == token_id) for token_id, _ in kinds])
         keys = token_keys(
             prompt.token_ids,
             position_ids.numpy(),
-            [
-                (token_id, [medium.key for medium in media], [medium.size.tokens for medium in media])
-                for token_id, media in ((self._config.image_token_id, loaded), (self._config.video_token_id, clips))
-            ],
+            [(token_id, [m.key for m in each], [m.size.tokens for m in each]) for token_id, each in kinds],
         )
-        return Prepared(prompt.token_ids, prompt.text, position_ids, delta, loaded, clips, keys, media.notes)
+        return Prepared(prompt.token_ids, prompt.text, position_ids, delta, [*images, *videos], places, keys)
 
     def fit_answer(self, prompt_tokens: int, params: Sampling) -> Sampling:
         """The settings, with ``max_tokens`` lowered to what the prompt leaves of a slot if the request did not say it.
@@ -267,32 +270,6 @@ class Preparer:
             f"the prompt's {prompt_tokens:,} tokens and max_tokens {params.max_tokens:,} exceed"
             f" {self._profile.max_seq_len:,} (--max-seq-len). Lower max_tokens to {most:,} or less, or rebuild."
         )
-
-    def embed(
-        self, group: Sequence[Prepared], embed_tokens: Callable[[list[int]], Tensor]
-    ) -> tuple[list[Tensor], StageTimes]:
-        """Decoder inputs ``[S, C]`` of each prompt, image and video tokens in place, and the time that media took.
-
-        Args:
-            group: their media are embedded together.
-            embed_tokens: the decoder's :meth:`~qwen2vl_trt.runtime.backends.runners.DecoderRunner.embed`.
-        """
-        embeds, times = self._media.embed([medium for item in group for medium in (*item.images, *item.videos)])
-        following = iter(embeds)
-        inputs = []
-        for item in group:
-            row = embed_tokens(item.token_ids)
-            tokens = np.asarray(item.token_ids)
-            for token_id, media in (
-                (self._config.image_token_id, item.images),
-                (self._config.video_token_id, item.videos),
-            ):
-                if media:
-                    # Found on the host: a mask on a GPU would have to be counted, which waits for all before it.
-                    places = send(np.flatnonzero(tokens == token_id), row.device)
-                    row.index_copy_(0, places, torch.cat([next(following) for _ in media]).to(row.dtype))
-            inputs.append(row)
-        return inputs, times
 
 
 def listed(media: Any, name: str, dimensions: int) -> list[Any]:

@@ -21,12 +21,11 @@ from torch import Tensor
 from qwen2vl_trt.errors import ExecutionError, Qwen2VLError
 
 from ..backends.runners import DecoderRunner, Step
-from ..media.embedder import StageTimes
 from ..request import Output
 from ..sampler import sample
 from ..sending import send
 from .counters import Counters
-from .preparation import Prepared, Preparer
+from .preparation import Prepared
 from .sequence import NewToken, RunningSequence, take_token
 from .slots import Placement, Slots, Wait
 
@@ -70,6 +69,10 @@ class Scheduler:
         self._mark = object()
 
     @property
+    def takes_pixels(self) -> bool:
+        return False
+
+    @property
     def running(self) -> int:
         """Requests that have a slot or are sure of one."""
         return len(self._slots.occupied) + sum(prompt.slot is None for prompt in self._prompts)
@@ -97,9 +100,9 @@ class Scheduler:
         """Tokens of ended requests that are still in the cache."""
         return sum(self._slots.kept_lengths)
 
-    def embed(self, preparer: Preparer, group: Sequence[Prepared]) -> tuple[list[Tensor], StageTimes]:
-        """Decoder inputs of each request, see :meth:`qwen2vl_trt.runtime.scheduling.preparation.Preparer.embed`."""
-        return preparer.embed(group, self._decoder.embed)
+    def inputs_embeds(self, prepared: Prepared, embeds: Sequence[Tensor]) -> Tensor:
+        """``[S, C]`` of a prompt with its media's embeddings in place."""
+        return prepared.inputs_embeds(self._decoder.embed, embeds)
 
     def add(self, sequence: RunningSequence) -> None:
         """Take in a sequence.

@@ -118,10 +118,10 @@ class WaitingLine:
                     continue
                 waiting.output.timings.preprocess = waiting.loading.seconds + self._clock() - began
                 waiting.loading = None  # it holds what was given beside what was made of it
-                waiting.output.prompt_tokens = len(waiting.prepared.token_ids)
-                waiting.output.images = [image.size for image in waiting.prepared.images]
-                waiting.output.videos = [video.size for video in waiting.prepared.videos]
-                self._fit_warnings.tell(waiting.prepared.notes)
+                waiting.output.prompt_tokens = len(prepared.token_ids)
+                waiting.output.images = [each.size for each in prepared.media if not each.is_video]
+                waiting.output.videos = [each.size for each in prepared.media if each.is_video]
+                self._fit_warnings.tell(each.note for each in prepared.media if each.note is not None)
             number += 1
 
     def next_group(self, free_slots: int, most_media: int) -> list[tuple[WaitingRequest, Prepared]]:
@@ -134,7 +134,7 @@ class WaitingLine:
         media = 0
         prepared_ones = ((waiting, waiting.prepared) for waiting in self._line if waiting.prepared is not None)
         for waiting, prepared in islice(prepared_ones, free_slots):
-            media += len(prepared.images) + len(prepared.videos)
+            media += len(prepared.media)
             if group and media > most_media:
                 break
             group.append((waiting, prepared))

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -22,14 +22,14 @@ from qwen2vl_trt.errors import ExecutionError, LimitError, SamplingError
 from qwen2vl_trt.mrope import mrope_config
 
 from ..generation_config import GenerationConfig
-from ..media.cached_media import Medium
-from ..media.embedder import LoadedImage, StageTimes
+from ..preprocessing.medium import Medium
 from ..request import Output
 from ..sampler import Sampling
 from ..scheduling.counters import Counters
-from ..scheduling.preparation import Prepared, Preparer
+from ..scheduling.preparation import Prepared
 from ..scheduling.scheduler import named
 from ..scheduling.sequence import NewToken, RunningSequence, take_token
+from ..sending import send
 
 _WAIT = 0.02
 """Seconds that a step waits for a token; new requests and deadlines are looked at in between."""
@@ -37,9 +37,11 @@ _WAIT = 0.02
 
 @dataclass(eq=False)
 class _Running:
-    """A request under way: ``began`` on the output's clock, its ``task`` in the event loop, the tokens ``taken``."""
+    """A request under way: its prompt, ``began`` on the output's clock, its ``task`` in the event loop, the tokens
+    ``taken``."""
 
     sequence: RunningSequence
+    token_ids: list[int]
     began: float
     task: Any = None
     taken: int = 0
@@ -102,23 +104,16 @@ class TensorRTLLMExecutor:
         """0: the cache is in the memory of TensorRT-LLM's processes."""
         return 0
 
-    def embed(self, preparer: Preparer, group: Sequence[Prepared]) -> tuple[list[Tensor], StageTimes]:
-        """Vision embeddings ``[T, C]`` of each request in the order of its T vision tokens; empty with its own tower.
+    @property
+    def takes_pixels(self) -> bool:
+        return self._embeds_dtype is None
 
-        Raises:
-            LimitError: a video, with its own tower.
-        """
-        if self._embeds_dtype is None:
-            if any(item.videos for item in group):
-                # It would sample the frames again and guess their rate, on which M-RoPE depends.
-                raise LimitError(
-                    "this release of TensorRT-LLM runs its own vision tower, and gets images alone from here; give a"
-                    " video's frames as images, or install a release with PreprocessedInputs and build again"
-                )
-            return [torch.empty(0)] * len(group), StageTimes()
-        vision = {self._config.image_token_id, self._config.video_token_id}
-        shortened = [replace(item, token_ids=[t for t in item.token_ids if t in vision]) for item in group]
-        return preparer.embed(shortened, self._empty_rows)
+    def inputs_embeds(self, prepared: Prepared, embeds: Sequence[Tensor]) -> Tensor:
+        """``[T, C]`` of the T vision tokens, in their order; empty with its own tower."""
+        if not embeds:
+            return torch.empty(0)
+        rows = torch.cat(list(embeds)).to(self._embeds_dtype)
+        return rows[send(np.argsort(prepared.places), rows.device)]
 
     def add(self, sequence: RunningSequence) -> None:
         """Hand a sequence over; one whose sampling TensorRT-LLM does not have fails.
@@ -128,10 +123,11 @@ class TensorRTLLMExecutor:
         """
         if not self.free_slots:
             raise ValueError(f"all {self._slots} slots are taken")
-        output, params = sequence.output, sequence.sampling.params
+        output, params, prepared = sequence.output, sequence.sampling.params, sequence.prepared
+        assert prepared is not None
         try:
             check_sampling(params)
-            inputs, salt = self._inputs(sequence)
+            inputs, salt = self._inputs(sequence, prepared)
             chosen = api.sampling_params(
                 params.max_tokens,
                 params.temperature,
@@ -144,7 +140,8 @@ class TensorRTLLMExecutor:
         except Exception as error:
             output.fail(named(error, "preparing the request for TensorRT-LLM"))
             return
-        running = self._running[output] = _Running(sequence, output.clock())
+        running = self._running[output] = _Running(sequence, prepared.token_ids, output.clock())
+        sequence.prepared = None  # its pixels: TensorRT-LLM has what it needs of them
         output.start()
         self._counters.started += 1
         self._counters.queue_seconds += output.timings.queue
@@ -190,12 +187,11 @@ class TensorRTLLMExecutor:
 
     def _take(self, running: _Running, progress: api.Progress, new: list[NewToken]) -> None:
         sequence, output = running.sequence, running.sequence.output
-        assert sequence.prepared is not None
         if not running.taken:
-            if progress.prompt_token_ids != sequence.prepared.token_ids:
+            if progress.prompt_token_ids != running.token_ids:
                 raise ExecutionError(
                     f"TensorRT-LLM read another prompt ({len(progress.prompt_token_ids):,} tokens instead of"
-                    f" {len(sequence.prepared.token_ids):,}): its processor resizes images otherwise. Leave"
+                    f" {len(running.token_ids):,}): its processor resizes images otherwise. Leave"
                     " --min-pixels and --max-pixels at the checkpoint's"
                 )
             if progress.token_ids:
@@ -222,32 +218,33 @@ class TensorRTLLMExecutor:
     def _put(self, running: _Running, event: api.Progress | Exception) -> None:
         self._events.put((running, event))
 
-    def _inputs(self, sequence: RunningSequence) -> tuple[Any, str | None]:
+    def _inputs(self, sequence: RunningSequence, prepared: Prepared) -> tuple[Any, str | None]:
         """The prompt as TensorRT-LLM takes it, and the salt of its blocks."""
-        prepared = sequence.prepared
-        assert prepared is not None
-        media = [*prepared.images, *prepared.videos]
+        media = prepared.media
         # Blocks are found again by token ids, and every image has the same: the salt says which images they are.
         salt = hashlib.sha256(b"".join(medium.key for medium in media)).hexdigest() if media else None
         if self._embeds_dtype is None:
-            return api.pixel_inputs(prepared.text, [self._picture(image) for image in prepared.images]), salt
-        tokens = torch.tensor(prepared.token_ids)
-        seen = torch.isin(tokens, torch.tensor([self._config.image_token_id, self._config.video_token_id])).cumsum(0)
+            if any(medium.is_video for medium in media):
+                # It would sample the frames again and guess their rate, on which M-RoPE depends.
+                raise LimitError(
+                    "this release of TensorRT-LLM runs its own vision tower, and gets images alone from here; give a"
+                    " video's frames as images, or install a release with PreprocessedInputs and build again"
+                )
+            return api.pixel_inputs(prepared.text, [self._picture(image) for image in media]), salt
+        seen = torch.zeros(len(prepared.token_ids), dtype=torch.int64)
+        seen[prepared.places] = 1
         mrope = mrope_config(prepared.position_ids, prepared.delta)
         sequence.arrival.take(sequence.inputs_embeds)
         embeds, sequence.inputs_embeds = sequence.inputs_embeds, sequence.inputs_embeds.new_empty(0)
-        return api.embedding_inputs(prepared.token_ids, embeds, seen, mrope), salt
+        return api.embedding_inputs(prepared.token_ids, embeds, seen.cumsum(0), mrope), salt
 
     def _picture(self, image: Medium) -> Image.Image:
         """In the size that the vision tower sees, so that its processor has nothing left to resize."""
-        assert isinstance(image.content, LoadedImage)  # nothing was embedded here, so nothing is cached
+        (pixels,) = image.frames  # nothing was embedded here, so nothing is cached
         _, rows, columns = image.size.grid
         patch = self._config.vision.patch_size
-        picture = Image.fromarray(np.ascontiguousarray(image.content.pixels.permute(1, 2, 0).cpu().numpy()))
+        picture = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy()))
         return picture.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC)
-
-    def _empty_rows(self, token_ids: list[int]) -> Tensor:
-        return torch.zeros(len(token_ids), self._config.text.hidden_size, dtype=self._embeds_dtype)
 
 
 def check_sampling(params: Sampling) -> None:

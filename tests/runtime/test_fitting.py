@@ -20,6 +20,7 @@ from qwen2vl_trt import (
 )
 from qwen2vl_trt.errors import LimitError, MediaError, PromptError
 from qwen2vl_trt.runtime.media.fit_warnings import MOST_WARNINGS
+from qwen2vl_trt.runtime.preprocessing import preprocessor as preprocessor_module
 from qwen2vl_trt.runtime.preprocessing.settings import PreprocessorSettings
 from qwen2vl_trt.runtime.preprocessing.sizes import SizeRules
 from tests.support.engine_folders import PROFILE, build
@@ -287,3 +288,16 @@ def test_wrong_options_are_named_with_their_part(torch_pipeline):
     output = torch_pipeline.generate([Request([{"role": "user", "content": [part]}])], ONE)[0]
     with pytest.raises((MediaError, PromptError), match="1: fps is 0; it must be a number above 0"):
         output.text  # noqa: B018
+
+
+def test_a_clip_that_is_shortened_again_is_not_decoded_again(torch_pipeline, tmp_path, monkeypatch):
+    path = save_video(tmp_path / "clip.mp4", [picture(seed, 140, 140) for seed in range(40)], rate=2)
+    first = torch_pipeline.generate([Request("x", videos=[path])], ONE)[0]
+    assert first.videos[0].limited_by == "max_input_len"
+    decoded, load = [], preprocessor_module.load_video
+    monkeypatch.setattr(preprocessor_module, "load_video", lambda *args, **kw: decoded.append(1) or load(*args, **kw))
+    again = torch_pipeline.generate([Request("x", videos=[path])], ONE)[0]
+    assert (again.videos, again.token_ids, decoded) == (first.videos, first.token_ids, [])
+    torch_pipeline.clear_caches()  # the size is known, and nothing of its pixels
+    assert torch_pipeline.generate([Request("x", videos=[path])], ONE)[0].videos == first.videos
+    assert decoded == [1]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from qwen2vl_trt.runtime.backends.runners import Engines, VisionRunner
-from qwen2vl_trt.runtime.media.cached_media import CachedMedia, Medium
+from qwen2vl_trt.runtime.media.cached_media import CachedMedia
+from qwen2vl_trt.runtime.preprocessing.medium import Medium
 from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
 from qwen2vl_trt.runtime.request import Output
 from qwen2vl_trt.runtime.scheduling import scheduler
@@ -105,7 +106,7 @@ def probes(observe: Observer) -> Iterator[None]:
     """Meanwhile observe what is no engine's call, too."""
     targets: tuple[tuple[Any, str, Callable[..., Stage]], ...] = (
         (CachedMedia, "embed", _embed_stage),
-        (Preprocessor, "preprocess", partial(_of_name, "preprocess")),
+        (Preprocessor, "pack", partial(_of_name, "preprocess")),
         (scheduler, "sample", partial(_of_name, "sampling")),
         (scheduler.Scheduler, "add", _add_stage),
         (Slots, "occupy", _occupy_stage),
@@ -146,7 +147,7 @@ def _embed_stage(_: CachedMedia, media: Sequence[Medium]) -> Stage:
 
 def _add_stage(_: scheduler.Scheduler, sequence: RunningSequence) -> Stage:
     prepared = sequence.prepared
-    media = [medium.key for medium in (*prepared.images, *prepared.videos)] if prepared is not None else []
+    media = [medium.key for medium in prepared.media] if prepared is not None else []
     return Stage("add", media=media, output=sequence.output)
 
 

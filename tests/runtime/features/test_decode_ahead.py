@@ -10,7 +10,7 @@ from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.runtime.features import decode_ahead as module
 from qwen2vl_trt.runtime.features.decode_ahead import Batching, decode_ahead
 from qwen2vl_trt.runtime.inputs.image_listing import ImageFile
-from qwen2vl_trt.runtime.media.embedder import LoadedImage
+from qwen2vl_trt.runtime.preprocessing.medium import Medium
 from qwen2vl_trt.runtime.preprocessing.sizes import MediaSize
 
 
@@ -18,8 +18,7 @@ class Source:
     """Decodes without files; image 5 is bad."""
 
     def __init__(self, pixels=1, pause=0.0):
-        self.loaded, self.pause = [], pause
-        self.image = LoadedImage(torch.zeros(pixels, dtype=torch.uint8), MediaSize(28, 28, 28, 28, (1, 2, 2), 1))
+        self.loaded, self.pause, self.pixels = [], pause, pixels
         self.lock = threading.Lock()
 
     def load(self, path, name, admit):
@@ -28,7 +27,7 @@ class Source:
             self.loaded.append(path)
         if path == "5":
             raise MediaError(f"{name}: bad")
-        return self.image
+        return Medium(MediaSize(28, 28, 28, 28, (1, 2, 2), 1), [torch.zeros(self.pixels, dtype=torch.uint8)])
 
 
 def images(count):
@@ -91,6 +90,26 @@ def test_bytes_are_bounded(monkeypatch, taken, kept):
             source.add(0 if number == 5 else -kept)
     assert number == 59
     assert taken <= source.most <= 1000 + kept  # the one that is handed over
+
+
+def test_what_is_handed_over_counts_until_it_is_let_go_of(monkeypatch):
+    """A batch that the engine works on takes memory too; one more is decoded, as the caller may wait for it."""
+    monkeypatch.setattr(module, "DEFAULT_AHEAD_BYTES", 1000)
+
+    class Admitted(Source):
+        def load(self, path, name, admit):
+            admit(300)
+            return super().load(path, name, admit)
+
+    source = Admitted(300)
+    with decode_ahead(source, images(100), Batching(8, 100, 4)) as decoded:
+        batch = [next(decoded) for _ in range(3)]
+        wait_until(lambda: len(source.loaded) >= 4)
+        time.sleep(0.05)
+        assert len(source.loaded) == 4
+        batch.clear()
+        wait_until(lambda: len(source.loaded) > 4)
+        assert len([*decoded]) == 97
 
 
 def test_one_of_any_size_has_its_turn(monkeypatch):

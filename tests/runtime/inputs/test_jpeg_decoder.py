@@ -113,7 +113,7 @@ def test_the_pipelines_media_are_decoded_with_it(codec):
     preprocessor = Preprocessor(CONFIG)
     preprocessor._decoder = JpegDecoder(CPU)
     media = MediaEmbedder(preprocessor, None, BuildProfile(min_hw_dims=4, max_hw_dims=1024), CONFIG)
-    assert torch.equal(media.load_image(encoded(), "image 1").pixels, lowered(encoded()))
+    assert torch.equal(media.preprocessor.load_image(encoded(), "image 1").frames[0], lowered(encoded()))
 
 
 def test_the_pipeline_passes_the_option_on(untied_model):

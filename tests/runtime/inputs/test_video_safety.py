@@ -17,7 +17,7 @@ from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.runtime.inputs import clips, video_stream
 from qwen2vl_trt.runtime.inputs.bounded_file import BoundedFile
 from qwen2vl_trt.runtime.inputs.frame_sampling import FrameSampling
-from qwen2vl_trt.runtime.inputs.video import load_video
+from qwen2vl_trt.runtime.inputs.video import Video, load_video
 from qwen2vl_trt.runtime.media.cached_media import CachedMedia
 from qwen2vl_trt.runtime.media.embedding_cache import EmbeddingCache
 from tests.support.fake_vision import embedder
@@ -109,7 +109,11 @@ class TestNoFiles:
         def load():
             media = embedder()[0]
             cached = CachedMedia(media, EmbeddingCache(1 << 20))
-            for read in (load_video, partial(media.load_video, name="1"), partial(cached.load_video, name="1")):
+            for read in (
+                load_video,
+                partial(media.preprocessor.load_video, name="1"),
+                partial(cached.load_video, name="1"),
+            ):
                 try:
                     read(path)
                 except MediaError as error:
@@ -177,6 +181,19 @@ class TestMemory:
         for frame, small in zip(whole.frames, held.frames):
             mean = torch.nn.functional.avg_pool2d(frame.float(), 2)
             assert (mean - small.float()).abs().mean() < 3
+
+    def test_frames_that_are_files_are_held_smaller_too(self, monkeypatch, tmp_path):
+        """Those that the caller has in memory stay as they are."""
+        monkeypatch.setattr(clips, "MAX_BYTES", 4 * 3 * 32 * 48)
+        given = pictures(4, 64, 96)
+        files = []
+        for number, frame in enumerate(given):
+            files.append(tmp_path / f"{number}.png")
+            Image.fromarray(frame).save(files[-1])
+        for frames, size in ((files, (32, 48)), ([Image.open(file) for file in files], (32, 48)), (given, (64, 96))):
+            video = load_video(Video(frames, 2.0))
+            assert [frame.shape for frame in video.frames] == [(3, *size)] * 4
+            assert video.source_size == (64, 96)
 
     def test_a_long_clip_of_full_hd_is_held_whole(self):
         frame = torch.zeros(3, 1080, 1920, dtype=torch.uint8)

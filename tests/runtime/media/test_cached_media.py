@@ -10,7 +10,6 @@ from PIL import Image
 from qwen2vl_trt import Video
 from qwen2vl_trt.errors import LimitError, MediaError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
-from qwen2vl_trt.runtime.media import embedder as embedder_module
 from qwen2vl_trt.runtime.media.cached_media import CachedMedia
 from qwen2vl_trt.runtime.media.embedding_cache import EmbeddingCache
 from qwen2vl_trt.runtime.preprocessing import preprocessor as preprocessor_module
@@ -115,7 +114,7 @@ def test_a_video_file_that_comes_again_is_not_decoded_again(tmp_path, monkeypatc
     often, seldom = media.embed([first, media.load_video(path, "video 1", VideoOptions(fps=1.0))])[0]
     assert len(often) == 2 * len(seldom)
     calls = len(engine.calls)
-    monkeypatch.setattr(embedder_module, "load_video", None)
+    monkeypatch.setattr(preprocessor_module, "load_video", None)
     for source in (path, str(path), path.read_bytes()):
         again = media.load_video(source, "video 1")
         assert again.size == first.size

@@ -13,10 +13,9 @@ from tests.support.media_files import save_video
 
 def test_images_are_embedded_as_many_at_a_time_as_the_engine_takes():
     media, engine = embedder()
-    images = [media.load_image(picture(n, 56 + 28 * n, 84), f"image {n}") for n in range(7)]
-    together, videos, times = media.embed(images)
+    images = [media.preprocessor.load_image(picture(n, 56 + 28 * n, 84), f"image {n}") for n in range(7)]
+    together, times = media.embed(images)
     assert engine.calls == [3, 3, 1]
-    assert videos == []
     assert times.preprocess > 0
     assert times.vision > 0
     for image, embedding in zip(images, together):
@@ -27,23 +26,22 @@ def test_images_are_embedded_as_many_at_a_time_as_the_engine_takes():
 @pytest.mark.parametrize("frames", [1, 2, 5, 6, 7, 14])
 def test_a_long_video_takes_several_calls(frames):
     media, engine = embedder()
-    video = media.load_video([picture(n) for n in range(frames)], "video 1", VideoOptions(fps=2.0))
-    _, [embedding], _ = media.embed([], [video])
+    video = media.preprocessor.load_video([picture(n) for n in range(frames)], "video 1", VideoOptions(fps=2.0))
+    [embedding], _ = media.embed([video])
     patches = -(-frames // 2)
     assert video.size.grid == (patches, 4, 6)
     assert engine.calls == [3] * (patches // 3) + [patches % 3] * (patches % 3 > 0)
     assert len(embedding) == patches * 6
-    packed = media._preprocessor.preprocess(videos=[video.video])
+    packed = media.preprocessor.pack([video])
     assert torch.equal(embedding, media._runner(packed.pixel_values, packed.layout))
 
 
 def test_images_and_videos_together():
     media, _ = embedder()
-    images = [media.load_image(picture(n), "image") for n in range(2)]
-    videos = [media.load_video([picture(n)] * 4, "video", VideoOptions(fps=4.0)) for n in range(2)]
-    image_embeds, video_embeds, _ = media.embed(images, videos)
-    assert [len(embedding) for embedding in image_embeds] == [6, 6]
-    assert [len(embedding) for embedding in video_embeds] == [12, 12]
+    images = [media.preprocessor.load_image(picture(n), "image") for n in range(2)]
+    videos = [media.preprocessor.load_video([picture(n)] * 4, "video", VideoOptions(fps=4.0)) for n in range(2)]
+    embeds, _ = media.embed([images[0], *videos, images[1]])
+    assert [len(embedding) for embedding in embeds] == [6, 12, 12, 6]
     assert [video.size.second_per_grid for video in videos] == [0.5, 0.5]
     assert media.embed([])[0] == []
 
@@ -51,41 +49,46 @@ def test_images_and_videos_together():
 def test_what_the_engine_does_not_take_is_named():
     media, _ = embedder(min_pixels=1, max_pixels=10**6, strict_size=True)
     with pytest.raises(LimitError, match=r"image 3 \(700x600\) needs .*16 to 400 .*--max-pixels 78400"):
-        media.load_image(picture(0, 600, 700), "image 3")
+        media.preprocessor.load_image(picture(0, 600, 700), "image 3")
     with pytest.raises(LimitError, match=r"image 1 \(28x28\) needs 4 patches.*--min-pixels 3136"):
-        media.load_image(picture(0, 28, 28), "image 1")
+        media.preprocessor.load_image(picture(0, 28, 28), "image 1")
     with pytest.raises(LimitError, match=r"video 2 \(700x600\)"):
-        media.load_video([picture(0, 600, 700)] * 2, "video 2")
+        media.preprocessor.load_video([picture(0, 600, 700)] * 2, "video 2")
 
 
 def test_the_rate_of_a_message_samples_a_file_and_describes_frames(tmp_path):
     path = save_video(tmp_path / "clip.mp4", [picture(number) for number in range(60)])
     media, _ = embedder()
     for source in (path, str(path), path.read_bytes()):
-        assert len(media.load_video(source, "video 1").video.frames) == 12  # 6 s at 2 frames/s
-        assert len(media.load_video(source, "video 1", VideoOptions(fps=1.0)).video.frames) == 6
-        assert media.load_video(source, "video 1", VideoOptions(fps=1.0)).size.second_per_grid == pytest.approx(2.0)
+        assert len(media.preprocessor.load_video(source, "video 1").frames) == 12  # 6 s at 2 frames/s
+        assert len(media.preprocessor.load_video(source, "video 1", VideoOptions(fps=1.0)).frames) == 6
+        assert media.preprocessor.load_video(
+            source, "video 1", VideoOptions(fps=1.0)
+        ).size.second_per_grid == pytest.approx(2.0)
     frames = [picture(number) for number in range(6)]
-    assert len(media.load_video(frames, "video 1", VideoOptions(fps=1.0)).video.frames) == 6
-    assert media.load_video(frames, "video 1", VideoOptions(fps=1.0)).size.second_per_grid == 2.0
-    assert media.load_video(Video(frames, fps=4.0), "video 1").size.second_per_grid == 0.5
+    assert len(media.preprocessor.load_video(frames, "video 1", VideoOptions(fps=1.0)).frames) == 6
+    assert media.preprocessor.load_video(frames, "video 1", VideoOptions(fps=1.0)).size.second_per_grid == 2.0
+    assert media.preprocessor.load_video(Video(frames, fps=4.0), "video 1").size.second_per_grid == 0.5
 
 
 def test_what_is_no_video():
     media, _ = embedder()
     for source in (None, 3, Image.fromarray(picture(0))):
         with pytest.raises(MediaError, match=r"video 1: a .* is no video"):
-            media.load_video(source, "video 1")
+            media.preprocessor.load_video(source, "video 1")
 
 
 def test_a_call_sees_no_more_pairs_of_patches_than_the_largest_image():
     """Full attention, its mask and, where there is no fused kernel, its scores take memory for each of them."""
     media, engine = embedder()
-    images = [media.load_image(picture(n, side, side), "image") for n, side in enumerate((280, 280, 140, 140, 140))]
+    images = [
+        media.preprocessor.load_image(picture(n, side, side), "image")
+        for n, side in enumerate((280, 280, 140, 140, 140))
+    ]
     media.embed(images)
     assert engine.calls == [1, 1, 3]  # 400 patches alone; of 100 patches as many as there are
-    clip = media.load_video([picture(n, 280, 280) for n in range(6)], "video", VideoOptions(fps=2.0))
-    media.embed([], [clip])
+    clip = media.preprocessor.load_video([picture(n, 280, 280) for n in range(6)], "video", VideoOptions(fps=2.0))
+    media.embed([clip])
     assert engine.calls == [1, 1, 3, 1, 1, 1]
 
 
@@ -93,14 +96,17 @@ def test_a_video_that_is_held_smaller_keeps_its_original_size(tmp_path, monkeypa
     monkeypatch.setattr("qwen2vl_trt.runtime.inputs.clips.MAX_BYTES", 4 * 3 * 56 * 84)
     path = save_video(tmp_path / "clip.mp4", [picture(n, 112, 168) for n in range(4)])
     media, _ = embedder()
-    loaded = media.load_video(path, "video 1")
-    assert loaded.video.frames[0].shape == (3, 56, 84)
+    loaded = media.preprocessor.load_video(path, "video 1")
+    assert loaded.frames[0].shape == (3, 56, 84)
     assert (loaded.size.width, loaded.size.height) == (168, 112)
-    assert loaded.nbytes == len(loaded.video.frames) * 3 * 56 * 84
+    assert loaded.nbytes == len(loaded.frames) * 3 * 56 * 84
 
 
 def test_a_bytearray_is_a_file(tmp_path):
     path = tmp_path / "clip.mp4"
     save_video(path, [picture(n) for n in range(4)])
     media, _ = embedder()
-    assert media.load_video(bytearray(path.read_bytes()), "video 1").size == media.load_video(path, "video 1").size
+    assert (
+        media.preprocessor.load_video(bytearray(path.read_bytes()), "video 1").size
+        == media.preprocessor.load_video(path, "video 1").size
+    )

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2vl_trt.runtime.media.embedding_cache import CachedEmbedding, EmbeddingCache
+from qwen2vl_trt.runtime.media.embedding_cache import EmbeddingCache
 from qwen2vl_trt.runtime.preprocessing.sizes import MediaSize
 
 ROW = 4 * 8  # bytes
@@ -12,20 +12,20 @@ SIZE = MediaSize(60, 30, 56, 28, (1, 2, 4), 2)
 
 
 def entry(tokens, value=0.0):
-    return CachedEmbedding(torch.full((tokens, 8), value), SIZE)
+    return torch.full((tokens, 8), value), SIZE
 
 
 def test_the_least_recently_used_makes_room():
     cache = EmbeddingCache(10 * ROW)
     for name, tokens in ((b"a", 4), (b"b", 3), (b"c", 3)):
-        cache.store(name, entry(tokens))
+        cache.store(name, *entry(tokens))
     assert (len(cache), cache.nbytes) == (3, 10 * ROW)
     assert cache.find(b"a") is not None
-    cache.store(b"d", entry(2))
+    cache.store(b"d", *entry(2))
     assert cache.find(b"b") is None
     assert all(cache.find(name) is not None for name in (b"a", b"c", b"d"))
     assert (cache.nbytes, cache.evictions) == (9 * ROW, 1)
-    cache.store(b"e", entry(11))  # alone too large: nobody is driven out for it
+    cache.store(b"e", *entry(11))  # alone too large: nobody is driven out for it
     assert cache.find(b"e") is None
     assert len(cache) == 3
     cache.clear()
@@ -34,13 +34,13 @@ def test_the_least_recently_used_makes_room():
 
 def test_zero_keeps_nothing():
     cache = EmbeddingCache(0)
-    cache.store(b"a", entry(1))
+    cache.store(b"a", *entry(1))
     assert len(cache) == 0
 
 
 def test_a_batch_does_not_stay_for_one_of_its_images():
     cache, batch = EmbeddingCache(100 * ROW), torch.arange(80.0).view(10, 8)
-    cache.store(b"a", CachedEmbedding(batch[2:4], SIZE))
+    cache.store(b"a", batch[2:4], SIZE)
     found = cache.find(b"a")
     assert found.embeds.untyped_storage().nbytes() == 2 * ROW
     assert torch.equal(found.embeds, batch[2:4])
@@ -54,7 +54,7 @@ def test_bytes_are_counted(steps, limit):
         key = bytes([name])
         if cache.find(key) is None:
             sizes[key] = tokens
-        cache.store(key, entry(tokens))
+        cache.store(key, *entry(tokens))
         held = [key for key in sizes if cache.find(key) is not None]
         assert cache.nbytes == sum(sizes[key] for key in held) * ROW <= limit * ROW
         assert all(cache.find(key).embeds.shape == (sizes[key], 8) for key in held)

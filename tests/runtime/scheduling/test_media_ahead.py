@@ -17,10 +17,12 @@ from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams, Vide
 from qwen2vl_trt.errors import DeadlineError, LimitError, MediaError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.inputs import images as images_module
+from qwen2vl_trt.runtime.inputs import video as video_module
 from qwen2vl_trt.runtime.media.ahead import fits
 from qwen2vl_trt.runtime.scheduling import media_ahead
 from qwen2vl_trt.runtime.scheduling.media_ahead import _THREADS, MediaAhead
-from qwen2vl_trt.runtime.scheduling.preparation import LoadedMedia, MediaSources
+from qwen2vl_trt.runtime.scheduling.preparation import MediaSources
 from tests.support.requests import answers, picture, random_params, random_request
 
 PATIENCE = 60  # seconds after which a test that hangs fails
@@ -261,7 +263,7 @@ def test_only_what_lies_on_the_host_is_loaded_on_threads():
 
     def load(sources):
         seen.append(threading.current_thread())
-        return LoadedMedia([], [])
+        return []
 
     loader = MediaAhead(load, overlap=True)
     image, there = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8, device="meta")
@@ -272,7 +274,7 @@ def test_only_what_lies_on_the_host_is_loaded_on_threads():
     for media in ([image], ["a.png"], [b"..."], [np.zeros((4, 4, 3), np.uint8)]):
         loading = loader.start(sources_of(media, [media]))
         assert loading.ahead
-        assert loading.future.result(PATIENCE) == loader.take(loading) == LoadedMedia([], [])
+        assert loading.future.result(PATIENCE) == loader.take(loading) == []
     assert len(seen) == 4
     assert threading.current_thread() not in seen
     loader.close()
@@ -300,9 +302,9 @@ class Alive:
 
     def load(self, sources):
         media = self._load(sources)
-        for image in media.images:
-            self.count(image.content.pixels.nbytes)
-            weakref.finalize(image.content, self.count, -image.content.nbytes)
+        for image in media:
+            self.count(image.nbytes)
+            weakref.finalize(image, self.count, -image.nbytes)
         return media
 
     def count(self, nbytes):
@@ -373,6 +375,26 @@ def test_pixels_are_let_go_of_once_they_are_embedded(engines):
     pipeline.close()
 
 
+def test_frames_are_read_where_they_come_in_and_not_again(engines, monkeypatch):
+    """Whether they are within 0..1 is known from then on, and so are their bytes: neither a step nor packing looks."""
+    reads, counted = [], images_module.rgb
+    for module in (images_module, video_module):
+        monkeypatch.setattr(module, "rgb", lambda *args, **kw: reads.append(1) or counted(*args, **kw))
+    pipeline = Pipeline(engines, PipelineOptions(embedding_cache_bytes=0))
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    busy = [pipeline.submit(Request(f"Who {n}?"), params) for n in range(engines.decoder.slots)]
+    step_until(pipeline, lambda: all(output.token_ids for output in busy))
+    frames = [torch.rand(3, 56, 84) for _ in range(4)]
+    waiting = pipeline.submit(Request("What?", [torch.rand(3, 56, 84)], [Video(frames, 2.0)]), params)
+    step_until(pipeline, lambda: waiting.prompt_tokens)
+    assert len(reads) == 5
+    assert not any(output.finished for output in busy)
+    step_until(pipeline, lambda: waiting.finished)
+    assert waiting.error is None
+    assert len(reads) == 5
+    pipeline.close()
+
+
 def test_many_that_turn_out_larger_than_those_before(engines, monkeypatch):
     """When they are asked for, each counts as the small one; a thread that comes to one knows better."""
     monkeypatch.setattr(media_ahead, "_THREADS", 2)
@@ -403,7 +425,7 @@ class Blocked:
     def __call__(self, sources):
         self.begun.append(sources)
         assert self.let_go.wait(PATIENCE)
-        return LoadedMedia([], [])
+        return []
 
 
 @pytest.mark.parametrize(("most", "expected"), [(0, 1), (14 * 60 * 80, 2), (21 * 60 * 80 + 999, 3)])

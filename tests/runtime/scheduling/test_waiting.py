@@ -25,8 +25,8 @@ class Preparer:
         self._now[0] += 2
         if request.prompt == "wrong":
             raise PromptError("this prompt is wrong")
-        images, videos = ([SimpleNamespace(size=number) for number in kind] for kind in (media.images, media.videos))
-        return SimpleNamespace(token_ids=[0] * 5, images=images, videos=videos, nbytes=0, notes=())
+        media = [SimpleNamespace(size=n, is_video=False, note=None) for n in (*media.images, *media.videos)]
+        return SimpleNamespace(token_ids=[0] * 5, media=media, nbytes=0)
 
     def fit_answer(self, prompt_tokens, params):
         if prompt_tokens + params.max_tokens > 10:
