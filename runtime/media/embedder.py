@@ -12,12 +12,13 @@ from torch import Tensor
 from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
-from qwen2vl_trt.windows import Grid, window_layout
+from qwen2vl_trt.windows import Grid, WindowLayout, window_layout
 
 from ..backends.runners import VisionRunner
 from ..inputs.files import labelled
 from ..inputs.images import ImageSource, file_bytes
 from ..inputs.video import FrameSampling, Video, VideoSource, load_video
+from ..observer import Observer, Stage, unobserved
 from ..preprocessing.preprocessor import PackedPixels, Preprocessor
 from ..preprocessing.sizes import MediaSize
 
@@ -64,12 +65,19 @@ class MediaEmbedder:
         runner: the vision engine.
         profile: its limits.
         config: the vision tower.
+        observe: surrounds every ``preprocess`` and ``vision``.
     """
 
     def __init__(
-        self, preprocessor: Preprocessor, runner: VisionRunner, profile: BuildProfile, config: VisionConfig
+        self,
+        preprocessor: Preprocessor,
+        runner: VisionRunner,
+        profile: BuildProfile,
+        config: VisionConfig,
+        observe: Observer = unobserved,
     ) -> None:
         self._preprocessor, self._runner, self._profile, self._config = preprocessor, runner, profile, config
+        self._observe = observe
         self._pixels: Tensor | None = None  # of the largest batch so far: free again once its engine call has returned
 
     @property
@@ -166,12 +174,13 @@ class MediaEmbedder:
         self, times: StageTimes, images: Sequence[LoadedImage] = (), videos: Sequence[LoadedVideo] = ()
     ) -> PackedPixels:
         began = time.perf_counter()
-        packed = self._preprocessor.preprocess(
-            [image.pixels for image in images],
-            [video.video for video in videos],
-            grids=[image.size.grid for image in images] + [video.size.grid for video in videos],
-            out=self._pixels,
-        )
+        with self._observe(Stage("preprocess")):
+            packed = self._preprocessor.preprocess(
+                [image.pixels for image in images],
+                [video.video for video in videos],
+                grids=[image.size.grid for image in images] + [video.size.grid for video in videos],
+                out=self._pixels,
+            )
         if self._pixels is None or packed.pixel_values.numel() > self._pixels.numel():
             self._pixels = packed.pixel_values.view(-1)
         times.preprocess += time.perf_counter() - began
@@ -183,14 +192,18 @@ class MediaEmbedder:
         frames = [(1, h, w) for t, h, w in packed.grids for _ in range(t)]
         groups = list(self._groups(frames))
         if len(groups) == 1:
-            embeds = self._runner(packed.pixel_values, packed.layout)
+            embeds = self._call(packed.pixel_values, packed.layout)
         else:
             parts, window = [], 0
             for group in groups:
                 layout = window_layout(tuple(frames[group]), self._config)
                 windows = len(layout.window_lengths)
-                parts.append(self._runner(packed.pixel_values[window : window + windows], layout))
+                parts.append(self._call(packed.pixel_values[window : window + windows], layout))
                 window += windows
             embeds = torch.cat(parts)
         times.vision += time.perf_counter() - began
         return embeds
+
+    def _call(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
+        with self._observe(Stage("vision")):
+            return self._runner(pixel_values, layout)

@@ -23,6 +23,7 @@ from ..inputs.files import labelled
 from ..inputs.video import options_for
 from ..media.cached_media import CachedMedia, Medium
 from ..media.embedder import StageTimes
+from ..observer import Observer, Stage, unobserved
 from ..preprocessing.sizes import MediaSize
 from ..request import Request
 from ..sampler import Sampling
@@ -103,6 +104,7 @@ class Preparer:
         config: the model.
         profile: the engines' limits.
         strict_size: a video is not made shorter to fit them.
+        observe: surrounds every ``load``.
     """
 
     def __init__(
@@ -112,9 +114,10 @@ class Preparer:
         config: Qwen2VLConfig,
         profile: BuildProfile,
         strict_size: bool = False,
+        observe: Observer = unobserved,
     ) -> None:
         self._media, self._prompts, self._config, self._profile = media, prompts, config, profile
-        self._strict_size = strict_size
+        self._strict_size, self._observe = strict_size, observe
 
     def sources(self, request: Request, params: Sampling | None = None) -> MediaSources:
         """Find a request's media.
@@ -155,6 +158,13 @@ class Preparer:
             MediaError: an image or a video cannot be read.
             LimitError: one does not fit the engines, and sizes are strict.
         """
+        stage = Stage("load")
+        with self._observe(stage):
+            loaded = self._load(sources)
+            stage.media += [medium.key for medium in (*loaded.images, *loaded.videos)]
+        return loaded
+
+    def _load(self, sources: MediaSources) -> LoadedMedia:
         images = [
             self._media.load_image(source, f"image {n}", options)
             for n, (source, options) in enumerate(zip(sources.images, sources.image_options, strict=True), start=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
@@ -20,6 +19,7 @@ from torch import Tensor
 from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.runtime.backends.runners import Engines, Step, VisionRunner, open_engines
 from qwen2vl_trt.runtime.inputs.jpeg_decoder import check_gpu_decoding
+from qwen2vl_trt.runtime.observer import Observer, unobserved
 from qwen2vl_trt.runtime.options import PipelineOptions
 from qwen2vl_trt.runtime.pipeline import Pipeline
 from qwen2vl_trt.runtime.preprocessing.preprocessor import Decode
@@ -28,7 +28,7 @@ from qwen2vl_trt.runtime.sampler import SamplingParams
 from qwen2vl_trt.windows import WindowLayout, window_layout
 
 from .shapes import Case
-from .stages import STAGES_OF_A_REQUEST, Observer, StageClock, probes, watched
+from .stages import STAGES_OF_A_REQUEST, StageClock
 from .subject import Sample, Subject, Turn, timed
 from .timeline import Timeline
 
@@ -211,11 +211,10 @@ class PipelineSubject(EngineSubject):
     def load(self, case: Case) -> None:
         self._clock = StageClock(self.device)
         self._watched = self._ready(case, self._clock, case.batch)
-        self._plain = self._ready(case, None, case.batch) if self._waits else self._watched
+        self._plain = self._ready(case, unobserved, case.batch) if self._waits else self._watched
 
-    def _ready(self, case: Case, observe: Observer | None, different: int) -> _Pipeline:
-        engines = self.engines if observe is None else watched(self.engines, observe)
-        return _Pipeline(forgetful_pipeline(engines, self._options.decode), observe, case, different)
+    def _ready(self, case: Case, observe: Observer, different: int) -> _Pipeline:
+        return _Pipeline(forgetful_pipeline(self.engines, self._options.decode, observe), case, different)
 
     def run(self, count: int) -> Turn:
         self._clock.seconds.clear()
@@ -244,10 +243,10 @@ class PipelineSubject(EngineSubject):
 
 
 class _Pipeline:
-    """A pipeline, its observer, if any, and the requests of a case."""
+    """A pipeline and the requests of a case."""
 
-    def __init__(self, pipeline: Pipeline, observe: Observer | None, case: Case, different: int) -> None:
-        self._pipeline, self._observe, self.batch = pipeline, observe, case.batch
+    def __init__(self, pipeline: Pipeline, case: Case, different: int) -> None:
+        self._pipeline, self.batch = pipeline, case.batch
         self._requests = different_requests(case.sizes, different)
         self._params = SamplingParams(max_tokens=case.generate, ignore_eos=True)
 
@@ -255,14 +254,13 @@ class _Pipeline:
         """So many requests, ``batch`` at a time; as one ends, the next begins."""
         running: list[Output] = []
         done: list[Output] = []
-        with probes(self._observe) if self._observe is not None else nullcontext():
-            while waiting or running:
-                while waiting and len(running) < self.batch:
-                    running.append(self._pipeline.submit(self._requests[waiting % len(self._requests)], self._params))
-                    waiting -= 1
-                self._pipeline.step()
-                done += [output for output in running if output.finished]
-                running = [output for output in running if not output.finished]
+        while waiting or running:
+            while waiting and len(running) < self.batch:
+                running.append(self._pipeline.submit(self._requests[waiting % len(self._requests)], self._params))
+                waiting -= 1
+            self._pipeline.step()
+            done += [output for output in running if output.finished]
+            running = [output for output in running if not output.finished]
         return done
 
 
@@ -275,13 +273,13 @@ def different_requests(sizes: Sequence[tuple[int, int]], count: int) -> list[Req
     ]
 
 
-def forgetful_pipeline(engines: Engines, decode: Decode = "cpu") -> Pipeline:
+def forgetful_pipeline(engines: Engines, decode: Decode = "cpu", observe: Observer = unobserved) -> Pipeline:
     """One that keeps nothing of a request for the next: a benchmark's requests are all alike, a load's are not.
 
     Its answers are greedy whatever the checkpoint says, as the other contenders' are.
     """
     options = PipelineOptions(decode=decode, generation_config="none", reuse_prefixes=False, embedding_cache_bytes=0)
-    return Pipeline(engines, options)
+    return Pipeline(engines, options, observe=observe)
 
 
 def _request_sample(output: Output) -> Sample:
