@@ -19,10 +19,22 @@ from qwen2vl_trt.windows import window_layout
 
 from ..floors.rates import Floor, Rates, measure_rates
 from ..floors.work import Work, count_work, decoder_call, vision_call
-from ..subjects.engines import DecoderSubject, EngineOptions, EngineSubject, PipelineSubject, VisionSubject
+from ..subjects.engines import (
+    DecoderSubject,
+    EngineOptions,
+    EngineSubject,
+    PipelineSubject,
+    ProcessorSubject,
+    VisionSubject,
+)
 from ..subjects.shapes import Case, Limits, Shape, cases
 from ..subjects.subject import FIGURES, Memory, Sample, Subject, Turn
-from ..subjects.transformers import TransformersDecoder, TransformersPipeline, TransformersVision
+from ..subjects.transformers import (
+    TransformersDecoder,
+    TransformersPipeline,
+    TransformersProcessor,
+    TransformersVision,
+)
 from ..workers import Worker
 from .operators import Operator, profile_operators
 from .percentiles import Statistics
@@ -30,11 +42,13 @@ from .percentiles import Statistics
 _TURN = 0.25  # seconds that one contender runs before the next has its turn
 
 OURS: dict[str, Callable[[EngineOptions], EngineSubject]] = {
+    "processor": ProcessorSubject,
     "vision": VisionSubject,
     "decoder": DecoderSubject,
     "pipeline": PipelineSubject,
 }
 THEIRS: dict[str, Callable[[Path, str, torch.dtype, str], Subject]] = {
+    "processor": TransformersProcessor,
     "vision": TransformersVision,
     "decoder": TransformersDecoder,
     "pipeline": TransformersPipeline,
@@ -99,7 +113,7 @@ class Measurement:
     def throughput(self, case: Case) -> dict[str, float]:
         """Rates by unit: all that was done over all seconds; ``decode tokens/s`` leaves prefill out."""
         rate = len(self.samples) / self.seconds
-        if case.stage == "vision":
+        if case.stage in ("processor", "vision"):
             return {"queries/s": rate, "images/s": rate * len(case.grids)}
         if case.stage == "pipeline":
             return {"requests/s": rate, "tokens/s": rate * case.generate}
@@ -152,7 +166,7 @@ class Options:
 
     Attributes:
         engines: which, and how.
-        stages: of :data:`~qwen2vl_trt.benchmarks.subjects.shapes.STAGES`.
+        stages: of :data:`~qwen2vl_trt.benchmarks.subjects.shapes.ALL_STAGES`.
         shapes: what ``--shapes`` says.
         until: when to stop.
         against: precision in which Transformers runs beside us; None alone.
@@ -286,6 +300,9 @@ def _warm_up(worker: Worker, until: Until) -> int:
 
 def _add_floors(results: list[Result], engines: Engines, rates: Rates) -> None:
     """The least that each case could take, from the graph that the engines were built from."""
+    for result in results:
+        if result.case.stage == "processor":
+            result.floors = {"latency": Floor.of(_moved(result.case, engines), rates)}
     for stage, floors in (("vision", _vision_floors), ("decoder", _decoder_floors)):
         of_stage = [result for result in results if result.case.stage == stage]
         if of_stage:
@@ -294,6 +311,14 @@ def _add_floors(results: list[Result], engines: Engines, rates: Rates) -> None:
                 result.floors = {
                     figure: Floor.of(work, rates) for figure, work in floors(graph, result.case, engines).items()
                 }
+
+
+def _moved(case: Case, engines: Engines) -> Work:
+    """Bytes that the preprocessor reads and writes: 8 bits in, patches out."""
+    read = sum(3 * height * width for height, width in case.sizes)
+    return Work(
+        weight_bytes=read + case.patches * engines.checkpoint.config.vision.qwen2_vl_dim * engines.dtype.itemsize
+    )
 
 
 def _vision_floors(graph: ir.Graph, case: Case, engines: Engines) -> dict[str, Work]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..files import write_plot
-from ..measure import gpu, machine
+from ..machine import gpu, machine, one_line
 from .contenders import BATCHED, ONE, Answer, Timing
 from .rows import Row
 from .run import DTYPE, ModelResults, Report, Result
@@ -22,7 +22,7 @@ _SEED = "#d1711b"
 
 def text(report: Report) -> Iterator[str]:
     """Line by line."""
-    yield " · ".join(f"{name} {value}" for name, value in _machine(report).items())
+    yield one_line(_machine(report))
     if report.plan.reduced:
         yield report.plan.reduced
     yield f"measured in this run, bfloat16: {report.rates}"

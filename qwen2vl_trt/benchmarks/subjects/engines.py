@@ -22,7 +22,7 @@ from qwen2vl_trt.runtime.inputs.jpeg_decoder import check_gpu_decoding
 from qwen2vl_trt.runtime.observer import Observer, unobserved
 from qwen2vl_trt.runtime.options import PipelineOptions
 from qwen2vl_trt.runtime.pipeline import Pipeline
-from qwen2vl_trt.runtime.preprocessing.preprocessor import Decode
+from qwen2vl_trt.runtime.preprocessing.preprocessor import Decode, PackedPixels, Preprocessor, PreprocessorSettings
 from qwen2vl_trt.runtime.request import Output, Request
 from qwen2vl_trt.runtime.sampler import SamplingParams
 from qwen2vl_trt.windows import WindowLayout, window_layout
@@ -64,6 +64,27 @@ class EngineSubject(Subject):
         manifest = self.engines.manifest
         self.name = f"{manifest.backend} {manifest.precision}"
         super().__init__(self.engines.device)
+
+
+class ProcessorSubject(EngineSubject):
+    """Decoded images in the host's memory to the vision engine's pixels, written over the last ones, as a pipeline has
+    it do."""
+
+    def load(self, case: Case) -> None:
+        checkpoint = self.engines.checkpoint
+        settings = PreprocessorSettings.from_folder(checkpoint.folder)
+        self._preprocessor = Preprocessor(checkpoint.config.vision, settings, self.device, self.engines.dtype)
+        self._images = pixels_of(case)
+        self._memory = torch.empty_like(self._preprocessor.preprocess(self._images).pixel_values).view(-1)
+
+    def iterate(self, count: int) -> list[Sample]:
+        return [self._call() for _ in range(count)]
+
+    def _call(self) -> Sample:
+        def compute(images: list[Tensor]) -> PackedPixels:
+            return self._preprocessor.preprocess(images, out=self._memory)
+
+        return timed(self.device, lambda: self._images, compute, lambda packed: packed)[1]
 
 
 class VisionSubject(EngineSubject):
@@ -292,6 +313,12 @@ def jpeg(size: tuple[int, int], seed: int) -> bytes:
     buffer = BytesIO()
     picture(size, seed).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
+
+
+def pixels_of(case: Case) -> list[Tensor]:
+    """A case's images, ``[3, H, W]`` uint8."""
+    arrays = (np.array(picture(size, seed)) for seed, size in enumerate(case.sizes))
+    return [torch.from_numpy(array).permute(2, 0, 1).contiguous() for array in arrays]
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:

@@ -18,7 +18,7 @@ from qwen2vl_trt.export.importable_torchvision import allow_torchvision
 from qwen2vl_trt.windows import Grid
 
 from ..floors.rates import synchronize
-from .engines import PROMPT, jpeg
+from .engines import PROMPT, jpeg, pixels_of
 from .shapes import Case
 from .subject import Sample, Subject
 
@@ -64,6 +64,32 @@ class _TransformersSubject(Subject):
         return ways[self.how]
 
 
+class TransformersProcessor(_TransformersSubject):
+    """Its image processor on the same tensors, and its patches in the type of the model."""
+
+    def load(self, case: Case) -> None:
+        allow_torchvision()
+        from transformers import AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(self._checkpoint).image_processor
+        images = pixels_of(case)
+
+        def process(some: list[torch.Tensor]) -> None:
+            found = processor(images=some, device=str(self.device), return_tensors="pt")
+            found["pixel_values"].to(self._dtype)
+
+        def one_at_a_time() -> None:
+            for image in images:
+                process([image])
+
+        batched = partial(process, images)
+        ways: dict[str, Callable[[], None]] = {"batched": batched, "one at a time": one_at_a_time}
+        self._call = self._faster(ways if len(images) > 1 else {"one image": batched})
+
+    def iterate(self, count: int) -> list[Sample]:
+        return [_whole(self._call, self.device) for _ in range(count)]
+
+
 class TransformersVision(_TransformersSubject):
     """The vision tower alone, on patches as its own processor orders them; random pixels are the same work."""
 
@@ -91,12 +117,13 @@ class TransformersVision(_TransformersSubject):
             (output if isinstance(output, torch.Tensor) else output.pooler_output).to("cpu")  # by release
 
     def iterate(self, count: int) -> list[Sample]:
-        return [_whole(self._call) for _ in range(count)]
+        return [_whole(self._call, self.device) for _ in range(count)]
 
 
-def _whole(call: Callable[[], object]) -> Sample:
+def _whole(call: Callable[[], object], device: torch.device) -> Sample:
     began = time.perf_counter()
     call()
+    synchronize(device)
     return {"latency": [time.perf_counter() - began]}
 
 

@@ -1,4 +1,4 @@
-"""``run.py bench seed`` over a small model, on every row's own code; and its floors against counts by hand."""
+"""``run.py bench comparisons`` over a small model, on every row's own code; and its floors against counts by hand."""
 
 import json
 from functools import partial
@@ -16,7 +16,8 @@ from qwen2vl_trt.benchmarks.seed.contenders import Ours, Transformers
 from qwen2vl_trt.benchmarks.seed.report import text
 from qwen2vl_trt.benchmarks.seed.rows import Plan, Row, plan_for
 from qwen2vl_trt.benchmarks.seed.run import Report, floor_of
-from qwen2vl_trt.commands import bench_seed, call
+from qwen2vl_trt.commands import bench_comparisons as command
+from qwen2vl_trt.commands import call
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import BenchmarkError
 from tests.support.models import SMALL_SHAPE
@@ -46,7 +47,7 @@ def bench(no_processes, small_rates, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(contenders, "_SECONDS", 0.0)
 
     def run(*arguments):
-        call("bench seed", ["--device", "cpu", "--layers", "2", "--blocks", "2", *arguments, "--json"])
+        call("bench comparisons", ["--device", "cpu", "--layers", "2", "--blocks", "2", *arguments, "--json"])
         return json.loads(capsys.readouterr().out)
 
     return run
@@ -174,7 +175,7 @@ def test_floors_are_those_counted_by_hand():
 
 def test_the_text_shows_what_was_measured(bench, monkeypatch):
     reports = []
-    monkeypatch.setattr(bench_seed, "measure", lambda *arguments: reports.append(seed.run(*arguments)) or reports[0])
+    monkeypatch.setattr(command, "measure", lambda *arguments: reports.append(seed.run(*arguments)) or reports[0])
     bench()
     (report,) = reports
     lines = list(text(report))
@@ -202,7 +203,7 @@ def test_wrong_options_are_named(arguments, message, capsys, monkeypatch, tmp_pa
     from qwen2vl_trt.engines.command import run_command
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["run.py", "bench", "seed", *arguments])
+    monkeypatch.setattr(sys, "argv", ["run.py", "bench", "comparisons", *arguments])
     with pytest.raises(SystemExit) as ended:
         run_command(run.main)
     found = capsys.readouterr()

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     sizes = [name.removeprefix(_FAMILY) for name in SHAPES]
     if arguments.plot is not None:
         check_plot(arguments.plot)
-    require_torchvision("run.py bench seed", "bench")
+    require_torchvision("run.py bench comparisons", "bench")
     device = parse_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     models = arguments.models or (sizes if device.type == "cuda" else sizes[:1])
     names = [_FAMILY + size for size in dict.fromkeys(models)]
