@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qwen2vl_trt.accuracy.recorder import in_patch_order, pack
 from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.runtime.backends.runners import Engines, Step, VisionRunner, open_engines
 from qwen2vl_trt.runtime.inputs.jpeg_decoder import check_gpu_decoding
@@ -61,6 +62,7 @@ class EngineSubject(Subject):
     def __init__(self, options: EngineOptions, engines: Engines | None = None) -> None:
         self._options = options
         self.engines = engines or open_engines(options.folder, options.device)
+        self._config = self.engines.checkpoint.config
         manifest = self.engines.manifest
         self.name = f"{manifest.backend} {manifest.precision}"
         super().__init__(self.engines.device)
@@ -71,34 +73,41 @@ class ProcessorSubject(EngineSubject):
     it do."""
 
     def load(self, case: Case) -> None:
-        checkpoint = self.engines.checkpoint
-        settings = PreprocessorSettings.from_folder(checkpoint.folder)
-        self._preprocessor = Preprocessor(checkpoint.config.vision, settings, self.device, self.engines.dtype)
-        self._images = pixels_of(case)
+        settings = PreprocessorSettings.from_folder(self.engines.checkpoint.folder)
+        self._preprocessor = Preprocessor(self._config.vision, settings, self.device, self.engines.dtype)
+        self._images, self._case = pixels_of(case, self.device), case
         self._memory = torch.empty_like(self._preprocessor.preprocess(self._images).pixel_values).view(-1)
 
     def iterate(self, count: int) -> list[Sample]:
         return [self._call() for _ in range(count)]
 
-    def _call(self) -> Sample:
-        def compute(images: list[Tensor]) -> PackedPixels:
-            return self._preprocessor.preprocess(images, out=self._memory)
+    def output(self) -> Tensor:
+        packed = self._preprocess(self._images)
+        _, height, width = self._case.grids[-1]
+        return in_patch_order(packed.pixel_values, packed.layout, self._config.vision)[-height * width :]
 
-        return timed(self.device, lambda: self._images, compute, lambda packed: packed)[1]
+    def _preprocess(self, images: list[Tensor]) -> PackedPixels:
+        return self._preprocessor.preprocess(images, out=self._memory)
+
+    def _call(self) -> Sample:
+        return timed(self.device, lambda: self._images, self._preprocess, lambda packed: packed)[1]
 
 
 class VisionSubject(EngineSubject):
-    """The vision engine alone: pixels that are ready to embeddings on the host."""
+    """The vision engine alone: pixels that are ready to embeddings."""
 
     def load(self, case: Case) -> None:
-        layout = window_layout(case.grids, self.engines.checkpoint.config.vision)
-        width = self.engines.checkpoint.config.vision.qwen2_vl_dim
-        pixels = torch.randn(*layout.sequence_position.shape, width).to(self.engines.dtype)
-        cuda = self.device.type == "cuda"
+        self._layout = window_layout(case.grids, self._config.vision)
+        patches = patches_of(case, self._config.vision.qwen2_vl_dim, self.engines.dtype)
+        pixels = pack(patches, self._layout, self._config.vision)
+        pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
+        graph = self._options.cuda_graph
         self._calls = [
-            _VisionCall(runner, pixels.pin_memory() if cuda else pixels, layout, self.device, self._options.cuda_graph)
-            for runner in self._runners
+            _VisionCall(runner, pixels, self._layout, self.device, graph, case.on_device) for runner in self._runners
         ]
+
+    def output(self) -> Tensor:
+        return self._calls[0].run()[0][-self._layout.tokens_per_item[-1] :]
 
     @cached_property
     def _runners(self) -> list[VisionRunner]:
@@ -110,7 +119,7 @@ class VisionSubject(EngineSubject):
 
     def iterate(self, count: int) -> list[Sample]:
         if len(self._calls) == 1:
-            return [self._calls[0]() for _ in range(count)]
+            return [self._calls[0].run()[1] for _ in range(count)]
         with ThreadPoolExecutor(len(self._calls)) as pool:
             done = [pool.submit(call.in_own_stream, count) for call in self._calls]
             return [sample for future in done for sample in future.result()]
@@ -120,26 +129,38 @@ class _VisionCall:
     """One stream's call of the vision engine."""
 
     def __init__(
-        self, runner: VisionRunner, pixels: Tensor, layout: WindowLayout, device: torch.device, cuda_graph: bool
+        self,
+        runner: VisionRunner,
+        pixels: Tensor,
+        layout: WindowLayout,
+        device: torch.device,
+        cuda_graph: bool,
+        stays: bool,
     ) -> None:
-        self._pixels, self._device = pixels, device
-        self._on_device = torch.empty_like(pixels, device=device) if device.type == "cuda" else pixels
+        self._pixels, self._device, self._stays = pixels, device, stays
+        self._on_device = pixels.to(device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._compute: Callable[[Tensor], Tensor] = lambda pixels: runner(pixels, layout)
         if cuda_graph:
             self._compute = _captured(runner, self._on_device, layout, device)
 
-    def __call__(self) -> Sample:
-        return timed(self._device, self._upload, self._compute, lambda embeds: embeds.to("cpu"))[1]
+    def run(self) -> tuple[Tensor, Sample]:
+        """Embeddings, and what the call took."""
+        return timed(self._device, self._upload, self._compute, self._download)
 
     def in_own_stream(self, count: int) -> list[Sample]:
         if self._stream is None:
-            return [self() for _ in range(count)]
+            return [self.run()[1] for _ in range(count)]
         with torch.cuda.stream(self._stream):
-            return [self() for _ in range(count)]
+            return [self.run()[1] for _ in range(count)]
 
     def _upload(self) -> Tensor:
-        return self._on_device.copy_(self._pixels, non_blocking=True) if self._stream else self._pixels
+        if self._stays or self._stream is None:
+            return self._on_device
+        return self._on_device.copy_(self._pixels, non_blocking=True)
+
+    def _download(self, embeds: Tensor) -> Tensor:
+        return embeds if self._stays else embeds.to("cpu")
 
 
 def _captured(
@@ -221,6 +242,23 @@ class DecoderSubject(EngineSubject):
         )
 
 
+class HiddenStatesSubject(EngineSubject):
+    """Images and a question to the decoder's hidden states, ``batch`` samples in one call."""
+
+    def load(self, case: Case) -> None:
+        images = torch.stack(pixels_of(case, self.device))[:, None]  # [B, cameras, 3, H, W]
+        requests = Request.from_batch(images, [PROMPT] * case.batch)
+        self._call = partial(forgetful_pipeline(self.engines).hidden_states, requests)
+
+    def iterate(self, count: int) -> list[Sample]:
+        return [
+            timed(self.device, lambda: None, lambda _: self._call(), lambda states: states)[1] for _ in range(count)
+        ]
+
+    def output(self) -> Tensor:
+        return self._call()[-1]
+
+
 class PipelineSubject(EngineSubject):
     """The whole pipeline: encoded images and a question to an answer, ``batch`` requests at a time, greedy."""
 
@@ -251,6 +289,10 @@ class PipelineSubject(EngineSubject):
 
     def iterate(self, count: int) -> list[Sample]:
         return [_request_sample(output) for output in self._plain.answer(count * self._plain.batch)]
+
+    def prompt_tokens(self) -> int:
+        """Of a request of the case that is loaded."""
+        return self._plain.answer(1)[0].prompt_tokens
 
     def trace(self, case: Case) -> dict[str, Any]:
         """``2 * batch`` requests that arrive together: some wait where slots are fewer. Before it, a warm-up."""
@@ -315,10 +357,16 @@ def jpeg(size: tuple[int, int], seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def pixels_of(case: Case) -> list[Tensor]:
-    """A case's images, ``[3, H, W]`` uint8."""
-    arrays = (np.array(picture(size, seed)) for seed, size in enumerate(case.sizes))
-    return [torch.from_numpy(array).permute(2, 0, 1).contiguous() for array in arrays]
+def pixels_of(case: Case, device: torch.device) -> list[Tensor]:
+    """A case's images, ``[3, H, W]`` uint8, on the device where the case says so."""
+    arrays = (np.array(picture(size, seed)) for seed, size in enumerate(case.sizes * case.batch))
+    place = device if case.on_device else "cpu"
+    return [torch.from_numpy(array).permute(2, 0, 1).contiguous().to(place) for array in arrays]
+
+
+def patches_of(case: Case, width: int, dtype: torch.dtype) -> Tensor:
+    """Random patches ``[P, width]`` of a case's images, in Transformers' order."""
+    return torch.randn(case.patches, width, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:

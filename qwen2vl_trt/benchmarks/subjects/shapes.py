@@ -96,13 +96,14 @@ class Case:
     """One thing to measure.
 
     Attributes:
-        stage: one of :data:`ALL_STAGES`.
+        stage: one of :data:`ALL_STAGES`, or ``hidden states``, of the decoder for a prompt with an image.
         label: its name in reports.
         sizes: (height, width) in pixels of the images of a call, or of a request.
         grids: of those images, after the preprocessor's resizing.
         batch: of the decoder; requests at a time of the pipeline.
         prompt: tokens; 0 where the pipeline's request decides.
         generate: tokens of an answer.
+        on_device: inputs lie on the device and outputs stay there; else both are in the host's memory.
     """
 
     stage: str
@@ -112,6 +113,7 @@ class Case:
     batch: int = 1
     prompt: int = 0
     generate: int = 0
+    on_device: bool = False
 
     @property
     def patches(self) -> int:
