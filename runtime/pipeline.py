@@ -27,6 +27,7 @@ from .media.cached_media import CachedMedia
 from .media.embedder import MediaEmbedder, StageTimes
 from .media.embedding_cache import EmbeddingCache
 from .model_files import ModelFiles
+from .observer import Observer, Stage, unobserved
 from .options import PipelineOptions
 from .preprocessing.preprocessor import Preprocessor
 from .request import Event, Output, Request
@@ -55,6 +56,7 @@ class Pipeline:
         options: see :class:`~qwen2vl_trt.runtime.options.PipelineOptions`.
         clock: seconds, for deadlines and all timings but ``vision``, the packing of pixels and what threads load; a
             simulation brings its own.
+        observe: surrounds every stage, see :mod:`qwen2vl_trt.runtime.observer`.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Pipeline:
         engines: Engines,
         options: PipelineOptions | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        observe: Observer = unobserved,
     ) -> None:
         options = options or PipelineOptions()
         folder, self._config = engines.checkpoint.folder, engines.checkpoint.config
@@ -78,7 +81,7 @@ class Pipeline:
             decode=options.decode,
             image_limits=ImageLimits(options.image_pixel_limit),
         )
-        self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision)
+        self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision, observe)
         penalty = self._generation.defaults.repetition_penalty
         if isinstance(engines.backend, SelfScheduling) and penalty not in (None, 1):
             _logger.warning(
@@ -92,12 +95,14 @@ class Pipeline:
             self._generation = replace(self._generation, defaults=defaults)
         self._embeddings = EmbeddingCache(options.embedding_cache_bytes)
         self._cached_media = CachedMedia(self._media, self._embeddings)
-        self._preparer = Preparer(self._cached_media, self._prompts, self._config, self.profile, options.strict_size)
+        self._preparer = Preparer(
+            self._cached_media, self._prompts, self._config, self.profile, options.strict_size, observe
+        )
         self._media_ahead = MediaAhead(
             self._preparer.load, options.overlap and options.decode == "cpu", options.ahead_bytes
         )
         self._side = SideStream.beside(engines.device) if options.overlap else SideStream(engines.device, None)
-        self._clock = clock
+        self._clock, self._observe = clock, observe
         self._counters = Counters()
         self._waiting = WaitingLine(self._preparer, self._media_ahead, clock)
         self._alone = Exclusive()
@@ -223,7 +228,8 @@ class Pipeline:
         backend = self.engines.backend
         if isinstance(backend, SelfScheduling):
             return backend.load_executor(self.engines, self.options.reuse_prefixes, self._counters)
-        return Scheduler(self.engines.decoder, self.options.max_num_tokens, self.options.reuse_prefixes, self._counters)
+        options, decoder = self.options, self.engines.decoder
+        return Scheduler(decoder, options.max_num_tokens, options.reuse_prefixes, self._counters, self._observe)
 
     @property
     def busy(self) -> bool:
@@ -242,8 +248,11 @@ class Pipeline:
             return []
         began = self._clock()
         self._take_in()
-        if not self._scheduler.busy and self._waiting.wait_for_media():
-            self._take_in()
+        if not self._scheduler.busy:
+            with self._observe(Stage("wait")):
+                waited = self._waiting.wait_for_media()
+            if waited:
+                self._take_in()
         new = self._scheduler.step()
         for token in new:
             if token.sequence.output in self._listeners:
@@ -436,7 +445,7 @@ class Pipeline:
         if not group:
             return
         try:
-            with self._side.work(group) as arrival:
+            with self._side.work(group) as arrival, self._observe(_embed_stage(group)):
                 inputs, times = self._embed([prepared for _, prepared in group])
             sequences = [
                 self._sequence(waiting, prepared, inputs_embeds, arrival)
@@ -488,6 +497,11 @@ class Pipeline:
             return self._preparer.prepare(request)
         except Qwen2VLError as error:
             raise type(error)(f"{name}{error}") from None
+
+
+def _embed_stage(group: Sequence[tuple[WaitingRequest, Prepared]]) -> Stage:
+    media = [(each.output, medium.key) for each, item in group for medium in item.media]
+    return Stage("embed", [output for output, _ in media], media=[key for _, key in media])
 
 
 def _check_request(request: Request) -> None:

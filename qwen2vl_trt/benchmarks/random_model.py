@@ -19,12 +19,9 @@ import torch
 
 from qwen2vl_trt.checkpoint import SINGLE_FILE
 from qwen2vl_trt.config import Qwen2VLConfig, read_json
-from qwen2vl_trt.engines.backends import find_backend
-from qwen2vl_trt.engines.build import build_engines
-from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.export.graphs import decoder_graph, vision_graph
-from qwen2vl_trt.hub import ResolvedModel, resolve_model
+from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.weights import LM_HEAD, PATCH_EMBEDDING
 
 _COMMON: dict[str, Any] = {
@@ -81,8 +78,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 _PIXELS = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}  # as published; the tiny model's are smaller
 _SPECIAL = tuple(name for name in _COMMON if name.endswith("_token_id"))
 _DRAWN = 1 << 22  # weights that a thread draws at once
-
-PROFILE = BuildProfile(min_hw_dims=16, max_hw_dims=5184, max_batch_size=8, max_input_len=4096, max_seq_len=8192)
 
 
 def config_of(name: str, layers: int | None = None, blocks: int | None = None) -> dict[str, Any]:
@@ -194,21 +189,6 @@ def random_checkpoint(name: str, layers: int | None, blocks: int | None, root: P
     except OSError as error:
         raise BenchmarkError(f"{folder}: {error.strerror or error}") from None
     return folder
-
-
-def prepare(folder: Path) -> dict[str, Path]:
-    """Write a checkpoint of 3B's widths, 4 layers and 8 blocks, and build its engines, unless they are there.
-
-    Returns:
-        ``checkpoint`` and one folder for each backend and precision, ``torch bf16``.
-    """
-    checkpoint = random_checkpoint("Qwen2.5-VL-3B", 4, 8, folder)
-    paths = {"checkpoint": checkpoint}
-    for name in ("torch bf16", "torch fp32", "onnxruntime fp32"):
-        backend, precision = find_backend(*name.split())
-        paths[name] = folder / name.replace(" ", "-")
-        build_engines(ResolvedModel("random-3B", checkpoint), backend, precision, PROFILE, paths[name])
-    return paths
 
 
 def _shapes(config: Qwen2VLConfig) -> dict[str, tuple[int, ...]]:

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import resource
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -110,6 +111,27 @@ def _work(setup: Callable[[], Any], pipe: Connection, threads: int) -> None:
                 answer = ("bug", traceback.format_exc())
             pipe.send(answer)
             request = pipe.recv()
+
+
+class _Once:
+    def measure(self, call: Callable[..., object], *arguments: Any) -> dict[str, float]:
+        before, began = peak_bytes(), time.perf_counter()
+        call(*arguments)
+        return {
+            "time_s": time.perf_counter() - began,
+            "peak_memory_mb": peak_bytes() / 1e6,
+            "of_it_after_the_imports_mb": before / 1e6,
+        }
+
+
+def measured_call(name: str, call: Callable[..., object], *arguments: Any) -> dict[str, float]:
+    """Seconds and peak memory of a call, libraries included, in a process of its own that ``name`` is of.
+
+    Raises:
+        Qwen2VLError: as a :class:`Worker` does.
+    """
+    with Worker(name, _Once) as worker:
+        return worker.call("measure", call, *arguments)
 
 
 def peak_bytes() -> int:

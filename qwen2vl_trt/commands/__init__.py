@@ -20,7 +20,9 @@ COMMANDS = {
     "eval": "accuracy of the tiny model on held-out digits",
     "compare": "accuracy of engines against Transformers",
     "bench": "throughput, latency and memory of engines",
-    "bench seed": "the seed implementation's comparisons, with random weights",
+    "bench comparisons": "a fixed list of comparisons with Transformers, random weights",
+    "bench build": "time and memory of a build",
+    "bench export": "time and memory of an export",
     "inspect": "what an engine folder holds",
     "plan": "how many GPUs a load needs, on paper",
 }
@@ -79,7 +81,7 @@ def run_module(module: Any, prog: str, argv: list[str]) -> None:
 
 def _overview(prog: str) -> str:
     build = "build_engines.py" if prog == "run.py" else f"{prog}-build"
-    commands = "\n".join(f"  {name:<11} {what}" for name, what in COMMANDS.items())
+    commands = "\n".join(f"  {name:<17} {what}" for name, what in COMMANDS.items())
     return f"""usage: {prog} COMMAND [options]
 
 {commands}

@@ -14,17 +14,17 @@ from qwen2vl_trt.benchmarks.bench.run import run as measure
 from qwen2vl_trt.benchmarks.files import check_plot, check_target, write_json
 from qwen2vl_trt.benchmarks.random_model import SHAPES, random_checkpoint
 from qwen2vl_trt.benchmarks.subjects.engines import EngineOptions, check_options
-from qwen2vl_trt.benchmarks.subjects.shapes import STAGES, Shape
+from qwen2vl_trt.benchmarks.subjects.shapes import ALL_STAGES, STAGES, Shape
 from qwen2vl_trt.engines.arguments import add_build_arguments
 from qwen2vl_trt.engines.command import path_name, positive_number
 from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.runtime.engine_folder import engine_folder
 from qwen2vl_trt.runtime.pipeline_arguments import add_decode_argument, check_decode
 
-EPILOG = """run.py bench seed --help                             the seed implementation's comparisons, random weights
+EPILOG = """bench comparisons, bench build and bench export measure other things: run.py bench build --help
 
 shapes, several of them separated by spaces:
-  --shapes 448x448x8 448x448x4,1080x1920             vision calls: images as HEIGHTxWIDTH[xCOUNT]
+  --shapes 448x448x8 448x448x4,1080x1920             processor, vision: images of a call as HEIGHTxWIDTH[xCOUNT]
   --shapes batch:8,prompt:256,generate:64            decoder: answers together, tokens of each prompt and answer
   --shapes 448x448,batch:4,generate:32               pipeline: requests at a time, each with these images
 
@@ -33,7 +33,7 @@ Latency is of the host's clock on a CPU; on a GPU it is H2D + GPU compute + D2H,
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that :func:`run` reads."""
-    parser.add_argument("stage", nargs="?", choices=STAGES, help="default all three")
+    parser.add_argument("stage", nargs="?", choices=ALL_STAGES, help=f"default {', '.join(STAGES)}")
     add_build_arguments(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where the backend can use one")
     add_decode_argument(parser)
@@ -60,11 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="transformers[:PRECISION]",
         help="the same work in Transformers, turn about; by default in the engines' precision",
     )
-    group.add_argument(
-        "--random-weights", action="store_true", help=f"of {' or '.join(SHAPES)} (--model), for want of a hub"
-    )
-    group.add_argument("--layers", type=positive_number, metavar="N", help="of the decoder, with --random-weights")
-    group.add_argument("--blocks", type=positive_number, metavar="N", help="of the vision tower, with --random-weights")
+    add_random_weights(group)
     group = parser.add_argument_group("results")
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     group.add_argument("--export-times", "--exportTimes", type=path_name, metavar="FILE.json", help="every sample")
@@ -142,8 +138,21 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _folder(arguments: argparse.Namespace) -> Path:
-    """The engines in --engine-dir as they are, unless a model is named too; else the model's, built where missing."""
+def add_random_weights(group: argparse._ArgumentGroup) -> None:
+    """Add the options that :func:`use_random_weights` reads."""
+    group.add_argument(
+        "--random-weights", action="store_true", help=f"of {' or '.join(SHAPES)} (--model), for want of a hub"
+    )
+    group.add_argument("--layers", type=positive_number, metavar="N", help="of the decoder, with --random-weights")
+    group.add_argument("--blocks", type=positive_number, metavar="N", help="of the vision tower, with --random-weights")
+
+
+def use_random_weights(arguments: argparse.Namespace) -> None:
+    """Make ``--model`` the folder of a random checkpoint, where that is asked for; written where it is not there yet.
+
+    Raises:
+        BenchmarkError: no such shape, a depth without ``--random-weights``, or no room on the disk.
+    """
     if arguments.random_weights:
         if not arguments.model:
             raise BenchmarkError(f"--random-weights needs a --model to take the shape of: {', '.join(SHAPES)}")
@@ -151,6 +160,11 @@ def _folder(arguments: argparse.Namespace) -> Path:
         arguments.model = str(random_checkpoint(arguments.model, arguments.layers, arguments.blocks, root))
     elif arguments.layers or arguments.blocks:
         raise BenchmarkError("--layers and --blocks cut a model of --random-weights; a trained one stays whole")
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    """The engines in --engine-dir as they are, unless a model is named too; else the model's, built where missing."""
+    use_random_weights(arguments)
     from qwen2vl_trt.tiny.calibration import training_data
 
     return engine_folder(arguments, training_data)

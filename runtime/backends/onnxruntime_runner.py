@@ -50,8 +50,12 @@ def load_decoder(engines: Engines, session: ort.InferenceSession | None = None) 
     return OrtDecoder(session, engines.checkpoint, engines.manifest.profile, engines.precision.decoder, engines.device)
 
 
-def open_session(path: Path, device: torch.device, model: bytes | None = None) -> ort.InferenceSession:
+def open_session(
+    path: Path, device: torch.device, model: bytes | None = None, profile: Path | None = None
+) -> ort.InferenceSession:
     """Open a graph; ``model`` is used instead of the file's content, with the weights that lie beside the file.
+
+    With ``profile``, the beginning of a file's name, ONNX Runtime writes down each operator's time.
 
     Raises:
         EngineError: it does not load, the device is not available, or this ONNX Runtime is too old.
@@ -59,6 +63,8 @@ def open_session(path: Path, device: torch.device, model: bytes | None = None) -
     check_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     # From BF16 weights to FP32 ones once, at load, however large: by default one of over 1 GB (3B's embedding) would be
     # converted again at every step.
     options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(2**63 - 1))

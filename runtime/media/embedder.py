@@ -11,9 +11,10 @@ from torch import Tensor
 
 from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.engines.profile import BuildProfile
-from qwen2vl_trt.windows import Grid, window_layout
+from qwen2vl_trt.windows import Grid, WindowLayout, window_layout
 
 from ..backends.runners import VisionRunner
+from ..observer import Observer, Stage, unobserved
 from ..preprocessing.medium import Medium
 from ..preprocessing.preprocessor import PackedPixels, Preprocessor
 
@@ -34,12 +35,19 @@ class MediaEmbedder:
         runner: the vision engine.
         profile: its limits.
         config: the vision tower.
+        observe: surrounds every ``preprocess`` and ``vision``.
     """
 
     def __init__(
-        self, preprocessor: Preprocessor, runner: VisionRunner, profile: BuildProfile, config: VisionConfig
+        self,
+        preprocessor: Preprocessor,
+        runner: VisionRunner,
+        profile: BuildProfile,
+        config: VisionConfig,
+        observe: Observer = unobserved,
     ) -> None:
         self.preprocessor, self._runner, self._profile, self._config = preprocessor, runner, profile, config
+        self._observe = observe
         self._pixels: Tensor | None = None  # of the largest batch so far: free again once its engine call has returned
 
     def embed(self, media: Sequence[Medium]) -> tuple[list[Tensor], StageTimes]:
@@ -76,7 +84,8 @@ class MediaEmbedder:
 
     def _pack(self, media: Sequence[Medium], times: StageTimes) -> PackedPixels:
         began = time.perf_counter()
-        packed = self.preprocessor.pack(media, self._pixels)
+        with self._observe(Stage("preprocess")):
+            packed = self.preprocessor.pack(media, self._pixels)
         if self._pixels is None or packed.pixel_values.numel() > self._pixels.numel():
             self._pixels = packed.pixel_values.view(-1)
         times.preprocess += time.perf_counter() - began
@@ -88,14 +97,18 @@ class MediaEmbedder:
         frames = [(1, h, w) for t, h, w in packed.grids for _ in range(t)]
         groups = list(self._groups(frames))
         if len(groups) == 1:
-            embeds = self._runner(packed.pixel_values, packed.layout)
+            embeds = self._call(packed.pixel_values, packed.layout)
         else:
             parts, window = [], 0
             for group in groups:
                 layout = window_layout(tuple(frames[group]), self._config)
                 windows = len(layout.window_lengths)
-                parts.append(self._runner(packed.pixel_values[window : window + windows], layout))
+                parts.append(self._call(packed.pixel_values[window : window + windows], layout))
                 window += windows
             embeds = torch.cat(parts)
         times.vision += time.perf_counter() - began
         return embeds
+
+    def _call(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
+        with self._observe(Stage("vision")):
+            return self._runner(pixel_values, layout)

@@ -22,6 +22,7 @@ from qwen2vl_trt.prompts import PromptBuilder
 from ..inputs.files import labelled
 from ..inputs.video import options_for
 from ..media.cached_media import CachedMedia
+from ..observer import Observer, Stage, unobserved
 from ..preprocessing.medium import Medium
 from ..preprocessing.sizes import MediaSize
 from ..request import Request
@@ -100,6 +101,7 @@ class Preparer:
         config: the model.
         profile: the engines' limits.
         strict_size: a video is not made shorter to fit them.
+        observe: surrounds every ``load``.
     """
 
     def __init__(
@@ -109,9 +111,10 @@ class Preparer:
         config: Qwen2VLConfig,
         profile: BuildProfile,
         strict_size: bool = False,
+        observe: Observer = unobserved,
     ) -> None:
         self._media, self._prompts, self._config, self._profile = media, prompts, config, profile
-        self._strict_size = strict_size
+        self._strict_size, self._observe = strict_size, observe
 
     def sources(self, request: Request, params: Sampling | None = None) -> MediaSources:
         """Find a request's media.
@@ -152,6 +155,13 @@ class Preparer:
             MediaError: an image or a video cannot be read.
             LimitError: one does not fit the engines, and sizes are strict.
         """
+        stage = Stage("load")
+        with self._observe(stage):
+            loaded = self._load(sources)
+            stage.media += [medium.key for medium in loaded]
+        return loaded
+
+    def _load(self, sources: MediaSources) -> list[Medium]:
         images = [
             self._media.load_image(source, f"image {n}", options)
             for n, (source, options) in enumerate(zip(sources.images, sources.image_options, strict=True), start=1)

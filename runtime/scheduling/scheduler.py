@@ -21,6 +21,7 @@ from torch import Tensor
 from qwen2vl_trt.errors import ExecutionError, Qwen2VLError
 
 from ..backends.runners import DecoderRunner, Step
+from ..observer import Observer, Stage, unobserved
 from ..request import Output
 from ..sampler import sample
 from ..sending import send
@@ -51,6 +52,7 @@ class Scheduler:
         max_num_tokens: most prompt tokens in one step.
         reuse_prefixes: let prompts share keys and values, with running requests and with ended ones whose slot is free.
         counters: where to count; by default nowhere that can be read.
+        observe: surrounds every ``prefill``, ``decode`` and ``sampling``.
     """
 
     def __init__(
@@ -59,13 +61,14 @@ class Scheduler:
         max_num_tokens: int,
         reuse_prefixes: bool = True,
         counters: Counters | None = None,
+        observe: Observer = unobserved,
     ) -> None:
         self._decoder = decoder
         self._max_num_tokens = max_num_tokens
         self._slots = Slots(decoder.slots, reuse_prefixes)
         self._prompts: list[RunningSequence] = []  # still to be read, oldest first; those begun have a slot
         self._waits: dict[RunningSequence, Wait] = {}
-        self._counters = counters or Counters()
+        self._counters, self._observe = counters or Counters(), observe
         self._mark = object()
 
     @property
@@ -249,12 +252,14 @@ class Scheduler:
         slot = self._begin(sequence) if sequence.slot is None else sequence.slot
         began = sequence.output.clock()
         chunk = slice(sequence.cached, min(sequence.cached + most, sequence.prompt_length))
-        step = self._decoder.step(
-            slot, sequence.inputs_embeds[None, chunk], sequence.position_ids[:, None, chunk], [sequence.cached]
-        )
+        details = {"tokens": chunk.stop - chunk.start, "after": chunk.start}
+        with self._observe(Stage("prefill", [sequence.output], slot, details=details)):
+            step = self._decoder.step(
+                slot, sequence.inputs_embeds[None, chunk], sequence.position_ids[:, None, chunk], [sequence.cached]
+            )
         sequence.cached = chunk.stop
         whole = not sequence.unread
-        tokens = sample(step.logits, [sequence.sampling]) if whole else []
+        tokens = self._sample([sequence], step.logits) if whole else []
         sequence.output.timings.prefill += sequence.output.clock() - began
         self._counters.prompt_tokens_computed += chunk.stop - chunk.start
         if whole:
@@ -279,7 +284,7 @@ class Scheduler:
         for sequence in running:
             sequence.cached += 1
         try:
-            tokens = sample(step.logits, [sequence.sampling for sequence in running], step.greedy)
+            tokens = self._sample(running, step.logits, step.greedy)
         except Exception as error:
             for sequence in running:
                 self._fail(sequence, error)
@@ -296,17 +301,22 @@ class Scheduler:
         tokens = [0 if s is None or s.token is None else s.token for s in rows]
         # On the host, like a prompt's: a runner puts them together with what else it sends.
         positions = torch.tensor([0 if s is None else s.cached + s.delta for s in rows])
-        step = self._decoder.step(
-            slots[0],
-            self._decoder.embed(tokens)[:, None],
-            positions.expand(3, -1)[:, :, None],
-            [self._slots.held(slot) for slot in slots],
-        )
+        embeds = self._decoder.embed(tokens)[:, None]
+        starts = [self._slots.held(slot) for slot in slots]
+        outputs = [None if sequence is None else sequence.output for sequence in rows]
+        with self._observe(Stage("decode", outputs, slots[0], details={"slots": len(rows)})):
+            step = self._decoder.step(slots[0], embeds, positions.expand(3, -1)[:, :, None], starts)
         own = [number for number, sequence in enumerate(rows) if sequence is not None]
         if len(own) == len(rows):
             return step
         taken = send(own, step.logits.device)
         return step._replace(logits=step.logits[taken], greedy=None if step.greedy is None else step.greedy[taken])
+
+    def _sample(
+        self, sequences: Sequence[RunningSequence], logits: Tensor, greedy: Tensor | None = None
+    ) -> list[int | None]:
+        with self._observe(Stage("sampling")):
+            return sample(logits, [sequence.sampling for sequence in sequences], greedy)
 
     def _push(self, sequences: Sequence[RunningSequence], tokens: Sequence[int | None]) -> list[NewToken]:
         new = []

@@ -6,11 +6,13 @@ import pytest
 
 import qwen2vl_trt.benchmarks.bench.operators
 import qwen2vl_trt.benchmarks.bench.run
-import qwen2vl_trt.benchmarks.seed.run
+import qwen2vl_trt.benchmarks.comparisons.contenders
 
 
 class WorkerHere:
     """In the place of :class:`qwen2vl_trt.benchmarks.workers.Worker`, whose own tests start real processes."""
+
+    alive = True
 
     def __init__(self, name, setup):
         self.name, self._target = name, pickle.loads(pickle.dumps(setup))()
@@ -32,7 +34,7 @@ def no_processes(monkeypatch):
     for module in (
         qwen2vl_trt.benchmarks.bench.run,
         qwen2vl_trt.benchmarks.bench.operators,
-        qwen2vl_trt.benchmarks.seed.run,
+        qwen2vl_trt.benchmarks.comparisons.contenders,
     ):
         monkeypatch.setattr(module, "Worker", WorkerHere)
 

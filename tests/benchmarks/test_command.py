@@ -291,7 +291,7 @@ def test_a_missing_package_names_its_extra(bench, engines, monkeypatch, option):
     monkeypatch.setattr("qwen2vl_trt.export.importable_torchvision.find_spec", lambda name: None)
     needed = "needs torchvision, which is not installed: pip install 'qwen2vl-trt[bench]'"
     assert_one_line(bench("--engine-dir", engines / "torch", "--against", "transformers"), needed)
-    assert_one_line(bench("seed"), needed)
+    assert_one_line(bench("comparisons"), needed)
 
 
 def test_an_interrupt_ends_the_workers_too(engines, tmp_path):
@@ -316,3 +316,36 @@ def test_an_interrupt_ends_the_workers_too(engines, tmp_path):
     psutil.wait_procs(children, timeout=30)
     assert not any(child.is_running() for child in children)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_is_measured(bench, tmp_path):
+    code, out, errors = bench("build", "--model", "tiny", "--backend", "onnxruntime", "--precision", "fp32", "--json")
+    assert (code, errors.count("\n"), errors.endswith(": built\n")) == (0, 1, True)
+    found = json.loads(out)
+    assert found["command"][:3] == ["run.py", "bench", "build"]
+    assert found["time_s"] > 0
+    assert found["peak_memory_mb"] >= found["of_it_after_the_imports_mb"] > 50
+    assert min(found["vision.onnx_mb"], found["decoder.onnx_mb"]) > 0
+    assert list(tmp_path.iterdir()) == []
+    assert_one_line(bench("build", "--model", "tiny", "--layers", 2), "cut a model of --random-weights")
+    assert_one_line(bench("build", "--model", "tiny", "--precision", "int3"), "int3")
+
+
+def test_the_preprocessor_is_measured_where_it_is_named(no_processes, bench, engines):
+    arguments = ("--shapes", "112x140,56x56", "56x84x3", "--against", "transformers", "--json")
+    code, out, errors = bench("processor", "--engine-dir", engines / "torch", *FEW, *arguments)
+    assert (code, errors) == (0, "")
+    results = json.loads(out)["results"]
+    assert [(result["stage"], result["shape"], result["patches"]) for result in results] == [
+        ("processor", "112x140,56x56", 8 * 10 + 16),
+        ("processor", "56x84x3", 3 * 4 * 6),  # more than the engine's batch: it is the preprocessor's alone
+    ]
+    for result in results:
+        queries, (images,) = check_consistent(result, result["ours"])
+        assert images == pytest.approx(
+            len(result["shape"].split(",")) * queries if "," in result["shape"] else 3 * queries
+        )
+        check_rival(result)
+        floor = result["floors"]["latency"]
+        assert floor["bound"] == "memory"
+    assert results[1]["floors"]["latency"]["bytes"] == 3 * (3 * 56 * 84 + 24 * 1176 * 4)

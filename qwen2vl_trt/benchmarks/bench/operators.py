@@ -6,14 +6,14 @@ import json
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+
+from qwen2vl_trt.runtime.backends.runners import DecoderRunner, Engines, VisionRunner
 
 from ..subjects.engines import EngineSubject
 from ..subjects.shapes import Case
@@ -59,7 +59,7 @@ def profile_operators(make: Callable[[], EngineSubject], cases: Sequence[Case]) 
 class _Profiled:
     def operators(self, make: Callable[[], EngineSubject], case: Case) -> list[Operator]:
         subject = make()
-        backend = subject.name.split()[0]
+        backend = "torch" if case.stage == "processor" else subject.name.split()[0]
         if backend == "torch":
             rows = _torch_rows(subject, case)
         elif backend == "onnxruntime":
@@ -89,11 +89,42 @@ def _torch_rows(subject: EngineSubject, case: Case) -> _Rows:
     return [(row.key, "torch", row.count, row.self_cpu_time_total / 1e3) for row in profiler.key_averages()]
 
 
+class _ProfiledSessions:
+    """ONNX Runtime as a backend whose sessions are profiled, which is decided when they are made."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self.sessions: list[Any] = []
+
+    def load_vision(self, engines: Engines) -> VisionRunner:
+        from qwen2vl_trt.runtime.backends import onnxruntime_runner
+
+        return onnxruntime_runner.load_vision(engines, self._session(engines, "vision"))
+
+    def load_decoder(self, engines: Engines) -> DecoderRunner:
+        from qwen2vl_trt.runtime.backends import onnxruntime_runner
+
+        return onnxruntime_runner.load_decoder(engines, self._session(engines, "decoder"))
+
+    def default_device(self) -> str:
+        return "cpu"
+
+    def _session(self, engines: Engines, stage: str) -> Any:
+        from qwen2vl_trt.runtime.backends.onnxruntime_runner import open_session
+
+        prefix = Path(self._folder) / stage
+        session = open_session(engines.folder / f"{stage}.onnx", engines.device, profile=prefix)
+        self.sessions.append(session)
+        return session
+
+
 def _onnxruntime_rows(subject: EngineSubject, case: Case) -> _Rows:
-    with tempfile.TemporaryDirectory() as folder, _profiled_sessions(folder) as sessions:
+    with tempfile.TemporaryDirectory() as folder:
+        backend = _ProfiledSessions(folder)
+        subject.engines = replace(subject.engines, backend=backend)
         subject.prepare(case)
         subject.run(ITERATIONS)
-        events = [json.loads(Path(session.end_profiling()).read_text()) for session in sessions]
+        events = [json.loads(Path(session.end_profiling()).read_text()) for session in backend.sessions]
     totals: dict[tuple[str, str], list[float]] = defaultdict(list)
     for of_session in events:
         runs = sorted(event["ts"] for event in of_session if event["name"] == "model_run")
@@ -103,24 +134,6 @@ def _onnxruntime_rows(subject: EngineSubject, case: Case) -> _Rows:
                 name = event["name"].removesuffix("_kernel_time")
                 totals[name, event["args"]["op_name"]].append(event["dur"] / 1e3)
     return [(name, kind, len(times), sum(times)) for (name, kind), times in totals.items()]
-
-
-@contextmanager
-def _profiled_sessions(folder: str) -> Iterator[list]:
-    """ONNX Runtime decides when a session is made whether it is profiled."""
-    import onnxruntime
-
-    sessions: list = []
-
-    class Profiled(onnxruntime.InferenceSession):
-        def __init__(self, path: Path, options: onnxruntime.SessionOptions, **more: object) -> None:
-            options.enable_profiling = True
-            options.profile_file_prefix = str(Path(folder) / str(len(sessions)))
-            super().__init__(path, options, **more)
-            sessions.append(self)
-
-    with mock.patch.object(onnxruntime, "InferenceSession", Profiled):
-        yield sessions
 
 
 def _tensorrt_rows(subject: EngineSubject, case: Case) -> _Rows:

@@ -10,11 +10,13 @@ from .percentiles import Statistics
 from .run import Report, Result
 
 _PANELS = {
+    "processor": ("latency",),
     "vision": ("latency",),
     "decoder": ("time_to_first_token", "time_between_tokens"),
     "pipeline": ("latency",),
 }
 _TITLES = {
+    ("processor", "latency"): "preprocessor: latency of a call",
     ("vision", "latency"): "vision: latency of a call",
     ("decoder", "time_to_first_token"): "decoder: time to first token",
     ("decoder", "time_between_tokens"): "decoder: time between tokens",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnx_ir as ir
 import torch
@@ -19,24 +18,43 @@ from qwen2vl_trt.windows import window_layout
 
 from ..floors.rates import Floor, Rates, measure_rates
 from ..floors.work import Work, count_work, decoder_call, vision_call
-from ..subjects.engines import DecoderSubject, EngineOptions, EngineSubject, PipelineSubject, VisionSubject
+from ..subjects.engines import (
+    DecoderSubject,
+    EngineOptions,
+    EngineSubject,
+    HiddenStatesSubject,
+    PipelineSubject,
+    ProcessorSubject,
+    VisionSubject,
+)
 from ..subjects.shapes import Case, Limits, Shape, cases
-from ..subjects.subject import FIGURES, Memory, Sample, Subject, Turn
-from ..subjects.transformers import TransformersDecoder, TransformersPipeline, TransformersVision
+from ..subjects.subject import FIGURES, Memory, Sample, Turn
+from ..subjects.transformers import (
+    TransformersDecoder,
+    TransformersHiddenStates,
+    TransformersPipeline,
+    TransformersProcessor,
+    TransformersSubject,
+    TransformersVision,
+)
 from ..workers import Worker
 from .operators import Operator, profile_operators
 from .percentiles import Statistics
 
 _TURN = 0.25  # seconds that one contender runs before the next has its turn
 
-OURS: dict[str, Callable[[EngineOptions], EngineSubject]] = {
+OURS: dict[str, type[EngineSubject]] = {
+    "processor": ProcessorSubject,
     "vision": VisionSubject,
     "decoder": DecoderSubject,
+    "hidden states": HiddenStatesSubject,
     "pipeline": PipelineSubject,
 }
-THEIRS: dict[str, Callable[[Path, str, torch.dtype, str], Subject]] = {
+THEIRS: dict[str, type[TransformersSubject]] = {
+    "processor": TransformersProcessor,
     "vision": TransformersVision,
     "decoder": TransformersDecoder,
+    "hidden states": TransformersHiddenStates,
     "pipeline": TransformersPipeline,
 }
 
@@ -46,12 +64,12 @@ class Until:
     """When to stop: trtexec's options.
 
     Attributes:
-        warm_up: seconds that do not count.
+        warm_up: seconds that do not count; None for none, not even one turn.
         duration: seconds at least.
         iterations: at least.
     """
 
-    warm_up: float = 0.2
+    warm_up: float | None = 0.2
     duration: float = 3.0
     iterations: int = 10
 
@@ -65,6 +83,7 @@ class Measurement:
         how: the way it chose, or nothing.
         seconds: of all its turns.
         samples: one an iteration; one a request in the pipeline.
+        turns: seconds of an iteration in each turn, by the host's clock.
         stages: seconds of each stage of the pipeline.
         memory: peak of the case.
     """
@@ -73,11 +92,13 @@ class Measurement:
     how: str
     seconds: float = 0.0
     samples: list[Sample] = field(default_factory=list)
+    turns: list[float] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
     memory: Memory | None = None
 
-    def add(self, turn: Turn) -> None:
+    def add(self, turn: Turn, iterations: int) -> None:
         self.seconds += turn.seconds
+        self.turns.append(turn.seconds / iterations)
         self.samples += turn.samples
         for stage, seconds in turn.stages.items():
             self.stages[stage] = self.stages.get(stage, 0.0) + seconds
@@ -99,7 +120,7 @@ class Measurement:
     def throughput(self, case: Case) -> dict[str, float]:
         """Rates by unit: all that was done over all seconds; ``decode tokens/s`` leaves prefill out."""
         rate = len(self.samples) / self.seconds
-        if case.stage == "vision":
+        if case.stage in ("processor", "vision"):
             return {"queries/s": rate, "images/s": rate * len(case.grids)}
         if case.stage == "pipeline":
             return {"requests/s": rate, "tokens/s": rate * case.generate}
@@ -152,7 +173,7 @@ class Options:
 
     Attributes:
         engines: which, and how.
-        stages: of :data:`~qwen2vl_trt.benchmarks.subjects.shapes.STAGES`.
+        stages: of :data:`~qwen2vl_trt.benchmarks.subjects.shapes.ALL_STAGES`.
         shapes: what ``--shapes`` says.
         until: when to stop.
         against: precision in which Transformers runs beside us; None alone.
@@ -250,27 +271,42 @@ def _start(stage: str, options: Options, engines: Engines) -> list[Worker]:
     return workers
 
 
-def measure(case: Case, workers: Sequence[Worker], until: Until) -> list[Measurement]:
+class Contender(Protocol):
+    """A :class:`~qwen2vl_trt.benchmarks.workers.Worker` of a subject."""
+
+    def call(self, method: str, *arguments: Any) -> Any: ...
+
+
+def measure(case: Case, workers: Sequence[Contender], until: Until, how: str = "") -> list[Measurement]:
     """Measure contenders turn and turn about, so that a busy moment hits all of them.
 
     All stop together, when each has both the iterations and the duration.
+
+    Args:
+        case: what to measure.
+        workers: one, or several turn about.
+        until: when to stop.
+        how: the way, for contenders that have several; by default the fastest.
     """
     found, counts = [], []
     for worker in workers:  # one after the other: they would slow each other
-        found.append(Measurement(*worker.call("prepare", case)))
+        found.append(Measurement(*worker.call("prepare", case, how)))
         counts.append(_warm_up(worker, until))
     while any(len(each.samples) < until.iterations or each.seconds < until.duration for each in found):
         for worker, count, measurement in zip(workers, counts, found):
             left = until.iterations - len(measurement.samples)
             enough = left if measurement.seconds >= until.duration and left > 0 else count
-            measurement.add(worker.call("run", min(count, enough)))
+            iterations = min(count, enough)
+            measurement.add(worker.call("run", iterations), iterations)
     for worker, measurement in zip(workers, found):
         measurement.memory = worker.call("memory")
     return found
 
 
-def _warm_up(worker: Worker, until: Until) -> int:
-    """Run for a while; returns the iterations of a turn."""
+def _warm_up(worker: Contender, until: Until) -> int:
+    """Run for a while; returns the iterations of a turn: 1 where there is no warm-up."""
+    if until.warm_up is None:
+        return 1
     seconds = iterations = 0.0
     count = 1
     while True:
@@ -286,6 +322,9 @@ def _warm_up(worker: Worker, until: Until) -> int:
 
 def _add_floors(results: list[Result], engines: Engines, rates: Rates) -> None:
     """The least that each case could take, from the graph that the engines were built from."""
+    for result in results:
+        if result.case.stage == "processor":
+            result.floors = {"latency": Floor.of(_moved(result.case, engines), rates)}
     for stage, floors in (("vision", _vision_floors), ("decoder", _decoder_floors)):
         of_stage = [result for result in results if result.case.stage == stage]
         if of_stage:
@@ -294,6 +333,14 @@ def _add_floors(results: list[Result], engines: Engines, rates: Rates) -> None:
                 result.floors = {
                     figure: Floor.of(work, rates) for figure, work in floors(graph, result.case, engines).items()
                 }
+
+
+def _moved(case: Case, engines: Engines) -> Work:
+    """Bytes that the preprocessor reads and writes: 8 bits in, patches out."""
+    read = sum(3 * height * width for height, width in case.sizes)
+    return Work(
+        weight_bytes=read + case.patches * engines.checkpoint.config.vision.qwen2_vl_dim * engines.dtype.itemsize
+    )
 
 
 def _vision_floors(graph: ir.Graph, case: Case, engines: Engines) -> dict[str, Work]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from ..measure import gpu, machine
+from ..machine import gpu, machine, one_line
 from ..subjects.subject import FIGURES
 from .percentiles import Statistics
 from .run import Measurement, Report, Result
@@ -21,7 +21,7 @@ def text(report: Report) -> Iterator[str]:
     """Line by line."""
     engines, rates = report.engines, report.rates
     yield f"{engines.folder}: {engines.manifest.model}, {engines.manifest.backend} {engines.manifest.precision}"
-    yield " · ".join(f"{name} {value}" for name, value in machine_of(report).items())
+    yield one_line(machine_of(report))
     yield f"measured in this run, {_dtype(report)}: {rates}{_fp8(report)}"
     for result in report.results:
         yield ""

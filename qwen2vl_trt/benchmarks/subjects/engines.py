@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qwen2vl_trt.accuracy.recorder import in_patch_order, pack
 from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.runtime.backends.runners import Engines, Step, VisionRunner, open_engines
 from qwen2vl_trt.runtime.inputs.jpeg_decoder import check_gpu_decoding
+from qwen2vl_trt.runtime.observer import Observer, unobserved
 from qwen2vl_trt.runtime.options import PipelineOptions
 from qwen2vl_trt.runtime.pipeline import Pipeline
-from qwen2vl_trt.runtime.preprocessing.preprocessor import Decode
+from qwen2vl_trt.runtime.preprocessing.preprocessor import Decode, PackedPixels, Preprocessor, PreprocessorSettings
 from qwen2vl_trt.runtime.request import Output, Request
 from qwen2vl_trt.runtime.sampler import SamplingParams
 from qwen2vl_trt.windows import WindowLayout, window_layout
 
 from .shapes import Case
-from .stages import STAGES_OF_A_REQUEST, Observer, StageClock, probes, watched
+from .stages import STAGES_OF_A_REQUEST, StageClock
 from .subject import Sample, Subject, Turn, timed
 from .timeline import Timeline
 
@@ -61,23 +62,52 @@ class EngineSubject(Subject):
     def __init__(self, options: EngineOptions, engines: Engines | None = None) -> None:
         self._options = options
         self.engines = engines or open_engines(options.folder, options.device)
+        self._config = self.engines.checkpoint.config
         manifest = self.engines.manifest
         self.name = f"{manifest.backend} {manifest.precision}"
         super().__init__(self.engines.device)
 
 
-class VisionSubject(EngineSubject):
-    """The vision engine alone: pixels that are ready to embeddings on the host."""
+class ProcessorSubject(EngineSubject):
+    """Decoded images in the host's memory to the vision engine's pixels, written over the last ones, as a pipeline has
+    it do."""
 
     def load(self, case: Case) -> None:
-        layout = window_layout(case.grids, self.engines.checkpoint.config.vision)
-        width = self.engines.checkpoint.config.vision.qwen2_vl_dim
-        pixels = torch.randn(*layout.sequence_position.shape, width).to(self.engines.dtype)
-        cuda = self.device.type == "cuda"
+        settings = PreprocessorSettings.from_folder(self.engines.checkpoint.folder)
+        self._preprocessor = Preprocessor(self._config.vision, settings, self.device, self.engines.dtype)
+        self._images, self._case = pixels_of(case, self.device), case
+        self._memory = torch.empty_like(self._preprocessor.preprocess(self._images).pixel_values).view(-1)
+
+    def iterate(self, count: int) -> list[Sample]:
+        return [self._call() for _ in range(count)]
+
+    def output(self) -> Tensor:
+        packed = self._preprocess(self._images)
+        _, height, width = self._case.grids[-1]
+        return in_patch_order(packed.pixel_values, packed.layout, self._config.vision)[-height * width :]
+
+    def _preprocess(self, images: list[Tensor]) -> PackedPixels:
+        return self._preprocessor.preprocess(images, out=self._memory)
+
+    def _call(self) -> Sample:
+        return timed(self.device, lambda: self._images, self._preprocess, lambda packed: packed)[1]
+
+
+class VisionSubject(EngineSubject):
+    """The vision engine alone: pixels that are ready to embeddings."""
+
+    def load(self, case: Case) -> None:
+        self._layout = window_layout(case.grids, self._config.vision)
+        patches = patches_of(case, self._config.vision.qwen2_vl_dim, self.engines.dtype)
+        pixels = pack(patches, self._layout, self._config.vision)
+        pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
+        graph = self._options.cuda_graph
         self._calls = [
-            _VisionCall(runner, pixels.pin_memory() if cuda else pixels, layout, self.device, self._options.cuda_graph)
-            for runner in self._runners
+            _VisionCall(runner, pixels, self._layout, self.device, graph, case.on_device) for runner in self._runners
         ]
+
+    def output(self) -> Tensor:
+        return self._calls[0].run()[0][-self._layout.tokens_per_item[-1] :]
 
     @cached_property
     def _runners(self) -> list[VisionRunner]:
@@ -89,7 +119,7 @@ class VisionSubject(EngineSubject):
 
     def iterate(self, count: int) -> list[Sample]:
         if len(self._calls) == 1:
-            return [self._calls[0]() for _ in range(count)]
+            return [self._calls[0].run()[1] for _ in range(count)]
         with ThreadPoolExecutor(len(self._calls)) as pool:
             done = [pool.submit(call.in_own_stream, count) for call in self._calls]
             return [sample for future in done for sample in future.result()]
@@ -99,26 +129,38 @@ class _VisionCall:
     """One stream's call of the vision engine."""
 
     def __init__(
-        self, runner: VisionRunner, pixels: Tensor, layout: WindowLayout, device: torch.device, cuda_graph: bool
+        self,
+        runner: VisionRunner,
+        pixels: Tensor,
+        layout: WindowLayout,
+        device: torch.device,
+        cuda_graph: bool,
+        stays: bool,
     ) -> None:
-        self._pixels, self._device = pixels, device
-        self._on_device = torch.empty_like(pixels, device=device) if device.type == "cuda" else pixels
+        self._pixels, self._device, self._stays = pixels, device, stays
+        self._on_device = pixels.to(device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._compute: Callable[[Tensor], Tensor] = lambda pixels: runner(pixels, layout)
         if cuda_graph:
             self._compute = _captured(runner, self._on_device, layout, device)
 
-    def __call__(self) -> Sample:
-        return timed(self._device, self._upload, self._compute, lambda embeds: embeds.to("cpu"))[1]
+    def run(self) -> tuple[Tensor, Sample]:
+        """Embeddings, and what the call took."""
+        return timed(self._device, self._upload, self._compute, self._download)
 
     def in_own_stream(self, count: int) -> list[Sample]:
         if self._stream is None:
-            return [self() for _ in range(count)]
+            return [self.run()[1] for _ in range(count)]
         with torch.cuda.stream(self._stream):
-            return [self() for _ in range(count)]
+            return [self.run()[1] for _ in range(count)]
 
     def _upload(self) -> Tensor:
-        return self._on_device.copy_(self._pixels, non_blocking=True) if self._stream else self._pixels
+        if self._stays or self._stream is None:
+            return self._on_device
+        return self._on_device.copy_(self._pixels, non_blocking=True)
+
+    def _download(self, embeds: Tensor) -> Tensor:
+        return embeds if self._stays else embeds.to("cpu")
 
 
 def _captured(
@@ -200,6 +242,23 @@ class DecoderSubject(EngineSubject):
         )
 
 
+class HiddenStatesSubject(EngineSubject):
+    """Images and a question to the decoder's hidden states, ``batch`` samples in one call."""
+
+    def load(self, case: Case) -> None:
+        images = torch.stack(pixels_of(case, self.device))[:, None]  # [B, cameras, 3, H, W]
+        requests = Request.from_batch(images, [PROMPT] * case.batch)
+        self._call = partial(forgetful_pipeline(self.engines).hidden_states, requests)
+
+    def iterate(self, count: int) -> list[Sample]:
+        return [
+            timed(self.device, lambda: None, lambda _: self._call(), lambda states: states)[1] for _ in range(count)
+        ]
+
+    def output(self) -> Tensor:
+        return self._call()[-1]
+
+
 class PipelineSubject(EngineSubject):
     """The whole pipeline: encoded images and a question to an answer, ``batch`` requests at a time, greedy."""
 
@@ -211,11 +270,10 @@ class PipelineSubject(EngineSubject):
     def load(self, case: Case) -> None:
         self._clock = StageClock(self.device)
         self._watched = self._ready(case, self._clock, case.batch)
-        self._plain = self._ready(case, None, case.batch) if self._waits else self._watched
+        self._plain = self._ready(case, unobserved, case.batch) if self._waits else self._watched
 
-    def _ready(self, case: Case, observe: Observer | None, different: int) -> _Pipeline:
-        engines = self.engines if observe is None else watched(self.engines, observe)
-        return _Pipeline(forgetful_pipeline(engines, self._options.decode), observe, case, different)
+    def _ready(self, case: Case, observe: Observer, different: int) -> _Pipeline:
+        return _Pipeline(forgetful_pipeline(self.engines, self._options.decode, observe), case, different)
 
     def run(self, count: int) -> Turn:
         self._clock.seconds.clear()
@@ -232,6 +290,10 @@ class PipelineSubject(EngineSubject):
     def iterate(self, count: int) -> list[Sample]:
         return [_request_sample(output) for output in self._plain.answer(count * self._plain.batch)]
 
+    def prompt_tokens(self) -> int:
+        """Of a request of the case that is loaded."""
+        return self._plain.answer(1)[0].prompt_tokens
+
     def trace(self, case: Case) -> dict[str, Any]:
         """``2 * batch`` requests that arrive together: some wait where slots are fewer. Before it, a warm-up."""
         timeline = Timeline(self.device)
@@ -244,10 +306,10 @@ class PipelineSubject(EngineSubject):
 
 
 class _Pipeline:
-    """A pipeline, its observer, if any, and the requests of a case."""
+    """A pipeline and the requests of a case."""
 
-    def __init__(self, pipeline: Pipeline, observe: Observer | None, case: Case, different: int) -> None:
-        self._pipeline, self._observe, self.batch = pipeline, observe, case.batch
+    def __init__(self, pipeline: Pipeline, case: Case, different: int) -> None:
+        self._pipeline, self.batch = pipeline, case.batch
         self._requests = different_requests(case.sizes, different)
         self._params = SamplingParams(max_tokens=case.generate, ignore_eos=True)
 
@@ -255,14 +317,13 @@ class _Pipeline:
         """So many requests, ``batch`` at a time; as one ends, the next begins."""
         running: list[Output] = []
         done: list[Output] = []
-        with probes(self._observe) if self._observe is not None else nullcontext():
-            while waiting or running:
-                while waiting and len(running) < self.batch:
-                    running.append(self._pipeline.submit(self._requests[waiting % len(self._requests)], self._params))
-                    waiting -= 1
-                self._pipeline.step()
-                done += [output for output in running if output.finished]
-                running = [output for output in running if not output.finished]
+        while waiting or running:
+            while waiting and len(running) < self.batch:
+                running.append(self._pipeline.submit(self._requests[waiting % len(self._requests)], self._params))
+                waiting -= 1
+            self._pipeline.step()
+            done += [output for output in running if output.finished]
+            running = [output for output in running if not output.finished]
         return done
 
 
@@ -275,13 +336,13 @@ def different_requests(sizes: Sequence[tuple[int, int]], count: int) -> list[Req
     ]
 
 
-def forgetful_pipeline(engines: Engines, decode: Decode = "cpu") -> Pipeline:
+def forgetful_pipeline(engines: Engines, decode: Decode = "cpu", observe: Observer = unobserved) -> Pipeline:
     """One that keeps nothing of a request for the next: a benchmark's requests are all alike, a load's are not.
 
     Its answers are greedy whatever the checkpoint says, as the other contenders' are.
     """
     options = PipelineOptions(decode=decode, generation_config="none", reuse_prefixes=False, embedding_cache_bytes=0)
-    return Pipeline(engines, options)
+    return Pipeline(engines, options, observe=observe)
 
 
 def _request_sample(output: Output) -> Sample:
@@ -294,6 +355,18 @@ def jpeg(size: tuple[int, int], seed: int) -> bytes:
     buffer = BytesIO()
     picture(size, seed).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
+
+
+def pixels_of(case: Case, device: torch.device) -> list[Tensor]:
+    """A case's images, ``[3, H, W]`` uint8, on the device where the case says so."""
+    arrays = (np.array(picture(size, seed)) for seed, size in enumerate(case.sizes * case.batch))
+    place = device if case.on_device else "cpu"
+    return [torch.from_numpy(array).permute(2, 0, 1).contiguous().to(place) for array in arrays]
+
+
+def patches_of(case: Case, width: int, dtype: torch.dtype) -> Tensor:
+    """Random patches ``[P, width]`` of a case's images, in Transformers' order."""
+    return torch.randn(case.patches, width, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:

@@ -20,7 +20,10 @@ from qwen2vl_trt.runtime.preprocessing.sizes import SizeRules
 from qwen2vl_trt.windows import Grid
 
 STAGES = ("vision", "decoder", "pipeline")
+"""Measured where none is named."""
+ALL_STAGES = ("processor", *STAGES)
 _NAMES = {  # what each stage can be told
+    "processor": {"image"},
     "vision": {"image"},
     "decoder": {"batch", "prompt", "generate"},
     "pipeline": {"image", "batch", "generate"},
@@ -93,13 +96,14 @@ class Case:
     """One thing to measure.
 
     Attributes:
-        stage: one of :data:`STAGES`.
+        stage: one of :data:`ALL_STAGES`, or ``hidden states``, of the decoder for a prompt with an image.
         label: its name in reports.
-        sizes: (height, width) in pixels of the images of a vision call, or of a request.
+        sizes: (height, width) in pixels of the images of a call, or of a request.
         grids: of those images, after the preprocessor's resizing.
         batch: of the decoder; requests at a time of the pipeline.
         prompt: tokens; 0 where the pipeline's request decides.
         generate: tokens of an answer.
+        on_device: inputs lie on the device and outputs stay there; else both are in the host's memory.
     """
 
     stage: str
@@ -109,6 +113,7 @@ class Case:
     batch: int = 1
     prompt: int = 0
     generate: int = 0
+    on_device: bool = False
 
     @property
     def patches(self) -> int:
@@ -153,9 +158,13 @@ def cases(stages: Sequence[str], shapes: Sequence[Shape], limits: Limits) -> lis
 def _usual(stage: str, limits: Limits) -> list[Shape]:
     size, most = limits.usual_size(), limits.profile.max_batch_size
     batches = sorted({min(batch, most) for batch in (*_USUAL_BATCHES, most)})
-    if stage == "vision":
+    if stage in ("processor", "vision"):
         return [Shape((size,) * batch) for batch in batches[:2]]
     return [Shape((size,) if stage == "pipeline" else (), batch) for batch in batches]
+
+
+def _processor_case(shape: Shape, limits: Limits) -> Case:
+    return Case("processor", _images_label(shape.images), shape.images, _grids(shape.images, limits))
 
 
 def _vision_case(shape: Shape, limits: Limits) -> Case:
@@ -182,7 +191,7 @@ def _pipeline_case(shape: Shape, limits: Limits) -> Case:
     return Case("pipeline", label, images, _grids(images, limits), batch, generate=generate)
 
 
-_CASES = {"vision": _vision_case, "decoder": _decoder_case, "pipeline": _pipeline_case}
+_CASES = {"processor": _processor_case, "vision": _vision_case, "decoder": _decoder_case, "pipeline": _pipeline_case}
 
 
 def _images_label(images: Sequence[tuple[int, int]]) -> str:

@@ -74,13 +74,18 @@ class Subject(ABC):
         self.device = device
         self._on_device = 0
 
-    def prepare(self, case: Case) -> tuple[str, str]:
+    def prepare(self, case: Case, how: str = "") -> tuple[str, str]:
         """Load what the case needs, and run it once.
+
+        Args:
+            case: what to run.
+            how: the way, where there is a choice; by default the fastest.
 
         Returns:
             ``name`` and ``how``.
         """
         forget_peak()
+        self.how = how
         with self._counting():
             self.load(case)
             self.iterate(1)
@@ -97,6 +102,10 @@ class Subject(ABC):
     def memory(self) -> Memory:
         """Of the case that was prepared last."""
         return Memory(peak_bytes(), self._on_device if self.device.type == "cuda" else None)
+
+    def output(self) -> torch.Tensor:
+        """Of the last item of the case that is loaded, ``[n, C]``, to compare; not every subject has one."""
+        raise NotImplementedError
 
     @abstractmethod
     def load(self, case: Case) -> None:

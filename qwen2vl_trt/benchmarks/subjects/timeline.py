@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
+from qwen2vl_trt.runtime.observer import Stage
 from qwen2vl_trt.runtime.request import Output
-
-from .stages import Stage
 
 HOST, SLOTS, REQUESTS, GPU = 1, 2, 3, 4
 _GROUPS = {HOST: "host", SLOTS: "decoder slots", REQUESTS: "requests", GPU: "GPU"}
@@ -42,7 +41,7 @@ class _Span:
 
 
 class _Owners:
-    """Whose the work of a span was, which follows from the slots and the images of the requests.
+    """Whose the work of a span was.
 
     Attributes:
         outputs: the requests, numbered from 1 in the order in which they arrived.
@@ -50,34 +49,30 @@ class _Owners:
 
     def __init__(self, spans: Sequence[_Span], outputs: Sequence[Output]) -> None:
         self.outputs = dict(enumerate(sorted(outputs, key=lambda output: output.arrival), start=1))
-        numbers = {id(output): number for number, output in self.outputs.items()}
-        self._begun = [(span, numbers[id(span.stage.output)]) for span in spans if id(span.stage.output) in numbers]
-        self._of_media = {key: number for span, number in self._begun for key in span.stage.media}
-        self._with_media = [span for span in spans if span.stage.media and span.stage.output is None]
+        self._numbers = {id(output): number for number, output in self.outputs.items()}
+        self._embedded = [span for span in spans if span.stage.name == "embed"]
+        self._of_media = {
+            key: number
+            for span in self._embedded
+            for key, number in zip(span.stage.media, self.each(span), strict=True)
+        }
+
+    def each(self, span: _Span) -> list[int | None]:
+        """Numbers of the requests that the stage names; None for a slot of nobody."""
+        return [self._numbers.get(id(output)) for output in span.stage.outputs]
 
     def of(self, span: _Span) -> list[int]:
         """Numbers of the requests of a call."""
-        found = {self.in_slot(slot, span.began) for slot in span.stage.slots}
-        for around in self._with_media:
-            if around.thread == span.thread and around.began <= span.began and span.ended <= around.ended:
-                found |= {self._of_media.get(key) for key in around.stage.media}
+        found = {*self.each(span), *(self._of_media.get(key) for key in span.stage.media)}
+        if span.stage.name in ("preprocess", "vision"):
+            for around in self._embedded:
+                if around.began <= span.began and span.ended <= around.ended:
+                    found |= {*self.each(around)}
         return sorted(number for number in found if number is not None)
-
-    def in_slot(self, slot: int, time: float) -> int | None:
-        """Who has a slot at that time."""
-        last = max(
-            (pair for pair in self._begun if slot in pair[0].stage.slots and pair[0].began <= time),
-            key=lambda pair: pair[0].began,
-            default=None,
-        )
-        if last is None:
-            return None
-        output = self.outputs[last[1]]
-        return last[1] if time < output.arrival + output.timings.total else None
 
 
 class Timeline:
-    """Records stages; an :data:`~qwen2vl_trt.benchmarks.subjects.stages.Observer`.
+    """Records stages; an :data:`~qwen2vl_trt.runtime.observer.Observer`.
 
     Attributes:
         requests: those that ran meanwhile, in the order in which they ended.
@@ -123,8 +118,8 @@ class Timeline:
         """The trace, for JSON."""
         if self._zero_event is not None:
             torch.cuda.synchronize(self._device)
-        calls = [span for span in self._spans if span.stage.output is None]
-        owners = _Owners(self._spans, self.requests)
+        calls = list(self._spans)
+        owners = _Owners(calls, self.requests)
         threads = list(dict.fromkeys([self._stepping, *(span.thread for span in calls)]))
         slices = [
             *self._host_slices(calls, owners, threads),
@@ -143,8 +138,9 @@ class Timeline:
     def _slot_slices(self, calls: list[_Span], owners: _Owners) -> Iterator[dict[str, Any]]:
         """Without those of a free slot between others, whose row takes part in a call for nobody."""
         for span in calls:
-            for slot in span.stage.slots:
-                number = owners.in_slot(slot, span.began)
+            if span.stage.name not in ("prefill", "decode"):
+                continue
+            for slot, number in enumerate(owners.each(span), start=span.stage.first_slot):
                 if number is not None:
                     yield _slice(SLOTS, 1 + slot, span, *self._times(span), [number])
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.export.importable_torchvision import allow_torchvision
 from qwen2vl_trt.windows import Grid
 
 from ..floors.rates import synchronize
-from .engines import PROMPT, jpeg
+from .engines import PROMPT, jpeg, patches_of, pixels_of
 from .shapes import Case
 from .subject import Sample, Subject
 
@@ -41,7 +43,22 @@ def load_model(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> An
     return model.eval().to(device)
 
 
-class _TransformersSubject(Subject):
+def load_processor(checkpoint: Path) -> Any:
+    """Transformers' image processor and tokenizer."""
+    allow_torchvision()
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(checkpoint, padding_side="left")
+
+
+def chat_text(processor: Any, images: int) -> str:
+    """The prompt of a request with so many images."""
+    parts = [{"type": "image"}] * images + [{"type": "text", "text": PROMPT}]
+    messages = [{"role": "user", "content": parts}]
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+class TransformersSubject(Subject):
     """Transformers on a checkpoint; ``model`` where it is loaded already."""
 
     def __init__(self, checkpoint: Path, precision: str, dtype: torch.dtype, device: str, model: Any = None) -> None:
@@ -51,7 +68,12 @@ class _TransformersSubject(Subject):
         self._model = model
 
     def _faster(self, ways: dict[str, Callable[[], Any]]) -> Callable[[], Any]:
-        """The faster of several ways, each run twice; ``how`` says which."""
+        """The way that ``how`` names, or the only one; else the faster of several, each run twice."""
+        if self.how not in ways:
+            self.how = next(iter(ways)) if len(ways) == 1 else self._fastest(ways)
+        return ways[self.how]
+
+    def _fastest(self, ways: dict[str, Callable[[], Any]]) -> str:
         seconds = {}
         for how, call in ways.items():
             call()
@@ -60,53 +82,108 @@ class _TransformersSubject(Subject):
             call()
             synchronize(self.device)
             seconds[how] = time.perf_counter() - began
-        self.how = min(seconds, key=lambda how: seconds[how])
-        return ways[self.how]
+        return min(seconds, key=lambda how: seconds[how])
 
 
-class TransformersVision(_TransformersSubject):
-    """The vision tower alone, on patches as its own processor orders them; random pixels are the same work."""
+class _Call(TransformersSubject):
+    """A call of one item alone, or of all of a case together."""
 
     def load(self, case: Case) -> None:
-        if self._model is None:
-            model = load_model(self._checkpoint, self._dtype, self.device)
-            self._model = model.model.visual
-            del model
-        config = self._model.config
-        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        self._items, together = self.calls(case)
 
-        def way(batches: list[tuple[Grid, ...]]) -> Callable[[], None]:
-            counts = [sum(t * h * w for t, h, w in grids) for grids in batches]
-            pixels = [torch.randn(count, width).to(self._dtype) for count in counts]
-            return partial(self._embed, list(zip(pixels, map(torch.tensor, batches), strict=True)))
+        def one_at_a_time() -> None:
+            for call in self._items:
+                call()
 
-        batched = way([case.grids])
-        one_at_a_time = {"one at a time": way([(grid,) for grid in case.grids])} if len(case.grids) > 1 else {}
-        self._call = self._faster({"batched" if one_at_a_time else "one image": batched} | one_at_a_time)
+        ways: dict[str, Callable[[], Any]] = {"batched": together, "one at a time": one_at_a_time}
+        self._call = self._faster(ways if len(self._items) > 1 else {"one image": together})
 
-    @torch.no_grad()
-    def _embed(self, inputs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        for pixels, image_grid_thw in inputs:
-            output = self._model(pixels.to(self.device), grid_thw=image_grid_thw.to(self.device))
-            (output if isinstance(output, torch.Tensor) else output.pooler_output).to("cpu")  # by release
+    @abstractmethod
+    def calls(self, case: Case) -> tuple[Sequence[Callable[[], Tensor]], Callable[[], Tensor]]:
+        """One a item, and one of all."""
+
+    def output(self) -> Tensor:
+        return self._items[-1]()
 
     def iterate(self, count: int) -> list[Sample]:
-        return [_whole(self._call) for _ in range(count)]
+        return [self._sample() for _ in range(count)]
+
+    def _sample(self) -> Sample:
+        began = time.perf_counter()
+        self._call()
+        synchronize(self.device)
+        return {"latency": [time.perf_counter() - began]}
 
 
-def _whole(call: Callable[[], object]) -> Sample:
-    began = time.perf_counter()
-    call()
-    return {"latency": [time.perf_counter() - began]}
+class TransformersProcessor(_Call):
+    """Its image processor on the same tensors, and its patches in the type of the model."""
+
+    def calls(self, case: Case) -> tuple[Sequence[Callable[[], Tensor]], Callable[[], Tensor]]:
+        processor, images = load_processor(self._checkpoint).image_processor, pixels_of(case, self.device)
+
+        def process(some: list[Tensor]) -> Tensor:
+            found = processor(images=some, device=str(self.device), return_tensors="pt")
+            return found["pixel_values"].to(self._dtype)
+
+        return [partial(process, [image]) for image in images], partial(process, images)
 
 
-class TransformersDecoder(_TransformersSubject):
+class TransformersVision(_Call):
+    """The vision tower alone, on patches as its own processor orders them; random pixels are the same work."""
+
+    @cached_property
+    def _tower(self) -> Any:
+        model = self._model or load_model(self._checkpoint, self._dtype, self.device)
+        return model.model.visual  # alone, in memory too
+
+    def calls(self, case: Case) -> tuple[Sequence[Callable[[], Tensor]], Callable[[], Tensor]]:
+        tower = self._tower
+        config = tower.config
+        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        patches = patches_of(case, width, self._dtype).to(self.device if case.on_device else "cpu")
+
+        @torch.no_grad()
+        def embed(pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
+            output = tower(pixels.to(self.device), grid_thw=torch.tensor(grids, device=self.device))
+            embeds = output if isinstance(output, Tensor) else output.pooler_output  # by release
+            return embeds if case.on_device else embeds.to("cpu")
+
+        parts = patches.split([t * h * w for t, h, w in case.grids])
+        alone = [partial(embed, part, [grid]) for part, grid in zip(parts, case.grids, strict=True)]
+        return alone, partial(embed, patches, case.grids)
+
+
+class TransformersHiddenStates(_Call):
+    """Images and a question to the decoder's hidden states, image processor and tokenizer included."""
+
+    def calls(self, case: Case) -> tuple[Sequence[Callable[[], Tensor]], Callable[[], Tensor]]:
+        if self._model is None:
+            self._model = load_model(self._checkpoint, self._dtype, self.device)
+        processor, pictures = load_processor(self._checkpoint), pixels_of(case, self.device)
+        text = chat_text(processor, 1)
+
+        @torch.no_grad()
+        def states(images: list[Tensor]) -> Tensor:
+            """``[S, C]`` of the last sample; all have the same number of tokens, so none is padded."""
+            inputs = processor(
+                text=[text] * len(images),
+                images=[[image] for image in images],
+                return_tensors="pt",
+                device=str(self.device),
+            ).to(self.device)
+            inputs["pixel_values"] = inputs["pixel_values"].to(self._dtype)
+            return self._model.model(**inputs, use_cache=False).last_hidden_state[-1]
+
+        return [partial(states, [picture]) for picture in pictures], partial(states, pictures)
+
+
+class TransformersDecoder(TransformersSubject):
     """``generate``, greedy, all prompts as one batch."""
 
     def load(self, case: Case) -> None:
         if self._model is None:
             self._model = load_model(self._checkpoint, self._dtype, self.device)
-            del self._model.model.visual
+            del self._model.model.visual  # the decoder alone, in memory too
         vocabulary = self._model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
         special = {self._model.config.image_token_id, self._model.config.video_token_id}
@@ -148,24 +225,17 @@ class TransformersDecoder(_TransformersSubject):
         }
 
 
-class TransformersPipeline(_TransformersSubject):
+class TransformersPipeline(TransformersSubject):
     """Processor and ``generate`` from the same JPEG files to text: ``batch`` requests arrive, then the next ones."""
 
     def load(self, case: Case) -> None:
-        self.make_ready(case)
-        ways = {"one at a time": self._one_at_a_time, "batched": self._batched}
-        self._call = self._faster(ways if case.batch > 1 else {"one request": self._one_at_a_time})
-
-    def make_ready(self, case: Case) -> None:
-        """Load the model, unless it is there, and the images."""
         if self._model is None:
             self._model = load_model(self._checkpoint, self._dtype, self.device)
-        # After the model, for which torchvision was made importable.
-        from transformers import AutoProcessor
-
-        self._processor = AutoProcessor.from_pretrained(self._checkpoint, padding_side="left")
+        self._processor = load_processor(self._checkpoint)
         self._images = [jpeg(size, seed) for seed, size in enumerate(case.sizes)]
         self._case = case
+        ways = {"one at a time": self._one_at_a_time, "batched": self._batched}
+        self._call = self._faster(ways if case.batch > 1 else {"one request": self._one_at_a_time})
 
     def iterate(self, count: int) -> list[Sample]:
         return [sample for _ in range(count) for sample in self._round()]
@@ -175,23 +245,20 @@ class TransformersPipeline(_TransformersSubject):
         return [{"latency": [end - began]} for end in self._call()]
 
     def _batched(self) -> list[float]:
-        self.generate(self._case.batch)
+        self._generate(self._case.batch)
         return [time.perf_counter()] * self._case.batch
 
     def _one_at_a_time(self) -> list[float]:
         ended = []
         for _ in range(self._case.batch):
-            self.generate(1)
+            self._generate(1)
             ended.append(time.perf_counter())
         return ended
 
     @torch.no_grad()
-    def generate(self, batch: int) -> None:
+    def _generate(self, batch: int) -> None:
         """Answer so many requests as one batch."""
-        parts = [{"type": "image"} for _ in self._images] + [{"type": "text", "text": PROMPT}]
-        text = self._processor.apply_chat_template(
-            [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
-        )
+        text = chat_text(self._processor, len(self._images))
         images = [[Image.open(BytesIO(image)).convert("RGB") for image in self._images] for _ in range(batch)]
         inputs = self._processor(text=[text] * batch, images=images, padding=True, return_tensors="pt").to(self.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self._dtype)

@@ -8,12 +8,13 @@ import torch
 from qwen2vl_trt.benchmarks.subjects import stages
 from qwen2vl_trt.benchmarks.subjects.engines import EngineOptions, PipelineSubject
 from qwen2vl_trt.benchmarks.subjects.shapes import Limits, Shape, cases
-from qwen2vl_trt.benchmarks.subjects.stages import STAGES_OF_A_REQUEST, Stage, StageClock
+from qwen2vl_trt.benchmarks.subjects.stages import STAGES_OF_A_REQUEST, StageClock
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.observer import Stage
 
 
 def test_threads_that_load_do_not_wait(monkeypatch):

@@ -17,13 +17,13 @@ from qwen2vl_trt.benchmarks.bench.timeline_plot import COLORS, save_timeline
 from qwen2vl_trt.benchmarks.subjects import engines as our_engines
 from qwen2vl_trt.benchmarks.subjects.engines import EngineOptions, PipelineSubject
 from qwen2vl_trt.benchmarks.subjects.shapes import Limits, Shape, cases
-from qwen2vl_trt.benchmarks.subjects.stages import Stage
 from qwen2vl_trt.benchmarks.subjects.timeline import GPU, HOST, REQUESTS, SLOTS, Timeline
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.observer import Stage
 from qwen2vl_trt.runtime.request import Output
 
 PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_input_len=100, max_seq_len=140)
@@ -76,7 +76,9 @@ def trace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         whole = our_engines.Pipeline
         patch.setattr(
-            our_engines, "Pipeline", lambda engines, options: whole(engines, replace(options, max_num_tokens=16))
+            our_engines,
+            "Pipeline",
+            lambda engines, options, **more: whole(engines, replace(options, max_num_tokens=16), **more),
         )
         return subject.trace(case)
 
@@ -199,8 +201,6 @@ def test_a_gpu_has_a_track_of_its_own(monkeypatch):
     timeline = Timeline(torch.device("cuda"))
     before = len(waits)
     output = Output()
-    with timeline(Stage("occupy", range(1, 2), output=output)):
-        pass
     stream[0] = "side"
     with timeline(Stage("vision")), timeline(Stage("preprocess")):
         pass
@@ -208,7 +208,7 @@ def test_a_gpu_has_a_track_of_its_own(monkeypatch):
     thread = threading.Thread(target=lambda: ended_at_once(timeline(Stage("load"))))
     thread.start()
     thread.join()
-    with timeline(Stage("decode", range(1, 3), {"slots": 2})):
+    with timeline(Stage("decode", [output, None], 1, details={"slots": 2})):
         pass
     output.cancel()
     timeline.requests = [output]

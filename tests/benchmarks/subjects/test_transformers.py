@@ -12,7 +12,7 @@ from pathlib import Path
 from qwen2vl_trt.benchmarks.subjects.shapes import Case
 from qwen2vl_trt.benchmarks.subjects.transformers import TransformersPipeline
 
-subject = TransformersPipeline(Path("tiny/checkpoint"), "fp32", torch.float32, "cpu")
+subject = TransformersPipeline(Path("qwen2vl_trt/tiny/checkpoint"), "fp32", torch.float32, "cpu")
 subject.prepare(Case("pipeline", "small", ((56, 56),), generate=2))
 print(len(subject.run(2).samples))
 """

@@ -1,4 +1,4 @@
-"""``run.py bench seed``: the seed implementation's comparisons on this machine, and what it cannot do.
+"""``run.py bench comparisons``: the seed implementation's comparisons on this machine, and what it cannot do.
 
 A model of the real shape gets random weights, so nothing is downloaded. Our engines and Transformers run in processes
 of their own, one after the other, because a large model may not fit twice; both run the same work in BF16. Both outputs
@@ -7,12 +7,11 @@ are compared with those of Transformers in FP32.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,7 +22,7 @@ from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.engines.progress import progress_bar
-from qwen2vl_trt.errors import BenchmarkError, Qwen2VLError
+from qwen2vl_trt.errors import Qwen2VLError
 from qwen2vl_trt.hub import ResolvedModel
 from qwen2vl_trt.planning.counts import (
     BF16,
@@ -36,13 +35,16 @@ from qwen2vl_trt.planning.counts import (
     vision_weights,
 )
 
+from ..bench.run import Measurement, Until, measure
 from ..floors.rates import Rates, measure_rates
 from ..random_model import random_checkpoint
-from ..workers import Worker
-from .contenders import Answer, Ours, Transformers
-from .rows import Plan, Row, plan_for
+from ..subjects.shapes import Case
+from .cases import BATCHED, ONE, Plan, Row, plan_for
+from .contenders import Ours, Restarted, Transformers
 
 DTYPE = torch.bfloat16
+_UNTIL = Until(warm_up=None, duration=2.0, iterations=1)
+_ALONE = 4  # requests of the row of many, where they run one at a time
 CPU_DEPTH = 4
 """Layers and blocks at most on a CPU, unless asked for."""
 
@@ -55,18 +57,39 @@ class Deviation:
     theirs: float
 
 
-@dataclass
-class Result:
-    """One row: answers of both, seconds of an item at least, how far the outputs are off.
+@dataclass(frozen=True)
+class Timing:
+    """What a way took.
 
     Attributes:
+        seconds: of an item, the median of ``runs``; None where it failed.
+        runs: that were counted.
+        peak: bytes at most meanwhile: of torch's memory on a GPU, of the process on a CPU.
+        before: bytes before it: weights, and libraries on a CPU.
+        error: why it failed.
+    """
+
+    seconds: float | None
+    runs: int = 0
+    peak: int = 0
+    before: int = 0
+    error: str = ""
+
+
+@dataclass
+class Result:
+    """One row: timings of both by way, seconds of an item at least, how far the outputs are off.
+
+    Attributes:
+        outputs: of the row's last item, ours and Transformers', where they are compared.
         tokens: of a prompt with its image, where it matters for the floor; 0 where it is not known.
         no_deviation: why there is none.
     """
 
     row: Row
-    ours: Answer = field(default_factory=Answer)
-    theirs: Answer = field(default_factory=Answer)
+    ours: dict[str, Timing] = field(default_factory=dict)
+    theirs: dict[str, Timing] = field(default_factory=dict)
+    outputs: list[torch.Tensor] = field(default_factory=list)
     tokens: int = 0
     floor: float | None = None
     deviation: Deviation | None = None
@@ -75,7 +98,7 @@ class Result:
     @property
     def seconds(self) -> float | None:
         """Ours."""
-        return next((timing.seconds for timing in self.ours.timings.values()), None)
+        return next((timing.seconds for timing in self.ours.values()), None)
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -83,15 +106,13 @@ class Result:
         ours = self.seconds
         if ours is None:
             return {}
-        return {how: timing.seconds / ours for how, timing in self.theirs.timings.items() if timing.seconds is not None}
+        return {how: timing.seconds / ours for how, timing in self.theirs.items() if timing.seconds is not None}
 
     @property
     def errors(self) -> list[str]:
         """What failed, and whose it is."""
-        found = []
-        for name, answer in (("ours", self.ours), ("Transformers", self.theirs)):
-            found += [f"{name}, {how}: {timing.error}" for how, timing in answer.timings.items() if timing.error]
-            found += [f"{name}: {answer.error}"] * bool(answer.error)
+        both = (("ours", self.ours), ("Transformers", self.theirs))
+        found = [f"{name}, {how}: {timing.error}" for name, t in both for how, timing in t.items() if timing.error]
         return found + [f"deviation: {self.no_deviation}"] * bool(self.no_deviation)
 
 
@@ -148,8 +169,8 @@ def run(models: list[str], device: str, layers: int | None, blocks: int | None, 
                 checkpoint = random_checkpoint(name, layers, blocks, root / "checkpoints")
                 model = ModelResults(checkpoint.name, Checkpoint(checkpoint).config, [Result(row) for row in plan.rows])
                 measured.append(model)
-                for measure in (partial(_measure_ours, plan, root), _measure_theirs):
-                    measure(model, checkpoint, device, tell)
+                for measure_model in (partial(_measure_ours, plan, root), _measure_theirs):
+                    measure_model(model, checkpoint, device, tell)
                     # Again and again: a slow moment would make a floor that engines fall through.
                     rates = rates.best(measure_rates(torch.device(device), DTYPE))
     except KeyboardInterrupt:
@@ -164,85 +185,70 @@ def _measure_ours(
     plan: Plan, root: Path, model: ModelResults, checkpoint: Path, device: str, tell: Callable[[str], None]
 ) -> None:
     profile = BuildProfile(4, 16384, plan.slots, 4096, 8192)
-    folder = root / f"{model.name}-seed-{plan.slots}"
+    folder = root / f"{model.name}-comparisons-{plan.slots}"
     build_engines(ResolvedModel(model.name, checkpoint), *find_backend("torch", "bf16"), profile, folder)
-    with _Restarted(f"our {model.name}", partial(Ours, folder, device)) as ours:
+    with Restarted(f"our {model.name}", partial(Ours, folder, device)) as ours:
         for result in model.results:
-            tell(f"{model.name}: {result.row.title}")
-            result.ours = ours.run(result.row)
-            if result.row.kind in ("full model", "requests") and not result.errors:
-                result.tokens = ours.call("prompt_tokens", result.row)
+            row = result.row
+            tell(f"{model.name}: {row.case.label}")
+            result.ours[BATCHED] = _time(ours, row.case, BATCHED, result.outputs if row.compared else None)
+            if row.case.stage == "hidden states" and result.outputs:
+                result.tokens = len(result.outputs[-1])
+            elif row.case.stage == "pipeline" and not result.errors:
+                result.tokens = ours.call("prompt_tokens")
 
 
 def _measure_theirs(model: ModelResults, checkpoint: Path, device: str, tell: Callable[[str], None]) -> None:
-    with _Restarted(f"Transformers' {model.name}", partial(Transformers, checkpoint, device, DTYPE)) as theirs:
+    with Restarted(f"Transformers' {model.name}", partial(Transformers, checkpoint, device, DTYPE)) as theirs:
         for result in model.results:
-            tell(f"{model.name}, Transformers: {result.row.title}")
-            result.theirs = theirs.run(result.row)
-        _compare(model.results, theirs)
+            row = result.row
+            tell(f"{model.name}, Transformers: {row.case.label}")
+            for how in row.ways:
+                few = row.case.stage == "pipeline" and how == ONE
+                case = replace(row.case, batch=min(row.case.batch, _ALONE)) if few else row.case
+                first = row.compared and how == row.ways[0]
+                result.theirs[how] = _time(theirs, case, how, result.outputs if first else None)
+        _compare([result for result in model.results if result.row.compared], theirs)
 
 
-def _compare(results: list[Result], theirs: _Restarted) -> None:
-    compared = [result for result in results if result.row.compared]
+def _time(contender: Restarted, case: Case, how: str, outputs: list[torch.Tensor] | None) -> Timing:
+    """One way of a case, or why it failed: the others are not concerned. Its output is added to ``outputs``."""
     try:
-        theirs.call("turn_to_fp32")
-        for result in compared:
-            _compare_with(result, theirs.call("reference", result.row))
-    except Qwen2VLError as error:  # the process died, or has no room for FP32
-        for result in compared:
-            if result.deviation is None:
-                result.no_deviation = str(error).splitlines()[-1]
+        (found,) = measure(case, [contender], _UNTIL, how)
+        before = contender.call("before")
+        if outputs is not None:
+            outputs.append(contender.call("output"))
+    except Qwen2VLError as error:
+        return Timing(None, error=_last_line(error))
+    assert found.memory is not None
+    peak = found.memory.host if found.memory.device is None else found.memory.device
+    return Timing(_item_seconds(found, case), len(found.turns), peak, before)
 
 
-def _compare_with(result: Result, reference: Any) -> None:
-    if isinstance(reference, str):
-        result.no_deviation = reference
-        return
-    outputs = [answer.output for answer in (result.ours, result.theirs) if answer.output is not None]
-    if len(outputs) == 2:
-        figures = (compare_arrays(output, reference, result.row.title) for output in outputs)
-        result.deviation = Deviation(*(figure.mean_relative for figure in figures))
+def _item_seconds(measurement: Measurement, case: Case) -> float:
+    if case.stage == "decoder":
+        return measurement.statistics["time_between_tokens"].mean / 1e3 / case.batch
+    return statistics.median(measurement.turns) / (case.batch * max(len(case.sizes), 1))
 
 
-class _Restarted:
-    """A contender's process, started again where it died in a row."""
-
-    def __init__(self, name: str, setup: Callable[[], Any]) -> None:
-        self._name, self._setup = name, setup
-        self._stack = ExitStack()
-        self._worker: Worker | None = None
-        self._broken = ""  # why it does not start
-
-    def __enter__(self) -> _Restarted:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    def run(self, row: Row) -> Answer:
-        """A row, or why the process ended in it."""
+def _compare(results: list[Result], theirs: Restarted) -> None:
+    """Both outputs with Transformers in FP32."""
+    for number, result in enumerate(results):
         try:
-            return self.call("run", row)
-        except Qwen2VLError as error:
-            return Answer(error=str(error).splitlines()[-1])
+            if not number:
+                theirs.call("turn_to_fp32")
+            reference = theirs.call("reference", result.row.case, ONE)
+        except Qwen2VLError as error:  # the process died, or has no room for FP32
+            result.no_deviation = _last_line(error)
+            continue
+        if len(result.outputs) == 2:
+            arrays = (output.numpy() for output in result.outputs)
+            figures = (compare_arrays(array, reference.numpy(), result.row.case.label) for array in arrays)
+            result.deviation = Deviation(*(figure.mean_relative for figure in figures))
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Raises what the worker raises; where it does not even start, at once the next time."""
-        if self._broken:
-            raise BenchmarkError(self._broken)
-        if self._worker is None:
-            try:
-                self._worker = self._stack.enter_context(Worker(self._name, self._setup))
-            except Qwen2VLError as error:
-                self._broken = str(error).splitlines()[-1]
-                raise
-        try:
-            return self._worker.call(method, *arguments)
-        except BenchmarkError:
-            if not self._worker.alive:
-                self._stack.close()
-                self._worker = None
-            raise
+
+def _last_line(error: Exception) -> str:
+    return str(error).splitlines()[-1][:200]
 
 
 def floor_of(row: Row, config: Qwen2VLConfig, rates: Rates, tokens: int) -> float | None:
@@ -254,23 +260,24 @@ def floor_of(row: Row, config: Qwen2VLConfig, rates: Rates, tokens: int) -> floa
         rates: of the device.
         tokens: of a prompt with its image.
     """
-    towers = [vision_flops(config.vision, h, w).total * t for t, h, w in row.grids]
+    case = row.case
+    towers = [vision_flops(config.vision, h, w).total * t for t, h, w in case.grids]
     read_tower = vision_weights(config.vision) * BF16
-    if row.kind == "processor":
-        pixels = sum(3 * height * width for height, width in row.sizes)
-        patches = sum(h * w for _, h, w in row.grids) * config.vision.qwen2_vl_dim * DTYPE.itemsize
-        return (pixels + patches) / rates.memory(pixels + patches) / len(row.sizes)
-    if row.kind == "vision":
-        return max(sum(towers) / rates.gemm, read_tower / rates.memory(read_tower)) / len(row.sizes)
-    if row.kind == "decode":
-        return _step_floor(row.batch, row.prompt + row.generate / 2, config, rates) / row.batch
+    if case.stage == "processor":
+        pixels = sum(3 * height * width for height, width in case.sizes)
+        patches = sum(h * w for _, h, w in case.grids) * config.vision.qwen2_vl_dim * DTYPE.itemsize
+        return (pixels + patches) / rates.memory(pixels + patches) / len(case.sizes)
+    if case.stage == "vision":
+        return max(sum(towers) / rates.gemm, read_tower / rates.memory(read_tower)) / len(case.sizes)
+    if case.stage == "decoder":
+        return _step_floor(case.batch, case.prompt + case.generate / 2, config, rates) / case.batch
     if not tokens:
         return None
     prompt = prefill_flops(config.text, tokens).total - 2.0 * head_weights(config.text)
     seconds = (sum(towers) + prompt) / rates.gemm
-    if row.kind == "requests":
-        steps = _step_floor(row.batch, tokens + row.generate / 2, config, rates)
-        seconds += (row.generate - 1) * steps / row.batch
+    if case.stage == "pipeline":
+        steps = _step_floor(case.batch, tokens + case.generate / 2, config, rates)
+        seconds += (case.generate - 1) * steps / case.batch
     return seconds
 
 

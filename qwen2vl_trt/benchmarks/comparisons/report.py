@@ -1,4 +1,4 @@
-"""The report of ``bench seed``: as text, for JSON, and as a picture."""
+"""The report of ``bench comparisons``: as text, for JSON, and as a picture."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from ..files import write_plot
-from ..measure import gpu, machine
-from .contenders import BATCHED, ONE, Answer, Timing
-from .rows import Row
-from .run import DTYPE, ModelResults, Report, Result
+from ..machine import gpu, machine, one_line
+from .cases import BATCHED, ONE, Row
+from .run import DTYPE, ModelResults, Report, Result, Timing
 
 _MB = 1e6
 _COLORS = {ONE: "#1b6ca8", BATCHED: "#7db3d8"}
@@ -22,7 +21,7 @@ _SEED = "#d1711b"
 
 def text(report: Report) -> Iterator[str]:
     """Line by line."""
-    yield " · ".join(f"{name} {value}" for name, value in _machine(report).items())
+    yield one_line(_machine(report))
     if report.plan.reduced:
         yield report.plan.reduced
     yield f"measured in this run, bfloat16: {report.rates}"
@@ -34,7 +33,7 @@ def text(report: Report) -> Iterator[str]:
         yield from _table(_memory_rows(model, torch.device(report.device).type == "cuda"))
         for result in model.results:
             for error in result.errors:
-                yield f"  {result.row.title}: {error}"
+                yield f"  {result.row.case.label}: {error}"
 
 
 def _depth(model: ModelResults) -> str:
@@ -47,11 +46,11 @@ def _speed_rows(model: ModelResults) -> Iterator[Sequence[str]]:
         *("floor", "reached", "the seed"),
     )
     for result in model.results:
-        row, theirs = result.row, result.theirs.timings
+        row, theirs = result.row, result.theirs
         ratios = result.ratios
         reached = "n/a" if result.floor is None or result.seconds is None else f"{result.floor / result.seconds:.0%}"
         yield (
-            row.title,
+            row.case.label,
             row.unit,
             _figure(row, result.seconds),
             *(_figure(row, theirs[how].seconds) if how in theirs else "" for how in (ONE, BATCHED)),
@@ -76,9 +75,9 @@ def _memory_rows(model: ModelResults, cuda: bool) -> Iterator[Sequence[str]]:
     for result in model.results:
         deviation = result.deviation
         yield (
-            result.row.title,
-            _memory(result.ours.timings.get(BATCHED), cuda),
-            *(_memory(result.theirs.timings.get(how), cuda) for how in (ONE, BATCHED)),
+            result.row.case.label,
+            _memory(result.ours.get(BATCHED), cuda),
+            *(_memory(result.theirs.get(how), cuda) for how in (ONE, BATCHED)),
             *(("", "") if deviation is None else (f"{deviation.ours:.2e}", f"{deviation.theirs:.2e}")),
         )
 
@@ -99,7 +98,7 @@ def _published(row: Row) -> str:
 def _memory(timing: Timing | None, cuda: bool) -> str:
     if timing is None or timing.seconds is None:
         return ""
-    return f"{timing.peak / _MB:,.0f}" + f" ({(timing.peak - timing.rest) / _MB:,.0f})" * cuda
+    return f"{timing.peak / _MB:,.0f}" + f" ({(timing.peak - timing.before) / _MB:,.0f})" * cuda
 
 
 def _table(rows: Iterator[Sequence[str]]) -> Iterator[str]:
@@ -141,8 +140,8 @@ def as_dict(report: Report, command: list[str]) -> dict[str, Any]:
 def _row(result: Result) -> dict[str, Any]:
     row = result.row
     return {
-        "title": row.title,
-        "kind": row.kind,
+        "title": row.case.label,
+        "stage": row.case.stage,
         "unit": row.unit,
         "ours": _timings(result.ours),
         "transformers": _timings(result.theirs),
@@ -154,15 +153,15 @@ def _row(result: Result) -> dict[str, Any]:
     }
 
 
-def _timings(answer: Answer) -> dict[str, Any]:
+def _timings(timings: dict[str, Timing]) -> dict[str, Any]:
     return {
         how: {
             "seconds_per_item": timing.seconds,
             "runs": timing.runs,
             "peak_bytes": timing.peak,
-            "bytes_at_rest": timing.rest,
+            "bytes_before": timing.before,
         }
-        for how, timing in answer.timings.items()
+        for how, timing in timings.items()
     }
 
 
@@ -200,7 +199,7 @@ def _draw(axis: Any, model: ModelResults) -> None:
             ends = [place - 0.4, place + 0.4]
             axis.plot([published.ratio] * 2, ends, color=_SEED, linewidth=2, label=label("the seed, published (A6000)"))
     axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(model.results)), [result.row.title for result in model.results], fontsize=8)
+    axis.set_yticks(range(len(model.results)), [result.row.case.label for result in model.results], fontsize=8)
     axis.invert_yaxis()
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:g}x")

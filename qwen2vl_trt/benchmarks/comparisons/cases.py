@@ -1,4 +1,4 @@
-"""What ``bench seed`` measures: the seed implementation's three comparisons, and what it cannot do.
+"""What ``bench comparisons`` measures: the seed implementation's three comparisons, and what it cannot do.
 
 The seed is Qwen2.5-VL-Batched. It takes images of one size, ``(B, cameras, 3, H, W)`` on the GPU, and a list of texts,
 and returns the decoder's hidden states; its figures were measured on an A6000.
@@ -7,10 +7,12 @@ and returns the decoder's hidden states; its figures were measured on an A6000.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen2vl_trt.windows import Grid
+from ..subjects.shapes import Case
 
+BATCHED, ONE = "batched", "one at a time"
 Size = tuple[int, int]
 
 
@@ -28,34 +30,16 @@ class Row:
     """One figure.
 
     Attributes:
-        kind: ``processor``, ``vision``, ``full model``, ``decode`` or ``requests``.
-        title: its name in reports.
+        case: what is measured; its label is the row's title.
         item: what a figure is of: ``image``, ``video``, ``sample``, ``token`` or ``request``.
-        sizes: (height, width) in pixels of the images; of one video's frames.
-        frames: of the video; 0 for images.
-        batch: samples, answers or requests together.
-        prompt: tokens of a prompt, where it is text alone.
-        generate: tokens of an answer.
         published: the seed's figure, where there is one.
         compared: whether the outputs are, with Transformers in FP32.
     """
 
-    kind: str
-    title: str
+    case: Case
     item: str
-    sizes: tuple[Size, ...] = ()
-    frames: int = 0
-    batch: int = 1
-    prompt: int = 0
-    generate: int = 0
     published: Published | None = None
     compared: bool = False
-
-    @property
-    def grids(self) -> tuple[Grid, ...]:
-        """Of images and of a video; sides rounded to whole merge groups of 28 pixels and never shrunk."""
-        temporal = max(self.frames // 2, 1)
-        return tuple((temporal, round(height / 28) * 2, round(width / 28) * 2) for height, width in self.sizes)
 
     @property
     def is_rate(self) -> bool:
@@ -65,6 +49,29 @@ class Row:
     @property
     def unit(self) -> str:
         return f"{self.item}s/s" if self.is_rate else f"ms/{self.item}"
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """In which Transformers can do it."""
+        if self.case.stage == "decoder":
+            return (BATCHED,)
+        return (ONE, BATCHED) if len(self.case.sizes) * self.case.batch > 1 else (ONE,)
+
+
+def case_of(
+    stage: str,
+    title: str,
+    sizes: Sequence[Size] = (),
+    frames: int = 0,
+    batch: int = 1,
+    prompt: int = 0,
+    generate: int = 0,
+) -> Case:
+    """A case on the device; sides of images, or of a video of ``frames``, rounded to whole merge groups of 28 pixels
+    and never shrunk."""
+    temporal = max(frames // 2, 1)
+    grids = tuple((temporal, round(height / 28) * 2, round(width / 28) * 2) for height, width in sizes)
+    return Case(stage, title, tuple(sizes), grids, batch, prompt, generate, on_device=True)
 
 
 @dataclass(frozen=True)
@@ -111,53 +118,46 @@ def _rows(
     concurrent, side, generate = requests
     return (
         Row(
-            "processor",
-            f"processor, {images} images of 448x448",
+            case_of("processor", f"processor, {images} images of 448x448", square * images),
             "image",
-            square * images,
-            published=Published(10.32, 0.36, 28.3),
+            Published(10.32, 0.36, 28.3),
             compared=True,
         ),
         Row(
-            "vision",
-            f"vision encoder, {images} images of 448x448",
+            case_of("vision", f"vision encoder, {images} images of 448x448", square * images),
             "image",
-            square * images,
-            published=Published(1142.8, 89.2, 12.8),
+            Published(1142.8, 89.2, 12.8),
             compared=True,
         ),
         Row(
-            "full model",
-            "full model, batch 4, 448x448 and text",
+            case_of("hidden states", "full model, batch 4, 448x448 and text", square, batch=4),
             "sample",
-            square,
-            batch=4,
-            published=Published(554.0, 372.7, 1.49),
+            Published(554.0, 372.7, 1.49),
             compared=True,
         ),
         Row(
-            "vision",
-            f"vision encoder, {mixed} images of mixed sizes, {sides[0]} to {sides[1]} px",
+            case_of("vision", f"vision encoder, {mixed} images of mixed sizes, {sides[0]} to {sides[1]} px", sizes),
             "image",
-            sizes,
             compared=True,
         ),
-        Row("vision", f"vision encoder, 1080x1920, {large} at once", "image", ((1080, 1920),) * large),
+        Row(case_of("vision", f"vision encoder, 1080x1920, {large} at once", ((1080, 1920),) * large), "image"),
         Row(
-            "vision",
-            f"vision encoder, video of 32 frames of {frame}x{frame}",
+            case_of("vision", f"vision encoder, video of 32 frames of {frame}x{frame}", ((frame, frame),), frames=32),
             "video",
-            ((frame, frame),),
-            frames=32,
             compared=True,
         ),
-        *(Row("decode", f"decode, batch {batch}", "token", batch=batch, prompt=128, generate=32) for batch in batches),
+        *(
+            Row(case_of("decoder", f"decode, batch {batch}", batch=batch, prompt=128, generate=32), "token")
+            for batch in batches
+        ),
         Row(
-            "requests",
-            f"{concurrent} concurrent requests, {side}x{side}, {generate} tokens each",
+            case_of(
+                "pipeline",
+                f"{concurrent} concurrent requests, {side}x{side}, {generate} tokens each",
+                ((side, side),),
+                batch=concurrent,
+                generate=generate,
+            ),
             "request",
-            ((side, side),),
-            batch=concurrent,
-            generate=generate,
         ),
     )

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from qwen2vl_trt.benchmarks.comparisons import report as reports
+from qwen2vl_trt.benchmarks.comparisons.run import CPU_DEPTH
+from qwen2vl_trt.benchmarks.comparisons.run import run as measure
 from qwen2vl_trt.benchmarks.files import check_plot
 from qwen2vl_trt.benchmarks.random_model import SHAPES
-from qwen2vl_trt.benchmarks.seed import report as seed_report
-from qwen2vl_trt.benchmarks.seed.run import CPU_DEPTH
-from qwen2vl_trt.benchmarks.seed.run import run as measure
 from qwen2vl_trt.engines.command import path_name, positive_number
 from qwen2vl_trt.export.importable_torchvision import require_torchvision
 from qwen2vl_trt.runtime.backends.runners import parse_device
@@ -37,16 +37,16 @@ def run(arguments: argparse.Namespace) -> None:
     sizes = [name.removeprefix(_FAMILY) for name in SHAPES]
     if arguments.plot is not None:
         check_plot(arguments.plot)
-    require_torchvision("run.py bench seed", "bench")
+    require_torchvision("run.py bench comparisons", "bench")
     device = parse_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     models = arguments.models or (sizes if device.type == "cuda" else sizes[:1])
     names = [_FAMILY + size for size in dict.fromkeys(models)]
     report = measure(names, str(device), arguments.layers, arguments.blocks, Path("artifacts"))
     if arguments.json:
-        print(json.dumps(seed_report.as_dict(report, arguments.command_line), indent=1))
+        print(json.dumps(reports.as_dict(report, arguments.command_line), indent=1))
     else:
-        print("\n".join(seed_report.text(report)))
+        print("\n".join(reports.text(report)))
     if arguments.plot is not None:
-        seed_report.save_plot(report, arguments.plot)
+        reports.save_plot(report, arguments.plot)
     if report.interrupted:
         raise KeyboardInterrupt

@@ -1,34 +1,36 @@
-"""``run.py bench seed`` over a small model, on every row's own code; and its floors against counts by hand."""
+"""``run.py bench comparisons`` over a small model, on every row's own code; and its floors against counts by hand."""
 
 import json
 from functools import partial
 from importlib import import_module
 
 import pytest
-import torch
 
 from qwen2vl_trt.benchmarks import random_model
+from qwen2vl_trt.benchmarks.bench.run import Until
+from qwen2vl_trt.benchmarks.comparisons import run as comparisons
+from qwen2vl_trt.benchmarks.comparisons.cases import Plan, Row, case_of, plan_for
+from qwen2vl_trt.benchmarks.comparisons.contenders import Restarted
+from qwen2vl_trt.benchmarks.comparisons.report import text
+from qwen2vl_trt.benchmarks.comparisons.run import Report, floor_of
 from qwen2vl_trt.benchmarks.floors.rates import Rates
 from qwen2vl_trt.benchmarks.random_model import SHAPES, config_of
-from qwen2vl_trt.benchmarks.seed import contenders
-from qwen2vl_trt.benchmarks.seed import run as seed
-from qwen2vl_trt.benchmarks.seed.contenders import Ours, Transformers
-from qwen2vl_trt.benchmarks.seed.report import text
-from qwen2vl_trt.benchmarks.seed.rows import Plan, Row, plan_for
-from qwen2vl_trt.benchmarks.seed.run import Report, floor_of
-from qwen2vl_trt.commands import bench_seed, call
+from qwen2vl_trt.benchmarks.subjects.engines import DecoderSubject
+from qwen2vl_trt.benchmarks.subjects.transformers import TransformersHiddenStates
+from qwen2vl_trt.commands import bench_comparisons as command
+from qwen2vl_trt.commands import call
 from qwen2vl_trt.config import Qwen2VLConfig
-from qwen2vl_trt.errors import BenchmarkError
+from qwen2vl_trt.errors import BenchmarkError, Qwen2VLError
 from tests.support.models import SMALL_SHAPE
 
 PLAN = Plan(
     (
-        Row("processor", "processor", "image", ((84, 112),) * 2, compared=True),
-        Row("vision", "vision", "image", ((84, 112), (140, 56)), compared=True),
-        Row("full model", "full", "sample", ((84, 112),), batch=2, compared=True),
-        Row("vision", "video", "video", ((56, 84),), frames=4, compared=True),
-        Row("decode", "decode", "token", batch=2, prompt=5, generate=3),
-        Row("requests", "requests", "request", ((56, 84),), batch=2, generate=2),
+        Row(case_of("processor", "processor", ((84, 112),) * 2), "image", compared=True),
+        Row(case_of("vision", "vision", ((84, 112), (140, 56))), "image", compared=True),
+        Row(case_of("hidden states", "full", ((84, 112),), batch=2), "sample", compared=True),
+        Row(case_of("vision", "video", ((56, 84),), frames=4), "video", compared=True),
+        Row(case_of("decoder", "decode", batch=2, prompt=5, generate=3), "token"),
+        Row(case_of("pipeline", "requests", ((56, 84),), batch=2, generate=2), "request"),
     ),
     slots=2,
     reduced="reduced for this test",
@@ -42,64 +44,62 @@ def bench(no_processes, small_rates, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(SHAPES, "Qwen2.5-VL-3B", SMALL_SHAPE)
     for name, value in (("hidden_size", 160), ("num_heads", 2), ("intermediate_size", 64)):
         monkeypatch.setitem(random_model._COMMON["vision_config"], name, value)
-    monkeypatch.setattr(seed, "plan_for", lambda kind: PLAN)
-    monkeypatch.setattr(contenders, "_SECONDS", 0.0)
+    monkeypatch.setattr(comparisons, "plan_for", lambda kind: PLAN)
+    monkeypatch.setattr(comparisons, "_UNTIL", Until(None, 0.0, 1))
 
     def run(*arguments):
-        call("bench seed", ["--device", "cpu", "--layers", "2", "--blocks", "2", *arguments, "--json"])
+        call("bench comparisons", ["--device", "cpu", "--layers", "2", "--blocks", "2", *arguments, "--json"])
         return json.loads(capsys.readouterr().out)
 
     return run
 
 
 def test_every_row_is_measured_and_compared(bench, tmp_path):
-    found = bench("--plot", "seed.png")
+    found = bench("--plot", "c.png")
     assert (found["device"], found["reduced"]) == ("cpu", PLAN.reduced)
     (model,) = found["models"]
     assert (model["name"], model["layers"], model["blocks"]) == ("Qwen2.5-VL-3B-random-2-2", 2, 2)
     rows = {row["title"]: row for row in model["rows"]}
-    assert list(rows) == [row.title for row in PLAN.rows]
+    assert list(rows) == [row.case.label for row in PLAN.rows]
     for row in PLAN.rows:
-        measured = rows[row.title]
+        measured = rows[row.case.label]
         assert measured["errors"] == []
         (ours,) = measured["ours"].values()
         expected = {"decode": {"batched"}, "video": {"one at a time"}}
-        assert measured["transformers"].keys() == expected.get(row.title, {"one at a time", "batched"})
+        assert measured["transformers"].keys() == expected.get(row.case.label, {"one at a time", "batched"})
         for how, theirs in measured["transformers"].items():
             assert measured["ratios"][how] == pytest.approx(theirs["seconds_per_item"] / ours["seconds_per_item"])
-            assert theirs["peak_bytes"] >= theirs["bytes_at_rest"] > 0
+            assert theirs["peak_bytes"] >= theirs["bytes_before"] > 0
         assert measured["floor_seconds_per_item"] > 0
         assert (measured["deviation_from_fp32"] is not None) == row.compared
         if row.compared:  # the rounding of BF16 on both sides, so the same image, the same text and the same order
             deviation = measured["deviation_from_fp32"]
             assert 1e-4 < deviation["ours"] < 0.03
             assert deviation["ours"] < 2 * deviation["theirs"]
-    assert (tmp_path / "seed.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_row_that_fails_leaves_the_others_alone(bench, monkeypatch):
-    def fails(self, row):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def fails(self, case):
+        raise BenchmarkError("out of memory")
 
-    def refuses(self, row):
-        raise ValueError("no\nvideos")
-
-    monkeypatch.setattr(Ours, "_decode", fails)
-    monkeypatch.setattr(Transformers, "_full_model", refuses)
+    monkeypatch.setattr(DecoderSubject, "load", fails)
+    monkeypatch.setattr(TransformersHiddenStates, "calls", fails)
     (model,) = bench()["models"]
     rows = {row["title"]: row for row in model["rows"]}
-    assert rows["decode"]["errors"] == ["ours: out of memory"]
-    assert rows["full"]["errors"] == ["Transformers: ValueError: no videos", "deviation: ValueError: no videos"]
+    assert rows["decode"]["errors"] == ["ours, batched: out of memory"]
+    ways = ("Transformers, one at a time", "Transformers, batched", "deviation")
+    assert rows["full"]["errors"] == [f"{way}: out of memory" for way in ways]
     assert rows["decode"]["ratios"] == rows["full"]["ratios"] == {}
     assert [title for title, row in rows.items() if row["errors"]] == ["full", "decode"]
     assert min(rows["vision"]["ratios"].values()) > 0
 
 
 def test_an_interrupt_loses_nothing_that_was_measured(bench, monkeypatch, capsys):
-    def interrupts(self, row):
+    def interrupts(self, case):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Transformers, "_full_model", interrupts)
+    monkeypatch.setattr(TransformersHiddenStates, "calls", interrupts)
     with pytest.raises(KeyboardInterrupt):
         bench()
     found = json.loads(capsys.readouterr().out)
@@ -109,32 +109,15 @@ def test_an_interrupt_loses_nothing_that_was_measured(bench, monkeypatch, capsys
     assert list(measured.values()) == [(True, True)] * 2 + [(True, False)] * 4
 
 
-def test_a_call_that_fails_is_its_ways_alone():
-    class One(contenders.Contender):
-        def _ways(self, row):
-            return {
-                "batched": contenders.Way(lambda: [][0], 1),
-                "one at a time": contenders.Way(lambda: 0.5, 4),
-            }
-
-        def _output(self, row, result):
-            raise AssertionError
-
-    answer = One("cpu", torch.float32).run(PLAN.rows[4])
-    assert answer.timings["batched"].error == "IndexError: list index out of range"
-    assert (answer.timings["one at a time"].seconds, answer.timings["one at a time"].runs) == (0.125, 4)
-
-
 def test_a_process_that_dies_begins_again():
-    with seed._Restarted("os", partial(import_module, "os")) as worker:
+    with Restarted("os", partial(import_module, "os")) as worker:
         with pytest.raises(BenchmarkError, match="killed by signal 6"):
             worker.call("abort")
         assert worker.call("getpid") > 0
-        answer = worker.run(PLAN.rows[0])  # os.run there is not
-        assert "AttributeError" in answer.error
-    with seed._Restarted("nothing", partial(import_module, "no_such_package")) as worker:
+    with Restarted("nothing", partial(import_module, "no_such_package")) as worker:
         for _ in range(2):
-            assert "no_such_package is not installed" in worker.run(PLAN.rows[0]).error
+            with pytest.raises(Qwen2VLError, match="no_such_package is not installed"):
+                worker.call("anything")
 
 
 def test_a_gpu_runs_the_seeds_sizes_and_a_cpu_less():
@@ -143,16 +126,16 @@ def test_a_gpu_runs_the_seeds_sizes_and_a_cpu_less():
     assert cpu.reduced
     assert [row.published is not None for row in gpu.rows] == [True] * 3 + [False] * 8
     assert [row.published.ratio for row in gpu.rows[:3]] == [28.3, 12.8, 1.49]
-    assert [len(row.sizes) for row in gpu.rows[:2]] == [64, 64]
-    assert gpu.rows[1].grids == ((1, 32, 32),) * 64
+    assert [len(row.case.sizes) for row in gpu.rows[:2]] == [64, 64]
+    assert gpu.rows[1].case.grids == ((1, 32, 32),) * 64
     large, video = gpu.rows[4:6]
-    assert set(large.grids) == {(1, 78, 138)}  # not shrunk
-    assert video.grids == ((16, 32, 32),)
-    assert [row.batch for row in gpu.rows if row.kind == "decode"] == [1, 8, 32, 128]
-    assert gpu.rows[-1].batch == 64
-    assert max(row.batch for row in cpu.rows) == 8
+    assert set(large.case.grids) == {(1, 78, 138)}  # not shrunk
+    assert video.case.grids == ((16, 32, 32),)
+    assert [row.case.batch for row in gpu.rows if row.case.stage == "decoder"] == [1, 8, 32, 128]
+    assert gpu.rows[-1].case.batch == 64
+    assert max(row.case.batch for row in cpu.rows) == 8
     for plan in (gpu, cpu):
-        assert max(row.batch for row in plan.rows) <= plan.slots
+        assert max(row.case.batch for row in plan.rows) <= plan.slots
 
 
 def test_floors_are_those_counted_by_hand():
@@ -162,7 +145,7 @@ def test_floors_are_those_counted_by_hand():
     rows = plan_for("cuda").rows
     assert floor_of(rows[0], config, rates, 0) == pytest.approx(0.7e-6, rel=0.02)
     assert floor_of(rows[1], config, rates, 0) == pytest.approx(1.70e-3, rel=0.01)
-    decode = {row.batch: floor_of(row, config, rates, 0) for row in rows if row.kind == "decode"}
+    decode = {row.case.batch: floor_of(row, config, rates, 0) for row in rows if row.case.stage == "decoder"}
     assert 1 / decode[1] == pytest.approx(304, rel=0.01)
     assert decode[128] < decode[32] < decode[8] < decode[1] / 7
     full, requests = rows[2], rows[-1]
@@ -174,7 +157,9 @@ def test_floors_are_those_counted_by_hand():
 
 def test_the_text_shows_what_was_measured(bench, monkeypatch):
     reports = []
-    monkeypatch.setattr(bench_seed, "measure", lambda *arguments: reports.append(seed.run(*arguments)) or reports[0])
+    monkeypatch.setattr(
+        command, "measure", lambda *arguments: reports.append(comparisons.run(*arguments)) or reports[0]
+    )
     bench()
     (report,) = reports
     lines = list(text(report))
@@ -202,7 +187,7 @@ def test_wrong_options_are_named(arguments, message, capsys, monkeypatch, tmp_pa
     from qwen2vl_trt.engines.command import run_command
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["run.py", "bench", "seed", *arguments])
+    monkeypatch.setattr(sys, "argv", ["run.py", "bench", "comparisons", *arguments])
     with pytest.raises(SystemExit) as ended:
         run_command(run.main)
     found = capsys.readouterr()

@@ -1,1 +1,0 @@
-"""``run.py bench seed``: the seed implementation's comparisons, on this machine."""
