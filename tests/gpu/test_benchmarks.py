@@ -8,6 +8,7 @@ import torch
 import qwen2vl_trt.benchmarks.bench.operators
 import qwen2vl_trt.benchmarks.bench.run
 from qwen2vl_trt.benchmarks.floors.rates import measure_rates
+from qwen2vl_trt.benchmarks.subjects.timeline import CALLERS_STREAM, SIDE_STREAM
 from qwen2vl_trt.commands import call
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
@@ -86,7 +87,7 @@ def test_pipeline_and_its_timeline(bench, tmp_path, caplog):
         for event in json.loads((tmp_path / "t.json").read_text())["traceEvents"]
         if event["name"] == "thread_name"
     }
-    assert {"stream 1", "stream 2"} <= tracks  # decoding, and vision beside it
+    assert {CALLERS_STREAM, SIDE_STREAM} <= tracks  # decoding, and vision beside it
     assert not caplog.records
 
 
