@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qwen2vl_trt.errors import BenchmarkError, Qwen2VLError
@@ -46,9 +47,9 @@ class Contender:
         """Bytes before the case: weights, and libraries on a CPU."""
         return self.at_rest
 
-    def output(self) -> torch.Tensor:
-        """Of the case's last item, FP32 on the host."""
-        return self._subject.output().float().cpu()
+    def output(self) -> np.ndarray:
+        """Of the case's last item, FP32; an array, since a tensor would stay in memory that the process shares."""
+        return self._subject.output().float().cpu().numpy()
 
     def prompt_tokens(self) -> int:
         """Of a request of our pipeline's case, image included."""
@@ -93,7 +94,7 @@ class Transformers(Contender):
         language.norm.float()
         language.embed_tokens.register_forward_hook(lambda module, inputs, output: output.float())
 
-    def reference(self, case: Case, how: str) -> torch.Tensor:
+    def reference(self, case: Case, how: str) -> np.ndarray:
         """The case's last item, alone and in FP32."""
         self._subject = self._make(case.stage)
         self._subject.how = how

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from qwen2vl_trt.accuracy.figures import measure as compare_arrays
@@ -89,7 +90,7 @@ class Result:
     row: Row
     ours: dict[str, Timing] = field(default_factory=dict)
     theirs: dict[str, Timing] = field(default_factory=dict)
-    outputs: list[torch.Tensor] = field(default_factory=list)
+    outputs: list[np.ndarray] = field(default_factory=list)
     tokens: int = 0
     floor: float | None = None
     deviation: Deviation | None = None
@@ -211,7 +212,7 @@ def _measure_theirs(model: ModelResults, checkpoint: Path, device: str, tell: Ca
         _compare([result for result in model.results if result.row.compared], theirs)
 
 
-def _time(contender: Restarted, case: Case, how: str, outputs: list[torch.Tensor] | None) -> Timing:
+def _time(contender: Restarted, case: Case, how: str, outputs: list[np.ndarray] | None) -> Timing:
     """One way of a case, or why it failed: the others are not concerned. Its output is added to ``outputs``."""
     try:
         (found,) = measure(case, [contender], _UNTIL, how)
@@ -242,8 +243,7 @@ def _compare(results: list[Result], theirs: Restarted) -> None:
             result.no_deviation = _last_line(error)
             continue
         if len(result.outputs) == 2:
-            arrays = (output.numpy() for output in result.outputs)
-            figures = (compare_arrays(array, reference.numpy(), result.row.case.label) for array in arrays)
+            figures = (compare_arrays(output, reference, result.row.case.label) for output in result.outputs)
             result.deviation = Deviation(*(figure.mean_relative for figure in figures))
 
 
