@@ -12,12 +12,17 @@ from pathlib import Path
 def replacement(path: Path, check: Callable[[Path], object] | None = None) -> Iterator[Path]:
     """The name of a file to write, which takes the name ``path`` when the ``with`` ends well, and is removed otherwise.
 
+    A device or a pipe, which cannot be replaced, is written itself.
+
     Args:
         check: is given the file once it is on the disk, and raises what speaks against it.
 
     Raises:
         OSError: it was not written, the disk is full, or the folder cannot be written.
     """
+    if path.exists() and not path.is_file():
+        yield path
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

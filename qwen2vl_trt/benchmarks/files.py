@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2vl_trt.errors import BenchmarkError, MissingDependencyError
+from qwen2vl_trt.files import replacement, write_whole
 
 
 def check_target(path: Path) -> None:
@@ -54,20 +55,19 @@ def write_json(path: Path, content: Any) -> None:
         BenchmarkError: the disk is full, or the file cannot be written.
     """
     try:
-        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        write_whole(path, json.dumps(content, indent=1).encode())
     except OSError as error:
-        if path.is_file():
-            path.unlink()
         raise BenchmarkError(f"{path}: {error.strerror or error}") from None
 
 
 def write_plot(path: Path, figure: Any) -> None:
-    """Write a Matplotlib figure.
+    """Write a Matplotlib figure whole or not at all.
 
     Raises:
         BenchmarkError: the file cannot be written.
     """
     try:
-        figure.savefig(path, dpi=150)
+        with replacement(path) as temporary:
+            figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix("."))
     except OSError as error:
         raise BenchmarkError(f"{path}: {error.strerror or error}") from None

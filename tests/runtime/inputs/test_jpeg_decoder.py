@@ -116,9 +116,9 @@ def test_the_pipelines_media_are_decoded_with_it(codec):
     assert torch.equal(media.preprocessor.load_image(encoded(), "image 1").frames[0], lowered(encoded()))
 
 
-def test_the_pipeline_passes_the_option_on(untied_model):
+def test_the_pipeline_passes_the_option_on(engine_dirs):
     with pytest.raises(MediaError, match=r'decode="gpu" .* needs a GPU'):
-        Pipeline.from_engine_dir(untied_model.engines, "cpu", PipelineOptions(decode="gpu"))
+        Pipeline.from_engine_dir(engine_dirs["torch"], "cpu", PipelineOptions(decode="gpu"))
 
 
 def test_one_thread_at_a_time_decodes(codec):
