@@ -12,9 +12,8 @@ from qwen2vl_trt.files import replacement, write_whole
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     path = tmp_path / "a.json"
     write_whole(path, b"old")
-    with pytest.raises(KeyboardInterrupt), replacement(path) as temporary:
-        temporary.write_bytes(b"ne")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        _break_off(path)
     with pytest.raises(OSError, match="nothing written"), replacement(path, _refuse) as temporary:
         temporary.write_bytes(b"new")
     with pytest.raises(FileNotFoundError), replacement(path):
@@ -23,6 +22,12 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     write_whole(path, memoryview(b"new"))
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def _break_off(path):
+    with replacement(path) as temporary:
+        temporary.write_bytes(b"ne")
+        raise KeyboardInterrupt
 
 
 def _refuse(path):
