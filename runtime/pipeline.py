@@ -202,7 +202,7 @@ class Pipeline:
         """
         if params is not None and not isinstance(params, SamplingParams):
             raise SamplingError(
-                f"params is of type {type(params).__name__}; give SamplingParams(max_tokens=...), from runtime"
+                f"params is of type {type(params).__name__}; give SamplingParams(max_tokens=...), from qwen2vl_trt"
             )
         return (params or SamplingParams()).with_defaults(self._generation.defaults)
 

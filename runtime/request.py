@@ -53,7 +53,7 @@ class Request:
             given = getattr(self, name)
             if type(given) is not kind:  # VideoOptions are ImageOptions too
                 raise PromptError(
-                    f"{name} is of type {type(given).__name__}; give {kind.__name__}(max_pixels=...), from runtime"
+                    f"{name} is of type {type(given).__name__}; give {kind.__name__}(max_pixels=...), from qwen2vl_trt"
                 )
         seconds = self.deadline
         if seconds is None:

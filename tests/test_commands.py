@@ -545,7 +545,7 @@ def start(user, *arguments, **kwargs):
     )
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=300):
     out, errors = process.communicate(timeout=timeout)
     return process.returncode, (out or b"").decode(), errors.decode()
 

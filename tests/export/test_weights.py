@@ -19,7 +19,7 @@ from tests.support.models import edit_checkpoint, model_config, random_model, sa
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(model_config(text={"num_hidden_layers": 1}, vision={"depth": 1}))
+    return random_model(model_config(text={"num_hidden_layers": 1}, vision={"depth": 1, "fullatt_block_indexes": [0]}))
 
 
 @pytest.fixture

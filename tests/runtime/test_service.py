@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwen2vl_trt import Pipeline, Request, SamplingParams, Service
-from qwen2vl_trt.errors import DeadlineError, ExecutionError, MediaError, UnavailableError
+from qwen2vl_trt.errors import DeadlineError, ExecutionError, MediaError, SamplingError, UnavailableError
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from tests.runtime.scheduling.test_media_ahead import Gate, held
 from tests.runtime.test_pipeline import answers, random_params, random_request
@@ -162,7 +162,7 @@ def test_what_is_wrong_with_a_request_is_raised_where_it_is_read(service):
     good = service.submit(random_request(1), SHORT)
     with pytest.raises(MediaError):
         list(bad)
-    with pytest.raises(ExecutionError, match="queueing the request"):
+    with pytest.raises(SamplingError, match="params is of type str; give SamplingParams"):
         list(wrong)
     with pytest.raises(DeadlineError):
         list(late)
