@@ -11,7 +11,7 @@ run: .venv/run
 
 # TESTS chooses some of them, and takes options: TESTS="--no-onednn-packing tests/runtime" is a CPU without AVX-512.
 test: .venv/test .venv/vocabulary
-	$(BIN)/python -m pytest --numprocesses logical --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # The oldest releases that pyproject.toml allows, in a virtual environment of their own, on Python 3.11. pip takes PyTorch
 # for CUDA unless that for the CPU is there before: python3 -m venv .venv/lowest && .venv/lowest/bin/pip install
