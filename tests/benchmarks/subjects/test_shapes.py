@@ -4,7 +4,7 @@ from qwen2vl_trt.benchmarks.subjects.shapes import STAGES, Limits, Shape, cases
 from qwen2vl_trt.config import VisionConfig
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import BenchmarkError, LimitError, MediaError
-from qwen2vl_trt.runtime.preprocessing.preprocessor import PixelSettings, PreprocessorSettings
+from qwen2vl_trt.runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
 
 VISION = VisionConfig(32, 1280, 16, 3420, 2048, (7, 15, 23, 31))
 PROFILE = BuildProfile(min_hw_dims=16, max_hw_dims=5184, max_batch_size=8, max_input_len=512, max_seq_len=600)

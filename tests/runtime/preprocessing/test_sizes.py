@@ -159,7 +159,7 @@ class TestTheWayOutOfStrictSizes:
 
 
 def test_the_documentations_sizes_are_those_that_json_prints():
-    page = (Path(__file__).parents[3] / "docs" / "runtime.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "guide" / "inputs.md").read_text(encoding="utf-8")
     documented = json.loads(page.split("```json")[1].split("```")[0])
     image = rules().image(3024, 4032)
     video = rules(video=PixelSettings(100_352, 602_112)).video(16, 720, 1280, 2.0)
