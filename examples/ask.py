@@ -23,4 +23,6 @@ def main(image: str, prompt: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    if len(sys.argv) != 3:
+        sys.exit(f"usage: {sys.argv[0]} IMAGE PROMPT")
+    main(*sys.argv[1:])

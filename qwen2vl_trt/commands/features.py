@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespa
     skipped = f", {done.skipped:,} were there" if done.skipped else ""
     busy, waited = done.engine / done.seconds, done.waited / done.seconds
     print(
-        f"{output.path}: {done.extracted:,} images{skipped}, {done.images_per_second:.1f} images/s"
+        f"{output.path}: {done.extracted:,} image{'s'[: done.extracted != 1]}{skipped}, {done.images_per_second:.1f} images/s"
         f" (engine busy {busy:.0%} of the time, waiting for images {waited:.0%})",
         file=sys.stderr,
     )

@@ -200,7 +200,7 @@ def test_bad_images_are_named_and_skipped(pipelines, images, tmp_path, capsys):
     )
     (folder / "0003.png").write_bytes(whole)
     extract(pipelines["torch"], "--input", folder, "--output", output, "--resume", "--strict-size")
-    assert "1 images, 7 were there" in capsys.readouterr().err
+    assert "1 image, 7 were there" in capsys.readouterr().err
     assert sorted(stored(output)) == sorted([*good, "0003.png"])
     assert len((output / "errors.jsonl").read_text().splitlines()) == 3
     file = tmp_path / "f.safetensors"
