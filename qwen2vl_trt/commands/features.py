@@ -114,9 +114,10 @@ def run(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespa
     if done.failed and not store.saved:
         raise FeaturesError(f"none of the {done.failed:,} images could be used; the first: {done.first_failure}")
     skipped = f", {done.skipped:,} were there" if done.skipped else ""
+    made = "1 image" if done.extracted == 1 else f"{done.extracted:,} images"
     busy, waited = done.engine / done.seconds, done.waited / done.seconds
     print(
-        f"{output.path}: {done.extracted:,} image{'s'[: done.extracted != 1]}{skipped}, {done.images_per_second:.1f} images/s"
+        f"{output.path}: {made}{skipped}, {done.images_per_second:.1f} images/s"
         f" (engine busy {busy:.0%} of the time, waiting for images {waited:.0%})",
         file=sys.stderr,
     )
