@@ -1,4 +1,4 @@
-"""Answers about one image, and embeddings of it, in fifteen lines.
+"""Answers about one image, and embeddings of it, in few lines.
 
 python examples/ask.py docs/digits.png "What digits are in the image?"
 """

@@ -8,10 +8,10 @@ import sys
 from qwen2vl_trt.engines.arguments import add_build_arguments, plan_build
 
 EPILOG = """examples:
-  build_engines.py --model tiny
-  build_engines.py --model Qwen2.5-VL-7B --backend torch --precision bf16
-  build_engines.py --model path/to/checkpoint --max-batch-size 4 --max-hw-dims 2048
-  build_engines.py --model Qwen2.5-VL-7B --precision fp8 --calibration-data path/to/images"""
+  %(prog)s --model tiny
+  %(prog)s --model Qwen2.5-VL-7B --backend torch --precision bf16
+  %(prog)s --model path/to/checkpoint --max-batch-size 4 --max-hw-dims 2048
+  %(prog)s --model Qwen2.5-VL-7B --precision fp8 --calibration-data path/to/images"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
