@@ -2,7 +2,7 @@
 # A CPU image:  docker build -t qwen2vl-trt .
 # A GPU image:  docker build --build-arg BASE=nvidia/cuda:13.0.2-runtime-ubuntu24.04 --build-arg EXTRAS=tensorrt \
 #                 --build-arg TORCH_INDEX= -t qwen2vl-trt .
-# To ask:       docker run --rm -v "$PWD/artifacts:/work/artifacts" -v "$PWD/photos:/work/photos:ro" qwen2vl-trt \
+# To ask:       docker run --rm -v "$PWD/artifacts:/data/artifacts" -v "$PWD/photos:/data/photos:ro" qwen2vl-trt \
 #                 --model tiny --image photos/a.png --prompt "What digits are in the image?"
 # This file has been linted (hadolint), not built.
 ARG BASE=debian:bookworm-slim
@@ -35,7 +35,7 @@ COPY configs ./configs
 # hadolint ignore=DL3042
 RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint constraints.txt ".[${EXTRAS}]"
 
-RUN useradd --uid 10001 --create-home qwen && mkdir /work && chown qwen /work
+RUN useradd --uid 10001 --create-home qwen && mkdir /data && chown qwen /data
 USER 10001
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["qwen2vl-trt"]

@@ -7,20 +7,20 @@ from qwen2vl_trt.engines.interrupts import begin
 
 def main() -> NoReturn:
     """``run.py``."""
-    begin()  # before the rest is imported
-    from qwen2vl_trt import commands
-    from qwen2vl_trt.engines.command import run_command
-
-    run_command(lambda: commands.main(prog="qwen2vl-trt"))
+    _run("main", "qwen2vl-trt")
 
 
 def build() -> NoReturn:
     """``build_engines.py``."""
-    begin()
+    _run("build_main", "qwen2vl-trt-build")
+
+
+def _run(function: str, prog: str) -> NoReturn:
+    begin()  # before the rest is imported
     from qwen2vl_trt import commands
     from qwen2vl_trt.engines.command import run_command
 
-    run_command(lambda: commands.build_main(prog="qwen2vl-trt-build"))
+    run_command(lambda: getattr(commands, function)(prog=prog))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2vl_trt.errors import CompareError
+from qwen2vl_trt.files import replacement
 
 from .comparison import Row
 from .report import Report, is_input
@@ -63,7 +64,8 @@ def plot(report: Report, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     try:
-        figure.savefig(path, dpi=150, format="png")
+        with replacement(path) as temporary:
+            figure.savefig(temporary, dpi=150, format="png")
     except OSError as error:
         raise CompareError(f"{path} cannot be written: {error.strerror or error}") from None
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.errors import CompareError
+from qwen2vl_trt.files import write_whole
 
 from .cases import Case
 from .comparison import Row
@@ -138,13 +139,13 @@ class Report:
         }
 
     def write_json(self, path: Path) -> None:
-        """Write everything.
+        """Write everything, whole or not at all.
 
         Raises:
             CompareError: the file cannot be written.
         """
         try:
-            path.write_text(json.dumps(_finite(self.as_dict()), indent=2, allow_nan=False), encoding="utf-8")
+            write_whole(path, json.dumps(_finite(self.as_dict()), indent=2, allow_nan=False).encode())
         except OSError as error:
             raise CompareError(f"{path} cannot be written: {error.strerror or error}") from None
 

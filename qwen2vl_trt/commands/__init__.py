@@ -1,7 +1,6 @@
 """The commands, a module each: ``add_arguments(parser)``, ``run(arguments)``, a docstring that ``--help`` prints.
 
-A module that has an ``EPILOG`` has it printed below the options. Nothing is imported but what the command needs, and
-for ``--help`` not even PyTorch.
+A module that has an ``EPILOG`` has it printed below the options. It is imported when its command is named.
 """
 
 from __future__ import annotations
