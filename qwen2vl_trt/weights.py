@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .layers import FP8Linear
-from .pinned_reader import PinnedReader
+from .transfer import PinnedReader
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from qwen2vl_trt.windows import Grid
 
 from .inputs.image_formats import image_suffixes
 from .inputs.image_listing import list_images
-from .preprocessing.medium import Medium
 from .preprocessing.preprocessor import PackedPixels, Preprocessor, PreprocessorSettings
+from .preprocessing.sizes import Medium
 from .request import Request
 
 PROMPTS_FILE = "prompts.jsonl"

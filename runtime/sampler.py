@@ -18,8 +18,7 @@ from torch import Tensor
 
 from qwen2vl_trt.errors import SamplingError
 from qwen2vl_trt.messages import LONE_SURROGATE
-
-from .sending import send
+from qwen2vl_trt.transfer import to_device
 
 _GREEDY_TEMPERATURE = 1e-5  # vLLM's bound: below it the likeliest token is all but certain
 _CANDIDATES = 1024  # of top-p at first
@@ -172,7 +171,7 @@ class SequenceSampling:
         outside = [token for token in self._seen if not 0 <= token < vocab_size]
         if outside:
             raise ValueError(f"prompt token {outside[0]} is outside the vocabulary of {vocab_size}")
-        self.seen = send(sorted(self._seen), torch.device(device), torch.long)  # each token once
+        self.seen = to_device(sorted(self._seen), torch.device(device), torch.long)  # each token once
 
     def draw(self) -> float:
         """The next random number of this sequence, in [0, 1)."""
@@ -182,7 +181,7 @@ class SequenceSampling:
         """Note a token of the answer."""
         if self.params.penalised and token not in self._seen:
             self._seen.add(token)
-            self.seen = torch.cat([self.seen, send([token], self.seen.device, torch.long)])
+            self.seen = torch.cat([self.seen, to_device([token], self.seen.device, torch.long)])
 
 
 def sample(logits: Tensor, sequences: Sequence[SequenceSampling], greedy: Tensor | None = None) -> list[int | None]:
@@ -229,7 +228,7 @@ def _choose(scores: Tensor, sequences: Sequence[SequenceSampling], drawn: Sequen
     device = scores.device
     params = [sequences[row].params for row in drawn]
     points = [sequences[row].draw() for row in drawn]
-    picked = scores if len(drawn) == len(sequences) else scores[send(drawn, device)]
+    picked = scores if len(drawn) == len(sequences) else scores[to_device(drawn, device)]
     probabilities, enough = _distribution(picked, params, _CANDIDATES)
     # What comes of logits that are no numbers may lie outside the vocabulary, and a wider look would not help it.
     broken = ~picked.amax(dim=-1).isfinite()
@@ -238,11 +237,11 @@ def _choose(scores: Tensor, sequences: Sequence[SequenceSampling], drawn: Sequen
         largest, likeliest = scores.max(dim=-1)
         likeliest = _sound(likeliest, largest)
         both = torch.stack([likeliest, torch.ones_like(likeliest)])
-        found = both.index_copy_(1, send(drawn, device), found)
+        found = both.index_copy_(1, to_device(drawn, device), found)
     tokens, known = found.tolist()
     again = [index for index, row in enumerate(drawn) if not known[row]]
     if again:
-        picked = picked[send(again, device)]
+        picked = picked[to_device(again, device)]
         probabilities = distribution(picked, [params[index] for index in again])
         wider = _draw(probabilities, [points[index] for index in again]).tolist()
         for index, token in zip(again, wider, strict=True):
@@ -290,9 +289,9 @@ def _keep_top_k(scores: Tensor, params: Sequence[Sampling]) -> Tensor:
     if not limited:
         return scores
     best = scores.topk(max(limited), dim=-1).values  # [B, K]
-    positions = send([min(size, max(limited)) - 1 for size in sizes], scores.device)
+    positions = to_device([min(size, max(limited)) - 1 for size in sizes], scores.device)
     threshold = best.gather(-1, positions[:, None])  # [B, 1]
-    unlimited = send([size == scores.shape[-1] for size in sizes], scores.device)
+    unlimited = to_device([size == scores.shape[-1] for size in sizes], scores.device)
     return scores.masked_fill((scores < threshold) & ~unlimited[:, None], -torch.inf)
 
 
@@ -301,7 +300,7 @@ def _keep_top_p(scores: Tensor, params: Sequence[Sampling], candidates: int) -> 
     enough = torch.ones(len(params), dtype=torch.bool, device=scores.device)
     if not rows:
         return scores, enough
-    places = send(rows, scores.device)
+    places = to_device(rows, scores.device)
     top_p = _column(scores, [params[row].top_p for row in rows], torch.float64)
     limited = scores[places]
     kept, known = _nucleus(limited, top_p, candidates)
@@ -345,4 +344,4 @@ def _draw(probabilities: Tensor, points: Sequence[float]) -> Tensor:
 
 
 def _column(like: Tensor, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
-    return send(values, like.device, dtype or like.dtype)[:, None]
+    return to_device(values, like.device, dtype or like.dtype)[:, None]

@@ -20,7 +20,7 @@ from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import load_tokenizer
 from qwen2vl_trt.runtime.backends import onnxruntime_runner, torch_runner
-from qwen2vl_trt.runtime.backends.kv_cache import KVCache
+from qwen2vl_trt.runtime.backends.common import KVCache
 from qwen2vl_trt.runtime.backends.runners import DecoderRunner, Engines, VisionRunner
 from qwen2vl_trt.runtime.backends.torch_runner import TorchDecoder, TorchVision
 from qwen2vl_trt.runtime.generation_config import GenerationConfig

@@ -12,7 +12,7 @@ from qwen2vl_trt.errors import LimitError, MediaError, PromptError
 from qwen2vl_trt.runtime.features.decode_ahead import Batching
 from qwen2vl_trt.runtime.features.sources import Admit, DecoderFeatures, VisionFeatures
 from qwen2vl_trt.runtime.inputs.image_listing import ImageFile
-from qwen2vl_trt.runtime.preprocessing.medium import Medium
+from qwen2vl_trt.runtime.preprocessing.sizes import Medium
 from qwen2vl_trt.runtime.request import Request
 
 from .filesystem import is_uri, open_filesystem

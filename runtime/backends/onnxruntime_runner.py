@@ -20,12 +20,8 @@ from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.export.graphs import cache_names
 from qwen2vl_trt.windows import WindowLayout
 
-from .kept_layouts import keep_layouts
-from .kv_cache import KVCache
-from .runners import Engines, Step
-from .step_inputs import step_inputs
-from .token_embedding import TokenEmbedding
-from .warm_up import run_steps
+from .common import KVCache, TokenEmbedding, cached_layouts, step_inputs
+from .runners import Engines, Step, run_steps
 
 _NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
 
@@ -90,7 +86,7 @@ class OrtVision:
     def __init__(self, session: ort.InferenceSession, device: torch.device) -> None:
         self._session, self._device = session, device
         self._width: int = session.get_outputs()[0].shape[1]
-        self._indices = keep_layouts(self._placed)
+        self._indices = cached_layouts(self._placed)
 
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
         binding = self._session.io_binding()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -19,7 +20,7 @@ from qwen2vl_trt.engines.precision import Precision
 from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.windows import WindowLayout
 
-from .kv_cache import KVCache
+from .common import KVCache
 
 _BACKENDS = {
     "torch": "qwen2vl_trt.runtime.backends.torch_runner",
@@ -198,3 +199,20 @@ def open_engines(folder: str | Path, device: str | None = None) -> Engines:
     if chosen.type == "cpu":
         warn_of_memory(checkpoint, manifest.backend, precision)
     return Engines(folder, manifest, checkpoint, chosen, precision, backend)
+
+
+def run_steps(decoder: DecoderRunner, chunk: int, rows: Collection[int], lengths: Collection[int] = (1,)) -> None:
+    """A chunk of a prompt in the first slot, then one token in each number of rows at each length.
+
+    Writes over the first slots' rows of the cache.
+
+    Args:
+        decoder: no slot of which is in use.
+        chunk: tokens of the prompt.
+        rows: numbers of slots that decode together.
+        lengths: tokens that each of them then holds, the new one included.
+    """
+    shapes = [(1, chunk, 0), *((count, 1, length - 1) for count in rows for length in lengths)]
+    for count, tokens, start in shapes:
+        embeds = decoder.embed([0] * tokens)[None].repeat(count, 1, 1)
+        decoder.step(0, embeds, torch.arange(start, start + tokens).expand(3, count, -1), [start] * count)

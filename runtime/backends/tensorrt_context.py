@@ -11,8 +11,7 @@ from torch import Tensor
 from qwen2vl_trt.errors import EngineError
 
 from .tensorrt_engine import Engine, ReportLayer
-from .tensorrt_memory import in_words
-from .tensorrt_tensors import Shape
+from .tensorrt_tensors import Shape, in_words
 
 
 class Scratch:

@@ -16,8 +16,8 @@ from torch import Tensor
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.export.graphs import cache_names
 
+from .common import KVCache
 from .decode_buckets import graph_rows, graph_size
-from .kv_cache import KVCache
 from .tensorrt_context import ExecutionContext, Scratch
 from .tensorrt_engine import Engine
 

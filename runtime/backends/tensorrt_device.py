@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwen2vl_trt.errors import EngineError
 
-from .tensorrt_memory import ALIGNMENT
+from .tensorrt_tensors import ALIGNMENT
 
 
 class CudaDevice:

@@ -19,8 +19,7 @@ from qwen2vl_trt.engines.tensorrt_refit import refit
 from qwen2vl_trt.errors import EngineError
 
 from .tensorrt_device import CudaDevice
-from .tensorrt_memory import in_words, streaming_budget
-from .tensorrt_tensors import EngineTensor, check_tensors, expected_tensors
+from .tensorrt_tensors import EngineTensor, check_tensors, expected_tensors, in_words, streaming_budget
 
 ReportLayer = Callable[[str, float], None]
 

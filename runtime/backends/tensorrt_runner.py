@@ -17,19 +17,14 @@ from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.export.graphs import cache_names
 from qwen2vl_trt.windows import WindowLayout
 
+from .common import KVCache, TokenEmbedding, cached_layouts, step_inputs
 from .decode_buckets import graph_sizes
-from .kept_layouts import keep_layouts
-from .kv_cache import KVCache
-from .runners import Engines, Step
-from .step_inputs import step_inputs
+from .runners import Engines, Step, run_steps
 from .tensorrt_context import ExecutionContext, Scratch
 from .tensorrt_decode_graphs import DecodeGraphs
 from .tensorrt_device import CudaDevice
 from .tensorrt_engine import Engine, ReportLayer, load_engine, stream_weights
-from .tensorrt_memory import check_cache, check_rows, token_bytes
-from .tensorrt_tensors import choose_profile
-from .token_embedding import TokenEmbedding
-from .warm_up import run_steps
+from .tensorrt_tensors import check_cache, check_rows, choose_profile, token_bytes
 
 
 def default_device() -> str:
@@ -119,7 +114,7 @@ class TensorRTVision:
     def __init__(self, engine: Engine) -> None:
         stream_weights(engine)
         self._engine, self._contexts = engine, _Contexts(engine)
-        self._indices = keep_layouts(lambda layout: self._contexts.place(layout.index_tensors))
+        self._indices = cached_layouts(lambda layout: self._contexts.place(layout.index_tensors))
 
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
         output = self._engine.tensors["image_embeds"]

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from qwen2vl_trt.decoder import Decoder, Places
+from qwen2vl_trt.transfer import to_device
 from qwen2vl_trt.varlen import CacheBounds
 
-from ..sending import send
+from .common import KVCache
 from .decode_buckets import graph_length, graph_rows, graph_size
-from .kv_cache import KVCache
 from .runners import Step
 from .torch_caches import NewTokenCache, NewTokens
 
@@ -104,7 +104,7 @@ class DecodeGraphs:
         numbers = torch.zeros(5, size, dtype=torch.int64)
         numbers[:3, first:last] = position_ids[:, :, 0]
         numbers[3:] = torch.tensor(rows)
-        self._numbers[: 5 * size].copy_(send(numbers.view(-1), self._numbers.device))
+        self._numbers[: 5 * size].copy_(to_device(numbers.view(-1), self._numbers.device))
         self._inputs_embeds[first:last].copy_(inputs_embeds)
         key = size, graph_length(max(rows[1]), self._cache.capacity)
         replay = self._replays.get(key)

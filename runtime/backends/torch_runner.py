@@ -18,21 +18,18 @@ from qwen2vl_trt.decoder import Decoder, Places
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.fused import fuse_decoder, fuse_vision
 from qwen2vl_trt.quantization import fp8_layers, use_fp8
+from qwen2vl_trt.transfer import to_device
 from qwen2vl_trt.varlen import can_pack, can_read_cache
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import PackedSequences, WindowLayout, unpad, window_layout
 
-from ..sending import send
 from . import onednn
+from .common import KVCache, TokenEmbedding, cached_layouts
 from .decode_buckets import graph_lengths, graph_sizes
-from .kept_layouts import keep_layouts
-from .kv_cache import KVCache
-from .runners import Engines, Step
-from .token_embedding import TokenEmbedding
+from .runners import Engines, Step, run_steps
 from .torch_caches import Chunk, ChunkCache
 from .torch_decode_graphs import Capture, DecodeGraphs, GraphCapture
-from .warm_up import run_steps
 
 
 def default_device() -> str:
@@ -79,7 +76,7 @@ class TorchVision:
             return self.module.encode(
                 patches, unpadded.position_ids, unpadded.windows, unpadded.frames, unpadded.merge_index
             )
-        return self.module(pixel_values, *(send(index, self.device) for index in layout.index_tensors.values()))
+        return self.module(pixel_values, *(to_device(index, self.device) for index in layout.index_tensors.values()))
 
     def _speed_up(self, dtype: torch.dtype) -> None:
         _pack(self.module, dtype, self.device)
@@ -102,7 +99,7 @@ class CudaVision(TorchVision):
         super().__init__(checkpoint, dtype, device)
         config = self.module.config
         packs = can_pack(device, dtype, config.num_heads, config.head_dim)
-        self._indices = keep_layouts(partial(_sent, config=config, device=device, packs=packs))
+        self._indices = cached_layouts(partial(_sent, config=config, device=device, packs=packs))
         if compiled:
             side = 8 * config.spatial_merge_size
             layout = window_layout(((1, side, side),), config)
@@ -164,10 +161,10 @@ class TorchDecoder:
     ) -> Step:
         batch, length, _ = inputs_embeds.shape
         self.cache.reserve(max(starts) + length)
-        start = send(torch.tensor(starts), self.device)
+        start = to_device(torch.tensor(starts), self.device)
         output = self.module(
             inputs_embeds,
-            send(position_ids, self.device),
+            to_device(position_ids, self.device),
             start,
             start + length,
             torch.full((batch,), length - 1, device=self.device),
@@ -241,7 +238,7 @@ class CudaDecoder(TorchDecoder):
         positions = torch.arange(start, start + length, device=self.device).repeat(batch)
         chunk = Chunk(first_slot, start + length, self._fused, Places(rows, positions))
         caches = [ChunkCache(k, v, chunk) for k, v in zip(self.cache.k, self.cache.v)]
-        hidden_states, _ = self.module.model(inputs_embeds, send(position_ids, self.device), caches)
+        hidden_states, _ = self.module.model(inputs_embeds, to_device(position_ids, self.device), caches)
         logits = self.module.lm_head(hidden_states[:, -1]).float()
         return Step(logits, hidden_states, logits.argmax(-1))
 
@@ -275,18 +272,18 @@ def _sent(
 ) -> _Packed | tuple[Tensor, ...]:
     """What the tower needs to know of a layout, on the device."""
     if not packs:
-        return tuple(send(index, device) for index in layout.index_tensors.values())
+        return tuple(to_device(index, device) for index in layout.index_tensors.values())
     unpadded = unpad(layout, config)
     windows, frames = (
-        PackedSequences(send(sequences.bounds, device), sequences.longest)
+        PackedSequences(to_device(sequences.bounds, device), sequences.longest)
         for sequences in (PackedSequences.of(layout.window_lengths), PackedSequences.of(layout.sequence_lengths))
     )
     return _Packed(
-        send(unpadded.filled, device) if _empty_share(layout) else None,
-        send(unpadded.position_ids, device),
+        to_device(unpadded.filled, device) if _empty_share(layout) else None,
+        to_device(unpadded.position_ids, device),
         windows,
         frames,
-        send(unpadded.merge_index, device),
+        to_device(unpadded.merge_index, device),
     )
 
 

@@ -11,7 +11,7 @@ from itertools import count
 
 from ..inputs.image_listing import ImageFile
 from ..media.ahead import DEFAULT_AHEAD_BYTES, Admission
-from ..preprocessing.medium import Medium
+from ..preprocessing.sizes import Medium
 from .sources import IMAGE_FAULTS, FeatureSource
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from qwen2vl_trt.windows import Grid
 
 from ..inputs.image_listing import ImageFile
-from ..preprocessing.medium import Medium
+from ..preprocessing.sizes import Medium
 from .decode_ahead import Batching, decode_ahead
 from .sources import IMAGE_FAULTS, FeatureSource
 

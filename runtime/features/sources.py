@@ -13,8 +13,8 @@ from ..backends.layer_output import end_decoder_after, end_vision_after, patches
 from ..inputs.images import ImageLimits, decoding_bytes
 from ..media.embedder import MediaEmbedder
 from ..pipeline import Pipeline
-from ..preprocessing.medium import Medium
 from ..preprocessing.preprocessor import Preprocessor
+from ..preprocessing.sizes import Medium
 from ..request import Request
 
 Admit = Callable[[int], None]

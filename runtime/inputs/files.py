@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.media_urls import file_path
@@ -114,3 +115,29 @@ def _why_not(path: str, kind: str, error: OSError | ValueError) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENXIO:
         return f"a socket or a device, not {kind}"
     return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+class BoundedFile(io.RawIOBase):
+    """Reads an open regular file, up to the size that it had then: one that grows still ends."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.name = file.name
+        self._file, self._size = file, os.fstat(file.fileno()).st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = max(0, self._size - self._file.tell())
+        return self._file.readinto(memoryview(buffer)[:left])  # type: ignore[attr-defined]
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            offset, whence = self._size + offset, os.SEEK_SET
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()

@@ -21,12 +21,10 @@ from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.media_options import VideoOptions
 
 from .animation import Animation, is_picture
-from .bounded_file import BoundedFile
 from .clips import Clip, VideoFile, held, sample
-from .files import MAX_VIDEO_BYTES, labelled, opened, too_large
-from .frame_sampling import DEFAULT_FPS, FrameSampling
+from .files import MAX_VIDEO_BYTES, BoundedFile, labelled, opened, too_large
+from .frame_sampling import DEFAULT_FPS, OF_FILES, FrameSampling, requested_rate, requested_sampling
 from .images import ImageLimits, ImageSource, channels_first, load_image, rgb
-from .requested_frames import OF_FILES, requested_rate, requested_sampling
 from .video_stream import VideoStream
 
 _logger = logging.getLogger(__name__)

@@ -13,8 +13,7 @@ from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from ..inputs.files import labelled
 from ..inputs.images import ImageSource, file_bytes
 from ..inputs.video import BoundedFile, VideoSource, opened_video
-from ..preprocessing.medium import Medium
-from ..preprocessing.sizes import MediaSize
+from ..preprocessing.sizes import MediaSize, Medium
 from .content_keys import PixelKeys, contents_key, file_key
 from .embedder import MediaEmbedder, StageTimes
 from .embedding_cache import EmbeddingCache

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..inputs.bounded_file import BoundedFile
+from ..inputs.files import BoundedFile
 
 _SIZE = 16
 _READ = 1 << 20

@@ -15,8 +15,8 @@ from qwen2vl_trt.windows import Grid, WindowLayout, window_layout
 
 from ..backends.runners import VisionRunner
 from ..observer import Observer, Stage, unobserved
-from ..preprocessing.medium import Medium
 from ..preprocessing.preprocessor import PackedPixels, Preprocessor
+from ..preprocessing.sizes import Medium
 
 
 @dataclass

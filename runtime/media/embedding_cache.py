@@ -7,8 +7,7 @@ from threading import Lock
 
 from torch import Tensor
 
-from ..preprocessing.medium import Medium
-from ..preprocessing.sizes import MediaSize
+from ..preprocessing.sizes import MediaSize, Medium
 
 
 class EmbeddingCache:

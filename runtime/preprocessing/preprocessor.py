@@ -32,9 +32,8 @@ from ..inputs.jpeg_decoder import JpegDecoder, check_gpu_decoding
 from ..inputs.video import VideoSource, load_video
 from .frames import Frame, FrameWriter, window_rows_and_columns
 from .host_writer import HostWriter
-from .medium import Medium
 from .settings import PreprocessorSettings
-from .sizes import SizeRules
+from .sizes import Medium, SizeRules
 from .staging import DEFAULT_LIMIT, Staging
 from .torch_writer import TorchWriter
 from .triton_writer import TritonWriter, triton_is_installed

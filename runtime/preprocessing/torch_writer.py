@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from qwen2vl_trt.config import VisionConfig
+from qwen2vl_trt.transfer import to_device
 
-from ..sending import send
 from .bicubic import bicubic_table
 from .frames import Frame, chunks, mean_and_std, region_patches, region_slots, regions, window_rows_and_columns
 from .staging import Staging, bytes_of
@@ -56,7 +56,7 @@ class TorchWriter:
 
     def _write_alike(self, frames: Sequence[Frame], batch: Tensor, pixel_values: Tensor) -> None:
         config, frame = self._config, frames[0]
-        mean, std = (send(factor, batch.device) for factor in mean_and_std(frame.settings, batch.dtype))
+        mean, std = (to_device(factor, batch.device) for factor in mean_and_std(frame.settings, batch.dtype))
         batch = resize(batch, frame.size)
         rows, columns = window_rows_and_columns(frame.size, config)
         times = len(range(config.temporal_patch_size)[frame.times])
@@ -72,7 +72,7 @@ class TorchWriter:
             empty.zero_()
         places = torch.tensor([frame.first for frame in frames])[:, None] + torch.arange(rows * columns)
         target = pixel_values.unflatten(-1, (config.in_chans, config.temporal_patch_size, area))
-        target[..., frame.times, :].index_copy_(0, send(places.flatten(), batch.device), windows.flatten(0, 2))
+        target[..., frame.times, :].index_copy_(0, to_device(places.flatten(), batch.device), windows.flatten(0, 2))
 
 
 def resize(batch: Tensor, size: tuple[int, int]) -> Tensor:
@@ -90,8 +90,8 @@ def _resize_axis(batch: Tensor, axis: int, out: int) -> Tensor:
         return batch
     table = bicubic_table(source, out)
     places = torch.from_numpy(table.first).long() + torch.arange(table.taps)[:, None]
-    index = send(places.clamp_(max=source - 1), batch.device)  # behind the source the weight is 0
-    weights = send(table.weights, batch.device)
+    index = to_device(places.clamp_(max=source - 1), batch.device)  # behind the source the weight is 0
+    weights = to_device(table.weights, batch.device)
     shape = list(batch.shape)
     shape[axis] = out
     total = torch.full(shape, table.half, dtype=torch.int32, device=batch.device)

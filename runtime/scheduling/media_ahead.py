@@ -16,7 +16,7 @@ from torch import Tensor
 from ..inputs.images import decoding_bytes
 from ..inputs.video import Video
 from ..media.ahead import DEFAULT_AHEAD_BYTES, fits
-from ..preprocessing.medium import Medium
+from ..preprocessing.sizes import Medium
 from .preparation import MediaSources
 
 _THREADS = min(4, os.cpu_count() or 1)

@@ -18,16 +18,15 @@ from qwen2vl_trt.media_urls import local
 from qwen2vl_trt.messages import extract_media
 from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import PromptBuilder
+from qwen2vl_trt.transfer import to_device
 
 from ..inputs.files import labelled
 from ..inputs.video import options_for
 from ..media.cached_media import CachedMedia
 from ..observer import Observer, Stage, unobserved
-from ..preprocessing.medium import Medium
-from ..preprocessing.sizes import MediaSize
+from ..preprocessing.sizes import MediaSize, Medium
 from ..request import Request
 from ..sampler import Sampling
-from ..sending import send
 from .prefix import token_keys
 
 
@@ -88,7 +87,7 @@ class Prepared:
         rows = embed_tokens(self.token_ids)
         if embeds:
             # Found on the host: a mask on a GPU would have to be counted, which waits for all before it.
-            rows.index_copy_(0, send(self.places, rows.device), torch.cat(list(embeds)).to(rows.dtype))
+            rows.index_copy_(0, to_device(self.places, rows.device), torch.cat(list(embeds)).to(rows.dtype))
         return rows
 
 

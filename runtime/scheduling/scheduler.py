@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from qwen2vl_trt.errors import ExecutionError, Qwen2VLError
+from qwen2vl_trt.transfer import to_device
 
 from ..backends.runners import DecoderRunner, Step
 from ..observer import Observer, Stage, unobserved
 from ..request import Output
 from ..sampler import sample
-from ..sending import send
 from .counters import Counters
 from .preparation import Prepared
 from .sequence import NewToken, RunningSequence, take_token
@@ -309,7 +309,7 @@ class Scheduler:
         own = [number for number, sequence in enumerate(rows) if sequence is not None]
         if len(own) == len(rows):
             return step
-        taken = send(own, step.logits.device)
+        taken = to_device(own, step.logits.device)
         return step._replace(logits=step.logits[taken], greedy=None if step.greedy is None else step.greedy[taken])
 
     def _sample(

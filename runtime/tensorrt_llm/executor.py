@@ -20,16 +20,16 @@ from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.engines import tensorrt_llm_api as api
 from qwen2vl_trt.errors import ExecutionError, LimitError, SamplingError
 from qwen2vl_trt.mrope import mrope_config
+from qwen2vl_trt.transfer import to_device
 
 from ..generation_config import GenerationConfig
-from ..preprocessing.medium import Medium
+from ..preprocessing.sizes import Medium
 from ..request import Output
 from ..sampler import Sampling
 from ..scheduling.counters import Counters
 from ..scheduling.preparation import Prepared
 from ..scheduling.scheduler import named
 from ..scheduling.sequence import NewToken, RunningSequence, take_token
-from ..sending import send
 
 _WAIT = 0.02
 """Seconds that a step waits for a token; new requests and deadlines are looked at in between."""
@@ -113,7 +113,7 @@ class TensorRTLLMExecutor:
         if not embeds:
             return torch.empty(0)
         rows = torch.cat(list(embeds)).to(self._embeds_dtype)
-        return rows[send(np.argsort(prepared.places), rows.device)]
+        return rows[to_device(np.argsort(prepared.places), rows.device)]
 
     def add(self, sequence: RunningSequence) -> None:
         """Hand a sequence over; one whose sampling TensorRT-LLM does not have fails.

@@ -15,9 +15,9 @@ from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.layers import FP8Linear
 from qwen2vl_trt.ops import has_fp8_product
-from qwen2vl_trt.pinned_reader import PinnedReader
 from qwen2vl_trt.runtime.backends.torch_caches import Chunk, ChunkCache, NewTokenCache, NewTokens
 from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
+from qwen2vl_trt.transfer import PinnedReader
 from qwen2vl_trt.windows import window_layout
 from tests.support.compiled_steps import compilations, graph_breaks
 from tests.support.models import edit_checkpoint, in_fp8_as_shared, relative_error, write_quantization

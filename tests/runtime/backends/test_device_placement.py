@@ -18,7 +18,7 @@ from qwen2vl_trt import ops
 from qwen2vl_trt.benchmarks.random_model import config_of
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.engines.profile import BuildProfile
-from qwen2vl_trt.runtime.backends import token_embedding, torch_decode_graphs, torch_runner
+from qwen2vl_trt.runtime.backends import common, torch_decode_graphs, torch_runner
 from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision
 from qwen2vl_trt.windows import window_layout
 
@@ -94,8 +94,8 @@ class Device:
 @pytest.fixture(params=["fused", "masked", "fp8"])
 def device(request, monkeypatch):
     device = Device()
-    for module in (torch_runner, torch_decode_graphs, token_embedding):
-        monkeypatch.setattr(module, "send", device.send)
+    for module in (torch_runner, torch_decode_graphs, common):
+        monkeypatch.setattr(module, "to_device", device.send)
     for question in ("can_pack", "can_read_cache"):
         monkeypatch.setattr(torch_runner, question, lambda *args: request.param != "masked")
     monkeypatch.setattr(torch_runner, "load_weights", device.load_weights)

@@ -5,7 +5,7 @@ import torch
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import LimitError
-from qwen2vl_trt.runtime.backends.kv_cache import KVCache
+from qwen2vl_trt.runtime.backends.common import KVCache
 from tests.support.models import model_config
 
 CONFIG = Qwen2VLConfig.from_dict(model_config().to_dict()).text

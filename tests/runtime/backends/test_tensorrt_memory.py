@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import EngineError
-from qwen2vl_trt.runtime.backends.kv_cache import KVCache
-from qwen2vl_trt.runtime.backends.tensorrt_memory import (
+from qwen2vl_trt.runtime.backends.common import KVCache
+from qwen2vl_trt.runtime.backends.tensorrt_tensors import (
     ALIGNMENT,
     check_cache,
     check_rows,

@@ -93,7 +93,7 @@ class TestVision:
     def test_a_layout_goes_to_the_device_once(self, checkpoint, kernels, monkeypatch):
         opened = Checkpoint(checkpoint)
         sent = []
-        monkeypatch.setattr(torch_runner, "send", lambda tensor, device: sent.append(1) or tensor)
+        monkeypatch.setattr(torch_runner, "to_device", lambda tensor, device: sent.append(1) or tensor)
         vision = CudaVision(opened, torch.float32, CPU)
         first, second = (window_layout(grids, opened.config.vision) for grids in MIXES[:2])
         for layout in (first, second, first, second):

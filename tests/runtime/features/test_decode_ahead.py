@@ -10,8 +10,7 @@ from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.runtime.features import decode_ahead as module
 from qwen2vl_trt.runtime.features.decode_ahead import Batching, decode_ahead
 from qwen2vl_trt.runtime.inputs.image_listing import ImageFile
-from qwen2vl_trt.runtime.preprocessing.medium import Medium
-from qwen2vl_trt.runtime.preprocessing.sizes import MediaSize
+from qwen2vl_trt.runtime.preprocessing.sizes import MediaSize, Medium
 
 
 class Source:

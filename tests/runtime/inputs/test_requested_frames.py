@@ -8,8 +8,7 @@ import pytest
 
 from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.media_options import VideoOptions
-from qwen2vl_trt.runtime.inputs.frame_sampling import FrameSampling
-from qwen2vl_trt.runtime.inputs.requested_frames import requested_rate, requested_sampling
+from qwen2vl_trt.runtime.inputs.frame_sampling import FrameSampling, requested_rate, requested_sampling
 from qwen2vl_trt.runtime.inputs.video import Video, load_video
 from tests.support.media_files import save_video
 

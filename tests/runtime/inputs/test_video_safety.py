@@ -15,7 +15,7 @@ from PIL import Image
 
 from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.runtime.inputs import clips, video_stream
-from qwen2vl_trt.runtime.inputs.bounded_file import BoundedFile
+from qwen2vl_trt.runtime.inputs.files import BoundedFile
 from qwen2vl_trt.runtime.inputs.frame_sampling import FrameSampling
 from qwen2vl_trt.runtime.inputs.video import Video, load_video
 from qwen2vl_trt.runtime.media.cached_media import CachedMedia

@@ -7,7 +7,7 @@ from qwen2vl_trt.runtime.backends.runners import Step
 from qwen2vl_trt.runtime.request import Output
 from qwen2vl_trt.runtime.sampler import Sampling, SequenceSampling
 from qwen2vl_trt.runtime.scheduling.scheduler import Scheduler
-from qwen2vl_trt.runtime.sending import send
+from qwen2vl_trt.transfer import to_device
 from tests.support.device_tensors import META, DeviceTensor, Synchronisations, pin
 from tests.support.fake_decoder import VOCABULARY, FakeDecoder, expected, sequence
 
@@ -33,7 +33,7 @@ class DeviceDecoder(FakeDecoder):
     """The fake decoder, whose embeddings and logits lie on the device; its own work does not count."""
 
     def embed(self, token_ids):
-        return send(token_ids, META, torch.float32)[:, None]
+        return to_device(token_ids, META, torch.float32)[:, None]
 
     def step(self, first_slot, inputs_embeds, position_ids, starts, hidden=False):
         assert isinstance(inputs_embeds, DeviceTensor)
@@ -117,7 +117,7 @@ def test_whatever_makes_the_host_wait_is_counted(device, read):
 def test_what_does_not_count(device):
     with device:
         x = DeviceTensor(torch.arange(3.0))
-        y = send([0, 2], META)
+        y = to_device([0, 2], META)
         (x + 1).argmax()
         x[y].softmax(-1).cumsum(-1)
         x.clone().index_copy_(0, y, x[y])

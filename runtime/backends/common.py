@@ -1,18 +1,27 @@
-"""The key-value cache of all slots: one row a slot, contiguous, so that a prefill touches its own row alone."""
+"""What the runners of every backend share: the key-value cache, text embeddings, a step's inputs, cached layouts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TypeVar
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.config import TextConfig
 from qwen2vl_trt.errors import LimitError
+from qwen2vl_trt.transfer import to_device
+from qwen2vl_trt.weights import EMBEDDING, checkpoint_names
+from qwen2vl_trt.windows import WindowLayout
 
 _SMALLEST = 128
 
 
 class KVCache:
-    """Per layer ``k`` and ``v`` of ``[slots, Hkv, capacity, D]``.
+    """Per layer ``k`` and ``v`` of ``[slots, Hkv, capacity, D]``; a slot is one contiguous row.
 
     The capacity follows what is used, in powers of two up to ``max_seq_len``: ONNX Runtime's attention computes
     over all of it, whatever the rows' lengths. Or it is ``fixed`` at ``max_seq_len``: TensorRT takes no other.
@@ -101,3 +110,55 @@ class KVCache:
         # Zeros, not empty, for the reason that `clear` gives.
         k, v = ([torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in layers] for _ in ("k", "v"))
         return k, v
+
+
+class TokenEmbedding:
+    """Embeds text tokens outside the engines: the decoder takes embeddings, so that images can stand among them.
+
+    On a CPU the table stays mapped to its file, in its own type; a lookup reads a few rows of it.
+
+    Args:
+        table: ``[V, C]`` on the device, where a decoder has it there already.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, table: Tensor | None = None
+    ) -> None:
+        self._table = checkpoint.load(checkpoint_names(checkpoint)[EMBEDDING]) if table is None else table
+        self._dtype, self._device = dtype, device
+        if device.type != "cpu":
+            self._table = self._table.to(device, dtype)
+
+    def __call__(self, token_ids: list[int]) -> Tensor:
+        """n token ids to ``[n, C]``."""
+        return F.embedding(to_device(token_ids, self._table.device), self._table).to(self._dtype)
+
+
+def step_inputs(inputs_embeds: Tensor, position_ids: Tensor, starts: Sequence[int]) -> dict[str, Tensor]:
+    """The decoder graph's inputs (:mod:`qwen2vl_trt.export.graphs`) besides the caches; no row is padded.
+
+    Args:
+        inputs_embeds: ``[B, S, C]``.
+        position_ids: ``[3, B, S]`` int64.
+        starts: B numbers of tokens that the slots hold so far.
+    """
+    batch, length, _ = inputs_embeds.shape
+    start = torch.tensor(starts)
+    return {
+        "inputs_embeds": inputs_embeds,
+        "position_ids": position_ids,
+        "cache_start": start,
+        "kv_lengths": start + length,
+        "last_token": torch.full((batch,), length - 1),
+    }
+
+
+_Indices = TypeVar("_Indices")
+
+
+def cached_layouts(place: Callable[[WindowLayout], _Indices]) -> Callable[[WindowLayout], _Indices]:
+    """``place``, which puts a layout's index tensors on a device, with the results of the last 64 layouts cached.
+
+    Index tensors depend on the sizes of the images alone, and the same sizes come again; each takes a few megabytes.
+    """
+    return lru_cache(maxsize=64)(place)

@@ -3,14 +3,14 @@
 import torch
 
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.runtime.backends.kept_layouts import keep_layouts
+from qwen2vl_trt.runtime.backends.common import cached_layouts
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.windows import WindowLayout, window_layout
 
 
 def test_those_used_last_are_kept(checkpoint):
     config, made = Checkpoint(checkpoint).config.vision, []
-    place = keep_layouts(lambda layout: made.append(layout) or len(made))
+    place = cached_layouts(lambda layout: made.append(layout) or len(made))
     layouts = [window_layout(((1, 2, 2 * n),), config) for n in range(1, 66)]
     assert [place(layout) for layout in layouts[:64]] == list(range(1, 65))
     assert place(layouts[0]) == 1

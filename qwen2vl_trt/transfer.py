@@ -1,10 +1,8 @@
-"""From a file straight into a GPU's memory, through two small pinned buffers: one is read into while one is copied.
-
-A memory map copied to a GPU goes page fault by page fault through the driver's own staging buffer, and reading the
-tensor first would hold it in memory twice.
-"""
+"""From host memory and files to a GPU, through pinned memory."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +13,25 @@ from .errors import CheckpointError
 _BUFFER = 32 << 20  # bytes
 
 
+def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on a device, in order with its current stream; the host does not wait.
+
+    Args:
+        values: a tensor, or what :func:`torch.as_tensor` makes one of.
+        device: a GPU gets them through pinned memory, which PyTorch keeps until the copy is done.
+        dtype: by default that of the values.
+    """
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class PinnedReader:
-    """Reads tensors of safetensors files onto a device.
+    """Reads tensors of safetensors files onto a device: one pinned buffer is filled while the other is copied.
+
+    A memory map copied to a GPU goes page fault by page fault through the driver's own staging buffer, and reading the
+    tensor first would hold it in memory twice.
 
     Args:
         device: a GPU; on a CPU it does the same with ordinary memory.

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from qwen2vl_trt.checkpoint import read_header
 from qwen2vl_trt.errors import CheckpointError
-from qwen2vl_trt.pinned_reader import PinnedReader
+from qwen2vl_trt.transfer import PinnedReader
 
 
 @pytest.fixture
