@@ -11,7 +11,7 @@ from torch import Tensor
 from qwen2vl_trt.errors import EngineError
 
 from .tensorrt_engine import Engine, ReportLayer
-from .tensorrt_tensors import Shape, in_words
+from .tensorrt_tensors import Shape, format_bytes
 
 
 class Scratch:
@@ -33,7 +33,7 @@ class Scratch:
                 self._block = torch.empty(size, dtype=torch.uint8, device=self._device)
             except torch.OutOfMemoryError:
                 raise EngineError(
-                    f"not enough GPU memory: activations need {in_words(size)} for these sizes. Send fewer or"
+                    f"not enough GPU memory: activations need {format_bytes(size)} for these sizes. Send fewer or"
                     " smaller images or shorter chunks at once (--max-pixels), or free GPU memory."
                 ) from None
         return self._block
@@ -42,7 +42,7 @@ class Scratch:
 class ExecutionContext:
     """One ``IExecutionContext`` in one optimisation profile.
 
-    Call its methods inside the device's :meth:`~qwen2vl_trt.runtime.backends.tensorrt_device.CudaDevice.stream`.
+    Call its methods inside the device's :meth:`~qwen2vl_trt.runtime.backends.tensorrt_engine.CudaDevice.stream`.
 
     Args:
         engine: see :func:`qwen2vl_trt.runtime.backends.tensorrt_engine.load_engine`.

@@ -1,4 +1,4 @@
-"""Decoding under CUDA graphs, one for each number of slots of :mod:`qwen2vl_trt.runtime.backends.decode_buckets`.
+"""Decoding under CUDA graphs, one for each number of slots of :mod:`qwen2vl_trt.runtime.backends.common`.
 
 TensorRT: the state of a context is part of what is captured from it, so each graph has its own; they share their memory
 (https://docs.nvidia.com/deeplearning/tensorrt/latest/performance/best-practices.html, CUDA graphs).
@@ -17,7 +17,7 @@ from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.export.graphs import cache_names
 
 from .common import KVCache
-from .decode_buckets import graph_rows, graph_size
+from .common import graph_rows, graph_size
 from .tensorrt_context import ExecutionContext, Scratch
 from .tensorrt_engine import Engine
 

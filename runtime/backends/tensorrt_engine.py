@@ -1,6 +1,9 @@
 """From a plan in an engine folder to an engine that is known to belong there and to run here."""
 
+
 from __future__ import annotations
+
+
 
 import mmap
 from collections.abc import Callable
@@ -18,8 +21,21 @@ from qwen2vl_trt.engines.tensorrt_profiles import Ranges, decoder_ranges, vision
 from qwen2vl_trt.engines.tensorrt_refit import refit
 from qwen2vl_trt.errors import EngineError
 
-from .tensorrt_device import CudaDevice
-from .tensorrt_tensors import EngineTensor, check_tensors, expected_tensors, in_words, streaming_budget
+from .tensorrt_tensors import EngineTensor, check_tensors, expected_tensors, format_bytes, streaming_budget
+
+
+
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from qwen2vl_trt.errors import EngineError
+
+from .tensorrt_tensors import ALIGNMENT
+
 
 ReportLayer = Callable[[str, float], None]
 
@@ -128,7 +144,7 @@ def stream_weights(engine: Engine, others: int = 0) -> bool:
 def _set_budget(engine: Engine, budget: int) -> None:
     engine.handle.weight_streaming_budget_v2 = budget
     if engine.handle.weight_streaming_budget_v2 != budget:  # the bindings drop what the call returns
-        raise engine.failure(f"{in_words(budget)} of its weights cannot be kept on the GPU")
+        raise engine.failure(f"{format_bytes(budget)} of its weights cannot be kept on the GPU")
 
 
 def check_release(manifest: Manifest, variant: Variant, installed: str) -> None:
@@ -188,3 +204,78 @@ def _profiles(name: str, manifest: Manifest, config: Qwen2VLConfig) -> tuple[Ran
     if name == "vision":
         return (vision_ranges(manifest.profile, config.vision),)
     return decoder_ranges(manifest.profile)
+
+
+# MERGED runtime/backends/tensorrt_engine.py: """What the TensorRT runner asks of a GPU. Tests put the CPU in its place."""
+class CudaDevice:
+    """One GPU, and a stream of its own: TensorRT synchronises the whole device on the default stream.
+
+    A runner enqueues on its device's stream alone, whatever stream its caller is on, so its execution contexts and
+    their memory are never in use twice at once.
+
+    Raises:
+        EngineError: not a GPU.
+    """
+
+    alignment = ALIGNMENT
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise EngineError(
+                f"TensorRT engines run on an NVIDIA GPU, not on {device}; build for --backend onnxruntime or torch to"
+                " run there"
+            )
+        self.torch_device = device
+        self._stream = torch.cuda.Stream(device)
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.torch_device)
+
+    @property
+    def compute_capability(self) -> str:
+        """``8.9``."""
+        return "{}.{}".format(*torch.cuda.get_device_capability(self.torch_device))
+
+    def free_memory(self) -> int:
+        """Bytes that can be allocated: free on the GPU, or kept by PyTorch and not in use."""
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        kept = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return free + kept
+
+    def staged(self, tensor: Tensor) -> Tensor:
+        """A tensor whose copy to the GPU need not be waited for: pinned, where it is on the host."""
+        return tensor if tensor.is_cuda else tensor.contiguous().pin_memory()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Make it the current one: TensorRT deserialises onto that, and makes its contexts there."""
+        with torch.cuda.device(self.torch_device):
+            yield
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """Enqueue on the own stream: after what the caller's stream holds, and before what it gets afterwards.
+
+        Yields:
+            The stream's handle. Tensors made inside belong to the own stream.
+        """
+        callers = torch.cuda.current_stream(self.torch_device)
+        self._stream.wait_stream(callers)
+        with torch.cuda.stream(self._stream):
+            yield self._stream.cuda_stream
+        callers.wait_stream(self._stream)
+
+    def capture(self, enqueue: Callable[[int], None]) -> Callable[[], None]:
+        """Record what is enqueued as a CUDA graph; call inside :meth:`stream`.
+
+        Returns:
+            Replays it on the stream that is then current.
+
+        Raises:
+            RuntimeError: it does something that a graph cannot hold.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            enqueue(self._stream.cuda_stream)
+        return graph.replay

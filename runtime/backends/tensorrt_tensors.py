@@ -170,8 +170,8 @@ def check_cache(config: TextConfig, profile: BuildProfile, dtype: torch.dtype, f
         prompt = "" if profile.max_input_len < shorter else f" (--max-input-len below {shorter:,})"
         fits.append(f"--max-seq-len {shorter:,}{prompt} at this batch")
     raise EngineError(
-        f"the key-value cache needs {in_words(batch * length * token)} for --max-batch-size {batch:,} x --max-seq-len"
-        f" {length:,}, and {in_words(free)} of GPU memory is left for it; what fits:"
+        f"the key-value cache needs {format_bytes(batch * length * token)} for --max-batch-size {batch:,} x --max-seq-len"
+        f" {length:,}, and {format_bytes(free)} of GPU memory is left for it; what fits:"
         f" {' or '.join(fits) or 'nothing, not one request'}. Rebuild, or free GPU memory."
     )
 
@@ -202,6 +202,6 @@ def streaming_budget(streamable: int, free: int, needed: int) -> int:
     return min(streamable, max(free - needed, 0))
 
 
-def in_words(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Bytes as people read them."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

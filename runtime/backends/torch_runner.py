@@ -26,9 +26,9 @@ from qwen2vl_trt.windows import PackedSequences, WindowLayout, unpad, window_lay
 
 from . import onednn
 from .common import KVCache, TokenEmbedding, cached_layouts
-from .decode_buckets import graph_lengths, graph_sizes
+from .common import graph_lengths, graph_sizes
 from .runners import Engines, Step, run_steps
-from .torch_caches import Chunk, ChunkCache
+from .torch_decode_graphs import Chunk, ChunkCache
 from .torch_decode_graphs import Capture, DecodeGraphs, GraphCapture
 
 

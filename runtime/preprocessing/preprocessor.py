@@ -2,7 +2,7 @@
 
 Resize, normalise and patchify follow Transformers' ``Qwen2VLImageProcessor`` and ``Qwen2VLVideoProcessor``; only the
 order of the patches differs, which is that of :func:`qwen2vl_trt.windows.window_layout`. How depends on the device:
-:mod:`~qwen2vl_trt.runtime.preprocessing.host_writer` on a CPU; on CUDA
+:mod:`~qwen2vl_trt.runtime.preprocessing.frames` on a CPU; on CUDA
 :mod:`~qwen2vl_trt.runtime.preprocessing.triton_writer`, or :mod:`~qwen2vl_trt.runtime.preprocessing.torch_writer` where
 Triton is missing. From 8-bit pixels all three give the same patches, bit for bit.
 
@@ -31,7 +31,7 @@ from ..inputs.images import ImageLimits, ImageSource, load_image
 from ..inputs.jpeg_decoder import JpegDecoder, check_gpu_decoding
 from ..inputs.video import VideoSource, load_video
 from .frames import Frame, FrameWriter, window_rows_and_columns
-from .host_writer import HostWriter
+from .frames import HostWriter
 from .settings import PreprocessorSettings
 from .sizes import Medium, SizeRules
 from .staging import DEFAULT_LIMIT, Staging

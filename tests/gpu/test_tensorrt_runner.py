@@ -16,7 +16,7 @@ from qwen2vl_trt.engines.tensorrt_options import TensorRTOptions
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.runtime.backends.runners import open_engines
-from qwen2vl_trt.runtime.backends.tensorrt_device import CudaDevice
+from qwen2vl_trt.runtime.backends.tensorrt_engine import CudaDevice
 from qwen2vl_trt.runtime.backends.tensorrt_runner import TensorRTDecoder, _load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")

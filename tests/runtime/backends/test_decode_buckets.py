@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2vl_trt.runtime.backends.decode_buckets import graph_length, graph_lengths, graph_rows, graph_size, graph_sizes
+from qwen2vl_trt.runtime.backends.common import graph_length, graph_lengths, graph_rows, graph_size, graph_sizes
 
 
 def test_graphs_are_few_and_fit_every_number_of_rows():

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from qwen2vl_trt.runtime.backends.tensorrt_device import CudaDevice
+from qwen2vl_trt.runtime.backends.tensorrt_engine import CudaDevice
 from tests.support import fake_tensorrt
 
 CLASSES = [
