@@ -5,7 +5,7 @@ build leaves nothing that loads; a folder whose files differ from it is refused,
 
 A plan has gigabytes, and hashing them at every start would cost more than loading them. A file that still has its size
 and its time of modification is taken for the one that was built; one with another time (edited, replaced, copied
-without ``cp -p``) is hashed. What neither shows, a bit that the disk lost, ``run.py inspect --verify`` finds.
+without ``cp -p``) is hashed. What neither shows, a bit that the disk lost, ``inspect --verify`` finds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError
+from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError, program, reason
 from qwen2vl_trt.files import write_whole
 from qwen2vl_trt.schema import checked, reject_unknown
 
@@ -122,7 +122,7 @@ class Manifest:
         except OSError as error:
             raise EngineError(
                 f"{folder}: a build was killed while its files took their places, and it cannot be finished"
-                f" ({error.strerror or error}). Make the folder writable."
+                f" ({reason(error)}). Make the folder writable."
             ) from None
         try:
             raw = msgspec.json.decode(path.read_bytes())
@@ -132,14 +132,14 @@ class Manifest:
                 if folder.is_dir()
                 else f"there is no folder {folder}"
             )
-            raise NoEngineError(f"{what}. Build one with build_engines.py.") from None
+            raise NoEngineError(f"{what}. Build one with {program('build_engines.py')}.") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise EngineError(f"{path} cannot be read ({error}). Rebuild with build_engines.py.") from None
+            raise EngineError(f"{path} cannot be read ({error}). Rebuild with {program('build_engines.py')}.") from None
         found = raw.get("format") if isinstance(raw, dict) else None
         if found != FORMAT:
             raise EngineError(
                 f"{folder} was built in format {found!s:.60}, this release loads format {FORMAT}."
-                " Rebuild with build_engines.py."
+                f" Rebuild with {program('build_engines.py')}."
             )
         try:
             manifest = checked(raw, cls, MANIFEST_FILE)
@@ -149,7 +149,7 @@ class Manifest:
                     raise CheckpointError(f"{MANIFEST_FILE}: {name!r} is no name of a file")
             BuildProfile.from_dict(raw["profile"])  # its names
         except (BuildError, CheckpointError) as error:
-            raise EngineError(f"{path} is corrupt ({error}). Rebuild with build_engines.py.") from None
+            raise EngineError(f"{path} is corrupt ({error}). Rebuild with {program('build_engines.py')}.") from None
         return manifest
 
     def verify(self, folder: Path, thorough: bool = False) -> Checkpoint:
@@ -169,7 +169,7 @@ class Manifest:
             try:
                 difference = built.difference(folder / name, thorough)
             except OSError as error:
-                raise EngineError(f"{folder / name} cannot be read: {error.strerror}. Rebuild.") from None
+                raise EngineError(f"{folder / name} cannot be read: {reason(error)}. Rebuild.") from None
             if difference:
                 raise EngineError(f"{folder / name} is not the file that was built ({difference}). Rebuild.")
         try:

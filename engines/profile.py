@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from qwen2vl_trt.config import VisionConfig
-from qwen2vl_trt.errors import BuildError, LimitError
+from qwen2vl_trt.errors import BuildError, LimitError, reason
+from qwen2vl_trt.hub import TINY, published_name
 from qwen2vl_trt.media_options import ImageOptions
-from qwen2vl_trt.windows import Grid
 
+if TYPE_CHECKING:
+    from qwen2vl_trt.windows import Grid
+
+_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _MOST = (1 << 31) - 1
 
 
@@ -128,12 +130,14 @@ class BuildConfig:
         Raises:
             BuildError: unreadable, not YAML, or with unknown or impossible entries.
         """
+        import yaml
+
         try:
             raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise BuildError(f"{path} cannot be read: {error.strerror}") from None
+            raise BuildError(f"{path} cannot be read: {reason(error)}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise BuildError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+            raise BuildError(f"{path} is not YAML: {reason(error)}") from None
         if not isinstance(raw, dict) or not isinstance(raw.get("model"), str):
             raise BuildError(f"{path} does not name its model (model: Qwen2.5-VL-7B)")
         try:
@@ -142,3 +146,16 @@ class BuildConfig:
             return cls(model, raw)
         except BuildError as error:
             raise BuildError(f"{path}: {error}") from None
+
+
+def usual_profile(model: str | None) -> BuildProfile:
+    """Limits of a model's own file in ``configs/``, however its name is spelt, or the defaults where it has none.
+
+    Raises:
+        BuildError: the file of a model that is known is missing or damaged.
+    """
+    published = published_name((model or "").replace("--", "/"))
+    own = _CONFIGS / f"{published or model}.yaml"
+    if not (published or model == TINY or own.is_file()):
+        return BuildProfile()
+    return BuildProfile.from_dict(BuildConfig.from_yaml(own).limits)

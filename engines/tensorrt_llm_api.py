@@ -15,7 +15,6 @@ import inspect
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qwen2vl_trt.errors import BuildError, MissingDependencyError
+from qwen2vl_trt.errors import EngineError
 
 MODULE = "tensorrt_llm"
-OLDEST, BELOW = (1, 2), (2,)
-_INSTALL = "pip install 'qwen2vl-trt[tensorrt-llm]'"
 EMBEDDINGS, OWN = "embeddings", "own"
 
 _LLM = ("model", "tensor_parallel_size", "dtype")
@@ -50,35 +47,18 @@ _REQUEST_OUTPUT = ("outputs", "finished", "prompt_token_ids", "abort", "__aiter_
 _COMPLETION_OUTPUT = ("token_ids", "finish_reason", "stop_reason")
 
 
-def load_tensorrt_llm() -> Any:
-    """Import the package and check its release and its API.
+def check_api(module: Any) -> None:
+    """Refuse a release whose API differs from the one that is relied on, naming the differences.
 
     Raises:
-        MissingDependencyError: not installed, or without its libraries.
-        BuildError: too old or too new, or what is relied on differs; the message names it.
+        EngineError: it does.
     """
-    if find_spec(MODULE) is None:
-        raise MissingDependencyError(f"backend tensorrt-llm needs {MODULE}, which is not installed: {_INSTALL}")
-    try:
-        module = import_module(MODULE)
-    except Exception as error:  # it initialises MPI and CUDA at import: on some machines anything can go wrong
-        reason = " ".join(str(error).split())
-        raise MissingDependencyError(
-            f"backend tensorrt-llm needs {MODULE}, which cannot be imported ({reason}): {_INSTALL}"
-        ) from None
-    version = str(module.__version__)
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
-    if not OLDEST <= numbers < BELOW:
-        raise BuildError(
-            f"backend tensorrt-llm needs {MODULE} {'.'.join(map(str, OLDEST))} or later, older than {BELOW[0]};"
-            f" {version} is installed: {_INSTALL}"
-        )
     differing = differences(module)
     if differing:
-        raise BuildError(
-            f"{MODULE} {version} lacks what this release relies on: {'; '.join(differing)}. Install another release."
+        raise EngineError(
+            f"{MODULE} {module.__version__} lacks what this release relies on: {'; '.join(differing)}. Install another"
+            " release."
         )
-    return module
 
 
 def differences(module: Any) -> list[str]:

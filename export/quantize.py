@@ -15,7 +15,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from qwen2vl_trt.checkpoint import INDEX_FILE, Checkpoint
 from qwen2vl_trt.config import read_json
-from qwen2vl_trt.errors import BuildError, MissingDependencyError, Qwen2VLError
+from qwen2vl_trt.errors import BuildError, Qwen2VLError, reason, require
 from qwen2vl_trt.quantization import fp8_layers
 from qwen2vl_trt.windows import Grid
 
@@ -75,12 +74,11 @@ def check_quantizer() -> str:
     Raises:
         MissingDependencyError: it, or a package that it needs, is not installed.
     """
-    missing = [name for name in ("modelopt", "requests") if find_spec(name) is None]
-    if missing:
-        raise MissingDependencyError(
-            f"quantising to FP8 needs {'NVIDIA Model Optimizer' if missing[0] == 'modelopt' else missing[0]}, which is"
-            " not installed: pip install 'qwen2vl-trt[quantize]'"
-        )
+    require(
+        "quantising to FP8",
+        "quantize",
+        {"modelopt": "NVIDIA Model Optimizer (nvidia-modelopt)", "requests": "requests"},
+    )
     from importlib.metadata import version
 
     return version("nvidia-modelopt")
@@ -119,12 +117,12 @@ def quantize_checkpoint(
             _run_model_optimizer(checkpoint, folder, samples, device, on_sample, vision)
         _restore_companions(checkpoint, folder)
     except OSError as error:
-        raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None
+        raise BuildError(f"{folder}: {reason(error)}; nothing that loads was left there") from None
     except Qwen2VLError:
         raise
     except Exception as error:  # Model Optimizer, Transformers and safetensors have no common base
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BuildError(f"Model Optimizer {version} cannot quantise {checkpoint.folder}: {reason}") from error
+        said = reason(error) or type(error).__name__
+        raise BuildError(f"Model Optimizer {version} cannot quantise {checkpoint.folder}: {said}") from error
     quantized = Checkpoint(folder)
     fp8_layers(quantized)
     return quantized

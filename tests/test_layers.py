@@ -16,6 +16,7 @@ LAYERS = (
     "runtime",
     "planning",
     "tiny",
+    "building",
     "accuracy",
     "fleet",
     "benchmarks",

@@ -26,7 +26,7 @@ from ..observer import Observer, Stage, unobserved
 from ..preprocessing.medium import Medium
 from ..preprocessing.sizes import MediaSize
 from ..request import Request
-from ..sampler import Sampling
+from ..sampling_params import Sampling
 from ..sending import send
 from .prefix import token_keys
 

@@ -24,7 +24,7 @@ from qwen2vl_trt.mrope import mrope_config
 from ..generation_config import GenerationConfig
 from ..preprocessing.medium import Medium
 from ..request import Output
-from ..sampler import Sampling
+from ..sampling_params import Sampling
 from ..scheduling.counters import Counters
 from ..scheduling.preparation import Prepared
 from ..scheduling.scheduler import named

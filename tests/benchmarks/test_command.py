@@ -15,10 +15,10 @@ import torch
 
 import run
 from qwen2vl_trt.benchmarks.bench import run as run_bench
+from qwen2vl_trt.commands.process import run_command
 from qwen2vl_trt.engines import command as engines_command
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
-from qwen2vl_trt.engines.command import run_command
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.hub import resolve_model
@@ -288,8 +288,8 @@ def test_a_missing_package_names_its_extra(bench, engines, monkeypatch, option):
     answer = bench("--engine-dir", engines / "torch", option, "p.png")
     assert_one_line(answer, "pip install 'qwen2vl-trt[bench]'")
     assert f"{option} needs matplotlib" in answer[2]
-    monkeypatch.setattr("qwen2vl_trt.export.importable_torchvision.find_spec", lambda name: None)
-    needed = "needs torchvision, which is not installed: pip install 'qwen2vl-trt[bench]'"
+    monkeypatch.setattr("qwen2vl_trt.errors.find_spec", lambda name: None)
+    needed = "needs torchvision, which is not installed: pip install -e"
     assert_one_line(bench("--engine-dir", engines / "torch", "--against", "transformers"), needed)
     assert_one_line(bench("comparisons"), needed)
 
