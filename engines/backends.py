@@ -38,13 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildJob:
-    """One build: a model, how, and whom to tell of its progress.
-
-    Attributes:
-        folder: that the files are written into; empty.
-        engine_dir: that they are for.
-        on_step: told the name of each step as it begins.
-    """
+    """One build: its files are written into ``folder``, which is empty, and are for ``engine_dir``."""
 
     backend: Backend
     checkpoint: Checkpoint
@@ -111,11 +105,7 @@ class Backend:
         return cpu_precision() if self.measures(device) else self.precisions[0]
 
     def precision(self, name: str) -> Precision:
-        """One of the precisions, by its name.
-
-        Raises:
-            BuildError: none of them; the message names those that are.
-        """
+        """One of the precisions, by its name; raises BuildError for another, naming those that there are."""
         for precision in self.precisions:
             if precision.name == name:
                 return precision
@@ -126,9 +116,6 @@ class Backend:
 
     def with_options(self, values: Mapping[str, Any]) -> Backend:
         """This backend with some of its options changed; names that are no option are passed over.
-
-        Args:
-            values: from a command line or a manifest.
 
         Raises:
             BuildError: a value without meaning.

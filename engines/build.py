@@ -31,16 +31,12 @@ _WAY_OUT = "Pass --force to replace them, or give another --engine-dir"
 def build_engines(
     model: ResolvedModel, backend: Backend, precision: str, profile: BuildProfile, folder: Path, force: bool = False
 ) -> bool:
-    """Build both engines of a model, unless the folder already holds the same.
+    """Build both engines of a model, unless the folder already holds the same; damaged ones are built again.
 
     Args:
-        model: see :func:`qwen2vl_trt.hub.resolve_model`.
         backend: with ``precision``, from :func:`qwen2vl_trt.engines.backends.find_backend`.
-        precision: one of the backend's.
-        profile: the limits.
-        folder: where the engines go; made if missing. Damaged engines there are built again.
-        force: build whatever the folder holds; older engines work until the new ones do (see
-            :mod:`qwen2vl_trt.engines.staging`).
+        folder: where the engines go; made if missing.
+        force: build whatever the folder holds; older engines work until the new ones do.
 
     Returns:
         Whether anything was built.
@@ -164,10 +160,9 @@ def check_quantization(checkpoint: Checkpoint, precision: Precision) -> None:
 
 
 def differences(wanted: Manifest, found: Manifest) -> list[str]:
-    """What a build would have to change, option by option, as found and as wanted; empty where nothing.
+    """What a build would have to change, option by option, as found and as wanted.
 
-    Names of models do not count, nor do the versions of packages, but for those whose engines run in their own release
-    alone.
+    Names of models do not count, nor versions of packages, but for ``Backend.bound_to``.
     """
     pairs: list[tuple[str, Any, Any]] = [("--backend", found.backend, wanted.backend)]
     if found.model_hash != wanted.model_hash:

@@ -33,9 +33,6 @@ class GraphReport:
     """One of the two graphs.
 
     Attributes:
-        name: ``vision`` or ``decoder``.
-        inputs: in order.
-        outputs: in order.
         layers: those that compute, in order: name, operator, type.
         profiles: by name, the ranges of the dynamic dimensions; empty where the backend takes any.
     """

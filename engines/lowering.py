@@ -39,7 +39,6 @@ class AttentionNode:
     """What the ONNX file says of one ``Attention``.
 
     Attributes:
-        name: its own.
         lengths: the graph's input with the number of keys.
         starts: of a causal one, the graph's input with the position of the first query: where the cache is written to.
     """
@@ -89,14 +88,10 @@ _SCALED = "_scaled"  # ends the names of rotary angles with the softmax scale
 
 
 def lower(trt: Any, network: Any, path: Path, attention_mask: str = ATTENTION_MASKS[0]) -> list[Any]:
-    """Repair every attention of a parsed network.
+    """Repair every attention of a network, as it was parsed from ``path``.
 
     Args:
-        trt: the TensorRT module.
-        network: as parsed from ``path``, the whole of it.
-        path: the ONNX file.
-        attention_mask: how attention is told what to see, one of
-            :data:`qwen2vl_trt.engines.options.ATTENTION_MASKS`.
+        attention_mask: one of :data:`qwen2vl_trt.engines.options.ATTENTION_MASKS`.
 
     Returns:
         Arrays that the network points to; keep them until it is built.
@@ -134,14 +129,7 @@ def lower(trt: Any, network: Any, path: Path, attention_mask: str = ATTENTION_MA
 
 
 def find_faults(trt: Any, network: Any, path: Path, attention_mask: str = ATTENTION_MASKS[0]) -> list[str]:
-    """What in a network would make an engine that answers wrongly or that needs more than TensorRT itself.
-
-    Args:
-        trt: the TensorRT module.
-        network: parsed from ``path`` and lowered.
-        path: the ONNX file.
-        attention_mask: as for :func:`lower`.
-    """
+    """What in a lowered network would make an engine that answers wrongly, or that needs more than TensorRT itself."""
     nodes, producers = attention_nodes(path), _producers(network)
     attentions = {attention.name: attention for attention in _attentions(trt, network)}
     faults = [f"attention {name} is missing" for name in nodes.keys() - attentions.keys()]
@@ -242,8 +230,8 @@ class _MaskMaker:
         Args:
             queries: ``[B, H, S, D]``.
             keys: ``[B, Hkv, M, D]``.
-            lengths: ``[B]`` int64 keys that there are.
-            starts: ``[B]`` int64 position of a row's first query, which sees no key behind its own; None where all do.
+            lengths: ``[B]`` int64 number of keys.
+            starts: ``[B]`` int64 position of a row's first query, where attention is causal.
         """
         known = lengths.name, starts.name if starts is not None else None
         if known not in self._made:

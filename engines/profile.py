@@ -59,11 +59,7 @@ class BuildProfile:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BuildProfile:
-        """Read limits by name; the others keep their defaults.
-
-        Raises:
-            BuildError: an unknown name or an impossible value.
-        """
+        """Limits by name, the others at their defaults; raises BuildError for an unknown name or a wrong value."""
         unknown = set(values) - set(cls.names())
         if unknown:
             raise BuildError(f"unknown build limit {min(unknown, key=str)!r}; known: {', '.join(cls.names())}")
@@ -84,8 +80,8 @@ class BuildProfile:
 
         Args:
             grid: its ``(t, h, w)`` in patches.
-            name: what to call it in the message, ``image 3``.
-            size: its size in pixels, ``4032x3024``.
+            name: as in ``image 3``.
+            size: in pixels, ``4032x3024``.
             config: the vision tower.
             options: what its request says, which wins over options of the command.
 
@@ -125,11 +121,7 @@ class BuildConfig:
 
     @classmethod
     def from_yaml(cls, path: Path) -> BuildConfig:
-        """Read a configuration file.
-
-        Raises:
-            BuildError: unreadable, not YAML, or with unknown or impossible entries.
-        """
+        """Read a configuration file; raises BuildError where it is none, or has unknown or impossible entries."""
         import yaml
 
         try:

@@ -116,11 +116,6 @@ class ParsedNetwork:
 def parse(trt: Any, path: Path, attention_mask: str = ATTENTION_MASKS[0]) -> ParsedNetwork:
     """Parse an ONNX file, whose weights lie beside it, and repair what the parser gets wrong.
 
-    Args:
-        trt: the TensorRT module.
-        path: the ONNX file.
-        attention_mask: see :func:`qwen2vl_trt.engines.lowering.lower`.
-
     Raises:
         BuildError: with TensorRT's own reason and the node's name.
     """

@@ -1,12 +1,9 @@
 """Every call of TensorRT-LLM's API, and a check that the installed release still has it.
 
-Only names that its documentation has are used: https://nvidia.github.io/TensorRT-LLM/llm-api/reference.html, and the
-reference files of ``tests/unittest/api_stability`` in its repository. ``PreprocessedInputs`` alone is a prototype
-there. It lets a caller hand over token ids, M-RoPE positions and embeddings, and releases without it run their own
-vision tower.
-
-The documented ``multi_modal_embeddings`` of a prompt is not used. For Qwen2.5-VL it takes images alone and guesses the
-grid from the number of tokens, as near to a square as it gets, so that M-RoPE is wrong for most images.
+Only documented names are used: https://nvidia.github.io/TensorRT-LLM/llm-api/reference.html and the reference files of
+``tests/unittest/api_stability`` in its repository, where ``PreprocessedInputs`` alone is a prototype. That takes token
+ids, M-RoPE positions and embeddings; releases without it run their own vision tower. ``multi_modal_embeddings`` of a
+prompt guesses the grid from the number of tokens, so that M-RoPE would be wrong for most images.
 """
 
 from __future__ import annotations
@@ -105,12 +102,7 @@ def _compare(owner: str, wanted: Sequence[str], there: Any, found: list[str]) ->
 
 
 def vision_input() -> str:
-    """What the installed release takes images as.
-
-    Returns:
-        ``"embeddings"`` where it takes those of another vision engine with M-RoPE positions, ``"own"`` where it must
-        run its own vision tower over pixels.
-    """
+    """``"embeddings"`` where the installed release takes those of another vision engine, else ``"own"``: its own."""
     try:
         llm = import_module(f"{MODULE}.llmapi.llm")
         multimodal = import_module(f"{MODULE}.inputs.multimodal")
@@ -203,12 +195,7 @@ def embedding_inputs(token_ids: list[int], embeds: Tensor, seen: Tensor, mrope: 
 
 
 def pixel_inputs(text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
-    """A prompt for its own tokenizer and vision tower.
-
-    Args:
-        text: the rendered chat template, one vision token an image.
-        images: in order.
-    """
+    """A prompt for its own tokenizer and vision tower: the rendered chat template, one vision token an image."""
     return {"prompt": text, "multi_modal_data": {"image": list(images)}} if images else {"prompt": text}
 
 
@@ -230,11 +217,7 @@ class Progress:
 
 
 async def generate(llm: Any, inputs: Any, params: Any, salt: str | None) -> AsyncIterator[Progress]:
-    """Run one request; cancelling the task that iterates aborts it.
-
-    Args:
-        salt: only prompts with the same share key-value blocks.
-    """
+    """Run one request; cancelling the task that iterates aborts it. Prompts of one ``salt`` share key-value blocks."""
     result = llm.generate_async(inputs, params, streaming=True, cache_salt=salt)
     ended = False
     try:

@@ -1,8 +1,7 @@
-"""Quantise a checkpoint to FP8 with NVIDIA Model Optimizer, into the checkpoint format that it exports.
+"""Quantise a checkpoint to FP8 with NVIDIA Model Optimizer, into its unified Hugging Face checkpoint.
 
-Model Optimizer runs Transformers' own model over calibration samples, keeps the largest input of every linear layer,
-and writes its unified Hugging Face checkpoint, which vLLM and TensorRT-LLM read too. Its default configuration leaves
-a vision tower as it is; ours quantises the linear layers of every block of both.
+Model Optimizer runs Transformers' model over calibration samples and records the largest input of every linear layer.
+Its default configuration leaves a vision tower as it is; ours quantises the linear layers of every block of both.
 """
 
 from __future__ import annotations
@@ -34,11 +33,7 @@ _DECODER, _VISION = "language_model.layers", "visual.blocks"
 
 
 def fp8_config(vision: bool = True) -> dict[str, Any]:
-    """Model Optimizer's FP8_DEFAULT_CFG for the blocks; merger, patch embedding and lm_head stay.
-
-    Args:
-        vision: those of the vision tower too, not of the decoder alone.
-    """
+    """Model Optimizer's FP8_DEFAULT_CFG for the blocks, of the decoder alone without ``vision``."""
     quantizers = [
         {"quantizer_name": f"*{part}.*{what}_quantizer", "cfg": _E4M3}
         for part in ((_DECODER, _VISION) if vision else (_DECODER,))
@@ -97,13 +92,9 @@ def quantize_checkpoint(
     Args:
         checkpoint: in BF16, FP16 or FP32; what is not quantised is written in BF16.
         folder: a new one, for the quantised checkpoint; whole only once this returns.
-        samples: what to calibrate with.
         device: where the model runs. It is held whole: 17 GB for 7B.
         on_sample: called after each sample.
         vision: quantise the vision tower too, not the decoder alone.
-
-    Returns:
-        The quantised checkpoint, whose scales are sound.
 
     Raises:
         MissingDependencyError: see :func:`check_quantizer`.

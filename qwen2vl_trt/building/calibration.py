@@ -112,12 +112,7 @@ def _listed_pairs(path: Path) -> list[tuple[str, list[Path]]]:
 
 
 class Calibration:
-    """Samples of a model from requests.
-
-    Args:
-        checkpoint: the model.
-        data: the requests.
-    """
+    """Samples of a model from requests."""
 
     def __init__(self, checkpoint: Checkpoint, data: CalibrationData) -> None:
         self._config, self._data = checkpoint.config, data

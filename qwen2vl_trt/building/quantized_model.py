@@ -1,8 +1,7 @@
-"""From a model to its FP8 checkpoint, made once and found again.
+"""From a model to its FP8 checkpoint in ``artifacts/<model>-fp8``, made once and found again.
 
-The checkpoint lies in ``artifacts/<model>-fp8``. A record that is written into it before it gets that name says what it
-was made from: a folder of that name is whole. One of another model or of other calibration data stays, unless
-``--force`` replaces it. Engines have the record too, and serve without the checkpoint that they were built from.
+A record in it says what it was made from; a folder of that name is whole. One of another model or of other calibration
+data stays, unless ``--force`` replaces it. Engines have the record too, and serve without the checkpoint.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def test_from_pretrained_builds_what_is_missing_once(folder):
     assert manifest.stat().st_mtime_ns == built
     with pytest.raises(BuildError, match=r"holds other engines: --max-batch-size 2 there, 3 wanted.*--force"):
         Pipeline.from_pretrained("tiny", **given | {"max_batch_size": 3})
-    with pytest.raises(BuildError, match="unknown option 'batch_size' of a build; known: model, .*max_batch_size"):
+    with pytest.raises(BuildError, match=r"unknown option 'batch_size' of a build; known: model, .*max_batch_size"):
         Pipeline.from_pretrained("tiny", batch_size=3)
 
 
