@@ -492,7 +492,7 @@ SPOILED = {
 
 def test_a_bad_file_of_a_checkpoint_is_known_before_the_build(call, user, monkeypatch):
     built = []
-    monkeypatch.setattr("qwen2vl_trt.runtime.engine_folder.build_engines", lambda *arguments: built.append(arguments))
+    monkeypatch.setattr("qwen2vl_trt.building.folder.build_engines", lambda *arguments: built.append(arguments))
     for file, faults in SPOILED.items():
         for fault in faults:
             shutil.rmtree(user / "spoiled", ignore_errors=True)

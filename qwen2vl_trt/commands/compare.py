@@ -74,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command; exits with code 1 where the engine is over its tolerance."""
+    if arguments.prompt is None and (arguments.image or arguments.video):
+        raise CompareError("--image and --video need a --prompt")
     require("compare", "compare", _PACKAGES)
     from transformers.utils import logging
 
@@ -267,8 +269,6 @@ def _cases(arguments: argparse.Namespace, engines: Engines, settings: Preprocess
 
     if arguments.prompt is not None:
         return [user_case(arguments.prompt, arguments.image, arguments.video, settings)]
-    if arguments.image or arguments.video:
-        raise CompareError("--image and --video need a --prompt")
     return digit_cases() if engines.manifest.model.startswith("tiny") else photograph_cases()
 
 

@@ -81,11 +81,11 @@ def run(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespa
             used.
         MediaError: no images.
     """
+    if (arguments.source == "decoder") != (arguments.prompt is not None):
+        raise FeaturesError("--source decoder needs a --prompt, and --prompt is for --source decoder")
     from qwen2vl_trt.runtime.features.output import Output
     from qwen2vl_trt.runtime.inputs.image_listing import counted
 
-    if (arguments.source == "decoder") != (arguments.prompt is not None):
-        raise FeaturesError("--source decoder needs a --prompt, and --prompt is for --source decoder")
     output = Output(arguments.output)
     if_exists: Any = "resume" if arguments.resume else "overwrite" if arguments.overwrite else "refuse"
     output.check(if_exists)  # before the minutes that a build may take

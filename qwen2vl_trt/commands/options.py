@@ -228,8 +228,8 @@ def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
     Raises:
         LimitError: a value that is not allowed.
     """
-    given = {each.name for each in fields(PipelineOptions)} & vars(arguments).keys()
-    return PipelineOptions(**{name: getattr(arguments, name) for name in given if name != "max_num_tokens"})
+    names = {each.name for each in fields(PipelineOptions)} - {"max_num_tokens"}  # an option of TensorRT-LLM's build
+    return PipelineOptions(**{name: value for name, value in vars(arguments).items() if name in names})
 
 
 def check_decode(decode: str, device: str | None) -> None:

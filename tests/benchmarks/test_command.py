@@ -15,12 +15,12 @@ import torch
 
 import run
 from qwen2vl_trt.benchmarks.bench import run as run_bench
+from qwen2vl_trt.commands import process as engines_command
 from qwen2vl_trt.commands.process import run_command
-from qwen2vl_trt.engines import command as engines_command
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.profile import BuildProfile
-from qwen2vl_trt.errors import BenchmarkError
+from qwen2vl_trt.errors import BenchmarkError, BuildError
 from qwen2vl_trt.hub import resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -280,6 +280,15 @@ def test_wrong_options_are_one_line(bench, engines, arguments, message):
     if "--model" not in arguments:
         arguments = ("--engine-dir", engines / "torch", *arguments)
     assert_one_line(bench(*arguments), message)
+
+
+def test_fp8_is_quantised_as_for_every_command(bench, monkeypatch):
+    def quantize(plan):
+        raise BuildError(f"{plan.precision}, {plan.request.calibration_size} samples")
+
+    monkeypatch.setattr("qwen2vl_trt.building.folder.quantize_first", quantize)
+    answer = bench("--model", "tiny", "--precision", "fp8", "--calibration-size", 4)
+    assert_one_line(answer, "fp8, 4 samples")
 
 
 @pytest.mark.parametrize("option", ["--plot", "--trace-plot"])
