@@ -7,7 +7,7 @@ if __name__ == "__main__":
     begin()  # before the rest is imported
 
 from qwen2vl_trt.commands import build_main as main
-from qwen2vl_trt.engines.command import run_command
+from qwen2vl_trt.commands.process import run_command
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,91 +1,111 @@
-"""The backends that engines can be built for."""
+"""The backends: what each builds, in which precisions, and what runs it.
+
+:data:`BACKENDS` is the one table of them. It names the functions that build and the modules that run by their path, and
+they are imported when they are used: a backend's package takes seconds to import, and may not be installed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+from qwen2vl_trt.errors import BuildError, EngineError, MissingDependencyError, pip_install, reason, require
 
-from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.errors import BuildError, MissingDependencyError
-from qwen2vl_trt.quantization import fp8_layers
-
-from .cpu_precision import cpu_precision
-from .onnxruntime_version import check_onnxruntime
-from .precision import BF16, FP8, FP8_DECODER, FP8_IN_FP32, FP16_DECODER, FP16_REFUSED, FP32, Precision
+from .options import BackendOptions, TensorRTLLMOptions, TensorRTOptions
+from .precision import (
+    BF16,
+    FP8,
+    FP8_DECODER,
+    FP8_IN_FP32,
+    FP16_DECODER,
+    FP16_REFUSED,
+    FP32,
+    Precision,
+    cpu_precision,
+)
 from .profile import BuildProfile
-from .progress import BuildSteps
-from .tensorrt_llm_api import EMBEDDINGS, MODULE, load_tensorrt_llm, vision_input
-from .tensorrt_llm_options import TensorRTLLMOptions
-from .tensorrt_module import TENSORRT, TENSORRT_RTX, Variant, load_tensorrt
-from .tensorrt_options import TensorRTOptions
 
-_FP8_SINCE = (8, 9)
+if TYPE_CHECKING:
+    from qwen2vl_trt.checkpoint import Checkpoint
+
+    from .progress import BuildSteps
 
 
 @dataclass(frozen=True)
 class BuildJob:
-    """One build: a model, how, and whom to tell of its progress.
+    """One build: its files are written into ``folder``, which is empty, and are for ``engine_dir``."""
 
-    Attributes:
-        folder: that the files are written into; empty.
-        engine_dir: that they are for.
-    """
-
+    backend: Backend
     checkpoint: Checkpoint
     folder: Path
     engine_dir: Path
     precision: Precision
     profile: BuildProfile
-    options: TensorRTOptions | TensorRTLLMOptions | None
-    steps: BuildSteps
+    on_step: BuildSteps
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run a model.
+    """One way to build and run a model.
 
     Attributes:
         name: as ``--backend`` takes it.
-        precisions: what it can be built in; the first is the default, but for ``on_cpu``.
-        packages: whose versions an engine depends on.
-        build: writes an engine's files into a folder and returns those that it made (not the checkpoint's).
-        steps: that it reports.
-        extra: of this project, which installs the packages.
-        check: raises where the packages are there and yet cannot be used.
+        precisions: what it can be built in; the first is the default.
+        package: that builds and runs the engines.
+        builder: ``module:function``, from a :class:`BuildJob` to the files that it made (not the checkpoint's).
+        runner: module with ``default_device``, ``load_vision`` and ``load_decoder``, see
+            :class:`qwen2vl_trt.runtime.backends.runners.RunnerModule`.
+        oldest: first release of the package that works.
+        below: first major release that is not known to work.
+        hint: ends the message that the package is missing or too old.
+        extra: of this project, which installs the package; empty where it is a dependency.
+        check: ``module:function`` that raises where the imported package lacks what is used of it.
+        steps: that a build reports.
         options: of this backend alone; None where it has none.
-        on_cpu: chooses the default where the engines are to run on a CPU.
+        plans: its graphs are built to TensorRT plans, with optimisation profiles and a cache of fixed length.
         bound_to: the package whose engines run in the release alone that built them; None where any runs them.
+        builds_anywhere: plans are built without a GPU, for the compute capabilities that are named.
+        measures_cpu: on a CPU the default precision is measured.
+        cpu_weights: as what a CPU holds the weights; None where the backend runs on none.
     """
 
     name: str
     precisions: tuple[Precision, ...]
-    packages: tuple[str, ...]
-    build: Callable[[BuildJob], list[Path]]
+    package: str
+    builder: str
+    runner: str
+    oldest: tuple[int, int] = (0, 0)
+    below: int | None = None
+    hint: str = ""
+    extra: str = ""
+    check: str = ""
     steps: int = 3
-    extra: str | None = None
-    check: Callable[[], object] = lambda: None
-    options: TensorRTOptions | TensorRTLLMOptions | None = None
+    options: BackendOptions | None = None
+    plans: bool = False
     bound_to: str | None = None
-    on_cpu: Callable[[], Precision] | None = None
+    builds_anywhere: bool = False
+    measures_cpu: bool = False
+    cpu_weights: Literal["as built", "fp32"] | None = None
+
+    def measures(self, device: str | None) -> bool:
+        """Whether the default precision for a device (by default a GPU where torch sees one) must be measured."""
+        if not self.measures_cpu or device is not None:
+            return self.measures_cpu and device == "cpu"
+        import torch
+
+        return not torch.cuda.is_available()
 
     def default_precision(self, device: str | None) -> Precision:
         """What to build in unless told, for a device (by default a GPU where torch sees one)."""
-        if self.on_cpu and (device == "cpu" or (device is None and not torch.cuda.is_available())):
-            return self.on_cpu()
-        return self.precisions[0]
+        return cpu_precision() if self.measures(device) else self.precisions[0]
 
     def precision(self, name: str) -> Precision:
-        """One of the precisions, by its name.
-
-        Raises:
-            BuildError: none of them; the message names those that are.
-        """
+        """One of the precisions, by its name; raises BuildError for another, naming those that there are."""
         for precision in self.precisions:
             if precision.name == name:
                 return precision
@@ -96,9 +116,6 @@ class Backend:
 
     def with_options(self, values: Mapping[str, Any]) -> Backend:
         """This backend with some of its options changed; names that are no option are passed over.
-
-        Args:
-            values: from a command line or a manifest.
 
         Raises:
             BuildError: a value without meaning.
@@ -115,106 +132,68 @@ class Backend:
             raise BuildError(f"options of backend {self.name} are of a wrong type: {error}") from None
         return replace(self, options=options)
 
-    def versions(self) -> dict[str, str]:
-        """Installed versions of the packages, asked of themselves: onnxruntime-gpu is onnxruntime too."""
-        return {package: import_module(package).__version__ for package in self.packages}
+    def load(self) -> Any:
+        """Import the package and check its release.
 
-
-def _build_torch(job: BuildJob) -> list[Path]:
-    """The torch engine is the checkpoint itself; the limits are kept so that every backend refuses the same."""
-    from qwen2vl_trt.export.onnx_model import (  # export takes seconds to import and is needed here alone
-        check_fit,
-        model_graphs,
-    )
-    from qwen2vl_trt.export.weights import link_checkpoint
-
-    check_fit(job.checkpoint, model_graphs(job.checkpoint, job.precision.vision, job.precision.decoder))
-    job.steps("linking weights")
-    link_checkpoint(job.checkpoint, job.folder)
-    return []
-
-
-def _build_onnxruntime(job: BuildJob) -> list[Path]:
-    """The two graphs as they are; the capacity of the cache stays dynamic (``export.graphs.decoder_graph``)."""
-    from qwen2vl_trt.export.onnx_model import export_onnx
-
-    return export_onnx(job.checkpoint, job.folder, job.precision.vision, on_step=job.steps)
-
-
-def _check_fp8_hardware(options: TensorRTOptions) -> None:
-    """Refuse GPUs without FP8 here: TensorRT would after minutes, in its own words."""
-    wanted = list(options.compute_capabilities)
-    if not wanted and torch.cuda.is_available():
-        wanted = [".".join(map(str, torch.cuda.get_device_capability()))]
-    for capability in wanted:
-        if tuple(map(int, capability.split("."))) < _FP8_SINCE:
-            raise BuildError(
-                f"FP8 needs a GPU of compute capability {'.'.join(map(str, _FP8_SINCE))} or newer (Ada, Hopper,"
-                f" Blackwell), not {capability}; --precision bf16 needs 8.0"
+        Raises:
+            MissingDependencyError: it is not installed, or lacks its libraries.
+            EngineError: the release does not work.
+        """
+        install = pip_install(self.extra)
+        require(f"backend {self.name}", self.extra, {self.package: self.package}, self.hint)
+        try:
+            module = import_module(self.package)
+        except Exception as error:  # TensorRT-LLM starts MPI and CUDA at import: anything can go wrong
+            raise MissingDependencyError(
+                f"backend {self.name} needs {self.package}, which cannot be imported ({reason(error)}): {install}"
+            ) from None
+        version = str(module.__version__)
+        numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+        if numbers < self.oldest or (self.below is not None and numbers >= (self.below,)):
+            older = f", older than {self.below}" if self.below is not None else ""
+            oldest = ".".join(map(str, self.oldest))
+            raise EngineError(
+                f"backend {self.name} needs {self.package} {oldest} or later{older}; {version} is installed:"
+                f" {install}{self.hint}"
             )
-    if options.hardware_compatibility == "ampere_plus":
-        raise BuildError("--hardware-compatibility ampere_plus includes GPUs without FP8: same_compute_capability")
+        if self.check:
+            resolve_name(self.check)(module)
+        return module
+
+    def build(self, job: BuildJob) -> list[Path]:
+        """Write an engine's files into the job's folder; returns those that it made."""
+        return resolve_name(self.builder)(job)
+
+    def versions(self) -> dict[str, str]:
+        """Versions of what an engine depends on, asked of the packages: onnxruntime-gpu is onnxruntime too."""
+        return {package: import_module(package).__version__ for package in dict.fromkeys(("torch", self.package))}
 
 
-def _tensorrt(variant: Variant) -> Backend:
-    def build(job: BuildJob) -> list[Path]:
-        from .tensorrt_build import build_plans
-
-        options = job.options if isinstance(job.options, TensorRTOptions) else TensorRTOptions()
-        if job.precision.fp8:
-            _check_fp8_hardware(options)
-        return build_plans(
-            variant,
-            job.checkpoint,
-            job.folder,
-            job.precision,
-            job.profile,
-            job.steps,
-            options,
-            engine_dir=job.engine_dir,
-        )
-
-    return Backend(
-        variant.backend,
-        (BF16, FP32, FP16_DECODER, FP8),
-        ("torch", variant.module),
-        build,
-        steps=5,
-        extra=variant.backend,
-        check=lambda: load_tensorrt(variant),
-        options=TensorRTOptions(),
-        bound_to=variant.module,
-    )
-
-
-def _build_tensorrt_llm(job: BuildJob) -> list[Path]:
-    """TensorRT-LLM loads the checkpoint itself; ``check_fit`` asks its own weight mapper for the names."""
-    options = job.options if isinstance(job.options, TensorRTLLMOptions) else TensorRTLLMOptions()
-    options.check_model(job.checkpoint.config.text)
-    options.tokens_per_step(job.profile)
-    _build_torch(job)
-    if options.vision_backend == "torch":
-        return []
-    if vision_input() != EMBEDDINGS:
-        raise BuildError(
-            f"--vision-backend {options.vision_backend} needs a TensorRT-LLM that takes embeddings; this one runs its"
-            " own vision tower. Leave the option out, or install a release with PreprocessedInputs."
-        )
-    from .tensorrt_build import build_plans
-
-    return build_plans(
-        TENSORRT,
-        job.checkpoint,
-        job.folder,
-        job.precision,
-        job.profile,
-        job.steps,
-        TensorRTOptions(),
-        engines=("vision",),
-        engine_dir=job.engine_dir,
-    )
-
-
+# TensorRT 10.15 and 10.16 have attention and cache layers, but no key_value_lengths and no CausalMaskKind.
+TENSORRT = Backend(
+    "tensorrt",
+    (BF16, FP32, FP16_DECODER, FP8),
+    "tensorrt",
+    builder="qwen2vl_trt.engines.tensorrt_build:build_plans",
+    runner="qwen2vl_trt.runtime.backends.tensorrt_runner",
+    oldest=(11, 0),
+    below=12,
+    extra="tensorrt",
+    steps=5,
+    options=TensorRTOptions(),
+    plans=True,
+    bound_to="tensorrt",
+)
+TENSORRT_RTX = replace(
+    TENSORRT,
+    name="tensorrt-rtx",
+    package="tensorrt_rtx",
+    oldest=(1, 7),
+    below=2,
+    extra="tensorrt-rtx",
+    bound_to="tensorrt_rtx",
+    builds_anywhere=True,
+)
 BACKENDS = {
     backend.name: backend
     for backend in (
@@ -222,22 +201,40 @@ BACKENDS = {
         Backend(
             "onnxruntime",
             (FP32, FP8_IN_FP32),
-            ("torch", "onnxruntime"),
-            _build_onnxruntime,
-            check=check_onnxruntime,
+            "onnxruntime",
+            builder="qwen2vl_trt.engines.builders:build_onnxruntime",
+            runner="qwen2vl_trt.runtime.backends.onnxruntime_runner",
+            # Before, the mask of a causal Attention lies in the upper-left corner: a second chunk of a prompt sees few
+            # of its keys.
+            oldest=(1, 28),
+            hint=" (on Python 3.11 or newer; older releases answer wrongly), or --backend torch",
+            cpu_weights="fp32",
         ),
-        Backend("torch", (BF16, FP32, FP16_DECODER, FP8), ("torch",), _build_torch, steps=1, on_cpu=cpu_precision),
-        _tensorrt(TENSORRT),
-        _tensorrt(TENSORRT_RTX),
+        Backend(
+            "torch",
+            (BF16, FP32, FP16_DECODER, FP8),
+            "torch",
+            builder="qwen2vl_trt.engines.builders:build_torch",
+            runner="qwen2vl_trt.runtime.backends.torch_runner",
+            steps=1,
+            measures_cpu=True,
+            cpu_weights="as built",
+        ),
+        TENSORRT,
+        TENSORRT_RTX,
         Backend(
             "tensorrt-llm",
             (BF16, FP8_DECODER),
-            ("torch", MODULE),
-            _build_tensorrt_llm,
-            steps=1,
+            "tensorrt_llm",
+            builder="qwen2vl_trt.engines.builders:build_tensorrt_llm",
+            runner="qwen2vl_trt.runtime.tensorrt_llm.runner",
+            oldest=(1, 2),
+            below=2,
             extra="tensorrt-llm",
-            check=load_tensorrt_llm,
+            check="qwen2vl_trt.engines.tensorrt_llm_api:check_api",
+            steps=1,
             options=TensorRTLLMOptions(),
+            plans=True,
         ),
     )
 }
@@ -248,46 +245,12 @@ def find_backend(name: str, precision: str | None, device: str | None = None) ->
     """Look up a backend and the precision to build it in; without one, the default for the device.
 
     Raises:
-        BuildError: unknown, or not a combination that works; the message names those that do. Or its package is of a
-            release that does not work.
-        EngineError: likewise, of ONNX Runtime.
-        MissingDependencyError: its package is not installed.
+        BuildError: unknown, or not a combination that works; the message names those that do.
+        EngineError, MissingDependencyError: see :meth:`Backend.load`.
     """
     if name not in BACKENDS:
         raise BuildError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
     backend = BACKENDS[name]
-    missing = [package for package in backend.packages if find_spec(package) is None]
-    if missing and backend.extra:
-        raise MissingDependencyError(
-            f"backend {name} needs {missing[0]}, which is not installed: pip install 'qwen2vl-trt[{backend.extra}]'"
-        )
-    if missing:
-        raise MissingDependencyError(
-            f"backend {name} needs {missing[0]}, which is not installed (pip install {missing[0]}; ONNX Runtime has the"
-            " operators for Python 3.11 and newer). --backend torch needs nothing more."
-        )
-    chosen = backend.precision(precision) if precision else backend.default_precision(device)
-    backend.check()
-    return backend, chosen.name
-
-
-def check_quantization(checkpoint: Checkpoint, precision: Precision) -> None:
-    """Refuse a model that is not of the precision's kind.
-
-    Raises:
-        BuildError: an unquantised model for FP8, or a quantised one for anything else.
-        CheckpointError: a quantisation that is not supported.
-    """
-    layers = fp8_layers(checkpoint)
-    quantised = bool(layers)
-    if precision.fp8 and not quantised:
-        raise BuildError(f"{checkpoint.folder} is not quantised; build_engines.py --precision fp8 does that first")
-    if quantised and not precision.fp8:
-        raise BuildError(
-            f"{checkpoint.folder} is quantised to FP8 and cannot be built in {precision.name}: --precision fp8"
-        )
-    if quantised and not precision.fp8_vision and any(layer.startswith("visual.") for layer in layers):
-        raise BuildError(
-            f"{checkpoint.folder} has FP8 layers in its vision tower, where TensorRT-LLM takes none: give the"
-            " unquantised checkpoint with --precision fp8, which quantises the decoder alone, or one like that"
-        )
+    chosen = backend.precision(precision) if precision else None
+    backend.load()
+    return backend, (chosen or backend.default_precision(device)).name

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qwen2vl_trt import __version__
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.errors import BuildError, EngineError
+from qwen2vl_trt.errors import BuildError, EngineError, program, reason
 from qwen2vl_trt.hub import ResolvedModel
+from qwen2vl_trt.quantization import fp8_layers
 
-from .backends import Backend, BuildJob, check_quantization
-from .differences import differences, in_words
+from .backends import BACKENDS, Backend, BuildJob
 from .host_memory import warn_of_memory
 from .manifest import BuiltFile, Manifest, NoEngineError
-from .profile import BuildProfile
+from .precision import Precision
+from .profile import BuildProfile, flag
 from .progress import BuildSteps, progress_bar
 from .staging import LOCK, MANIFEST_FILE, MODEL_FILES, alone, staged
 
@@ -29,16 +31,12 @@ _WAY_OUT = "Pass --force to replace them, or give another --engine-dir"
 def build_engines(
     model: ResolvedModel, backend: Backend, precision: str, profile: BuildProfile, folder: Path, force: bool = False
 ) -> bool:
-    """Build both engines of a model, unless the folder already holds the same.
+    """Build both engines of a model, unless the folder already holds the same; damaged ones are built again.
 
     Args:
-        model: see :func:`qwen2vl_trt.hub.resolve_model`.
         backend: with ``precision``, from :func:`qwen2vl_trt.engines.backends.find_backend`.
-        precision: one of the backend's.
-        profile: the limits.
-        folder: where the engines go; made if missing. Damaged engines there are built again.
-        force: build whatever the folder holds; older engines work until the new ones do (see
-            :mod:`qwen2vl_trt.engines.staging`).
+        folder: where the engines go; made if missing.
+        force: build whatever the folder holds; older engines work until the new ones do.
 
     Returns:
         Whether anything was built.
@@ -72,7 +70,7 @@ def build_engines(
             profile.max_seq_len,
         )
     if not torch.cuda.is_available():  # engines for a GPU need no memory here
-        warn_of_memory(checkpoint, backend.name, numbers)
+        warn_of_memory(checkpoint, backend, numbers)
     if folder.is_dir() and folder.samefile(model.folder):
         raise BuildError(f"{folder} is the checkpoint itself; give --engine-dir another folder")
     try:
@@ -83,10 +81,10 @@ def build_engines(
                 return False
             with staged(folder) as staging, progress_bar() as progress:
                 steps = BuildSteps(progress, model.name, backend.steps)
-                files = backend.build(BuildJob(checkpoint, staging, folder, numbers, profile, backend.options, steps))
+                files = backend.build(BuildJob(backend, checkpoint, staging, folder, numbers, profile, steps))
                 replace(planned, files={path.name: BuiltFile.of(path) for path in files}).write(staging)
     except OSError as error:
-        raise BuildError(f"{folder}: {error.strerror or error}; what it held is unchanged") from None
+        raise BuildError(f"{folder}: {reason(error)}; what it held is unchanged") from None
     return True
 
 
@@ -136,3 +134,62 @@ def engines_in(folder: Path) -> Manifest | None:
 def default_engine_dir(model: str, backend: str, precision: str) -> Path:
     """Where engines land unless told otherwise, from the current folder."""
     return Path("artifacts") / f"{model}-{backend}-{precision}"
+
+
+def check_quantization(checkpoint: Checkpoint, precision: Precision) -> None:
+    """Refuse a model that is not of the precision's kind.
+
+    Raises:
+        BuildError: an unquantised model for FP8, or a quantised one for anything else.
+        CheckpointError: a quantisation that is not supported.
+    """
+    layers = fp8_layers(checkpoint)
+    if precision.fp8 and not layers:
+        raise BuildError(
+            f"{checkpoint.folder} is not quantised; {program('build_engines.py')} --precision fp8 does that first"
+        )
+    if layers and not precision.fp8:
+        raise BuildError(
+            f"{checkpoint.folder} is quantised to FP8 and cannot be built in {precision.name}: --precision fp8"
+        )
+    if not precision.fp8_vision and any(layer.startswith("visual.") for layer in layers):
+        raise BuildError(
+            f"{checkpoint.folder} has FP8 layers in its vision tower, where TensorRT-LLM takes none: give the"
+            " unquantised checkpoint with --precision fp8, which quantises the decoder alone, or one like that"
+        )
+
+
+def differences(wanted: Manifest, found: Manifest) -> list[str]:
+    """What a build would have to change, option by option, as found and as wanted.
+
+    Names of models do not count, nor versions of packages, but for ``Backend.bound_to``.
+    """
+    pairs: list[tuple[str, Any, Any]] = [("--backend", found.backend, wanted.backend)]
+    if found.model_hash != wanted.model_hash:
+        pairs.append(("--model", _model(found), _model(wanted)))
+    if found.backend == wanted.backend:
+        pairs.append(("--precision", found.precision, wanted.precision))
+        for name in sorted({*found.options, *wanted.options}):
+            label = flag(name) if name != "vision" else "TensorRT-LLM's input"  # read off the release, no option
+            pairs.append((label, _value(found.options.get(name)), _value(wanted.options.get(name))))
+        package = BACKENDS[wanted.backend].bound_to if wanted.backend in BACKENDS else None
+        if package:
+            pairs.append((package, found.versions.get(package), wanted.versions.get(package)))
+    limits = found.profile.as_dict(), wanted.profile.as_dict()
+    pairs += [(flag(name), limits[0][name], limits[1][name]) for name in limits[0]]
+    return [f"{option} {there} there, {asked} wanted" for option, there, asked in pairs if there != asked]
+
+
+def in_words(folder: Path, differing: list[str]) -> str:
+    """What is said of a folder with other engines than those that are asked for."""
+    return f"{folder} holds other engines: {'; '.join(differing)}"
+
+
+def _model(manifest: Manifest) -> str:
+    return f"{manifest.model} ({manifest.model_hash[:12]})"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "default" if value is None else str(value)

@@ -13,6 +13,7 @@ import torch
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.weights import EMBEDDING, LM_HEAD, checkpoint_names
 
+from .backends import BACKENDS, Backend
 from .precision import BF16, FP32, Precision
 
 logger = logging.getLogger(__name__)
@@ -23,24 +24,16 @@ _said: set[tuple[str, str, str]] = set()
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def warn_of_memory(checkpoint: Checkpoint, backend: str, precision: Precision) -> None:
-    """Log one line where a model is expected not to fit into what is free: swap, or another machine, may still run it.
-
-    It is logged once in a process.
-
-    Args:
-        checkpoint: the model.
-        backend: that runs it on the CPU.
-        precision: of the engines.
-    """
+def warn_of_memory(checkpoint: Checkpoint, backend: Backend, precision: Precision) -> None:
+    """Log one line, once a process, where a model is expected not to fit into free memory; swap may still run it."""
     needed, free = expected_bytes(checkpoint, backend, precision), available_bytes()
     if needed is None or needed <= free:
         return
-    key = (checkpoint.hash, backend, precision.name)
+    key = (checkpoint.hash, backend.name, precision.name)
     if key in _said:
         return
     _said.add(key)
-    smallest = expected_bytes(checkpoint, "torch", BF16)
+    smallest = expected_bytes(checkpoint, BACKENDS["torch"], BF16)
     assert smallest is not None
     advice = ""
     if smallest < needed:
@@ -49,7 +42,7 @@ def warn_of_memory(checkpoint: Checkpoint, backend: str, precision: Precision) -
     logger.warning(
         "%s: backend %s in %s needs about %s of memory on a CPU, and %s are free here%s",
         checkpoint.folder,
-        backend,
+        backend.name,
         precision.name,
         _in_words(needed),
         _in_words(free),
@@ -57,7 +50,7 @@ def warn_of_memory(checkpoint: Checkpoint, backend: str, precision: Precision) -
     )
 
 
-def expected_bytes(checkpoint: Checkpoint, backend: str, precision: Precision) -> int | None:
+def expected_bytes(checkpoint: Checkpoint, backend: Backend, precision: Precision) -> int | None:
     """What loading a model on a CPU takes, weights alone; None where nothing has been measured.
 
     PyTorch holds every weight in its precision. ONNX Runtime makes FP32 weights of BF16 ones, all but an untied
@@ -66,10 +59,10 @@ def expected_bytes(checkpoint: Checkpoint, backend: str, precision: Precision) -
     sizes = {ours: math.prod(checkpoint.locate(theirs).shape) for ours, theirs in checkpoint_names(checkpoint).items()}
     if checkpoint.config.text.tie_word_embeddings:
         sizes.pop(LM_HEAD, None)
-    if backend == "torch" and not precision.fp8:
+    if backend.cpu_weights == "as built" and not precision.fp8:
         types = {True: precision.vision, False: precision.decoder}
         return sum(size * types[name.startswith("visual.")].itemsize for name, size in sizes.items())
-    if backend == "onnxruntime" and precision == FP32:
+    if backend.cpu_weights == "fp32" and precision == FP32:
         if not checkpoint.config.text.tie_word_embeddings:
             sizes.pop(EMBEDDING, None)
         return torch.float32.itemsize * (sum(sizes.values()) + max(sizes.values(), default=0))

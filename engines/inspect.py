@@ -10,6 +10,7 @@ import onnx
 
 from qwen2vl_trt.config import Qwen2VLConfig, VisionConfig
 
+from .backends import BACKENDS
 from .manifest import Manifest
 from .onnx_file import read_onnx
 from .profile import BuildProfile
@@ -32,9 +33,6 @@ class GraphReport:
     """One of the two graphs.
 
     Attributes:
-        name: ``vision`` or ``decoder``.
-        inputs: in order.
-        outputs: in order.
         layers: those that compute, in order: name, operator, type.
         profiles: by name, the ranges of the dynamic dimensions; empty where the backend takes any.
     """
@@ -57,7 +55,7 @@ class FileReport:
 
 @dataclass(frozen=True)
 class FolderReport:
-    """Everything that ``run.py inspect`` prints."""
+    """Everything that ``inspect`` prints."""
 
     manifest: Manifest
     limits: tuple[tuple[str, str], ...]
@@ -72,7 +70,7 @@ def inspect_folder(folder: Path, verify: bool = False, max_pixels: int | None = 
     Types are read from the graphs: a strongly typed TensorRT engine and ONNX Runtime compute in them.
 
     Args:
-        folder: as ``build_engines.py`` wrote it.
+        folder: as a build wrote it.
         verify: read every byte that the build made and compare it with the manifest.
         max_pixels: of an image, by the checkpoint's own settings; None where they set no limit.
 
@@ -81,11 +79,11 @@ def inspect_folder(folder: Path, verify: bool = False, max_pixels: int | None = 
     """
     manifest = Manifest.read(folder)
     config = manifest.verify(folder, verify).config
-    tensorrt = manifest.backend.startswith("tensorrt")
+    plans = manifest.backend in BACKENDS and BACKENDS[manifest.backend].plans
     graphs = []
     for name in ("vision", "decoder"):
         if f"{name}.onnx" in manifest.files:
-            profiles = _profiles(name, manifest.profile, config) if tensorrt else {}
+            profiles = _profiles(name, manifest.profile, config) if plans else {}
             graphs.append(_graph(folder / f"{name}.onnx", name, profiles))
     weights = {path.name for path in folder.glob("*.safetensors")}
     files = []

@@ -3,12 +3,18 @@
 The parser (seen in TensorRT-RTX 1.7.1) imports the operator ``Attention``
 
 - without its lengths (``nonpad_kv_seqlen``), and causal in the upper-left corner: with a cache, wrong answers; here it
-  gets a mask (:mod:`qwen2vl_trt.engines.attention_mask`), or TensorRT's own lengths and the lower-right corner;
+  gets a mask, or TensorRT's own lengths and the lower-right corner (``--attention-mask``);
 - with queries and keys each multiplied by the root of the softmax scale *in the network's type*: in BF16 that scale
   is 0.3 % off for heads of 128, and both are rounded once more;
-- without leave to decompose: no engine where there is no fused kernel, as in FP32. With it, one is used where there is.
+- without leave to decompose: no engine where there is no fused kernel, as in FP32. With it, one is used where
+  there is.
 
-It says nothing of any of these. :func:`lower` sets all of them right from the ONNX file, and ends by asking
+Lengths say what a mask says in fewer bytes. But TensorRT 11.1 and 11.2 are reported to build attention with lengths
+that sees what lies beyond them, in BF16 and on some GPUs alone, and not to build it in FP16 at all
+(https://github.com/NVIDIA/TensorRT-Model-Connect/pull/1035 and 1048). TensorRT-RTX 1.7.1 makes a mask of the lengths
+itself wherever a prompt is read, and runs the same kernels either way.
+
+The parser says nothing of any of these. :func:`lower` sets all of them right from the ONNX file, and ends by asking
 :func:`find_faults`, which tests ask too.
 """
 
@@ -24,7 +30,8 @@ import onnx
 
 from qwen2vl_trt.errors import BuildError
 
-from .attention_mask import ATTENTION_MASKS, MaskMaker, mask_name
+from .onnx_file import read_onnx
+from .options import ATTENTION_MASKS
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,6 @@ class AttentionNode:
     """What the ONNX file says of one ``Attention``.
 
     Attributes:
-        name: its own.
         lengths: the graph's input with the number of keys.
         starts: of a causal one, the graph's input with the position of the first query: where the cache is written to.
     """
@@ -52,7 +58,8 @@ def attention_nodes(path: Path) -> dict[str, AttentionNode]:
     Raises:
         BuildError: one that this pass would not do justice to.
     """
-    graph = onnx.load(path, load_external_data=False).graph
+    with read_onnx(path) as model:
+        graph = model.graph
     inputs = {value.name for value in graph.input}
     written = {node.output[0]: node.input[2] for node in graph.node if node.op_type == "TensorScatter"}
     nodes = {}
@@ -81,14 +88,10 @@ _SCALED = "_scaled"  # ends the names of rotary angles with the softmax scale
 
 
 def lower(trt: Any, network: Any, path: Path, attention_mask: str = ATTENTION_MASKS[0]) -> list[Any]:
-    """Repair every attention of a parsed network.
+    """Repair every attention of a network, as it was parsed from ``path``.
 
     Args:
-        trt: the TensorRT module.
-        network: as parsed from ``path``, the whole of it.
-        path: the ONNX file.
-        attention_mask: how attention is told what to see, one of
-            :data:`qwen2vl_trt.engines.attention_mask.ATTENTION_MASKS`.
+        attention_mask: one of :data:`qwen2vl_trt.engines.options.ATTENTION_MASKS`.
 
     Returns:
         Arrays that the network points to; keep them until it is built.
@@ -99,7 +102,7 @@ def lower(trt: Any, network: Any, path: Path, attention_mask: str = ATTENTION_MA
     nodes = attention_nodes(path)
     inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
     producers = _producers(network)
-    rotary, masks = _ScaledRotary(trt, network), MaskMaker(trt, network)
+    rotary, masks = _ScaledRotary(trt, network), _MaskMaker(trt, network)
     lengths: dict[str, Any] = {}
     for attention in list(_attentions(trt, network)):
         if attention.name not in nodes:
@@ -126,14 +129,7 @@ def lower(trt: Any, network: Any, path: Path, attention_mask: str = ATTENTION_MA
 
 
 def find_faults(trt: Any, network: Any, path: Path, attention_mask: str = ATTENTION_MASKS[0]) -> list[str]:
-    """What in a network would make an engine that answers wrongly or that needs more than TensorRT itself.
-
-    Args:
-        trt: the TensorRT module.
-        network: parsed from ``path`` and lowered.
-        path: the ONNX file.
-        attention_mask: as for :func:`lower`.
-    """
+    """What in a lowered network would make an engine that answers wrongly, or that needs more than TensorRT itself."""
     nodes, producers = attention_nodes(path), _producers(network)
     attentions = {attention.name: attention for attention in _attentions(trt, network)}
     faults = [f"attention {name} is missing" for name in nodes.keys() - attentions.keys()]
@@ -165,7 +161,7 @@ def _attention_faults(
         if mask is not None:
             yield "has a mask beside its lengths"
     else:
-        if mask is None or mask.name != mask_name(node.lengths) or mask.dtype != trt.bool:
+        if mask is None or mask.name != f"{node.lengths}_mask" or mask.dtype != trt.bool:
             yield f"has no mask made from {node.lengths}"
         if lengths is not None:
             yield "has lengths beside its mask"
@@ -183,8 +179,8 @@ def _cache_faults(trt: Any, network: Any, path: Path) -> Iterator[str]:
     """Every cache goes in as an input and comes out, updated, as the output of its name: so TensorRT aliases them."""
     inputs = {network.get_input(i).name for i in range(network.num_inputs)}
     outputs = {network.get_output(i).name for i in range(network.num_outputs)}
-    graph = onnx.load(path, load_external_data=False).graph
-    expected = {node.input[0] for node in graph.node if node.op_type == "TensorScatter"}
+    with read_onnx(path) as model:
+        expected = {node.input[0] for node in model.graph.node if node.op_type == "TensorScatter"}
     found = set()
     for layer in _layers(network):
         if layer.type == trt.LayerType.KV_CACHE_UPDATE:
@@ -218,6 +214,67 @@ class _ScaledRotary:
         scaled = self._network.add_elementwise(angle, factor, self._trt.ElementWiseOperation.PROD).get_output(0)
         scaled.name = f"{angle.name}{_SCALED}"
         return scaled
+
+
+class _MaskMaker:
+    """Makes masks in a network, one for all attentions that see alike."""
+
+    def __init__(self, trt: Any, network: Any) -> None:
+        self._trt, self._network = trt, network
+        self._made: dict[tuple[str, str | None], Any] = {}
+        self.arrays: list[np.ndarray] = []
+
+    def mask(self, queries: Any, keys: Any, lengths: Any, starts: Any | None) -> Any:
+        """``[B, 1, S, M]``, true where a query sees a key.
+
+        Args:
+            queries: ``[B, H, S, D]``.
+            keys: ``[B, Hkv, M, D]``.
+            lengths: ``[B]`` int64 number of keys.
+            starts: ``[B]`` int64 position of a row's first query, where attention is causal.
+        """
+        known = lengths.name, starts.name if starts is not None else None
+        if known not in self._made:
+            mask = self._make(queries, keys, lengths, starts)
+            mask.name = f"{lengths.name}_mask"
+            self._made[known] = mask
+        return self._made[known]
+
+    def _make(self, queries: Any, keys: Any, lengths: Any, starts: Any | None) -> Any:
+        operation = self._trt.ElementWiseOperation
+        key = self._shaped(self._count(keys, 1), (1, 1, 1, -1))
+        there = self._combine(key, self._shaped(lengths, (-1, 1, 1, 1)), operation.LESS)
+        # The sizes only shape what is counted here: as numbers on the GPU they would have to be copied there first.
+        if starts is None:  # TensorRT broadcasts a mask over rows and heads, not over queries
+            row = self._shaped(self._count(queries, 0), (1, 1, -1, 1))
+            every = self._combine(row, self._constant(1, (1, 1, 1, 1)), operation.LESS)
+            return self._combine(there, every, operation.AND)
+        query = self._shaped(self._count(queries, 1), (1, 1, -1, 1))
+        first = self._shaped(starts, (-1, 1, 1, 1))
+        ahead = self._combine(self._combine(key, query, operation.SUB), first, operation.SUB)
+        before = self._combine(ahead, self._constant(1, (1, 1, 1, 1)), operation.LESS)
+        return self._combine(there, before, operation.AND)
+
+    def _count(self, tensor: Any, step: int) -> Any:
+        """``[n]`` 0, step, 2 step, ...: one for each position of a tensor ``[B, H, n, D]``."""
+        shape = self._network.add_shape(tensor).get_output(0)
+        size = self._network.add_gather(shape, self._constant(2, (1,)), 0).get_output(0)
+        fill = self._network.add_fill((1,), self._trt.FillOperation.LINSPACE, self._trt.int64)
+        for index, value in enumerate((size, self._constant(0, ()), self._constant(step, (1,)))):
+            fill.set_input(index, value)
+        return fill.get_output(0)
+
+    def _constant(self, value: int, shape: tuple[int, ...]) -> Any:
+        self.arrays.append(np.full(shape, value, dtype=np.int64))
+        return self._network.add_constant(shape, self._trt.Weights(self.arrays[-1])).get_output(0)
+
+    def _shaped(self, tensor: Any, shape: tuple[int, ...]) -> Any:
+        layer = self._network.add_shuffle(tensor)
+        layer.reshape_dims = shape
+        return layer.get_output(0)
+
+    def _combine(self, left: Any, right: Any, operation: Any) -> Any:
+        return self._network.add_elementwise(left, right, operation).get_output(0)
 
 
 def _causal_kind(trt: Any, node: AttentionNode, attention_mask: str) -> Any:

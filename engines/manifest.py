@@ -1,11 +1,8 @@
 """The manifest of an engine folder: what it was built from, for what, and with what.
 
-It takes its place last (see :mod:`qwen2vl_trt.engines.staging`). A folder without one holds no engine, so a killed
-build leaves nothing that loads; a folder whose files differ from it is refused, naming the difference.
-
-A plan has gigabytes, and hashing them at every start would cost more than loading them. A file that still has its size
-and its time of modification is taken for the one that was built; one with another time (edited, replaced, copied
-without ``cp -p``) is hashed. What neither shows, a bit that the disk lost, ``run.py inspect --verify`` finds.
+A folder without one holds no engine; one whose files differ from it is refused. Hashing gigabytes at every start would
+cost more than loading them: a file that has its size and its time of modification is taken for the one that was built,
+one with another time is hashed, and ``inspect --verify`` hashes all.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ from typing import Any
 import msgspec
 
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError
+from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError, program, reason
 from qwen2vl_trt.files import write_whole
 from qwen2vl_trt.schema import checked, reject_unknown
 
@@ -38,13 +35,7 @@ class NoEngineError(EngineError):
 
 @dataclass(frozen=True)
 class BuiltFile:
-    """A file as the build left it.
-
-    Attributes:
-        sha256: of its content, in hex.
-        bytes: its size.
-        mtime_ns: when it was last modified, in nanoseconds since 1970.
-    """
+    """A file as the build left it; ``sha256`` in hex, ``mtime_ns`` in nanoseconds since 1970."""
 
     sha256: str
     bytes: int
@@ -52,20 +43,12 @@ class BuiltFile:
 
     @classmethod
     def of(cls, path: Path) -> BuiltFile:
-        """Describe a file; reads it.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """Describe a file; reads it."""
         stat = path.stat()
         return cls(file_hash(path), stat.st_size, stat.st_mtime_ns)
 
     def difference(self, path: Path, thorough: bool) -> str | None:
-        """How a file differs from this one, in words, or None. ``thorough`` hashes it whatever its time says.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """How a file differs from this one, in words, or None. ``thorough`` hashes it whatever its time says."""
         stat = path.stat()
         if stat.st_size != self.bytes:
             return f"it has {stat.st_size:,} bytes instead of {self.bytes:,}"
@@ -80,11 +63,7 @@ class Manifest:
     """What an engine folder holds.
 
     Attributes:
-        model: its name.
         model_hash: see :attr:`qwen2vl_trt.checkpoint.Checkpoint.hash`.
-        backend: ``torch``, ``onnxruntime``, ...
-        precision: ``fp32``, ``bf16``, ...
-        profile: the limits.
         files: those that the build made, by name.
         versions: of the packages that made them.
         options: of the backend, those that are not its defaults.
@@ -101,11 +80,7 @@ class Manifest:
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
-        """Write the manifest; the folder is an engine from here on.
-
-        Raises:
-            OSError: the disk is full, or the folder cannot be written.
-        """
+        """Write the manifest; the folder is an engine from here on."""
         write_whole(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=2).encode())
 
     @classmethod
@@ -122,7 +97,7 @@ class Manifest:
         except OSError as error:
             raise EngineError(
                 f"{folder}: a build was killed while its files took their places, and it cannot be finished"
-                f" ({error.strerror or error}). Make the folder writable."
+                f" ({reason(error)}). Make the folder writable."
             ) from None
         try:
             raw = msgspec.json.decode(path.read_bytes())
@@ -132,14 +107,14 @@ class Manifest:
                 if folder.is_dir()
                 else f"there is no folder {folder}"
             )
-            raise NoEngineError(f"{what}. Build one with build_engines.py.") from None
+            raise NoEngineError(f"{what}. Build one with {program('build_engines.py')}.") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise EngineError(f"{path} cannot be read ({error}). Rebuild with build_engines.py.") from None
+            raise EngineError(f"{path} cannot be read ({error}). Rebuild with {program('build_engines.py')}.") from None
         found = raw.get("format") if isinstance(raw, dict) else None
         if found != FORMAT:
             raise EngineError(
                 f"{folder} was built in format {found!s:.60}, this release loads format {FORMAT}."
-                " Rebuild with build_engines.py."
+                f" Rebuild with {program('build_engines.py')}."
             )
         try:
             manifest = checked(raw, cls, MANIFEST_FILE)
@@ -149,18 +124,11 @@ class Manifest:
                     raise CheckpointError(f"{MANIFEST_FILE}: {name!r} is no name of a file")
             BuildProfile.from_dict(raw["profile"])  # its names
         except (BuildError, CheckpointError) as error:
-            raise EngineError(f"{path} is corrupt ({error}). Rebuild with build_engines.py.") from None
+            raise EngineError(f"{path} is corrupt ({error}). Rebuild with {program('build_engines.py')}.") from None
         return manifest
 
     def verify(self, folder: Path, thorough: bool = False) -> Checkpoint:
-        """Check that the folder still holds what was built.
-
-        Args:
-            folder: the manifest's.
-            thorough: read every byte of the files that the build made, also of those that seem untouched.
-
-        Returns:
-            The checkpoint in the folder.
+        """Check that the folder still holds what was built, byte for byte if ``thorough``; returns its checkpoint.
 
         Raises:
             EngineError: a file is missing or differs from the one that was built.
@@ -169,7 +137,7 @@ class Manifest:
             try:
                 difference = built.difference(folder / name, thorough)
             except OSError as error:
-                raise EngineError(f"{folder / name} cannot be read: {error.strerror}. Rebuild.") from None
+                raise EngineError(f"{folder / name} cannot be read: {reason(error)}. Rebuild.") from None
             if difference:
                 raise EngineError(f"{folder / name} is not the file that was built ({difference}). Rebuild.")
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
-from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.errors import EngineError, reason
 
 
 @contextmanager
@@ -24,6 +24,6 @@ def read_onnx(path: Path) -> Iterator[onnx.ModelProto]:
     try:
         yield onnx.load(path, load_external_data=False)
     except OSError as error:
-        raise EngineError(f"{path} cannot be read: {error.strerror or error}. Rebuild.") from None
+        raise EngineError(f"{path} cannot be read: {reason(error)}. Rebuild.") from None
     except (DecodeError, LookupError, TypeError, ValueError) as error:
-        raise EngineError(f"{path} is corrupt ({' '.join(str(error).split())}). Rebuild.") from None
+        raise EngineError(f"{path} is corrupt ({reason(error)}). Rebuild.") from None

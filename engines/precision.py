@@ -1,10 +1,17 @@
-"""What a pair of engines computes in."""
+"""What a pair of engines computes in, and what the torch backend takes on a CPU unless told."""
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
 
 FP16_REFUSED = (
     "precision 'fp16' is for no backend: the SwiGLU of this vision tower overflows it; bf16 is as small and as fast."
@@ -19,24 +26,82 @@ class Precision:
 
     Attributes:
         name: as the option and the manifest spell it.
-        vision: type of the vision tower, and of the pixels that it takes.
-        decoder: type of the decoder, of the embeddings that it takes and of its cache.
-        fp8: whether linear layers are quantised: they compute on FP8 numbers, everything between them in these types.
-        fp8_vision: whether those of the vision tower are too.
+        vision_type: PyTorch's name for the type of the vision tower, and of the pixels that it takes.
+        decoder_type: likewise of the decoder, of the embeddings that it takes and of its cache.
+        fp8: linear layers compute on FP8 numbers, everything between them in these types.
+        fp8_vision: those of the vision tower too.
     """
 
     name: str
-    vision: torch.dtype
-    decoder: torch.dtype
+    vision_type: str
+    decoder_type: str
     fp8: bool = False
     fp8_vision: bool = True
 
+    @property
+    def vision(self) -> torch.dtype:
+        """``vision_type`` as a torch type; PyTorch is imported here, so that the options' help does without."""
+        import torch
 
-FP32 = Precision("fp32", torch.float32, torch.float32)
-BF16 = Precision("bf16", torch.bfloat16, torch.bfloat16)
-FP16_DECODER = Precision("fp16-decoder", torch.bfloat16, torch.float16)
-FP8 = Precision("fp8", torch.bfloat16, torch.bfloat16, fp8=True)
-FP8_DECODER = Precision("fp8", torch.bfloat16, torch.bfloat16, fp8=True, fp8_vision=False)
+        return getattr(torch, self.vision_type)
+
+    @property
+    def decoder(self) -> torch.dtype:
+        """``decoder_type`` likewise."""
+        import torch
+
+        return getattr(torch, self.decoder_type)
+
+
+FP32 = Precision("fp32", "float32", "float32")
+BF16 = Precision("bf16", "bfloat16", "bfloat16")
+FP16_DECODER = Precision("fp16-decoder", "bfloat16", "float16")
+FP8 = Precision("fp8", "bfloat16", "bfloat16", fp8=True)
+FP8_DECODER = Precision("fp8", "bfloat16", "bfloat16", fp8=True, fp8_vision=False)
 """What TensorRT-LLM loads: its vision tower takes no quantised weight."""
-FP8_IN_FP32 = Precision("fp8", torch.float32, torch.float32, fp8=True)
-"""FP8 where there is no BF16 to compute in: ONNX Runtime on a CPU."""
+FP8_IN_FP32 = Precision("fp8", "float32", "float32", fp8=True)
+"""For ONNX Runtime, which has no BF16 to compute in on a CPU."""
+
+_ROWS, _WIDTH = 64, 512
+_REPETITIONS = 3
+_EMULATED = 4.0
+"""Between the 6 to 9 times that AVX2 takes and the 2 that AVX-512 without BF16 instructions should take at most (two
+products of FP32 for each): a busy moment must not change the precision, and with it the name of an engine folder."""
+
+
+def cpu_precision() -> Precision:
+    """FP32 where this CPU emulates BF16, as those without AVX-512 do, else BF16, which halves memory and traffic."""
+    slowdown = bf16_slowdown()
+    chosen = FP32 if slowdown >= _EMULATED else BF16
+    logger.log(
+        logging.INFO if chosen is BF16 else logging.WARNING,
+        "precision %s: a product in bf16 takes %.1f times as long as in fp32 on this CPU; --precision chooses",
+        chosen.name,
+        slowdown,
+    )
+    return chosen
+
+
+@cache
+def bf16_slowdown() -> float:
+    """How many times as long a matrix product in BF16 takes as one in FP32; some milliseconds, once a process."""
+    import torch
+    import torch.nn.functional as F
+
+    operands = {
+        dtype: (torch.ones(_ROWS, _WIDTH, dtype=dtype), torch.ones(_WIDTH, _WIDTH, dtype=dtype))
+        for dtype in (torch.bfloat16, torch.float32)
+    }
+    seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in operands}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for one another where other processes run, longer than they compute
+    try:
+        for repetition in range(1 + _REPETITIONS):
+            for dtype, (x, weight) in operands.items():
+                began = time.perf_counter()
+                F.linear(x, weight)
+                if repetition:  # the first prepares its kernel
+                    seconds[dtype].append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return min(seconds[torch.bfloat16]) / min(seconds[torch.float32])

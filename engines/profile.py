@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from qwen2vl_trt.config import VisionConfig
-from qwen2vl_trt.errors import BuildError, LimitError
+from qwen2vl_trt.errors import BuildError, LimitError, reason
+from qwen2vl_trt.hub import TINY, published_name
 from qwen2vl_trt.media_options import ImageOptions
-from qwen2vl_trt.windows import Grid
 
+if TYPE_CHECKING:
+    from qwen2vl_trt.windows import Grid
+
+_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _MOST = (1 << 31) - 1
 
 
@@ -57,11 +59,7 @@ class BuildProfile:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BuildProfile:
-        """Read limits by name; the others keep their defaults.
-
-        Raises:
-            BuildError: an unknown name or an impossible value.
-        """
+        """Limits by name, the others at their defaults; raises BuildError for an unknown name or a wrong value."""
         unknown = set(values) - set(cls.names())
         if unknown:
             raise BuildError(f"unknown build limit {min(unknown, key=str)!r}; known: {', '.join(cls.names())}")
@@ -82,8 +80,8 @@ class BuildProfile:
 
         Args:
             grid: its ``(t, h, w)`` in patches.
-            name: what to call it in the message, ``image 3``.
-            size: its size in pixels, ``4032x3024``.
+            name: as in ``image 3``.
+            size: in pixels, ``4032x3024``.
             config: the vision tower.
             options: what its request says, which wins over options of the command.
 
@@ -123,17 +121,15 @@ class BuildConfig:
 
     @classmethod
     def from_yaml(cls, path: Path) -> BuildConfig:
-        """Read a configuration file.
+        """Read a configuration file; raises BuildError where it is none, or has unknown or impossible entries."""
+        import yaml
 
-        Raises:
-            BuildError: unreadable, not YAML, or with unknown or impossible entries.
-        """
         try:
             raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise BuildError(f"{path} cannot be read: {error.strerror}") from None
+            raise BuildError(f"{path} cannot be read: {reason(error)}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise BuildError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+            raise BuildError(f"{path} is not YAML: {reason(error)}") from None
         if not isinstance(raw, dict) or not isinstance(raw.get("model"), str):
             raise BuildError(f"{path} does not name its model (model: Qwen2.5-VL-7B)")
         try:
@@ -142,3 +138,16 @@ class BuildConfig:
             return cls(model, raw)
         except BuildError as error:
             raise BuildError(f"{path}: {error}") from None
+
+
+def usual_profile(model: str | None) -> BuildProfile:
+    """Limits of a model's own file in ``configs/``, however its name is spelt, or the defaults where it has none.
+
+    Raises:
+        BuildError: the file of a model that is known is missing or damaged.
+    """
+    published = published_name((model or "").replace("--", "/"))
+    own = _CONFIGS / f"{published or model}.yaml"
+    if not (published or model == TINY or own.is_file()):
+        return BuildProfile()
+    return BuildProfile.from_dict(BuildConfig.from_yaml(own).limits)

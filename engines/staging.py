@@ -1,15 +1,12 @@
 """An engine folder is replaced as a whole: the old engines work until the new ones do.
 
-A build writes into ``.building`` inside the folder: the same file system, so that weights can be hard-linked and files
-move by being renamed. When all is written, one rename, ``.building`` to ``.built``, decides. Before it the old engines
-are untouched; a full disk or a kill leaves them as they are. After it the new ones are whole, and only their files
-must still move to their places, the manifest last: :func:`finish` does that, can be broken off anywhere and done
-again, and is called by whoever reads the manifest. So at every moment either the old or the new engines load; who opens
-the folder while files move finds another manifest after them, and opens it again.
+A build writes into ``.building`` inside the folder, the same file system, so that weights can be hard-linked and files
+renamed. Then one rename, ``.building`` to ``.built``, decides: before it the old engines are untouched, after it the
+new ones are whole. Their files still move to their places, the manifest last: :func:`finish` does that again where it
+was broken off, and is called by whoever reads the manifest. So either the old or the new engines load, at any moment.
 
-The folder itself is not renamed: it may be a mount point, it may hold other files of the user's, and exchanging two
-folders leaves a moment without one where the file system cannot do it in one step. Files are never written in place:
-they may be hard links to a checkpoint, and a running process keeps the files that it has mapped.
+The folder itself is not renamed: it may be a mount point, or hold other files. Files are never written in place: they
+may be hard links to a checkpoint, and a running process keeps the files that it has mapped.
 """
 
 from __future__ import annotations
@@ -62,9 +59,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """An empty folder for a build's files, which replace the older ones when the ``with`` ends well.
-
-    Only while :func:`alone`. What a killed build left is cleared first.
+    """An empty folder for a build, whose files replace the older ones when the ``with`` ends well; while :func:`alone`.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.

@@ -2,100 +2,105 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 
-from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.errors import BuildError
+from qwen2vl_trt.errors import BuildError, reason
+from qwen2vl_trt.export.onnx_model import export_onnx
 from qwen2vl_trt.files import replacement, write_whole
 
-from .attention_mask import ATTENTION_MASKS
+from .backends import Backend, BuildJob
 from .interrupts import deferred_interrupt
 from .lowering import lower
-from .plan_file import stream_writer
-from .precision import Precision
-from .profile import BuildProfile
+from .onnx_file import read_onnx
+from .options import ATTENTION_MASKS, TensorRTOptions
 from .progress import BuildSteps
-from .tensorrt_log import tensorrt_log
-from .tensorrt_module import Variant, load_tensorrt
-from .tensorrt_monitor import progress_monitor
-from .tensorrt_options import TensorRTOptions
+from .tensorrt_callbacks import progress_monitor, stream_writer, tensorrt_log
 from .tensorrt_profiles import Ranges, decoder_ranges, vision_ranges
 from .tensorrt_refit import strip_weights
-from .timing_cache import load_timing_cache, save_timing_cache, timing_cache_path
+
+logger = logging.getLogger(__name__)
+
+_FP8_SINCE = (8, 9)
 
 
-def build_plans(
-    variant: Variant,
-    checkpoint: Checkpoint,
-    folder: Path,
-    precision: Precision,
-    profile: BuildProfile,
-    steps: BuildSteps,
-    options: TensorRTOptions,
-    engines: Collection[str] = ("vision", "decoder"),
-    engine_dir: Path | None = None,
-) -> list[Path]:
-    """Export both graphs into a folder and build plans; the graphs stay beside them.
-
-    Args:
-        engines: those to build.
-        engine_dir: that the files are for, where it is another folder: the timing cache is kept beside it.
+def build_plans(job: BuildJob, engines: Collection[str] = ("vision", "decoder")) -> list[Path]:
+    """Export both graphs and build plans of those that ``engines`` names; the graphs stay beside them.
 
     Returns:
-        The files: two graphs, two plans, and for each plan the layers that TensorRT made of it.
+        The files: two graphs, and for each engine its plan and the layers that TensorRT made of it.
 
     Raises:
         BuildError: no GPU where one is needed, a limit or an option that cannot be met, TensorRT's own reason with
             the node's name, or a full disk.
         CheckpointError: the weights do not fit the configuration.
     """
-    from qwen2vl_trt.export.onnx_model import export_onnx  # seconds to import, and needed here alone
-
-    trt = load_tensorrt(variant)
-    _check_machine(variant, options)
+    trt, options = job.backend.load(), job.backend.options
+    assert isinstance(options, TensorRTOptions)
+    _check_machine(job.backend, options)
+    if job.precision.fp8:
+        _check_fp8_hardware(options)
     ranges = {
-        "vision": (vision_ranges(profile, checkpoint.config.vision),),
-        "decoder": decoder_ranges(profile),
+        "vision": (vision_ranges(job.profile, job.checkpoint.config.vision),),
+        "decoder": decoder_ranges(job.profile),
     }
     # A cache of dynamic length is refused by TensorRT, so the capacity is part of this graph.
-    graphs = export_onnx(
-        checkpoint, folder, precision.vision, profile.max_seq_len, steps, decoder_dtype=precision.decoder
+    files = export_onnx(
+        job.checkpoint,
+        job.folder,
+        job.precision.vision,
+        job.profile.max_seq_len,
+        job.on_step,
+        decoder_dtype=job.precision.decoder,
     )
-    files = list(graphs)
-    for graph in graphs:
-        if graph.stem not in engines:
-            continue
-        steps(f"building the {graph.stem} engine")
-        files += _build_plan(trt, variant, graph, ranges[graph.stem], options, steps, engine_dir or folder)
+    for graph in files[:]:
+        if graph.stem in engines:
+            job.on_step(f"building the {graph.stem} engine")
+            files += _build_plan(trt, job.backend, graph, ranges[graph.stem], options, job.on_step, job.engine_dir)
     return files
 
 
-def _check_machine(variant: Variant, options: TensorRTOptions) -> None:
-    if not variant.builds_anywhere and not torch.cuda.is_available():
+def _check_machine(backend: Backend, options: TensorRTOptions) -> None:
+    if not backend.builds_anywhere and not torch.cuda.is_available():
         raise BuildError(
-            f"backend {variant.backend} builds on the GPU that its engines will run on, and there is none here."
+            f"backend {backend.name} builds on the GPU that its engines will run on, and there is none here."
             " Build on that machine, or for RTX GPUs with --backend tensorrt-rtx, which needs none."
         )
-    if variant.builds_anywhere and options.hardware_compatibility != "none":
+    if backend.builds_anywhere and options.hardware_compatibility != "none":
         raise BuildError(
-            f"--hardware-compatibility is not for {variant.backend}: name the GPUs with --compute-capabilities"
+            f"--hardware-compatibility is not for {backend.name}: name the GPUs with --compute-capabilities"
         )
-    if variant.builds_anywhere and options.strip_weights:
+    if backend.builds_anywhere and options.strip_weights:
         raise BuildError(
-            f"--strip-weights is not for {variant.backend}: without a GPU it builds no plan that takes its weights"
+            f"--strip-weights is not for {backend.name}: without a GPU it builds no plan that takes its weights"
             " later; leave the option out"
         )
-    if not variant.builds_anywhere and options.compute_capabilities:
+    if not backend.builds_anywhere and options.compute_capabilities:
         raise BuildError(
-            f"--compute-capabilities is not for {variant.backend}, which builds for the GPU that is here; see"
+            f"--compute-capabilities is not for {backend.name}, which builds for the GPU that is here; see"
             " --hardware-compatibility"
         )
+
+
+def _check_fp8_hardware(options: TensorRTOptions) -> None:
+    """Refuse GPUs without FP8 here: TensorRT would after minutes, in its own words."""
+    wanted = list(options.compute_capabilities)
+    if not wanted and torch.cuda.is_available():
+        wanted = [".".join(map(str, torch.cuda.get_device_capability()))]
+    for capability in wanted:
+        if tuple(map(int, capability.split("."))) < _FP8_SINCE:
+            raise BuildError(
+                f"FP8 needs a GPU of compute capability {'.'.join(map(str, _FP8_SINCE))} or newer (Ada, Hopper,"
+                f" Blackwell), not {capability}; --precision bf16 needs 8.0"
+            )
+    if options.hardware_compatibility == "ampere_plus":
+        raise BuildError("--hardware-compatibility ampere_plus includes GPUs without FP8: same_compute_capability")
 
 
 @dataclass(frozen=True)
@@ -111,11 +116,6 @@ class ParsedNetwork:
 def parse(trt: Any, path: Path, attention_mask: str = ATTENTION_MASKS[0]) -> ParsedNetwork:
     """Parse an ONNX file, whose weights lie beside it, and repair what the parser gets wrong.
 
-    Args:
-        trt: the TensorRT module.
-        path: the ONNX file.
-        attention_mask: see :func:`qwen2vl_trt.engines.lowering.lower`.
-
     Raises:
         BuildError: with TensorRT's own reason and the node's name.
     """
@@ -126,22 +126,22 @@ def parse(trt: Any, path: Path, attention_mask: str = ATTENTION_MASKS[0]) -> Par
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        reason = "; ".join(map(_parser_reason, errors)) or "; ".join(log.errors) or "no reason given"
+        said = "; ".join(map(_parser_reason, errors)) or "; ".join(log.errors) or "no reason given"
         raise BuildError(
-            f"{path}: {trt.__name__} {trt.__version__} cannot parse it: {reason}. Another release may; the onnxruntime"
+            f"{path}: {trt.__name__} {trt.__version__} cannot parse it: {said}. Another release may; the onnxruntime"
             " and torch backends run the same model."
         )
     return ParsedNetwork(builder, network, parser, lower(trt, network, path, attention_mask))
 
 
 def _parser_reason(error: Any) -> str:
-    reason = " ".join(error.desc().split())
-    return f"node {error.node_name()} ({error.node_operator()}): {reason}" if error.node_name() else reason
+    said = " ".join(error.desc().split())
+    return f"node {error.node_name()} ({error.node_operator()}): {said}" if error.node_name() else said
 
 
 def _build_plan(
     trt: Any,
-    variant: Variant,
+    backend: Backend,
     path: Path,
     profiles: tuple[Ranges, ...],
     options: TensorRTOptions,
@@ -156,7 +156,7 @@ def _build_plan(
             strip_weights(trt, parsed.network, config, path)
         config.progress_monitor = monitor = progress_monitor(trt, steps, interrupted)
         cache = None
-        if not variant.builds_anywhere:  # TensorRT for RTX times nothing: its timing cache does nothing
+        if not backend.builds_anywhere:  # TensorRT for RTX times nothing: its timing cache does nothing
             cache = timing_cache_path(engine_dir, trt.__version__, torch.cuda.get_device_name())
             load_timing_cache(config, cache)
         log.clear()
@@ -166,9 +166,9 @@ def _build_plan(
             if writer.error is not None:
                 raise writer.error
             if not built:
-                reason = "; ".join(log.errors) or "no reason given"
+                said = "; ".join(log.errors) or "no reason given"
                 raise BuildError(
-                    f"{path.stem} engine: {trt.__name__} {trt.__version__} cannot build it: {reason}. If it is memory"
+                    f"{path.stem} engine: {trt.__name__} {trt.__version__} cannot build it: {said}. If it is memory"
                     " or an attention without a kernel, lower --max-seq-len, --max-batch-size or --max-hw-dims."
                 )
         del monitor  # alive until here
@@ -186,7 +186,7 @@ def _configure(trt: Any, builder: Any, path: Path, profiles: tuple[Ranges, ...],
     config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     if hasattr(
         trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"
-    ):  # TensorRT for RTX: what it allocates itself, it cannot capture
+    ):  # TensorRT for RTX captures nothing that it allocates itself
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.builder_optimization_level is not None:
         config.builder_optimization_level = options.builder_optimization_level
@@ -197,7 +197,8 @@ def _configure(trt: Any, builder: Any, path: Path, profiles: tuple[Ranges, ...],
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
     if options.compute_capabilities:
         _set_compute_capabilities(trt, config, options.compute_capabilities)
-    inputs = onnx.load(path, load_external_data=False).graph.input
+    with read_onnx(path) as model:
+        inputs = model.graph.input
     for ranges in profiles:
         optimisation = builder.create_optimization_profile()
         for value in inputs:
@@ -215,3 +216,29 @@ def _set_compute_capabilities(trt: Any, config: Any, wanted: tuple[str, ...]) ->
         if name not in known or not config.set_compute_capability(known[name], index):
             choices = sorted((key[2:-1] + "." + key[-1] for key in known), key=float)
             raise BuildError(f"{trt.__name__} {trt.__version__} builds for {', '.join(choices)}, not for {capability}")
+
+
+def timing_cache_path(folder: Path, version: str, gpu: str) -> Path:
+    """One file a TensorRT version and GPU, beside the engine folders, whichever models they hold."""
+    return folder.parent / f".timing-cache-{version}-{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}"
+
+
+def load_timing_cache(config: Any, path: Path) -> None:
+    """Give a builder configuration the cache of earlier builds; an empty one where there is none or it is damaged."""
+    try:
+        kept = path.read_bytes()
+    except OSError:
+        kept = b""
+    for content in (kept, b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return
+        logger.warning("%s is damaged and is not used; the build measures anew", path)
+
+
+def save_timing_cache(config: Any, path: Path) -> None:
+    """Write it back, atomically. A cache that cannot be written costs the next build time, not this one its engine."""
+    try:
+        write_whole(path, memoryview(config.get_timing_cache().serialize()))
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", path, reason(error))

@@ -1,12 +1,9 @@
 """Every call of TensorRT-LLM's API, and a check that the installed release still has it.
 
-Only names that its documentation has are used: https://nvidia.github.io/TensorRT-LLM/llm-api/reference.html, and the
-reference files of ``tests/unittest/api_stability`` in its repository. ``PreprocessedInputs`` alone is a prototype
-there. It lets a caller hand over token ids, M-RoPE positions and embeddings, and releases without it run their own
-vision tower.
-
-The documented ``multi_modal_embeddings`` of a prompt is not used. For Qwen2.5-VL it takes images alone and guesses the
-grid from the number of tokens, as near to a square as it gets, so that M-RoPE is wrong for most images.
+Only documented names are used: https://nvidia.github.io/TensorRT-LLM/llm-api/reference.html and the reference files of
+``tests/unittest/api_stability`` in its repository, where ``PreprocessedInputs`` alone is a prototype. That takes token
+ids, M-RoPE positions and embeddings; releases without it run their own vision tower. ``multi_modal_embeddings`` of a
+prompt guesses the grid from the number of tokens, so that M-RoPE would be wrong for most images.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ import inspect
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qwen2vl_trt.errors import BuildError, MissingDependencyError
+from qwen2vl_trt.errors import EngineError
 
 MODULE = "tensorrt_llm"
-OLDEST, BELOW = (1, 2), (2,)
-_INSTALL = "pip install 'qwen2vl-trt[tensorrt-llm]'"
 EMBEDDINGS, OWN = "embeddings", "own"
 
 _LLM = ("model", "tensor_parallel_size", "dtype")
@@ -50,35 +44,18 @@ _REQUEST_OUTPUT = ("outputs", "finished", "prompt_token_ids", "abort", "__aiter_
 _COMPLETION_OUTPUT = ("token_ids", "finish_reason", "stop_reason")
 
 
-def load_tensorrt_llm() -> Any:
-    """Import the package and check its release and its API.
+def check_api(module: Any) -> None:
+    """Refuse a release whose API differs from the one that is relied on, naming the differences.
 
     Raises:
-        MissingDependencyError: not installed, or without its libraries.
-        BuildError: too old or too new, or what is relied on differs; the message names it.
+        EngineError: it does.
     """
-    if find_spec(MODULE) is None:
-        raise MissingDependencyError(f"backend tensorrt-llm needs {MODULE}, which is not installed: {_INSTALL}")
-    try:
-        module = import_module(MODULE)
-    except Exception as error:  # it initialises MPI and CUDA at import: on some machines anything can go wrong
-        reason = " ".join(str(error).split())
-        raise MissingDependencyError(
-            f"backend tensorrt-llm needs {MODULE}, which cannot be imported ({reason}): {_INSTALL}"
-        ) from None
-    version = str(module.__version__)
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
-    if not OLDEST <= numbers < BELOW:
-        raise BuildError(
-            f"backend tensorrt-llm needs {MODULE} {'.'.join(map(str, OLDEST))} or later, older than {BELOW[0]};"
-            f" {version} is installed: {_INSTALL}"
-        )
     differing = differences(module)
     if differing:
-        raise BuildError(
-            f"{MODULE} {version} lacks what this release relies on: {'; '.join(differing)}. Install another release."
+        raise EngineError(
+            f"{MODULE} {module.__version__} lacks what this release relies on: {'; '.join(differing)}. Install another"
+            " release."
         )
-    return module
 
 
 def differences(module: Any) -> list[str]:
@@ -125,12 +102,7 @@ def _compare(owner: str, wanted: Sequence[str], there: Any, found: list[str]) ->
 
 
 def vision_input() -> str:
-    """What the installed release takes images as.
-
-    Returns:
-        ``"embeddings"`` where it takes those of another vision engine with M-RoPE positions, ``"own"`` where it must
-        run its own vision tower over pixels.
-    """
+    """``"embeddings"`` where the installed release takes those of another vision engine, else ``"own"``: its own."""
     try:
         llm = import_module(f"{MODULE}.llmapi.llm")
         multimodal = import_module(f"{MODULE}.inputs.multimodal")
@@ -223,12 +195,7 @@ def embedding_inputs(token_ids: list[int], embeds: Tensor, seen: Tensor, mrope: 
 
 
 def pixel_inputs(text: str, images: Sequence[Image.Image]) -> dict[str, Any]:
-    """A prompt for its own tokenizer and vision tower.
-
-    Args:
-        text: the rendered chat template, one vision token an image.
-        images: in order.
-    """
+    """A prompt for its own tokenizer and vision tower: the rendered chat template, one vision token an image."""
     return {"prompt": text, "multi_modal_data": {"image": list(images)}} if images else {"prompt": text}
 
 
@@ -250,11 +217,7 @@ class Progress:
 
 
 async def generate(llm: Any, inputs: Any, params: Any, salt: str | None) -> AsyncIterator[Progress]:
-    """Run one request; cancelling the task that iterates aborts it.
-
-    Args:
-        salt: only prompts with the same share key-value blocks.
-    """
+    """Run one request; cancelling the task that iterates aborts it. Prompts of one ``salt`` share key-value blocks."""
     result = llm.generate_async(inputs, params, streaming=True, cache_salt=salt)
     ended = False
     try:

@@ -1,10 +1,6 @@
-"""Weight-stripped plans: a plan keeps the kernels, the checkpoint's own safetensors files keep the weights.
+"""Weight-stripped plans, whose weights are read from the checkpoint's safetensors files when the plan is loaded.
 
-What may be left out is named weight by weight (``REFIT_INDIVIDUAL``): all that the graph reads from the checkpoint.
-So each weight that a plan lacks has a name, a file and a place in it; whatever else is constant (rotary frequencies,
-shapes, what parser and lowering add, most of it without a name) stays in the plan. With ``REFIT_IDENTICAL`` TensorRT
-decides what to strip.
-
+Weights are named one by one (``REFIT_INDIVIDUAL``): all that the graph reads from the checkpoint, no other.
 ``trt.OnnxParserRefitter`` would read every weight into host memory first; here TensorRT copies from the mapped file.
 """
 
@@ -48,13 +44,7 @@ def stored_weights(path: Path) -> dict[str, StoredWeight]:
 
 
 def strip_weights(trt: Any, network: Any, config: Any, path: Path) -> None:
-    """Have a plan built without the checkpoint's weights.
-
-    Args:
-        trt: the TensorRT module.
-        network: parsed from ``path``.
-        config: the builder's.
-        path: the ONNX file.
+    """Have the plan of a network, parsed from an ONNX file, built without the checkpoint's weights.
 
     Raises:
         BuildError: TensorRT does not know a weight by the graph's name for it.
@@ -75,7 +65,7 @@ def refit(trt: Any, engine: Any, log: Any, path: Path) -> None:
     Args:
         trt: the TensorRT module.
         engine: deserialised from a stripped plan.
-        log: see :func:`qwen2vl_trt.engines.tensorrt_log.tensorrt_log`.
+        log: see :func:`qwen2vl_trt.engines.tensorrt_callbacks.tensorrt_log`.
         path: the ONNX file that it was built from, with the weights beside it.
 
     Raises:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import sys
 
-from qwen2vl_trt import Pipeline, Request, SamplingParams
+from qwen2vl_trt import Pipeline, Qwen2VLError, Request, SamplingParams
 
 
 def main(image: str, prompt: str) -> None:
     """Print the answer as it comes, then what it took."""
-    pipeline = Pipeline.from_engine_dir(os.environ.get("ENGINE_DIR", "artifacts/tiny-onnxruntime-fp32"))
+    folder = os.environ.get("ENGINE_DIR")
+    pipeline = Pipeline.from_engine_dir(folder) if folder else Pipeline.from_pretrained("tiny")
     for event in pipeline.stream(Request(prompt, [image]), SamplingParams(max_tokens=64)):
         print(event.text, end="", flush=True)
     output = event.output
@@ -25,4 +26,7 @@ def main(image: str, prompt: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(f"usage: {sys.argv[0]} IMAGE PROMPT")
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except Qwen2VLError as error:  # one line: what is wrong, and the way out
+        sys.exit(f"error: {error}")

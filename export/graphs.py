@@ -50,11 +50,7 @@ class Graph:
 
 
 def vision_graph(config: Qwen2VLConfig, dtype: torch.dtype, fp8: Set[str] = frozenset()) -> Graph:
-    """Patches in window order to image embeddings; see :class:`qwen2vl_trt.windows.WindowLayout`.
-
-    Args:
-        fp8: the quantised layers, see :func:`qwen2vl_trt.quantization.fp8_layers`.
-    """
+    """Patches in window order to image embeddings, see :class:`qwen2vl_trt.windows.WindowLayout`; ``fp8`` layers."""
     inputs = {
         "pixel_values": TensorSpec(("windows", "slots", config.vision.qwen2_vl_dim), dtype),
         "window_lengths": TensorSpec(("windows",), INT),
@@ -82,7 +78,6 @@ def decoder_graph(
     Args:
         max_seq_len: the cache capacity M; None leaves it dynamic (TensorRT refuses that, ONNX Runtime gains by it:
             its attention computes over the whole capacity, whatever is used).
-        fp8: as in :func:`vision_graph`.
     """
     text = config.text
     layers = range(text.num_hidden_layers)

@@ -4,19 +4,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import cache
-from importlib.util import find_spec
 
 import torch
-
-from qwen2vl_trt.errors import MissingDependencyError
-
-
-def require_torchvision(who: str, extra: str) -> None:
-    """Raises MissingDependencyError without it, for whom Transformers' processor is needed, naming the extra."""
-    if find_spec("torchvision") is None:
-        raise MissingDependencyError(
-            f"{who} needs torchvision, which is not installed: pip install 'qwen2vl-trt[{extra}]'"
-        )
 
 
 @cache

@@ -25,20 +25,16 @@ def export_onnx(
     on_step: Callable[[str], None] = lambda step: None,
     decoder_dtype: torch.dtype | None = None,
 ) -> list[Path]:
-    """Write both graphs into a folder that then holds the whole model.
+    """Write both graphs into a folder that then holds the whole model; returns the two files.
 
     A checkpoint quantised to FP8 becomes graphs with QuantizeLinear and DequantizeLinear around its layers.
 
     Args:
-        checkpoint: the model.
         folder: exists; gets the checkpoint's files (weights hard-linked) and the two graphs.
         dtype: of weights and activations in the graphs, FP8 apart.
         max_seq_len: cache capacity of the decoder; None leaves it dynamic.
         on_step: told the name of each step as it begins (see :data:`STEPS`).
         decoder_dtype: of the decoder graph, where it is another than the vision graph's.
-
-    Returns:
-        The two files.
 
     Raises:
         CheckpointError: the weights do not fit the configuration, or are quantised in a way that is not supported.

@@ -1,8 +1,7 @@
-"""Quantise a checkpoint to FP8 with NVIDIA Model Optimizer, into the checkpoint format that it exports.
+"""Quantise a checkpoint to FP8 with NVIDIA Model Optimizer, into its unified Hugging Face checkpoint.
 
-Model Optimizer runs Transformers' own model over calibration samples, keeps the largest input of every linear layer,
-and writes its unified Hugging Face checkpoint, which vLLM and TensorRT-LLM read too. Its default configuration leaves
-a vision tower as it is; ours quantises the linear layers of every block of both.
+Model Optimizer runs Transformers' model over calibration samples and records the largest input of every linear layer.
+Its default configuration leaves a vision tower as it is; ours quantises the linear layers of every block of both.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from qwen2vl_trt.checkpoint import INDEX_FILE, Checkpoint
 from qwen2vl_trt.config import read_json
-from qwen2vl_trt.errors import BuildError, MissingDependencyError, Qwen2VLError
+from qwen2vl_trt.errors import BuildError, Qwen2VLError, reason, require
 from qwen2vl_trt.quantization import fp8_layers
 from qwen2vl_trt.windows import Grid
 
@@ -35,11 +33,7 @@ _DECODER, _VISION = "language_model.layers", "visual.blocks"
 
 
 def fp8_config(vision: bool = True) -> dict[str, Any]:
-    """Model Optimizer's FP8_DEFAULT_CFG for the blocks; merger, patch embedding and lm_head stay.
-
-    Args:
-        vision: those of the vision tower too, not of the decoder alone.
-    """
+    """Model Optimizer's FP8_DEFAULT_CFG for the blocks, of the decoder alone without ``vision``."""
     quantizers = [
         {"quantizer_name": f"*{part}.*{what}_quantizer", "cfg": _E4M3}
         for part in ((_DECODER, _VISION) if vision else (_DECODER,))
@@ -75,12 +69,11 @@ def check_quantizer() -> str:
     Raises:
         MissingDependencyError: it, or a package that it needs, is not installed.
     """
-    missing = [name for name in ("modelopt", "requests") if find_spec(name) is None]
-    if missing:
-        raise MissingDependencyError(
-            f"quantising to FP8 needs {'NVIDIA Model Optimizer' if missing[0] == 'modelopt' else missing[0]}, which is"
-            " not installed: pip install 'qwen2vl-trt[quantize]'"
-        )
+    require(
+        "quantising to FP8",
+        "quantize",
+        {"modelopt": "NVIDIA Model Optimizer (nvidia-modelopt)", "requests": "requests"},
+    )
     from importlib.metadata import version
 
     return version("nvidia-modelopt")
@@ -99,13 +92,9 @@ def quantize_checkpoint(
     Args:
         checkpoint: in BF16, FP16 or FP32; what is not quantised is written in BF16.
         folder: a new one, for the quantised checkpoint; whole only once this returns.
-        samples: what to calibrate with.
         device: where the model runs. It is held whole: 17 GB for 7B.
         on_sample: called after each sample.
         vision: quantise the vision tower too, not the decoder alone.
-
-    Returns:
-        The quantised checkpoint, whose scales are sound.
 
     Raises:
         MissingDependencyError: see :func:`check_quantizer`.
@@ -119,12 +108,12 @@ def quantize_checkpoint(
             _run_model_optimizer(checkpoint, folder, samples, device, on_sample, vision)
         _restore_companions(checkpoint, folder)
     except OSError as error:
-        raise BuildError(f"{folder}: {error.strerror or error}; nothing that loads was left there") from None
+        raise BuildError(f"{folder}: {reason(error)}; nothing that loads was left there") from None
     except Qwen2VLError:
         raise
     except Exception as error:  # Model Optimizer, Transformers and safetensors have no common base
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BuildError(f"Model Optimizer {version} cannot quantise {checkpoint.folder}: {reason}") from error
+        said = reason(error) or type(error).__name__
+        raise BuildError(f"Model Optimizer {version} cannot quantise {checkpoint.folder}: {said}") from error
     quantized = Checkpoint(folder)
     fp8_layers(quantized)
     return quantized

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .runtime.pipeline import Pipeline
     from .runtime.preprocessing.sizes import MediaSize
     from .runtime.request import Event, Output, Request, Timings
-    from .runtime.sampler import SamplingParams
+    from .runtime.sampling_params import SamplingParams
     from .runtime.scheduling.counters import Counters
     from .runtime.service import Answer, Service
 
@@ -87,7 +87,7 @@ _MODULES = {
     "Pipeline": "runtime.pipeline",
     "PipelineOptions": "runtime.options",
     "Request": "runtime.request",
-    "SamplingParams": "runtime.sampler",
+    "SamplingParams": "runtime.sampling_params",
     "Service": "runtime.service",
     "Timings": "runtime.request",
     "Video": "runtime.inputs.video",

@@ -18,7 +18,7 @@ def build() -> NoReturn:
 def _run(function: str, prog: str) -> NoReturn:
     begin()  # before the rest is imported
     from qwen2vl_trt import commands
-    from qwen2vl_trt.engines.command import run_command
+    from qwen2vl_trt.commands.process import run_command
 
     run_command(lambda: getattr(commands, function)(prog=prog))
 

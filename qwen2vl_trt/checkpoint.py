@@ -23,9 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import Qwen2VLConfig, read_json
-from .downloads import lacking
 from .errors import CheckpointError
-from .foreign import QUANTIZATION_FILE, refuse_foreign
+from .foreign import QUANTIZATION_FILE, lacking, refuse_foreign
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
+from pathlib import Path
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
 
 _LONGEST_WORD = 300
 _LONGEST_MESSAGE = 2000
@@ -27,6 +31,46 @@ def _cut(text: str, most: int) -> str:
     gap = f"...({len(text):,} characters)..."
     kept = most - len(gap)
     return text[: kept * 2 // 3] + gap + text[-(kept // 3) :]
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line and without a number of the system's."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
+
+
+def program(name: str) -> str:
+    """How ``run.py`` or ``build_engines.py`` is called from here: the script in a checkout, else the command."""
+    if Path.cwd().resolve() == _CHECKOUT and (_CHECKOUT / name).is_file():
+        return f"python {name}"
+    return {"run.py": "qwen2vl-trt", "build_engines.py": "qwen2vl-trt-build"}[name]
+
+
+def pip_install(extra: str = "") -> str:
+    """The command that installs this package with an extra, from its checkout where it lies in one."""
+    extras = f"[{extra}]" if extra else ""
+    if not (_CHECKOUT / "pyproject.toml").is_file():
+        return f"pip install 'qwen2vl-trt{extras}'"
+    return f"pip install -e '{'.' if Path.cwd().resolve() == _CHECKOUT else _CHECKOUT}{extras}'"
+
+
+def require(what: str, extra: str, modules: dict[str, str], hint: str = "") -> None:
+    """See that optional packages are installed.
+
+    Args:
+        what: needs them.
+        extra: of this package, which brings them all.
+        modules: what is imported, and what a package index calls it.
+        hint: another way out.
+
+    Raises:
+        MissingDependencyError: naming all that are missing, and the command that installs them.
+    """
+    missing = [package for module, package in modules.items() if find_spec(module) is None]
+    if missing:
+        are = "is" if len(missing) == 1 else "are"
+        raise MissingDependencyError(
+            f"{what} needs {' and '.join(missing)}, which {are} not installed: {pip_install(extra)}{hint}"
+        )
 
 
 class Qwen2VLError(Exception):

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .config import Qwen2VLConfig
-from .downloads import is_cut_short
 from .errors import CheckpointError
-from .foreign import ADAPTER_FILE, gguf_in_words, refuse_foreign
+from .foreign import ADAPTER_FILE, gguf_in_words, is_cut_short, refuse_foreign
 
 logger = logging.getLogger(__name__)
 

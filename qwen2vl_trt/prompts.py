@@ -15,8 +15,8 @@ from typing import Any
 
 from .chat_template import ChatTemplate
 from .config import Qwen2VLConfig, read_json
-from .downloads import lacking
 from .errors import CheckpointError, LimitError, PromptError
+from .foreign import lacking
 from .inert_text import InertText
 from .messages import Message, to_messages
 

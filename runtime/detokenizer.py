@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Literal, Protocol
 
-from .sampler import Sampling
+from .sampling_params import Sampling
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 

@@ -19,7 +19,7 @@ from qwen2vl_trt.errors import CheckpointError
 from qwen2vl_trt.known_fields import GENERATION_FIELDS, Harmless
 from qwen2vl_trt.schema import checked, reject_unknown
 
-from .sampler import PENALTIES, SamplingParams
+from .sampling_params import PENALTIES, SamplingParams
 
 FILE = "generation_config.json"
 

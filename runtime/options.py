@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import LimitError
 
-from .media.ahead import DEFAULT_AHEAD_BYTES
-from .preprocessing.preprocessor import Decode
-from .preprocessing.settings import PreprocessorSettings
+if TYPE_CHECKING:
+    from .preprocessing.settings import PreprocessorSettings
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,11 @@ class PipelineOptions:
     generation_config: Literal["auto", "none"] = "auto"
     allow_special_tokens: bool = False
     max_num_tokens: int = 512
-    decode: Decode = "cpu"
+    decode: Literal["cpu", "gpu"] = "cpu"
     reuse_prefixes: bool = True
     embedding_cache_bytes: int = 256 << 20  # about 140 images of 448x448 in BF16 at 7B's width
     overlap: bool = True
-    ahead_bytes: int = DEFAULT_AHEAD_BYTES
+    ahead_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
         if self.max_num_tokens < 1:
@@ -80,6 +79,8 @@ class PipelineOptions:
             CheckpointError: see :meth:`~qwen2vl_trt.runtime.preprocessing.settings.PreprocessorSettings.from_folder`.
             LimitError: ``min_pixels`` above ``max_pixels``.
         """
+        from .preprocessing.settings import PreprocessorSettings
+
         settings = PreprocessorSettings.from_folder(folder, self.cap_pixels_per_frame)
         settings = settings.with_limits(self.min_pixels, self.max_pixels)
         return replace(settings, profile=profile, strict_size=self.strict_size)

@@ -8,9 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from importlib import import_module
 from itertools import islice
 from operator import index
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +33,8 @@ from .observer import Observer, Stage, unobserved
 from .options import PipelineOptions
 from .preprocessing.preprocessor import Preprocessor
 from .request import Event, Output, Request
-from .sampler import Sampling, SamplingParams, SequenceSampling
+from .sampler import SequenceSampling
+from .sampling_params import Sampling, SamplingParams
 from .scheduling.counters import Counters
 from .scheduling.executor import Executor, SelfScheduling
 from .scheduling.media_ahead import MediaAhead
@@ -83,7 +86,7 @@ class Pipeline:
         )
         self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision, observe)
         penalty = self._generation.defaults.repetition_penalty
-        if isinstance(engines.backend, SelfScheduling) and penalty not in (None, 1):
+        if isinstance(engines.runner, SelfScheduling) and penalty not in (None, 1):
             _logger.warning(
                 "%s: repetition_penalty %g is left out, backend %s does not apply it; answers may differ from the other"
                 " backends'",
@@ -115,13 +118,44 @@ class Pipeline:
         device: str | None = None,
         options: PipelineOptions | None = None,
     ) -> Pipeline:
-        """Open an engine folder that ``build_engines.py`` wrote.
+        """Open an engine folder that a build wrote.
 
         Raises:
             EngineError: no engine, damaged, of another format, or not runnable here.
             MissingDependencyError: ``decode="gpu"``, and nvImageCodec is not installed.
         """
         return cls(open_engines(folder, device), options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "tiny",
+        backend: str | None = None,
+        precision: str | None = None,
+        device: str | None = None,
+        options: PipelineOptions | None = None,
+        **settings: Any,
+    ) -> Pipeline:
+        """Open a model's engines, which are built below ``artifacts/`` in the current folder where they are missing.
+
+        Args:
+            model: ``tiny``, ``Qwen2.5-VL-{3B,7B,32B,72B}``, a hub id ``Org/Name`` or a checkpoint folder.
+            backend: as ``--backend``.
+            precision: as ``--precision``.
+            device: ``cpu``, ``cuda``, ``cuda:1``; by default a GPU where the backend can use one here.
+            options: see :class:`~qwen2vl_trt.runtime.options.PipelineOptions`.
+            settings: other options of a build by name, ``max_batch_size=4``, ``engine_dir=...``, ``force=True``.
+
+        Raises:
+            BuildError: an option has no meaning, other engines are there, or they cannot be built.
+            CheckpointError: the model cannot be found, or used.
+            EngineError: the engines do not run here.
+            MissingDependencyError: a package is not installed.
+        """
+        building = import_module("qwen2vl_trt.building.folder")  # above this package: it calibrates FP8 with it
+        given = {"model": model, "backend": backend, "precision": precision, "device": device, **settings}
+        folder = building.engine_folder(building.BuildRequest.of(given), options)
+        return cls.from_engine_dir(folder, device, options)
 
     def generate(
         self,
@@ -225,9 +259,9 @@ class Pipeline:
 
     @cached_property
     def _scheduler(self) -> Executor:
-        backend = self.engines.backend
-        if isinstance(backend, SelfScheduling):
-            return backend.load_executor(self.engines, self.options.reuse_prefixes, self._counters)
+        runner = self.engines.runner
+        if isinstance(runner, SelfScheduling):
+            return runner.load_executor(self.engines, self.options.reuse_prefixes, self._counters)
         options, decoder = self.options, self.engines.decoder
         return Scheduler(decoder, options.max_num_tokens, options.reuse_prefixes, self._counters, self._observe)
 

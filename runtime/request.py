@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from reprlib import Repr
 from typing import Any
 
 from torch import Tensor
@@ -17,10 +18,32 @@ from .detokenizer import FinishReason
 from .inputs.images import ImageSource, split_batch
 from .inputs.video import VideoSource
 from .preprocessing.sizes import MediaSize
-from .sampler import SamplingParams
+from .sampling_params import SamplingParams
 
 
-@dataclass(frozen=True)
+class _Short(Repr):
+    """``reprlib``'s, with longer strings, arrays and tensors by their shape, bytes by their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 200
+
+    def repr1(self, value: Any, level: int) -> str:
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
+            return f"<{type(value).__name__} {tuple(value.shape)} {value.dtype}>"
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            return f"<{len(value):,} bytes>"
+        if is_dataclass(value):
+            given = ((each.name, getattr(value, each.name), each.default) for each in fields(value))
+            shown = (f"{name}={self.repr1(each, level - 1)}" for name, each, default in given if each is not default)
+            return f"{type(value).__name__}({', '.join(shown)})"
+        return super().repr1(value, level)
+
+
+_SHORT = _Short()
+
+
+@dataclass(frozen=True, repr=False)
 class Request:
     """One prompt with its images and videos.
 
@@ -60,6 +83,9 @@ class Request:
             return
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
             raise DeadlineError(f"deadline is {seconds!r}; it must be a number of seconds above 0, or None")
+
+    def __repr__(self) -> str:
+        return _SHORT.repr(self)
 
     @classmethod
     def from_batch(cls, images: Tensor, prompts: Sequence[str]) -> list[Request]:
@@ -143,6 +169,13 @@ class Output:
         self._on_end = on_end
         self.arrival = clock()
         self._deadline = deadline
+
+    def __repr__(self) -> str:
+        state = f"error={self.error!r}" if self.error is not None else f"finish_reason={self.finish_reason!r}"
+        return (
+            f"Output(text={_SHORT.repr(''.join(self._text))}, tokens={len(self._token_ids)}, {state},"
+            f" prompt_tokens={self.prompt_tokens}, images={len(self.images)}, videos={len(self.videos)})"
+        )
 
     @property
     def text(self) -> str:

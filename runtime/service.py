@@ -13,7 +13,7 @@ from qwen2vl_trt.errors import ExecutionError, Qwen2VLError, UnavailableError
 
 from .pipeline import Pipeline
 from .request import Event, Output, Request
-from .sampler import SamplingParams
+from .sampling_params import SamplingParams
 from .scheduling.counters import Counters
 from .scheduling.scheduler import named
 from .scheduling.sequence import NewToken

@@ -119,11 +119,10 @@ def built_model(request: pytest.FixtureRequest) -> BuiltModel:
 def fp8_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in FP8, by Model Optimizer over 96 scenes of its training digits. Do not write into it."""
     pytest.importorskip("modelopt", reason="NVIDIA Model Optimizer is not installed: the quantize extra")
+    from qwen2vl_trt.building.calibration import Calibration, training_data
     from qwen2vl_trt.checkpoint import Checkpoint
     from qwen2vl_trt.export.quantize import quantize_checkpoint
     from qwen2vl_trt.hub import resolve_model
-    from qwen2vl_trt.runtime.calibration import Calibration
-    from qwen2vl_trt.tiny.calibration import training_data
 
     checkpoint = Checkpoint(resolve_model("tiny").folder)
     samples = Calibration(checkpoint, training_data(96))

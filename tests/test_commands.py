@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +24,8 @@ from safetensors.torch import load_file
 import build_engines
 import run
 from qwen2vl_trt import __version__
-from qwen2vl_trt.commands import COMMANDS
-from qwen2vl_trt.engines.command import run_command
+from qwen2vl_trt.commands import COMMANDS, make_parser
+from qwen2vl_trt.commands.process import run_command
 from qwen2vl_trt.engines.manifest import FORMAT
 from tests.support import fake_nvimgcodec
 from tests.support.engine_folders import BUILDS, write_checkpoint
@@ -339,7 +341,7 @@ WRONG_OPTIONS = {
     (*ASK, "--model", "./none"): "no such folder",
     (*ASK, "--model", "a.png"): "unknown model 'a.png'",
     (*ASK, "--model", "Qwen2.5-VL-7B"): "huggingface.co",
-    (*ASK, "--model", "model", "--backend", "abacus"): "unknown backend 'abacus'",
+    (*ASK, "--model", "model", "--backend", "abacus"): "invalid choice: 'abacus'",
     (*ASK, "--model", "model", "--precision", "fp64"): "fp64",
     (*ASK, "--model", "model", "--max-batch-size", "0"): "--max-batch-size is 0",
     (*ASK, "--model", "model", "--min-hw-dims", "99", "--max-hw-dims", "9"): "--min-hw-dims 99 is larger",
@@ -373,13 +375,18 @@ WRONG_OPTIONS = {
     ("features", "--image", "a.png", "--output", "a.png"): "a.png is a file; name a folder",
     ("eval", "--cases", "-1"): "--cases: '-1' is not a whole number",
 }
+WRONG_OPTIONS |= {
+    ("bench", "seed"): "invalid choice: 'seed' (choose from ",
+    ("bench", "--json", "build"): "bench build is a command: it comes before the options",
+    ("compere",): "unknown command 'compere'; there are generate, features",
+}
 WITH_ENGINES = {
     (*ASK, "--max-batch-size", "4"): "runs as it was built",
     (*ASK, "--precision", "bf16"): "runs as it was built",
     (*ASK, "--device", "abacus"): "unknown device 'abacus'",
     (*ASK, "--device", "cuda:99"): "cuda:99",
     (*ASK, "--device", "cpu", "--decode", "gpu"): "(--decode gpu) needs a GPU, and the engines run on cpu",
-    (*ASK, "--device", "cuda", "--decode", "gpu"): 'pip install "qwen2vl-trt[gpu-decode]"',
+    (*ASK, "--device", "cuda", "--decode", "gpu"): "[gpu-decode]'",
     (
         *("features", "--image", "b.jpg", "--output", "g.safetensors"),
         *("--device", "cpu", "--decode", "gpu"),
@@ -485,7 +492,7 @@ SPOILED = {
 
 def test_a_bad_file_of_a_checkpoint_is_known_before_the_build(call, user, monkeypatch):
     built = []
-    monkeypatch.setattr("qwen2vl_trt.runtime.engine_folder.build_engines", lambda *arguments: built.append(arguments))
+    monkeypatch.setattr("qwen2vl_trt.building.folder.build_engines", lambda *arguments: built.append(arguments))
     for file, faults in SPOILED.items():
         for fault in faults:
             shutil.rmtree(user / "spoiled", ignore_errors=True)
@@ -603,7 +610,7 @@ runpy.run_path(script, run_name="__main__")
 
 
 @pytest.mark.parametrize(
-    "module", ["dataclasses", "qwen2vl_trt.engines.command", "qwen2vl_trt.engines.arguments", "torch"]
+    "module", ["dataclasses", "qwen2vl_trt.commands.process", "qwen2vl_trt.engines.backends", "torch"]
 )
 def test_an_interrupt_of_an_import_is_not_lost(user, module):
     for script, *arguments in (
@@ -655,7 +662,7 @@ def test_stdout_that_is_full_closed_or_gone(user, quick):
     ("closing", "reason"), [(">&-", "Bad file descriptor"), (">/dev/full", "No space left on device")]
 )
 def test_an_answer_that_nobody_gets_is_an_error(user, quick, closing, reason):
-    for arguments in ((*quick, *ASK), ("inspect", quick[1])):
+    for arguments in ((*quick, *ASK), ("inspect", quick[1]), ("generate", "--help"), ("help",), ("--version",)):
         command = (ROOT / "run.py", *arguments)
         found = finish(start(user, "-c", SHELL, closing, sys.executable, *command))
         assert found == (1, "", f"error: stdout: {reason}\n"), arguments
@@ -669,6 +676,70 @@ def test_two_builds_at_once(user):
     # The second says that it waits, if it comes while the first is at work.
     found = sorted((code, errors.splitlines()[-1]) for code, errors in ended)
     assert found == [(0, "shared: built"), (0, "shared: up to date")]
+
+
+HEAVY = "torch", "onnxruntime", "transformers", "onnx", "huggingface_hub"
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "build"])
+def test_help_and_wrong_options_import_nothing_slow(command):
+    """They are to end in a tenth of a second, not in PyTorch's two."""
+    code = f"""import sys
+from qwen2vl_trt import commands
+for argument in ("--help", "--no-such-option"):
+    try:
+        commands.build_main([argument]) if {command!r} == "build" else commands.main([*{command.split()}, argument])
+    except SystemExit as end:
+        print(end.code, end=" ")
+print([name for name in {HEAVY} if name in sys.modules])"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("0 2 []\n"), done.stdout[-300:]
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_has_groups_the_everyday_ones_first(call):
+    for arguments in (
+        (run, "generate"),
+        (run, "features"),
+        (run, "batch"),
+        (run, "bench"),
+        (run, "eval"),
+        (build_engines,),
+    ):
+        _, out, _ = call(*arguments, "--help")
+        assert out.index("\noptions:") < out.index("\nmodel and engines:") < out.index("\nTensorRT:"), arguments
+
+
+def test_options_that_mean_the_same_are_spelt_the_same():
+    """``--json`` is a flag, ``--model`` a name, wherever they are."""
+    kinds = {}
+    for name in [*COMMANDS, "build"]:
+        parser = make_parser(name, import_module(f"qwen2vl_trt.commands.{name.replace(' ', '_')}"))
+        for action in parser._actions:
+            for option in action.option_strings:
+                kinds.setdefault(option, {}).setdefault(action.nargs == 0, []).append(name)
+    differing = {option: names for option, names in kinds.items() if len(names) > 1}
+    assert differing.keys() <= {"--layers"}, (
+        differing
+    )  # of a benchmark's model a number; of a report, whether to list them
+    assert not {"--num-workers", "--partition-rows", "--models"} & kinds.keys()
+
+
+def completions(line):
+    environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n"}
+    with tempfile.NamedTemporaryFile("r") as file:
+        environment |= {"_ARGCOMPLETE_STDOUT_FILENAME": file.name}
+        command = [sys.executable, "-m", "qwen2vl_trt"]
+        subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, check=False)
+        return {word.strip() for word in file.read().split("\n")}
+
+
+def test_a_shell_completes_commands_options_and_choices():
+    pytest.importorskip("argcomplete")
+    assert {"bench", "features", "generate", "plan"} <= completions("qwen2vl-trt ")
+    assert completions("qwen2vl-trt bench b") == {"build"}
+    assert completions("qwen2vl-trt bench build --calibration-d") == {"--calibration-data"}
+    assert "tensorrt-rtx" in completions("qwen2vl-trt features --backend ")
 
 
 @pytest.mark.parametrize(("error", "line"), [(MemoryError(), "out of memory"), (OSError(28, "full"), "stdout: full")])

@@ -126,7 +126,7 @@ def test_a_change_is_checked_by_the_tests_beside_it():
 
     assert found("runtime/sampler.py") == ["tests/runtime/test_sampler.py"]
     assert found("qwen2vl_trt/mrope.py", "README.md") == ["tests/qwen2vl_trt/test_mrope.py"]
-    assert "tests/engines/test_profile.py" in found("engines/arguments.py")
+    assert "tests/engines/test_tensorrt_profiles.py" in found("engines/tensorrt_profiles.py")
     assert found("qwen2vl_trt/planning/__init__.py") == [
         str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests/planning").glob("test_*.py"))
     ]

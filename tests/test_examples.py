@@ -61,6 +61,14 @@ def test_the_script(engine_dir, monkeypatch, capsys):
     assert embedding == "embedding of the image: (20, 128)"
 
 
+@pytest.mark.parametrize("missing", ["image", "engines"])
+def test_the_script_says_in_one_line_what_is_missing(engine_dir, monkeypatch, missing, tmp_path):
+    monkeypatch.setenv("ENGINE_DIR", str(engine_dir if missing == "image" else tmp_path / "none"))
+    monkeypatch.setattr(sys, "argv", ["ask.py", "none.png", ASK["prompt"]])
+    with pytest.raises(SystemExit, match=r"^error: .*none.*[^\n]$"):
+        runpy.run_path(str(ROOT / "examples" / "ask.py"), run_name="__main__")
+
+
 def test_the_notebook(engine_dir, monkeypatch, capsys):
     """Its cells, one after another in one namespace."""
     monkeypatch.setenv("ENGINE_DIR", str(engine_dir))

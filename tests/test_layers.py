@@ -16,6 +16,7 @@ LAYERS = (
     "runtime",
     "planning",
     "tiny",
+    "building",
     "accuracy",
     "fleet",
     "benchmarks",
@@ -124,3 +125,21 @@ def test_no_modules_import_each_other_in_a_circle():
     while free := {module for module, targets in waiting.items() if not targets}:
         waiting = {module: targets - free for module, targets in waiting.items() if module not in free}
     assert not waiting
+
+
+def test_messages_name_commands_that_work_where_the_user_is():
+    """``errors.program`` and ``errors.pip_install`` know the checkout from the installed package."""
+    fixed = []
+    for module, path in SOURCES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        owners = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        docs = {
+            id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, owners) and ast.get_docstring(node)
+        }
+        texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docs]
+        for text in texts:
+            if re.search(
+                r"\brun\.py .|build_engines\.py .|pip install .?qwen2vl-trt", text if isinstance(text, str) else ""
+            ):
+                fixed.append(f"{module}: {text}")
+    assert [found.split(":")[0] for found in fixed] == ["qwen2vl_trt.errors", "qwen2vl_trt.tiny.card"], fixed

@@ -7,7 +7,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from qwen2vl_trt.engines.onnxruntime_version import OLDEST
+from qwen2vl_trt.engines.backends import BACKENDS
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TOML")
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,4 +58,4 @@ def test_constraints_are_allowed(name):
 
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-gpu"])
 def test_onnx_runtime_is_required_as_sessions_check_it(name):
-    assert lowest(requirements("gpu")[name]).release == OLDEST
+    assert lowest(requirements("gpu")[name]).release == BACKENDS["onnxruntime"].oldest

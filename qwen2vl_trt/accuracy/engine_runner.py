@@ -66,11 +66,11 @@ class EngineRunner(BaseRunner):
     @staticmethod
     def can_record(engines: Engines) -> bool:
         """Whether the blocks inside this backend's engines can be seen."""
-        return engines.backend in (torch_runner, onnxruntime_runner)
+        return engines.runner in (torch_runner, onnxruntime_runner)
 
     def _load(self) -> tuple[VisionRunner, DecoderRunner]:
         engines = replace(self._engines)  # its engines stay loaded as long as it is there
-        if self._layers and engines.backend is onnxruntime_runner:
+        if self._layers and engines.runner is onnxruntime_runner:
             vision = self._marked_session("vision", self._config.vision.depth, VISION_PREFIX)
             decoder = self._marked_session("decoder", self._config.text.num_hidden_layers, "")
             return onnxruntime_runner.load_vision(engines, vision), onnxruntime_runner.load_decoder(engines, decoder)

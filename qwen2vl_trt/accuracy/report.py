@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from qwen2vl_trt.engines.manifest import Manifest
-from qwen2vl_trt.errors import CompareError
-from qwen2vl_trt.files import write_whole
 
 from .cases import Case
 from .comparison import Row
@@ -138,16 +136,9 @@ class Report:
             "passed": not self.departures,
         }
 
-    def write_json(self, path: Path) -> None:
-        """Write everything, whole or not at all.
-
-        Raises:
-            CompareError: the file cannot be written.
-        """
-        try:
-            write_whole(path, json.dumps(_finite(self.as_dict()), indent=2, allow_nan=False).encode())
-        except OSError as error:
-            raise CompareError(f"{path} cannot be written: {error.strerror or error}") from None
+    def as_json(self) -> str:
+        """:meth:`as_dict`, without infinities, which JSON has not."""
+        return json.dumps(_finite(self.as_dict()), indent=2, allow_nan=False)
 
 
 def is_block(name: str) -> bool:

@@ -33,8 +33,9 @@ class SavedInputs:
         self._feeds: dict[str, list[dict[str, Tensor]]] = {}
         if "vision.onnx" not in engines.manifest.files:
             raise CompareError(f"--save-inputs: {engines.folder} has no ONNX graphs; backend onnxruntime has")
-        tensorrt = engines.manifest.backend.startswith("tensorrt")
-        self._capacity = engines.manifest.profile.max_seq_len if tensorrt else None  # static in TensorRT's graph
+        self._capacity = (
+            engines.manifest.profile.max_seq_len if engines.backend.plans else None
+        )  # static in TensorRT's graph
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qwen2vl_trt.errors import BenchmarkError, MissingDependencyError
+from qwen2vl_trt.errors import BenchmarkError, require
 from qwen2vl_trt.files import replacement, write_whole
 
 
@@ -35,10 +34,7 @@ def check_plot(path: Path, option: str = "--plot") -> None:
         MissingDependencyError: Matplotlib is not installed; it names the extra.
     """
     check_target(path)
-    if find_spec("matplotlib") is None:
-        raise MissingDependencyError(
-            f"{option} needs matplotlib, which is not installed: pip install 'qwen2vl-trt[bench]'"
-        )
+    require(option, "bench", {"matplotlib": "matplotlib"})
     from matplotlib.backend_bases import FigureCanvasBase
 
     kinds = FigureCanvasBase.get_supported_filetypes()

@@ -1,16 +1,16 @@
 """The commands, a module each: ``add_arguments(parser)``, ``run(arguments)``, a docstring that ``--help`` prints.
 
-A module that has an ``EPILOG`` has it printed below the options. It is imported when its command is named.
+A module that has an ``EPILOG`` has it printed below the options. Modules are imported when their command is named, and
+import PyTorch in ``run`` alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 from typing import Any
-
-from qwen2vl_trt.engines.command import Parser
 
 COMMANDS = {
     "generate": "answer a prompt about images and videos",
@@ -35,24 +35,26 @@ def main(argv: list[str] | None = None, prog: str = "run.py") -> None:
         prog: the name of the program in help and errors.
     """
     argv = sys.argv[1:] if argv is None else argv
-    words = " ".join(argv[:2])
-    if not argv or argv[0] in ("help", "-h", "--help"):
+    if "_ARGCOMPLETE" in os.environ:
+        _complete(prog)
+    elif not argv or argv[0] in ("help", "-h", "--help"):
         print(_overview(prog))
     elif argv == ["--version"]:
-        Parser(prog=prog).parse_args(argv)
-    elif words in COMMANDS:
-        call(words, argv[2:], prog)
-    elif argv[0] in COMMANDS:
-        call(argv[0], argv[1:], prog)
+        make_parser(prog).parse_args(argv)
     elif argv[0].startswith("-"):
         call("generate", argv, prog)
+    elif name := _command(argv):
+        call(name, argv[len(name.split()) :], prog)
     else:
-        Parser(prog=prog).error(f"unknown command {argv[0]!r}; there are {', '.join(COMMANDS)}")
+        make_parser(prog).error(f"unknown command {argv[0]!r}; there are {', '.join(COMMANDS)}")
 
 
 def build_main(argv: list[str] | None = None, prog: str = "build_engines.py") -> None:
     """Build engines."""
-    run_module(import_module(f"{__name__}.build"), prog, sys.argv[1:] if argv is None else argv)
+    parser = make_parser(prog, module := import_module(f"{__name__}.build"))
+    if "_ARGCOMPLETE" in os.environ:
+        _autocomplete(parser)
+    _run(module, parser, sys.argv[1:] if argv is None else argv)
 
 
 def call(name: str, argv: list[str], prog: str = "run.py") -> None:
@@ -61,11 +63,15 @@ def call(name: str, argv: list[str], prog: str = "run.py") -> None:
     Its arguments have ``command_line`` besides: all words, for reports that say how they were made.
     """
     module = import_module(f"{__name__}.{name.replace(' ', '_')}")
-    run_module(module, f"{prog} {name}", argv)
+    _run(module, make_parser(f"{prog} {name}", module), argv)
 
 
-def run_module(module: Any, prog: str, argv: list[str]) -> None:
-    """Read the options of a command's module and run it."""
+def make_parser(prog: str, module: Any = None) -> argparse.ArgumentParser:
+    """The parser of a command's module; without one it knows ``--version`` alone."""
+    from .options import Parser
+
+    if module is None:
+        return Parser(prog=prog)
     parser = Parser(
         prog=prog,
         description=module.__doc__,
@@ -73,9 +79,37 @@ def run_module(module: Any, prog: str, argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
+    return parser
+
+
+def _run(module: Any, parser: argparse.ArgumentParser, argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
-    arguments.command_line = [*prog.split(), *argv]
+    arguments.command_line = [*parser.prog.split(), *argv]
     module.run(arguments)
+
+
+def _command(words: list[str]) -> str | None:
+    """The command that a line begins with, the one of two words where both are given."""
+    return next((name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), None) if words else None
+
+
+def _complete(prog: str) -> None:
+    """Answer the shell, which asks through argcomplete what may come next."""
+    start = int(os.environ["_ARGCOMPLETE"])
+    line = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
+    words = line[: line.rfind(" ") + 1].split()[start:]  # without the one that is being typed
+    name = _command(words) or ""
+    parser = make_parser(prog, import_module(f"{__name__}.{(name or 'generate').replace(' ', '_')}"))
+    if not words:
+        parser.add_argument("command", nargs="?", choices=[known for known in COMMANDS if " " not in known])
+    os.environ["_ARGCOMPLETE"] = str(start + len(name.split()))
+    _autocomplete(parser)
+
+
+def _autocomplete(parser: argparse.ArgumentParser) -> None:
+    import argcomplete
+
+    argcomplete.autocomplete(parser)
 
 
 def _overview(prog: str) -> str:

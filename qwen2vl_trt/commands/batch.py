@@ -16,16 +16,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen2vl_trt.engines.command import folder_name, positive_number
-from qwen2vl_trt.errors import BatchError
-from qwen2vl_trt.fleet.extra import check_extra
+from qwen2vl_trt.errors import BatchError, require
 from qwen2vl_trt.fleet.tally import Tally
 from qwen2vl_trt.messages import LONE_SURROGATE
-from qwen2vl_trt.runtime.pipeline_arguments import pipeline_options
-from qwen2vl_trt.runtime.sampler import SamplingParams
-from qwen2vl_trt.runtime.sampling_arguments import add_sampling_arguments, sampling_params
+from qwen2vl_trt.runtime.sampling_params import SamplingParams
 
-from .model import add_model_arguments, find_engines
+from .model import find_engines
+from .options import (
+    add_build_arguments,
+    add_pipeline_arguments,
+    add_sampling_arguments,
+    folder_name,
+    pipeline_options,
+    positive_number,
+    sampling_params,
+)
 
 if TYPE_CHECKING:
     from qwen2vl_trt.fleet.inputs import Input
@@ -50,11 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--prompt-column", metavar="NAME", help="default prompt if there is one")
     asked.add_argument("--prompt", metavar="TEXT", help="of every row")
     table.add_argument(
-        "--partition-rows",
+        "--shard-size",
         type=positive_number,
         default=1024,
         metavar="N",
-        help="rows a file of output; default %(default)s",
+        help="most rows a file of output; default %(default)s",
     )
     features = parser.add_argument_group("--task features")
     features.add_argument("--source", choices=("vision", "decoder"), default="vision", help="default %(default)s")
@@ -62,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     features.add_argument("--pool", choices=("mean", "none"), default="none", help="over an image's tokens")
     add_sampling_arguments(parser.add_argument_group("--task generate"))
     fleet = parser.add_argument_group("workers")
-    fleet.add_argument("--num-workers", type=positive_number, default=1, metavar="N", help="default %(default)s")
+    fleet.add_argument("--workers", type=positive_number, default=1, metavar="N", help="default %(default)s")
     fleet.add_argument(
         "--cpus-per-worker", type=positive_number, metavar="N", help="default: this machine's, shared out"
     )
@@ -86,7 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on where an earlier run stopped, if one did")
     again.add_argument("--overwrite", action="store_true", help="remove an earlier run's output first")
-    add_model_arguments(parser)
+    add_pipeline_arguments(parser)
+    add_build_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -102,8 +108,8 @@ def run(arguments: argparse.Namespace) -> None:
         MediaError: there is no input.
         MissingDependencyError: Ray is not installed.
     """
-    check_extra()
     params = _checked(arguments)
+    require("batch", "ray", {"ray": "ray", "pyarrow": "pyarrow"})
     from qwen2vl_trt.fleet.inputs import find_input
 
     output: Path = arguments.output
@@ -163,7 +169,7 @@ def _settings(arguments: argparse.Namespace, given: Input, params: SamplingParam
         "image_column": given.columns.image,
         "prompt_column": given.columns.prompt,
         "id_column": given.columns.id,
-        "partition_rows": arguments.partition_rows,
+        "shard_size": arguments.shard_size,
         "task": arguments.task,
         "prompt": arguments.prompt,
     }
@@ -210,7 +216,7 @@ def _opened(
                     if (output / name).exists():
                         shutil.rmtree(output / name)
                     (output / name).mkdir()
-                passed_over = divide(given, arguments.partition_rows, output / _INPUT)
+                passed_over = divide(given, arguments.shard_size, output / _INPUT)
                 if passed_over:
                     print(f"passed over: {counted(passed_over)}", file=sys.stderr)
                 write_whole(output / _SETTINGS, json.dumps(settings, indent=2).encode())  # last: the run has begun
@@ -241,7 +247,7 @@ def _run(
             waiting.append(partition)
         else:
             tally.skip(done)
-    workers = min(arguments.num_workers, max(1, len(waiting)))
+    workers = min(arguments.workers, max(1, len(waiting)))
     cores = os.cpu_count() or 1
     cpus = arguments.cpus_per_worker or max(1, cores // workers)
     if waiting:
@@ -305,7 +311,7 @@ def _gpus(arguments: argparse.Namespace, resources: dict[str, float], workers: i
         gpus = 1 if there and arguments.device != "cpu" else 0
     if gpus * workers > there:
         raise BatchError(
-            f"{workers} workers of {gpus:g} GPUs need {gpus * workers:g}, Ray has {there:g}: give fewer --num-workers"
+            f"{workers} workers of {gpus:g} GPUs need {gpus * workers:g}, Ray has {there:g}: give fewer --workers"
             " or a smaller --gpus-per-worker"
         )
     return gpus

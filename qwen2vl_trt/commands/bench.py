@@ -8,22 +8,17 @@ import math
 import sys
 from pathlib import Path
 
-from qwen2vl_trt.benchmarks.bench import summary
-from qwen2vl_trt.benchmarks.bench.run import PRECISIONS, Options, Until
-from qwen2vl_trt.benchmarks.bench.run import run as measure
-from qwen2vl_trt.benchmarks.files import check_plot, check_target, write_json
-from qwen2vl_trt.benchmarks.random_model import SHAPES, random_checkpoint
-from qwen2vl_trt.benchmarks.subjects.engines import EngineOptions, check_options
-from qwen2vl_trt.benchmarks.subjects.shapes import ALL_STAGES, STAGES, Shape
-from qwen2vl_trt.engines.arguments import add_build_arguments
-from qwen2vl_trt.engines.command import path_name, positive_number
-from qwen2vl_trt.errors import BenchmarkError
-from qwen2vl_trt.runtime.engine_folder import engine_folder
-from qwen2vl_trt.runtime.pipeline_arguments import add_decode_argument, check_decode
+from qwen2vl_trt.errors import BenchmarkError, require
 
-EPILOG = """bench comparisons, bench build and bench export measure other things: run.py bench build --help
+from .model import find_engines
+from .options import add_build_arguments, add_decode_argument, check_decode, path_name, positive_number
 
-shapes, several of them separated by spaces:
+STAGES = ("processor", "vision", "decoder", "pipeline")
+OTHERS = ("comparisons", "build", "export")
+"""Commands of two words, dispatched before these options are read."""
+PRECISIONS = ("fp32", "bf16", "fp16")
+"""Of Transformers."""
+EPILOG = """shapes, several of them separated by spaces:
   --shapes 448x448x8 448x448x4,1080x1920             processor, vision: images of a call as HEIGHTxWIDTH[xCOUNT]
   --shapes batch:8,prompt:256,generate:64            decoder: answers together, tokens of each prompt and answer
   --shapes 448x448,batch:4,generate:32               pipeline: requests at a time, each with these images
@@ -33,10 +28,12 @@ Latency is of the host's clock on a CPU; on a GPU it is H2D + GPU compute + D2H,
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that :func:`run` reads."""
-    parser.add_argument("stage", nargs="?", choices=ALL_STAGES, help=f"default {', '.join(STAGES)}")
-    add_build_arguments(parser)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where the backend can use one")
-    add_decode_argument(parser)
+    parser.add_argument(
+        "stage",
+        nargs="?",
+        choices=(*STAGES, *OTHERS),
+        help="default vision, decoder, pipeline; the last three are commands with options of their own",
+    )
     group = parser.add_argument_group("measuring")
     group.add_argument("--shapes", nargs="+", default=[], metavar="SHAPE", help="what to run; see below")
     group.add_argument(
@@ -60,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="transformers[:PRECISION]",
         help="the same work in Transformers, turn about; by default in the engines' precision",
     )
+    add_decode_argument(group)
     add_random_weights(group)
     group = parser.add_argument_group("results")
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -72,24 +70,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--trace-plot", type=path_name, metavar="FILE.png", help="the same timeline, as a picture")
     group.add_argument("--plot", type=path_name, metavar="FILE.png", help="latency percentiles")
+    add_build_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure engines and print what was found."""
+    from qwen2vl_trt.benchmarks.bench import summary
+    from qwen2vl_trt.benchmarks.bench.run import Options, Until
+    from qwen2vl_trt.benchmarks.bench.run import run as measure
+    from qwen2vl_trt.benchmarks.files import check_plot, check_target, write_json
+    from qwen2vl_trt.benchmarks.subjects.engines import EngineOptions, check_options
+    from qwen2vl_trt.benchmarks.subjects.shapes import Shape
+
+    if arguments.stage in OTHERS:
+        raise BenchmarkError(f"bench {arguments.stage} is a command: it comes before the options")
     for path in (arguments.export_times, arguments.export_profile, arguments.trace):
         if path is not None:
             check_target(path)
     for option, path in (("--plot", arguments.plot), ("--trace-plot", arguments.trace_plot)):
         if path is not None:
             check_plot(path, option)
-    stages = (arguments.stage,) if arguments.stage else STAGES
+    stages = (arguments.stage,) if arguments.stage else STAGES[1:]
     tracing = [option for option in ("trace", "trace_plot") if getattr(arguments, option) is not None]
     if tracing and "pipeline" not in stages:
         option = tracing[0].replace("_", "-")
         raise BenchmarkError(f"--{option} is a timeline of the pipeline; bench {arguments.stage} has none")
     shapes = tuple(Shape.parse(text) for text in arguments.shapes)
     check_decode(arguments.decode, arguments.device)
-    folder = _folder(arguments)
+    use_random_weights(arguments)
+    folder = find_engines(arguments)
     engines = EngineOptions(folder, arguments.device, arguments.streams, arguments.use_cuda_graph, arguments.decode)
     check_options(engines, stages)
     until = Until(arguments.warm_up / 1e3, arguments.duration, arguments.iterations)
@@ -99,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
             stages,
             shapes,
             until,
-            _rival(arguments.against, engines),
+            _rival(arguments.against, folder),
             arguments.export_profile is not None,
             bool(tracing),
         )
@@ -141,7 +150,7 @@ def _seconds(text: str) -> float:
 def add_random_weights(group: argparse._ArgumentGroup) -> None:
     """Add the options that :func:`use_random_weights` reads."""
     group.add_argument(
-        "--random-weights", action="store_true", help=f"of {' or '.join(SHAPES)} (--model), for want of a hub"
+        "--random-weights", action="store_true", help="of the shape of --model Qwen2.5-VL-3B or 7B, for want of a hub"
     )
     group.add_argument("--layers", type=positive_number, metavar="N", help="of the decoder, with --random-weights")
     group.add_argument("--blocks", type=positive_number, metavar="N", help="of the vision tower, with --random-weights")
@@ -154,6 +163,8 @@ def use_random_weights(arguments: argparse.Namespace) -> None:
         BenchmarkError: no such shape, a depth without ``--random-weights``, or no room on the disk.
     """
     if arguments.random_weights:
+        from qwen2vl_trt.benchmarks.random_model import SHAPES, random_checkpoint
+
         if not arguments.model:
             raise BenchmarkError(f"--random-weights needs a --model to take the shape of: {', '.join(SHAPES)}")
         root = Path("artifacts") / "checkpoints"
@@ -162,15 +173,7 @@ def use_random_weights(arguments: argparse.Namespace) -> None:
         raise BenchmarkError("--layers and --blocks cut a model of --random-weights; a trained one stays whole")
 
 
-def _folder(arguments: argparse.Namespace) -> Path:
-    """The engines in --engine-dir as they are, unless a model is named too; else the model's, built where missing."""
-    use_random_weights(arguments)
-    from qwen2vl_trt.tiny.calibration import training_data
-
-    return engine_folder(arguments, training_data)
-
-
-def _rival(text: str | None, options: EngineOptions) -> str | None:
+def _rival(text: str | None, folder: Path) -> str | None:
     """Precision in which Transformers runs; FP8 engines are compared with BF16, which is the nearest it has."""
     if text is None:
         return None
@@ -180,8 +183,7 @@ def _rival(text: str | None, options: EngineOptions) -> str | None:
             f"--against {text}: known is transformers, and with a precision transformers:{{{','.join(PRECISIONS)}}}"
         )
     from qwen2vl_trt.engines.manifest import Manifest
-    from qwen2vl_trt.export.importable_torchvision import require_torchvision
 
-    require_torchvision("--against transformers", "bench")
-    built = Manifest.read(options.folder).precision
+    require("--against transformers", "bench", {"torchvision": "torchvision"})
+    built = Manifest.read(folder).precision
     return precision or (built if built in PRECISIONS else "bf16")

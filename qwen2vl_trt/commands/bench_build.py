@@ -1,4 +1,4 @@
-"""Time and memory of a build, in a process of its own: that of build_engines.py with the same options."""
+"""Time and memory of a build, in a process of its own: as the build command makes it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from qwen2vl_trt.benchmarks.workers import measured_call
-from qwen2vl_trt.engines.arguments import add_build_arguments
-
 from . import build
 from .bench import add_random_weights, use_random_weights
 from .bench_export import report
+from .options import add_build_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that :func:`run` reads."""
-    add_build_arguments(parser)
-    add_random_weights(parser.add_argument_group("random weights"))
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_random_weights(parser.add_argument_group("random weights"))
+    add_build_arguments(parser, device=False)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Build once, into a folder that is removed unless ``--engine-dir`` names one, and print what it took."""
+    from qwen2vl_trt.benchmarks.workers import measured_call
+
     use_random_weights(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.engine_dir = arguments.engine_dir or Path(temporary) / "engines"

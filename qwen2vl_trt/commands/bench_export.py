@@ -11,19 +11,16 @@ import json
 import tempfile
 from pathlib import Path
 
-from qwen2vl_trt.benchmarks.machine import machine, one_line
-from qwen2vl_trt.benchmarks.random_model import SHAPES, config_of, write_sparse_checkpoint
-from qwen2vl_trt.benchmarks.workers import measured_call
-from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.engines.command import positive_number
 from qwen2vl_trt.engines.precision import BF16, FP32
+
+from .options import positive_number
 
 _PRECISIONS = {precision.name: precision for precision in (FP32, BF16)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that :func:`run` reads."""
-    parser.add_argument("--model", choices=SHAPES, default="Qwen2.5-VL-7B", help="whose shape; default %(default)s")
+    parser.add_argument("--model", metavar="NAME", default="Qwen2.5-VL-7B", help="whose shape; default %(default)s")
     parser.add_argument("--layers", type=positive_number, metavar="N", help="of the decoder; by default all")
     parser.add_argument("--blocks", type=positive_number, metavar="N", help="of the vision tower; by default all")
     parser.add_argument("--precision", choices=_PRECISIONS, default="fp32", help="of the graphs; default %(default)s")
@@ -32,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Export once, and print what it took."""
+    from qwen2vl_trt.benchmarks.random_model import config_of, write_sparse_checkpoint
+    from qwen2vl_trt.benchmarks.workers import measured_call
+
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint, engines = Path(temporary) / "checkpoint", Path(temporary) / "engines"
         checkpoint.mkdir()
@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def export(checkpoint: Path, folder: Path, precision: str) -> None:
     """Write both graphs of a checkpoint."""
+    from qwen2vl_trt.checkpoint import Checkpoint
     from qwen2vl_trt.export.onnx_model import export_onnx
 
     export_onnx(Checkpoint(checkpoint), folder, _PRECISIONS[precision].vision)
@@ -52,6 +53,8 @@ def export(checkpoint: Path, folder: Path, precision: str) -> None:
 
 def report(figures: dict[str, float], arguments: argparse.Namespace, *packages: str) -> None:
     """Print figures, whose names end in their unit, below the machine and the versions of ``packages``."""
+    from qwen2vl_trt.benchmarks.machine import machine, one_line
+
     if arguments.json:
         print(json.dumps({"command": arguments.command_line, "machine": machine(*packages), **figures}, indent=1))
         return

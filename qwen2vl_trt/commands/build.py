@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from qwen2vl_trt.engines.arguments import add_build_arguments, plan_build
+from .options import add_build_arguments
 
 EPILOG = """examples:
   %(prog)s --model tiny
@@ -16,16 +16,16 @@ EPILOG = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that :func:`run` reads."""
-    add_build_arguments(parser)
+    add_build_arguments(parser, device=False)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Build what is missing, and say which folder it is."""
-    from qwen2vl_trt.runtime.engine_folder import build_planned
-    from qwen2vl_trt.tiny.calibration import training_data
+    from qwen2vl_trt.building.folder import build_planned
+    from qwen2vl_trt.building.plan import BuildRequest, plan_build
 
-    plan = plan_build(arguments)
-    if build_planned(plan, training_data):
+    plan = plan_build(BuildRequest.from_arguments(arguments))
+    if build_planned(plan):
         state = "built"
     else:
         state = "up to date" + (f", built with {' '.join(plan.kept)}" if plan.kept else "")

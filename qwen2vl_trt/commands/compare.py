@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen2vl_trt.engines.command import FAILED, folder_name, path_name, positive_number
-from qwen2vl_trt.errors import CompareError, Qwen2VLError
+from qwen2vl_trt.errors import CompareError, Qwen2VLError, require
+
+from .options import folder_name, path_name, positive_number
+from .process import FAILED
 
 if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from qwen2vl_trt.runtime.backends.runners import Engines
     from qwen2vl_trt.runtime.preprocessing.preprocessor import PreprocessorSettings
 
+_PACKAGES = {"polygraphy": "polygraphy", "matplotlib": "matplotlib", "torchvision": "torchvision"}
+_PACKAGES["sklearn"] = "scikit-learn"
 REFERENCES = ("transformers", "torch")
 EPILOG = """Exit codes: 0 within the tolerance; 1 over it, with a line that says what departs; 2 for bad input.
 docs/guide/accuracy.md says what is compared, how errors are defined and why the limits are what they are."""
@@ -30,34 +34,37 @@ docs/guide/accuracy.md says what is compared, how errors are defined and why the
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that :func:`run` reads."""
     parser.add_argument("--engine-dir", type=folder_name, required=True, metavar="DIR")
-    parser.add_argument(
+    group = parser.add_argument_group("what is compared")
+    group.add_argument(
         "--against", default="transformers", metavar="REFERENCE", help="transformers (default), torch, or an engine DIR"
     )
-    parser.add_argument(
+    group.add_argument(
         "--also", action="append", default=[], metavar="DIR", help="show this engine of the same model beside; repeat"
     )
-    parser.add_argument("--layers", action="store_true", help="compare every block, and name the first that departs")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="repeat for several")
-    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="repeat for several")
-    parser.add_argument("--prompt", help="with the images and videos; without, a fixed set of real pictures is asked")
-    parser.add_argument(
-        "--max-tokens", type=positive_number, default=32, metavar="N", help="of an answer; default %(default)s"
-    )
-    parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge smaller images; default the checkpoint's")
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink larger images; default the checkpoint's")
-    parser.add_argument(
+    group.add_argument("--layers", action="store_true", help="compare every block, and name the first that departs")
+    group.add_argument(
         "--tolerance", nargs="+", default=[], metavar="NAME=VALUE", help="change a limit, or lift it: yardstick=none"
     )
-    parser.add_argument(
+    group.add_argument(
         "--model", metavar="NAME", help="the checkpoint that a quantised one was made from: the reference's weights"
     )
-    parser.add_argument("--device", help="of the engine: cpu, cuda, cuda:1; by default a GPU where it can use one")
-    parser.add_argument("--reference-device", metavar="DEVICE", help="of everything else; by default the engine's")
-    parser.add_argument("--json", type=path_name, metavar="FILE", help="write every figure")
-    parser.add_argument(
+    group.add_argument("--device", help="of the engine: cpu, cuda, cuda:1; by default a GPU where it can use one")
+    group.add_argument("--reference-device", metavar="DEVICE", help="of everything else; by default the engine's")
+    group = parser.add_argument_group("what is asked")
+    group.add_argument("--image", action="append", default=[], metavar="FILE", help="repeat for several")
+    group.add_argument("--video", action="append", default=[], metavar="FILE", help="repeat for several")
+    group.add_argument("--prompt", help="with the images and videos; without, a fixed set of real pictures is asked")
+    group.add_argument(
+        "--max-tokens", type=positive_number, default=32, metavar="N", help="of an answer; default %(default)s"
+    )
+    group.add_argument("--min-pixels", type=int, metavar="N", help="enlarge smaller images; default the checkpoint's")
+    group.add_argument("--max-pixels", type=int, metavar="N", help="shrink larger images; default the checkpoint's")
+    group = parser.add_argument_group("results")
+    group.add_argument("--json", action="store_true", help="print every figure as JSON instead of tables")
+    group.add_argument(
         "--plot", type=path_name, metavar="FILE", help="draw the error by block as a PNG; implies --layers"
     )
-    parser.add_argument(
+    group.add_argument(
         "--save-inputs",
         type=folder_name,
         metavar="DIR",
@@ -67,19 +74,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command; exits with code 1 where the engine is over its tolerance."""
-    from qwen2vl_trt.accuracy.extra import check_extra, quieten
+    if arguments.prompt is None and (arguments.image or arguments.video):
+        raise CompareError("--image and --video need a --prompt")
+    require("compare", "compare", _PACKAGES)
+    from transformers.utils import logging
 
-    check_extra()
-    quieten()
+    from qwen2vl_trt.export.importable_torchvision import allow_torchvision
+
+    allow_torchvision()
+    logging.disable_progress_bar()  # stderr is for what is wrong
+    logging.set_verbosity_error()
     from qwen2vl_trt.accuracy.tables import print_report
     from qwen2vl_trt.engines.tables import stdout_console
 
-    for path in (arguments.json, arguments.plot):
-        _check_file(path)  # before the minutes that a comparison may take
+    _check_file(arguments.plot)  # before the minutes that a comparison may take
     report = _report(arguments, shlex.join(arguments.command_line))
-    print_report(report, stdout_console())
     if arguments.json:
-        report.write_json(arguments.json)
+        print(report.as_json())
+    else:
+        print_report(report, stdout_console())
     if arguments.plot:
         from qwen2vl_trt.accuracy.plot import plot
 
@@ -256,8 +269,6 @@ def _cases(arguments: argparse.Namespace, engines: Engines, settings: Preprocess
 
     if arguments.prompt is not None:
         return [user_case(arguments.prompt, arguments.image, arguments.video, settings)]
-    if arguments.image or arguments.video:
-        raise CompareError("--image and --video need a --prompt")
     return digit_cases() if engines.manifest.model.startswith("tiny") else photograph_cases()
 
 

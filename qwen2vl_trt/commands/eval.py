@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from qwen2vl_trt.engines.command import whole_number
-
-from .model import add_model_arguments, open_pipeline
+from .model import open_pipeline
+from .options import add_build_arguments, add_pipeline_arguments, whole_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=whole_number, default=1000, metavar="N", help="a task; default %(default)s")
     parser.add_argument("--seed", type=whole_number, default=0, help="default %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    add_model_arguments(parser, files=False)
+    add_pipeline_arguments(parser, files=False)
+    add_build_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from qwen2vl_trt.engines.command import path_name, positive_number
 from qwen2vl_trt.engines.interrupts import deferred_interrupt
 from qwen2vl_trt.errors import FeaturesError, MediaError
 from qwen2vl_trt.media_urls import file_path
 
-from .model import add_model_arguments, open_pipeline
+from .model import open_pipeline
+from .options import add_build_arguments, add_pipeline_arguments, path_name, positive_number
 
 if TYPE_CHECKING:
     from qwen2vl_trt.runtime.features.extraction import Extraction
@@ -41,32 +41,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|FILE",
         help="a folder, or a .safetensors file for small sets",
     )
-    parser.add_argument("--source", choices=("vision", "decoder"), default="vision", help="default %(default)s")
-    parser.add_argument("--prompt", metavar="TEXT", help="of --source decoder: what the decoder reads with each image")
-    parser.add_argument(
-        "--layer", type=int, metavar="N", help="output of layer N, from 1 (torch backend); default last"
-    )
-    parser.add_argument("--pool", choices=("mean", "none"), default="none", help="over an image's tokens; default none")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on where an earlier run stopped, if one did")
     again.add_argument("--overwrite", action="store_true", help="remove an earlier run's features first")
     parser.add_argument(
         "--shard-size", type=positive_number, default=1024, metavar="N", help="most images a shard; default %(default)s"
     )
-    parser.add_argument(
+    group = parser.add_argument_group("features")
+    group.add_argument("--source", choices=("vision", "decoder"), default="vision", help="default %(default)s")
+    group.add_argument("--prompt", metavar="TEXT", help="of --source decoder: what the decoder reads with each image")
+    group.add_argument("--layer", type=int, metavar="N", help="output of layer N, from 1 (torch backend); default last")
+    group.add_argument("--pool", choices=("mean", "none"), default="none", help="over an image's tokens; default none")
+    group = parser.add_argument_group("work")
+    group.add_argument(
         "--batch-tokens",
         type=positive_number,
         metavar="N",
         help="most image tokens an engine call; default no limit but the engine's",
     )
-    parser.add_argument(
+    group.add_argument(
         "--workers",
         type=positive_number,
         default=os.cpu_count() or 1,
         metavar="N",
         help="threads that decode; default one a core",
     )
-    add_model_arguments(parser)
+    add_pipeline_arguments(parser)
+    add_build_arguments(parser)
 
 
 def run(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespace], Pipeline] = open_pipeline) -> None:
@@ -80,11 +81,11 @@ def run(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespa
             used.
         MediaError: no images.
     """
+    if (arguments.source == "decoder") != (arguments.prompt is not None):
+        raise FeaturesError("--source decoder needs a --prompt, and --prompt is for --source decoder")
     from qwen2vl_trt.runtime.features.output import Output
     from qwen2vl_trt.runtime.inputs.image_listing import counted
 
-    if (arguments.source == "decoder") != (arguments.prompt is not None):
-        raise FeaturesError("--source decoder needs a --prompt, and --prompt is for --source decoder")
     output = Output(arguments.output)
     if_exists: Any = "resume" if arguments.resume else "overwrite" if arguments.overwrite else "refuse"
     output.check(if_exists)  # before the minutes that a build may take

@@ -6,14 +6,18 @@ import argparse
 import dataclasses
 import json
 
-from .model import add_model_arguments, open_pipeline
+from .model import open_pipeline
+from .options import (
+    add_build_arguments,
+    add_pipeline_arguments,
+    add_sampling_arguments,
+    media_options,
+    sampling_params,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that :func:`run` reads."""
-    from qwen2vl_trt.runtime.media_arguments import add_media_arguments
-    from qwen2vl_trt.runtime.sampling_arguments import add_sampling_arguments
-
     parser.add_argument("--prompt", required=True, help="<image> and <video> mark places; without, media come first")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="repeat for several")
     parser.add_argument("--video", action="append", default=[], metavar="FILE", help="repeat for several")
@@ -22,20 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print answer, token_ids, finish_reason, sizes of the media and timings"
     )
     form.add_argument("--stream", action="store_true", help="print the answer as it comes")
-    add_media_arguments(parser)
-    add_sampling_arguments(parser)
-    add_model_arguments(parser)
+    add_sampling_arguments(parser.add_argument_group("answer"))
+    add_pipeline_arguments(parser, media=True)
+    add_build_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the answer."""
+    params, (image_options, video_options) = sampling_params(arguments), media_options(arguments)
     from qwen2vl_trt.runtime.inputs.files import opened
-    from qwen2vl_trt.runtime.media_arguments import media_options
     from qwen2vl_trt.runtime.request import Request
-    from qwen2vl_trt.runtime.sampling_arguments import sampling_params
 
-    params = sampling_params(arguments)
-    image_options, video_options = media_options(arguments)
     request = Request(
         arguments.prompt,
         arguments.image,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from qwen2vl_trt.engines.command import folder_name
+from .options import folder_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

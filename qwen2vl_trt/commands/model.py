@@ -6,39 +6,25 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen2vl_trt.engines.arguments import add_build_arguments
+from .options import check_decode, pipeline_options
 
 if TYPE_CHECKING:
     from qwen2vl_trt.runtime.pipeline import Pipeline
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, files: bool = True) -> None:
-    """Add the options that :func:`open_pipeline` reads; ``files``: the command reads image files."""
-    from qwen2vl_trt.runtime.pipeline_arguments import add_decode_argument, add_pipeline_arguments
-
-    add_build_arguments(parser)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where the backend can use one")
-    add_pipeline_arguments(parser)
-    if files:
-        add_decode_argument(parser)
-    else:
-        parser.set_defaults(decode="cpu")
-
-
 def find_engines(arguments: argparse.Namespace) -> Path:
     """The folder of the engines that the options name, built where missing."""
-    from qwen2vl_trt.runtime.engine_folder import engine_folder
-    from qwen2vl_trt.runtime.pipeline_arguments import pipeline_options
-    from qwen2vl_trt.tiny.calibration import training_data
+    options = pipeline_options(arguments)
+    from qwen2vl_trt.building.folder import engine_folder
+    from qwen2vl_trt.building.plan import BuildRequest
 
-    return engine_folder(arguments, training_data, pipeline_options(arguments))
+    return engine_folder(BuildRequest.from_arguments(arguments), options)
 
 
 def open_pipeline(arguments: argparse.Namespace) -> Pipeline:
     """A pipeline of the engines that the options name, built where missing."""
-    from qwen2vl_trt.runtime.pipeline import Pipeline
-    from qwen2vl_trt.runtime.pipeline_arguments import check_decode, pipeline_options
-
-    check_decode(arguments.decode, arguments.device)
     options = pipeline_options(arguments)
+    check_decode(arguments.decode, arguments.device)
+    from qwen2vl_trt.runtime.pipeline import Pipeline
+
     return Pipeline.from_engine_dir(find_engines(arguments), arguments.device, options)

@@ -8,11 +8,12 @@ import re
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from qwen2vl_trt.engines.arguments import usual_profile
-from qwen2vl_trt.engines.command import positive_number, whole_number
+from qwen2vl_trt.engines.profile import usual_profile
 from qwen2vl_trt.planning.arithmetic import arithmetic, summary
 from qwen2vl_trt.planning.capacity import TP_SIZES, Assumptions, Load, plan
 from qwen2vl_trt.planning.tables import find_config, find_gpu
+
+from .options import positive_number, whole_number
 
 _PUBLISHED_MAX_PIXELS = 12_845_056
 """Of the published checkpoints' preprocessor; engines built with the limits in ``configs/`` take less."""
@@ -34,33 +35,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of an answer; 0: vision features, no decoder",
     )
-    parser.add_argument(
-        "--image-size", type=_size, default=(448, 448), metavar="HxW", help="in pixels; default 448x448"
-    )
-    parser.add_argument(
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the arithmetic")
+    group = parser.add_argument_group("load")
+    group.add_argument("--image-size", type=_size, default=(448, 448), metavar="HxW", help="in pixels; default 448x448")
+    group.add_argument(
         "--max-pixels",
         type=positive_number,
         metavar="N",
         help="shrink larger images; default the checkpoint's; at most what engines built by configs/ take",
     )
-    parser.add_argument(
+    group.add_argument(
         "--prompt-tokens", type=whole_number, default=32, metavar="N", help="text and template; default %(default)s"
     )
-    parser.add_argument("--precision", choices=("bf16", "fp8"), default="bf16", help="default %(default)s")
-    parser.add_argument("--tp-size", type=int, choices=TP_SIZES, help="default: whichever needs fewest GPUs")
-    parser.add_argument(
+    group = parser.add_argument_group("engines")
+    group.add_argument("--precision", choices=("bf16", "fp8"), default="bf16", help="default %(default)s")
+    group.add_argument("--tp-size", type=int, choices=TP_SIZES, help="default: whichever needs fewest GPUs")
+    group.add_argument(
         "--max-seq-len",
         type=positive_number,
         metavar="N",
         help="tokens of a cache slot; default a request's, up to a multiple of 64",
     )
-    parser.add_argument(
+    group.add_argument(
         "--max-batch-size",
         type=positive_number,
         default=256,
         metavar="N",
         help="most answers decoded together; default %(default)s",
     )
+    group = parser.add_argument_group("assumptions")
     for name, what in (
         ("vision", "of the matrix-product rate, vision tower"),
         ("prefill", "of the matrix-product rate, prompts"),
@@ -68,14 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("tp", "of twice the speed, for each doubling of tp_size"),
         ("reserve", "of the memory, kept free"),
     ):
-        parser.add_argument(
+        group.add_argument(
             f"--{name}-fraction",
             type=float,
             default=getattr(Assumptions, name),
             metavar="F",
             help=f"{what}; assumed %(default)s",
         )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the arithmetic")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from qwen2vl_trt.errors import ExecutionError
 from qwen2vl_trt.runtime.features.decode_ahead import Batching, decode_ahead
 from qwen2vl_trt.runtime.pipeline import Pipeline
 from qwen2vl_trt.runtime.request import Output, Request
-from qwen2vl_trt.runtime.sampler import SamplingParams
+from qwen2vl_trt.runtime.sampling_params import SamplingParams
 
 from .memory import out_of_memory
 from .partition_file import PartitionWriter

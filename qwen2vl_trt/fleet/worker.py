@@ -18,7 +18,7 @@ from qwen2vl_trt.runtime.features.shards import writing
 from qwen2vl_trt.runtime.features.sources import DecoderFeatures, VisionFeatures
 from qwen2vl_trt.runtime.options import PipelineOptions
 from qwen2vl_trt.runtime.pipeline import Pipeline
-from qwen2vl_trt.runtime.sampler import SamplingParams
+from qwen2vl_trt.runtime.sampling_params import SamplingParams
 
 from .generation import Generation
 from .journal import Journal
@@ -181,7 +181,7 @@ def _counted_start(settings: WorkerSettings) -> Iterator[None]:
     begun = path.read_bytes().rpartition(b"-")[2].count(b"+") if path.exists() else 0
     if begun >= settings.workers * (settings.max_retries + 1):
         raise BatchError(
-            f"{begun} workers in a row were lost while they opened the engines: out of memory? Give fewer --num-workers"
+            f"{begun} workers in a row were lost while they opened the engines: out of memory? Give fewer --workers"
         )
     with writing(path):
         with path.open("ab") as file:

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2vl_trt.errors import MissingDependencyError
+from qwen2vl_trt.errors import MissingDependencyError, pip_install
 
 SPLIT_SEED = 20250115
 HELD_OUT_FRACTION = 0.2
@@ -48,7 +48,7 @@ def load_split() -> tuple[Digits, Digits]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise MissingDependencyError(
-            "the handwritten digits come with scikit-learn; install the train extra: pip install 'qwen2vl-trt[train]'"
+            f"the handwritten digits come with scikit-learn, which is not installed: {pip_install('train')}"
         ) from None
     raw = load_digits()
     images = (raw.images / 16).astype(np.float32)

@@ -12,7 +12,7 @@ from qwen2vl_trt.engines.tables import print_table, stdout_console
 from qwen2vl_trt.runtime.inputs.video import Video
 from qwen2vl_trt.runtime.pipeline import Pipeline
 from qwen2vl_trt.runtime.request import Request
-from qwen2vl_trt.runtime.sampler import SamplingParams
+from qwen2vl_trt.runtime.sampling_params import SamplingParams
 
 from .evaluation import Score, evaluate
 from .scenes import TASKS, Scene

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-
-
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TypeVar
@@ -19,12 +17,6 @@ from qwen2vl_trt.errors import LimitError
 from qwen2vl_trt.transfer import to_device
 from qwen2vl_trt.weights import EMBEDDING, checkpoint_names
 from qwen2vl_trt.windows import WindowLayout
-
-
-
-
-from collections.abc import Sequence
-
 
 _SMALLEST = 128
 

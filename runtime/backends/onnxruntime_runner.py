@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.engines.onnxruntime_version import check_onnxruntime
+from qwen2vl_trt.engines.backends import BACKENDS
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.export.graphs import cache_names
@@ -56,7 +56,7 @@ def open_session(
     Raises:
         EngineError: it does not load, the device is not available, or this ONNX Runtime is too old.
     """
-    check_onnxruntime()
+    BACKENDS["onnxruntime"].load()
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     if profile is not None:

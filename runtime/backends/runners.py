@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.engines.backends import BACKENDS
+from qwen2vl_trt.engines.backends import BACKENDS, Backend
 from qwen2vl_trt.engines.host_memory import warn_of_memory
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.engines.precision import Precision
@@ -21,15 +21,6 @@ from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.windows import WindowLayout
 
 from .common import KVCache
-
-_BACKENDS = {
-    "torch": "qwen2vl_trt.runtime.backends.torch_runner",
-    "onnxruntime": "qwen2vl_trt.runtime.backends.onnxruntime_runner",
-    "tensorrt": "qwen2vl_trt.runtime.backends.tensorrt_runner",
-    "tensorrt-rtx": "qwen2vl_trt.runtime.backends.tensorrt_runner",
-    "tensorrt-llm": "qwen2vl_trt.runtime.tensorrt_llm.runner",
-}
-"""Imported when an engine asks for it: a backend's package may not be installed."""
 
 
 class VisionRunner(Protocol):
@@ -90,8 +81,8 @@ class DecoderRunner(Protocol):
         ...
 
 
-class Backend(Protocol):
-    """A module that runs engines, ``qwen2vl_trt.runtime.backends.torch_runner`` for one."""
+class RunnerModule(Protocol):
+    """What :attr:`qwen2vl_trt.engines.backends.Backend.runner` names."""
 
     def default_device(self) -> str:
         """Raises EngineError where the backend runs on no device of this machine."""
@@ -112,6 +103,7 @@ class Engines:
     device: torch.device
     precision: Precision
     backend: Backend
+    runner: RunnerModule
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,13 +114,13 @@ class Engines:
     def vision(self) -> VisionRunner:
         """Raises EngineError where the engine does not load."""
         self._check_unchanged()
-        return self.backend.load_vision(self)
+        return self.runner.load_vision(self)
 
     @cached_property
     def decoder(self) -> DecoderRunner:
         """Raises EngineError where the engine does not load."""
         self._check_unchanged()
-        return self.backend.load_decoder(self)
+        return self.runner.load_decoder(self)
 
     def _check_unchanged(self) -> None:
         """One engine may be loaded long after the other: not from another build."""
@@ -153,23 +145,16 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def default_device(backend: str) -> str:
-    """The device that a backend runs on unless told otherwise.
-
-    Args:
-        backend: its name; imports its package.
-
-    Raises:
-        EngineError: it runs on none of this machine.
-    """
-    return cast(Backend, import_module(_BACKENDS[backend])).default_device()
+def runner_module(backend: Backend) -> RunnerModule:
+    """The module that runs a backend's engines; imports its package."""
+    return cast(RunnerModule, import_module(backend.runner))
 
 
 def open_engines(folder: str | Path, device: str | None = None) -> Engines:
     """Check an engine folder against its manifest and load it.
 
     Args:
-        folder: as ``build_engines.py`` wrote it.
+        folder: as a build wrote it.
         device: ``cpu``, ``cuda``, ``cuda:1``; by default a GPU where the backend can use one here.
 
     Raises:
@@ -185,20 +170,20 @@ def open_engines(folder: str | Path, device: str | None = None) -> Engines:
             if Manifest.read(folder) == manifest:  # another one: a build's files took their places meanwhile
                 raise
     try:
-        precision = BACKENDS[manifest.backend].precision(manifest.precision)
-        module = _BACKENDS[manifest.backend]
+        backend = BACKENDS[manifest.backend]
+        precision = backend.precision(manifest.precision)
     except (KeyError, BuildError):
         kind = f"backend {manifest.backend!r} in {manifest.precision!r}"
         raise EngineError(f"{folder} is for {kind}, which this release cannot run") from None
     try:
-        BACKENDS[manifest.backend].with_options(manifest.options)
+        backend = backend.with_options(manifest.options)
     except BuildError as error:
         raise EngineError(f"{folder}: its manifest is corrupt ({error}). Rebuild.") from None
-    backend = cast(Backend, import_module(module))
-    chosen = parse_device(device or backend.default_device())
+    runner = runner_module(backend)
+    chosen = parse_device(device or runner.default_device())
     if chosen.type == "cpu":
-        warn_of_memory(checkpoint, manifest.backend, precision)
-    return Engines(folder, manifest, checkpoint, chosen, precision, backend)
+        warn_of_memory(checkpoint, backend, precision)
+    return Engines(folder, manifest, checkpoint, chosen, precision, backend, runner)
 
 
 def run_steps(decoder: DecoderRunner, chunk: int, rows: Collection[int], lengths: Collection[int] = (1,)) -> None:

@@ -16,8 +16,7 @@ from torch import Tensor
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.export.graphs import cache_names
 
-from .common import KVCache
-from .common import graph_rows, graph_size
+from .common import KVCache, graph_rows, graph_size
 from .tensorrt_context import ExecutionContext, Scratch
 from .tensorrt_engine import Engine
 

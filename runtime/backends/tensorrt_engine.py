@@ -3,43 +3,27 @@
 
 from __future__ import annotations
 
-
-
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.engines.backends import BACKENDS
 from qwen2vl_trt.engines.manifest import Manifest
-from qwen2vl_trt.engines.tensorrt_log import tensorrt_log
-from qwen2vl_trt.engines.tensorrt_module import TENSORRT, TENSORRT_RTX, Variant, load_tensorrt
+from qwen2vl_trt.engines.tensorrt_callbacks import tensorrt_log
 from qwen2vl_trt.engines.tensorrt_profiles import Ranges, decoder_ranges, vision_ranges
 from qwen2vl_trt.engines.tensorrt_refit import refit
 from qwen2vl_trt.errors import EngineError
 
-from .tensorrt_tensors import EngineTensor, check_tensors, expected_tensors, format_bytes, streaming_budget
-
-
-
-
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-import torch
-from torch import Tensor
-
-from qwen2vl_trt.errors import EngineError
-
-from .tensorrt_tensors import ALIGNMENT
-
+from .tensorrt_tensors import ALIGNMENT, EngineTensor, check_tensors, expected_tensors, format_bytes, streaming_budget
 
 ReportLayer = Callable[[str, float], None]
-
-VARIANTS = {variant.backend: variant for variant in (TENSORRT, TENSORRT_RTX)}
 
 
 @dataclass(frozen=True)
@@ -87,9 +71,8 @@ def load_engine(folder: Path, name: str, manifest: Manifest, config: Qwen2VLConf
         EngineError: made by another release or for another GPU, truncated, not of this folder, or out of memory.
         MissingDependencyError: TensorRT is not installed.
     """
-    variant = VARIANTS[manifest.backend]
-    trt = load_tensorrt(variant)
-    check_release(manifest, variant, str(trt.__version__))
+    trt = BACKENDS[manifest.backend].load()
+    check_release(manifest, trt.__name__, str(trt.__version__))
     check_gpu(manifest, device.name, device.compute_capability)
     path, log = folder / f"{name}.engine", tensorrt_log(trt)
     log.clear()
@@ -147,16 +130,16 @@ def _set_budget(engine: Engine, budget: int) -> None:
         raise engine.failure(f"{format_bytes(budget)} of its weights cannot be kept on the GPU")
 
 
-def check_release(manifest: Manifest, variant: Variant, installed: str) -> None:
+def check_release(manifest: Manifest, package: str, installed: str) -> None:
     """A plan loads in the release that built it alone.
 
     Raises:
         EngineError: it is of another.
     """
-    built = manifest.versions.get(variant.module)
+    built = manifest.versions.get(package)
     if built != installed:
         raise EngineError(
-            f"the engine was built with {variant.module} {built} and {installed} is installed; a plan runs in its own"
+            f"the engine was built with {package} {built} and {installed} is installed; a plan runs in its own"
             " release alone. Rebuild, or install that one."
         )
 

@@ -17,13 +17,11 @@ from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.export.graphs import cache_names
 from qwen2vl_trt.windows import WindowLayout
 
-from .common import KVCache, TokenEmbedding, cached_layouts, step_inputs
-from .common import graph_sizes
+from .common import KVCache, TokenEmbedding, cached_layouts, graph_sizes, step_inputs
 from .runners import Engines, Step, run_steps
 from .tensorrt_context import ExecutionContext, Scratch
 from .tensorrt_decode_graphs import DecodeGraphs
-from .tensorrt_engine import CudaDevice
-from .tensorrt_engine import Engine, ReportLayer, load_engine, stream_weights
+from .tensorrt_engine import CudaDevice, Engine, ReportLayer, load_engine, stream_weights
 from .tensorrt_tensors import check_cache, check_rows, choose_profile, token_bytes
 
 

@@ -129,7 +129,7 @@ def choose_profile(tensors: Tensors, shapes: Mapping[str, Shape], name: str) -> 
     least, most = (" x ".join(map(str, shape)) for shape in inputs[key].profiles[nearest])
     raise LimitError(
         f"{name} engine: {key} is {' x '.join(map(str, shapes[key]))}; it was built for {least} to {most}. Rebuild with"
-        " other limits (run.py inspect shows them)."
+        " other limits (inspect shows them)."
     )
 
 

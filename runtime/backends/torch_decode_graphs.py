@@ -8,38 +8,24 @@ nothing waits for the GPU. What graphs use in between comes from one pool, for t
 
 from __future__ import annotations
 
-
-
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-
-import torch
-from torch import Tensor
-
-from qwen2vl_trt.decoder import Decoder, Places
-from qwen2vl_trt.transfer import to_device
-from qwen2vl_trt.varlen import CacheBounds
-
-from .common import KVCache
-from .common import graph_length, graph_rows, graph_size
-from .runners import Step
-
-
-
-
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen2vl_trt.decoder import Places
+from qwen2vl_trt.decoder import Decoder, Places
 from qwen2vl_trt.ops import full_attention
+from qwen2vl_trt.transfer import to_device
 from qwen2vl_trt.varlen import CacheBounds, cached_attention, chunk_attention
 
+from .common import KVCache, graph_length, graph_rows, graph_size
+from .runners import Step
 
 logger = logging.getLogger(__name__)
 

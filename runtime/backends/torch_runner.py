@@ -25,11 +25,9 @@ from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import PackedSequences, WindowLayout, unpad, window_layout
 
 from . import onednn
-from .common import KVCache, TokenEmbedding, cached_layouts
-from .common import graph_lengths, graph_sizes
+from .common import KVCache, TokenEmbedding, cached_layouts, graph_lengths, graph_sizes
 from .runners import Engines, Step, run_steps
-from .torch_decode_graphs import Chunk, ChunkCache
-from .torch_decode_graphs import Capture, DecodeGraphs, GraphCapture
+from .torch_decode_graphs import Capture, Chunk, ChunkCache, DecodeGraphs, GraphCapture
 
 
 def default_device() -> str:

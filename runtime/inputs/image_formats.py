@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from qwen2vl_trt.errors import MediaError
+from qwen2vl_trt.errors import MediaError, pip_install
 
 READ = "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000, AVIF and HEIC"
 
@@ -118,7 +118,7 @@ def _ftyp(prefix: bytes) -> str | None:
 def _what_it_is(prefix: bytes) -> str:
     container = _ftyp(prefix)
     if container == "HEIC" and _heic_reader() is None:
-        return 'HEIC, which pillow-heif reads; pip install "qwen2vl-trt[heic]", or convert it to JPEG'
+        return f"HEIC, which pillow-heif reads: {pip_install('heic')}, or convert it to JPEG"
     if container == "AVIF" and not _reads_avif():
         return "AVIF, which Pillow reads from 11.3 on; upgrade it, or convert the image to PNG or JPEG"
     if container == "video" or prefix[8:12] == b"AVI ":

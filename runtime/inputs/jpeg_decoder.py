@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen2vl_trt.errors import MediaError, MissingDependencyError
+from qwen2vl_trt.errors import MediaError, MissingDependencyError, pip_install
 
 from .files import labelled
 from .images import ImageLimits, ImageSource, file_bytes, is_plain_jpeg, load_image
@@ -40,7 +40,7 @@ def _import_codec() -> Any:
         return importlib.import_module("nvidia.nvimgcodec")
     except ImportError as error:
         raise MissingDependencyError(
-            f'decode="gpu" (--decode gpu) needs nvImageCodec ({error}); pip install "qwen2vl-trt[gpu-decode]",'
+            f'decode="gpu" (--decode gpu) needs nvImageCodec ({error}): {pip_install("gpu-decode")},'
             ' or decode on the CPU (decode="cpu")'
         ) from None
 

@@ -6,25 +6,11 @@ Letters: n frames, S slots of a window, D values of a patch; H and W after a 3 a
 
 from __future__ import annotations
 
-
-
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
-
-import torch
-from torch import Tensor
-
-from qwen2vl_trt.config import VisionConfig
-
-from .settings import PixelSettings
-
-
-
-
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -33,6 +19,7 @@ from torch.nn import functional
 
 from qwen2vl_trt.config import VisionConfig
 
+from .settings import PixelSettings
 
 
 @dataclass(frozen=True, eq=False)

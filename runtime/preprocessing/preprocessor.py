@@ -30,8 +30,7 @@ from ..inputs.files import labelled
 from ..inputs.images import ImageLimits, ImageSource, load_image
 from ..inputs.jpeg_decoder import JpegDecoder, check_gpu_decoding
 from ..inputs.video import VideoSource, load_video
-from .frames import Frame, FrameWriter, window_rows_and_columns
-from .frames import HostWriter
+from .frames import Frame, FrameWriter, HostWriter, window_rows_and_columns
 from .settings import PreprocessorSettings
 from .sizes import Medium, SizeRules
 from .staging import DEFAULT_LIMIT, Staging

@@ -26,7 +26,7 @@ from ..media.cached_media import CachedMedia
 from ..observer import Observer, Stage, unobserved
 from ..preprocessing.sizes import MediaSize, Medium
 from ..request import Request
-from ..sampler import Sampling
+from ..sampling_params import Sampling
 from .prefix import token_keys
 
 

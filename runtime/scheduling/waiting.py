@@ -13,7 +13,7 @@ from itertools import islice
 
 from ..media.fit_warnings import FitWarnings
 from ..request import Output, Request
-from ..sampler import Sampling
+from ..sampling_params import Sampling
 from .media_ahead import Loading, MediaAhead
 from .preparation import Prepared, Preparer
 from .scheduler import named

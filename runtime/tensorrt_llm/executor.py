@@ -25,7 +25,7 @@ from qwen2vl_trt.transfer import to_device
 from ..generation_config import GenerationConfig
 from ..preprocessing.sizes import Medium
 from ..request import Output
-from ..sampler import Sampling
+from ..sampling_params import Sampling
 from ..scheduling.counters import Counters
 from ..scheduling.preparation import Prepared
 from ..scheduling.scheduler import named

@@ -6,26 +6,21 @@ It has run on no GPU yet; see docs/guide/scale.md.
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from qwen2vl_trt.engines.manifest import Manifest
-from qwen2vl_trt.engines.tensorrt_llm_api import EMBEDDINGS, load_tensorrt_llm, make_llm, vision_input
-from qwen2vl_trt.engines.tensorrt_llm_options import TensorRTLLMOptions
-from qwen2vl_trt.errors import BuildError, EngineError
+from qwen2vl_trt.engines.backends import BACKENDS
+from qwen2vl_trt.engines.options import TensorRTLLMOptions
+from qwen2vl_trt.engines.tensorrt_llm_api import EMBEDDINGS, OWN, make_llm, vision_input
+from qwen2vl_trt.errors import EngineError, program
 from qwen2vl_trt.windows import WindowLayout
 
-from ..backends.runners import DecoderRunner, Engines, VisionRunner
+from ..backends.runners import DecoderRunner, Engines, VisionRunner, runner_module
 from ..generation_config import GenerationConfig
 from ..scheduling.counters import Counters
 from .executor import TensorRTLLMExecutor
 
-_RUNNERS = {
-    "torch": "qwen2vl_trt.runtime.backends.torch_runner",
-    "tensorrt": "qwen2vl_trt.runtime.backends.tensorrt_runner",
-}
 _MEMORY_FRACTION = 0.8
 """Of the GPU memory that the weights leave free; the rest is the vision engine's, whose activations share GPU 0."""
 
@@ -97,16 +92,14 @@ def load_executor(engines: Engines, reuse_prefixes: bool, counters: Counters) ->
 
 
 def _check(engines: Engines) -> TensorRTLLMOptions:
-    folder, manifest = engines.folder, engines.manifest
-    options = _options(manifest, str(folder))
-    try:
-        load_tensorrt_llm()
-    except BuildError as error:
-        raise EngineError(f"{folder}: {error}") from None
-    if vision_input() != manifest.options["vision"]:
+    folder, options, vision = engines.folder, engines.backend.options, engines.manifest.options.get("vision")
+    if not isinstance(options, TensorRTLLMOptions) or vision not in (EMBEDDINGS, OWN):
+        raise EngineError(f"the options in {folder}'s manifest are corrupt (vision is {vision!r}). Rebuild.")
+    engines.backend.load()
+    if vision_input() != vision:
         raise EngineError(
-            f"{folder} was built for a TensorRT-LLM that takes {_words(manifest.options['vision'])}; the one installed"
-            f" takes {_words(vision_input())}. Rebuild with build_engines.py."
+            f"{folder} was built for a TensorRT-LLM that takes {_words(vision)}; the one installed takes"
+            f" {_words(vision_input())}. Rebuild with {program('build_engines.py')}."
         )
     if gpu_count() < options.tp_size:
         raise EngineError(
@@ -114,15 +107,6 @@ def _check(engines: Engines) -> TensorRTLLMOptions:
             f" {gpu_count()} here. Rebuild with a smaller --tp-size, or free or add GPUs."
         )
     return options
-
-
-def _options(manifest: Manifest, folder: str) -> TensorRTLLMOptions:
-    values = {name: value for name, value in manifest.options.items() if name != "vision"}
-    try:
-        manifest.options["vision"]
-        return TensorRTLLMOptions(**values)
-    except (TypeError, KeyError, BuildError) as error:
-        raise EngineError(f"the options in {folder}'s manifest are corrupt ({error}). Rebuild.") from None
 
 
 def _words(vision: str) -> str:
@@ -138,8 +122,10 @@ class _LazyVision:
 
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
         if self._runner is None:
-            name = self._engines.manifest.options["vision_backend"]
+            backend = BACKENDS[self._engines.manifest.options["vision_backend"]]
             # The runner reads its own backend in the manifest.
-            own = replace(self._engines, manifest=replace(self._engines.manifest, backend=name, options={}))
-            self._runner = import_module(_RUNNERS[name]).load_vision(own)
+            manifest = replace(self._engines.manifest, backend=backend.name, options={})
+            runner = runner_module(backend)
+            own = replace(self._engines, manifest=manifest, backend=backend, runner=runner)
+            self._runner = runner.load_vision(own)
         return self._runner(pixel_values, layout)

@@ -25,6 +25,16 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
+def reports(monkeypatch):
+    """The reports that the command printed as tables."""
+    from qwen2vl_trt.commands import compare
+
+    made, original = [], compare._report
+    monkeypatch.setattr(compare, "_report", lambda *given: made.append(original(*given)) or made[-1])
+    return made
+
+
+@pytest.fixture
 def compare(capsys):
     """Runs the command: its exit code and what it printed on stdout."""
     from qwen2vl_trt.commands import call

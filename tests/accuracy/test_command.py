@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import redirect_stdout
 from importlib import util
 from io import StringIO
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from qwen2vl_trt.accuracy import extra, tables
+from qwen2vl_trt.accuracy import tables
 from qwen2vl_trt.accuracy.report import is_block
 from qwen2vl_trt.accuracy.transformers_runner import TransformersRunner
 from qwen2vl_trt.commands import call
@@ -47,7 +48,8 @@ def full(tiny, tmp_path_factory):
     engine = tiny["onnxruntime", "fp32"]
     before = {path.name: path.stat().st_mtime_ns for path in engine.iterdir()}
     # No SystemExit: within the tolerance.
-    call("compare", ["--engine-dir", str(engine), "--json", str(folder / "r.json"), "--plot", str(folder / "r.png")])
+    with (folder / "r.json").open("w") as file, redirect_stdout(file):
+        call("compare", ["--engine-dir", str(engine), "--json", "--plot", str(folder / "r.png")])
     assert {path.name: path.stat().st_mtime_ns for path in engine.iterdir()} == before
     return folder
 
@@ -128,7 +130,7 @@ def test_the_torch_engine_in_fp32_at_any_width(tiny, compare, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ExecutionError("out of memory")])
-def test_what_was_compared_is_not_lost(tiny, monkeypatch, capsys, tmp_path, error):
+def test_what_was_compared_is_not_lost(tiny, monkeypatch, capsys, tmp_path, error, reports):
     """Before the yardstick there is no verdict, but the engine's figures are there."""
 
     def fails(self, *given, **options):
@@ -138,7 +140,7 @@ def test_what_was_compared_is_not_lost(tiny, monkeypatch, capsys, tmp_path, erro
     monkeypatch.setattr(
         TransformersRunner, "infer_impl", lambda self, feed: (fails if "bf16" in self.name else infer)(self, feed)
     )
-    options = ("--layers", "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png")
+    options = ("--layers", "--plot", tmp_path / "r.png")
     with pytest.raises(type(error) if isinstance(error, Exception) else error):
         call("compare", [str(part) for part in ("--engine-dir", tiny["torch", "fp32"], *PICTURE, *options)])
     out = capsys.readouterr().out
@@ -146,7 +148,7 @@ def test_what_was_compared_is_not_lost(tiny, monkeypatch, capsys, tmp_path, erro
     assert "ended before torch fp32 could be judged" in out
     assert "within the tolerance" not in out
     assert "departs" not in out
-    report = json.loads((tmp_path / "r.json").read_text())
+    report = json.loads(reports[0].as_json())
     assert (report["interrupted"], report["rows"]["yardstick"]) == (True, None)
     assert not {"passed", "departures", "first_departing_block"} & set(report)
     assert report["rows"]["engine"]["outputs"]["logits"]["mean_relative"] < 1e-5
@@ -169,40 +171,41 @@ def test_a_picture_too_large_for_the_engine_is_compared_at_the_size_that_fits(ti
         ("decoder", "model.layers.2", "model.layers.2"),
     ],
 )
-def test_the_damaged_block_is_named(tiny, compare, tmp_path, graph, scope, block):
+def test_the_damaged_block_is_named(tiny, compare, reports, tmp_path, graph, scope, block):
     folder = damage(tiny["onnxruntime", "fp32"], tmp_path / "damaged", graph, scope)
-    code, out = compare("--engine-dir", folder, "--layers", "--json", tmp_path / "r.json", *PICTURE)
+    code, out = compare("--engine-dir", folder, "--layers", *PICTURE)
     assert code == 1
     assert f"first block that departs: {block}: maximum relative error" in out
     assert "DEPARTS: hidden_states of onnxruntime fp32" in out
-    report = json.loads((tmp_path / "r.json").read_text())
+    report = json.loads(reports[0].as_json())
     assert (report["passed"], report["first_departing_block"]) == (False, block)
     assert ("image_embeds" in report["departures"]) == (graph == "vision")
 
 
-def test_a_broken_engine_departs_and_its_report_is_json(tiny, compare, tmp_path):
+def test_a_broken_engine_departs_and_its_report_is_json(tiny, compare, reports, tmp_path):
     folder = damage(tiny["onnxruntime", "fp32"], tmp_path / "damaged", "decoder", "model.layers.1", float("nan"))
-    code, out = compare("--engine-dir", folder, "--layers", "--json", tmp_path / "r.json", *PICTURE)
+    code, out = compare("--engine-dir", folder, "--layers", *PICTURE)
     assert code == 1
     assert "first block that departs: model.layers.1: holds values that are not finite" in out
-    assert json.loads((tmp_path / "r.json").read_text())["rows"]["engine"]["outputs"]["logits"]["cosine"] is None
+    assert json.loads(reports[0].as_json())["rows"]["engine"]["outputs"]["logits"]["cosine"] is None
 
 
 def test_other_models_are_asked_photographs(compare, tmp_path):
     model = Path(shutil.copytree(resolve_model("tiny").folder, tmp_path / "other"))
     build_engines(resolve_model(model), *find_backend("torch", "fp32"), BuildProfile(max_batch_size=2), tmp_path / "e")
-    code, out = compare("--engine-dir", tmp_path / "e", "--max-tokens", "2", "--json", tmp_path / "r.json")
+    code, out = compare("--engine-dir", tmp_path / "e", "--max-tokens", "2", "--json")
     assert code == 0, out
-    cases = json.loads((tmp_path / "r.json").read_text())["cases"]
+    cases = json.loads(out)["cases"]
     assert [len(case["images"]) for case in cases] == [1, 1, 1, 2, 0, 0]
     assert [case["videos"] for case in cases] == [[], [], [], [], [8], []]  # more frames than a vision call takes
 
 
 def test_against_our_modules_and_against_another_folder(tiny, compare, tmp_path):
     for against in ("torch", tiny["torch", "fp32"]):
-        options = ("--engine-dir", tiny["onnxruntime", "fp32"], "--against", against, "--json", tmp_path / "r.json")
-        assert compare(*options, *PICTURE)[0] == 0
-        report = json.loads((tmp_path / "r.json").read_text())
+        options = ("--engine-dir", tiny["onnxruntime", "fp32"], "--against", against, "--json")
+        code, out = compare(*options, *PICTURE)
+        assert code == 0
+        report = json.loads(out)
         assert report["reference"] == ("torch fp32" if against == "torch" else str(against))
         assert report["rows"]["engine"]["greedy_tokens"]["tokens"] > 3, "the reference answered by itself"
 
@@ -229,7 +232,7 @@ def test_what_is_wrong_is_said(tiny, compare, tmp_path, monkeypatch):
     with pytest.raises(LimitError, match="unknown limit 'speed'"):
         compare("--engine-dir", engine, "--tolerance", "speed=1")
     with pytest.raises(CompareError, match=r"missing.* is no folder"):
-        compare("--engine-dir", engine, "--json", tmp_path / "missing" / "r.json")
+        compare("--engine-dir", engine, "--plot", tmp_path / "missing" / "r.png")
     with pytest.raises(CompareError, match="is a folder"):
         compare("--engine-dir", engine, "--plot", tmp_path)
     with pytest.raises(CompareError, match="has no ONNX graphs"):
@@ -238,7 +241,9 @@ def test_what_is_wrong_is_said(tiny, compare, tmp_path, monkeypatch):
         compare("--engine-dir", engine, "--min-pixels", 2_000_000, "--max-pixels", 2_000_000, *PICTURE)
     with pytest.raises(LimitError, match=r"case 'yours' has .* tokens; these engines take 1,024"):
         compare("--engine-dir", engine, "--prompt", "What? " * 2000)
-    monkeypatch.setattr(extra, "find_spec", lambda name: None if name == "matplotlib" else util.find_spec(name))
+    monkeypatch.setattr(
+        "qwen2vl_trt.errors.find_spec", lambda name: None if name == "matplotlib" else util.find_spec(name)
+    )
     with pytest.raises(MissingDependencyError, match=r"matplotlib, which is not installed: .*\[compare\]"):
         compare("--engine-dir", engine)
 

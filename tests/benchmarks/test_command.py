@@ -15,12 +15,12 @@ import torch
 
 import run
 from qwen2vl_trt.benchmarks.bench import run as run_bench
-from qwen2vl_trt.engines import command as engines_command
+from qwen2vl_trt.commands import process as engines_command
+from qwen2vl_trt.commands.process import run_command
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
-from qwen2vl_trt.engines.command import run_command
 from qwen2vl_trt.engines.profile import BuildProfile
-from qwen2vl_trt.errors import BenchmarkError
+from qwen2vl_trt.errors import BenchmarkError, BuildError
 from qwen2vl_trt.hub import resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -282,14 +282,23 @@ def test_wrong_options_are_one_line(bench, engines, arguments, message):
     assert_one_line(bench(*arguments), message)
 
 
+def test_fp8_is_quantised_as_for_every_command(bench, monkeypatch):
+    def quantize(plan):
+        raise BuildError(f"{plan.precision}, {plan.request.calibration_size} samples")
+
+    monkeypatch.setattr("qwen2vl_trt.building.folder.quantize_first", quantize)
+    answer = bench("--model", "tiny", "--precision", "fp8", "--calibration-size", 4)
+    assert_one_line(answer, "fp8, 4 samples")
+
+
 @pytest.mark.parametrize("option", ["--plot", "--trace-plot"])
 def test_a_missing_package_names_its_extra(bench, engines, monkeypatch, option):
-    monkeypatch.setattr("qwen2vl_trt.benchmarks.files.find_spec", lambda name: None)
+    monkeypatch.setattr("qwen2vl_trt.errors.find_spec", lambda name: None)
     answer = bench("--engine-dir", engines / "torch", option, "p.png")
-    assert_one_line(answer, "pip install 'qwen2vl-trt[bench]'")
+    assert_one_line(answer, "[bench]'")
     assert f"{option} needs matplotlib" in answer[2]
-    monkeypatch.setattr("qwen2vl_trt.export.importable_torchvision.find_spec", lambda name: None)
-    needed = "needs torchvision, which is not installed: pip install 'qwen2vl-trt[bench]'"
+    monkeypatch.setattr("qwen2vl_trt.errors.find_spec", lambda name: None)
+    needed = "needs torchvision, which is not installed: pip install -e"
     assert_one_line(bench("--engine-dir", engines / "torch", "--against", "transformers"), needed)
     assert_one_line(bench("comparisons"), needed)
 

@@ -263,7 +263,7 @@ class TestRefused:
         backend, precision = find_backend(DEFAULT_BACKEND, None)
         assert (backend.name, precision) == ("onnxruntime", "fp32")
         for backend in installed_backends():
-            assert set(backend.versions()) == set(backend.packages)
+            assert set(backend.versions()) == {"torch", backend.package}
         assert default_engine_dir("tiny", "torch", "bf16") == Path("artifacts/tiny-torch-bf16")
 
 
@@ -400,6 +400,8 @@ def test_bf16_weights_in_a_torch_engine(tied_model, tmp_path):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("qwen2vl_trt.engines.backends.find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"needs torch.*pip install torch"):
+    monkeypatch.setattr("qwen2vl_trt.errors.find_spec", lambda name: None)
+    with pytest.raises(
+        MissingDependencyError, match=r"needs onnxruntime, which is not installed: pip install .*or --backend torch"
+    ):
         find_backend("onnxruntime", None)

@@ -12,9 +12,9 @@ from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.inspect import inspect_folder
 from qwen2vl_trt.engines.lowering import find_faults
 from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.options import TensorRTOptions
 from qwen2vl_trt.engines.precision import FP8
 from qwen2vl_trt.engines.tensorrt_build import parse
-from qwen2vl_trt.engines.tensorrt_options import TensorRTOptions
 from qwen2vl_trt.errors import BuildError
 from qwen2vl_trt.export.onnx_model import export_onnx
 from qwen2vl_trt.hub import resolve_model

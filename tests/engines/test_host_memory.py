@@ -8,8 +8,9 @@ import pytest
 
 import build_engines
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.commands.process import run_command
 from qwen2vl_trt.engines import host_memory
-from qwen2vl_trt.engines.command import run_command
+from qwen2vl_trt.engines.backends import BACKENDS
 from qwen2vl_trt.engines.host_memory import available_bytes, expected_bytes, warn_of_memory
 from qwen2vl_trt.engines.precision import BF16, FP8, FP32
 from qwen2vl_trt.runtime.backends.runners import open_engines
@@ -28,12 +29,12 @@ def test_expected(checkpoint):
     table = 96 * 64
     assert ("lm_head.weight" in sizes) == (not tied)
     weights = sum(sizes.values())
-    assert expected_bytes(checkpoint, "torch", BF16) == 2 * weights
-    assert expected_bytes(checkpoint, "torch", FP32) == 4 * weights
+    assert expected_bytes(checkpoint, BACKENDS["torch"], BF16) == 2 * weights
+    assert expected_bytes(checkpoint, BACKENDS["torch"], FP32) == 4 * weights
     in_graphs = weights if tied else weights - table
-    assert expected_bytes(checkpoint, "onnxruntime", FP32) == 4 * (in_graphs + max(sizes.values()))
+    assert expected_bytes(checkpoint, BACKENDS["onnxruntime"], FP32) == 4 * (in_graphs + max(sizes.values()))
     for backend, precision in (("tensorrt", BF16), ("onnxruntime", FP8), ("torch", FP8)):
-        assert expected_bytes(checkpoint, backend, precision) is None
+        assert expected_bytes(checkpoint, BACKENDS[backend], precision) is None
 
 
 @pytest.mark.parametrize(
@@ -47,11 +48,11 @@ def test_expected(checkpoint):
 )
 def test_what_does_not_fit_is_said_in_one_line_with_what_would(checkpoint, monkeypatch, caplog, free, said):
     needs = {"onnxruntime": 33_200_000_000, "torch": 16_600_000_000}
-    monkeypatch.setattr(host_memory, "expected_bytes", lambda checkpoint, backend, precision: needs[backend])
+    monkeypatch.setattr(host_memory, "expected_bytes", lambda checkpoint, backend, precision: needs[backend.name])
     monkeypatch.setattr(host_memory, "available_bytes", lambda: int(free * needs["onnxruntime"]))
     with caplog.at_level(logging.WARNING):
-        warn_of_memory(checkpoint, "onnxruntime", FP32)
-        warn_of_memory(checkpoint, "onnxruntime", FP32)  # as a command that builds and then opens
+        warn_of_memory(checkpoint, BACKENDS["onnxruntime"], FP32)
+        warn_of_memory(checkpoint, BACKENDS["onnxruntime"], FP32)  # as a command that builds and then opens
     assert len(caplog.records) == bool(said)
     assert said in caplog.text
 
@@ -63,7 +64,7 @@ def nothing_said(monkeypatch):
 
 def test_the_smallest_is_given_no_advice(checkpoint, monkeypatch, caplog):
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 1)
-    warn_of_memory(checkpoint, "torch", BF16)
+    warn_of_memory(checkpoint, BACKENDS["torch"], BF16)
     assert caplog.records[0].getMessage().endswith("are free here")
 
 

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.engines.arguments import usual_profile
 from qwen2vl_trt.engines.inspect import inspect_folder
 from qwen2vl_trt.engines.inspect_table import print_report
 from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.profile import usual_profile
 from qwen2vl_trt.engines.tensorrt_profiles import vision_ranges
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.hub import resolve_model
@@ -164,7 +164,7 @@ def test_the_command_prints_a_report_or_one_line(folder):
     assert "largest image" in done.stdout
     done = subprocess.run([*command, "nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: there is no folder nowhere. Build one with build_engines.py.\n"
+    assert done.stderr == "error: there is no folder nowhere. Build one with python build_engines.py.\n"
 
 
 def test_the_checkpoints_own_limit_of_pixels_bounds_the_largest_photo(tmp_path):

@@ -16,7 +16,7 @@ TERM, INT = signal.SIGTERM, signal.SIGINT
 def ended(main, ignore_ctrl_c=False):
     """Exit code, stdout and stderr of a command whose main function has these lines."""
     lines = "\n    ".join(["import os, signal, sys", "me = os.getpid()", *main])
-    code = f"from qwen2vl_trt.engines.command import run_command\ndef main():\n    {lines}\nrun_command(main)"
+    code = f"from qwen2vl_trt.commands.process import run_command\ndef main():\n    {lines}\nrun_command(main)"
     process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.engines.attention_mask import ATTENTION_MASKS
+from qwen2vl_trt.engines.options import ATTENTION_MASKS
 from qwen2vl_trt.engines.tensorrt_build import parse
 from qwen2vl_trt.export.onnx_model import export_onnx
 from qwen2vl_trt.rope_scaling import YarnScaling

@@ -9,10 +9,10 @@ import pytest
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines import lowering
-from qwen2vl_trt.engines.attention_mask import ATTENTION_MASKS
 from qwen2vl_trt.engines.lowering import attention_nodes, find_faults, lower
+from qwen2vl_trt.engines.options import ATTENTION_MASKS
 from qwen2vl_trt.engines.tensorrt_build import parse
-from qwen2vl_trt.engines.tensorrt_log import tensorrt_log
+from qwen2vl_trt.engines.tensorrt_callbacks import tensorrt_log
 from qwen2vl_trt.errors import BuildError
 
 GRAPHS = ("vision", "decoder")

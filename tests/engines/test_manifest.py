@@ -11,7 +11,9 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.manifest import FORMAT, BuiltFile, Manifest, file_hash
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.engines.staging import MANIFEST_FILE
-from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.errors import EngineError, program
+
+BUILD = program("build_engines.py")
 
 MANIFEST = Manifest(
     model="random",
@@ -77,8 +79,8 @@ def test_writing_replaces_at_once(tmp_path, monkeypatch):
 
 def test_a_folder_without_a_manifest_is_refused(folder, tmp_path):
     (folder / MANIFEST_FILE).unlink()
-    assert refused(folder) == f"{folder} holds no engine: it has no {MANIFEST_FILE}. Build one with build_engines.py."
-    assert refused(tmp_path / "none") == f"there is no folder {tmp_path / 'none'}. Build one with build_engines.py."
+    assert refused(folder) == f"{folder} holds no engine: it has no {MANIFEST_FILE}. Build one with {BUILD}."
+    assert refused(tmp_path / "none") == f"there is no folder {tmp_path / 'none'}. Build one with {BUILD}."
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from qwen2vl_trt.config import VisionConfig
-from qwen2vl_trt.engines.arguments import usual_profile
-from qwen2vl_trt.engines.profile import BuildConfig, BuildProfile, flag
+from qwen2vl_trt.engines.profile import BuildConfig, BuildProfile, flag, usual_profile
 from qwen2vl_trt.errors import BuildError, LimitError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("Qwen*.yaml"))
@@ -31,7 +30,7 @@ def test_defaults_take_a_full_hd_image():
 
 @pytest.mark.parametrize("name", ["tiny", "Qwen2.5-VL-3B-Instruct", "Qwen--Qwen2.5-VL-3B-Instruct", "Org--fine-tuned"])
 def test_a_models_own_limits_whatever_the_spelling_of_its_name(name, monkeypatch, tmp_path):
-    monkeypatch.setattr("qwen2vl_trt.engines.arguments._CONFIGS", tmp_path)
+    monkeypatch.setattr("qwen2vl_trt.engines.profile._CONFIGS", tmp_path)
     for known in ("tiny", "Qwen2.5-VL-3B"):
         (tmp_path / f"{known}.yaml").write_text(f"model: {known}\nmax_batch_size: 3\n")
     assert usual_profile(name).max_batch_size == (8 if name == "Org--fine-tuned" else 3)

@@ -22,19 +22,22 @@ import pytest
 import qwen2vl_trt.engines.tensorrt_build as tensorrt_build
 from qwen2vl_trt.benchmarks.random_model import config_of, write_sparse_checkpoint
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.engines.attention_mask import ATTENTION_MASKS
-from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.backends import TENSORRT, TENSORRT_RTX, BuildJob, find_backend
 from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.options import ATTENTION_MASKS, TensorRTOptions
 from qwen2vl_trt.engines.precision import BF16
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.engines.progress import BuildSteps, progress_bar
-from qwen2vl_trt.engines.tensorrt_build import build_plans, parse
-from qwen2vl_trt.engines.tensorrt_log import tensorrt_log
-from qwen2vl_trt.engines.tensorrt_module import TENSORRT, TENSORRT_RTX, load_tensorrt
-from qwen2vl_trt.engines.tensorrt_options import TensorRTOptions
-from qwen2vl_trt.engines.timing_cache import load_timing_cache, save_timing_cache, timing_cache_path
-from qwen2vl_trt.errors import BuildError, MissingDependencyError
+from qwen2vl_trt.engines.tensorrt_build import (
+    build_plans,
+    load_timing_cache,
+    parse,
+    save_timing_cache,
+    timing_cache_path,
+)
+from qwen2vl_trt.engines.tensorrt_callbacks import tensorrt_log
+from qwen2vl_trt.errors import BuildError, EngineError, MissingDependencyError
 from qwen2vl_trt.files import replacement
 from qwen2vl_trt.hub import resolve_model
 from tests.support.engine_folders import PROFILE, build
@@ -77,7 +80,7 @@ class TestTinyModel:
         assert manifest.files["vision.engine"].bytes == (folder / "vision.engine").stat().st_size
         assert set(manifest.files) == {"vision.onnx", "decoder.onnx", *PLANS}
         assert (manifest.backend, manifest.precision, manifest.options) == ("tensorrt-rtx", "bf16", {})
-        assert manifest.versions["tensorrt_rtx"] == load_tensorrt(TENSORRT_RTX).__version__
+        assert manifest.versions["tensorrt_rtx"] == TENSORRT_RTX.load().__version__
         assert not [path.name for path in folder.iterdir() if re.fullmatch(r"\..*engine.*", path.name)]
 
     def test_fusions(self, rtx_engines, rtx_checkpoint):
@@ -155,8 +158,8 @@ def build_rtx(checkpoint, folder, profile=PROFILE, **options):
     """The plans alone, without a manifest."""
     with progress_bar() as progress:
         steps = BuildSteps(progress, "test", 5)
-        chosen = TensorRTOptions(**options)
-        return build_plans(TENSORRT_RTX, checkpoint, folder, BF16, profile, steps, chosen)
+        backend = TENSORRT_RTX.with_options(options)
+        return build_plans(BuildJob(backend, checkpoint, folder, folder, BF16, profile, steps))
 
 
 class TestOptions:
@@ -312,31 +315,27 @@ class TestWritingAPlan:
 
 
 class TestMissing:
-    @pytest.mark.parametrize("variant", [TENSORRT, TENSORRT_RTX], ids=lambda variant: variant.backend)
-    def test_not_installed(self, monkeypatch, variant):
-        monkeypatch.setattr(
-            "qwen2vl_trt.engines.backends.find_spec", lambda name: None if name == variant.module else object()
-        )
-        said = rf"needs {variant.module}, which is not installed: pip install 'qwen2vl-trt\[{variant.backend}\]'"
+    @pytest.mark.parametrize("backend", [TENSORRT, TENSORRT_RTX], ids=lambda backend: backend.name)
+    def test_not_installed(self, monkeypatch, backend):
+        monkeypatch.setattr("qwen2vl_trt.errors.find_spec", lambda name: None if name == backend.package else object())
+        said = rf"needs {backend.package}, which is not installed: pip install -e '.*\[{backend.name}\]'"
         with pytest.raises(MissingDependencyError, match=said):
-            find_backend(variant.backend, None)
+            find_backend(backend.name, None)
 
     @pytest.mark.parametrize("error", [ImportError, OSError, ModuleNotFoundError])
     def test_without_its_libraries(self, monkeypatch, error):
         def fail(name):
             raise error("libnvinfer.so.11: cannot open shared object file")
 
-        monkeypatch.setattr("qwen2vl_trt.engines.tensorrt_module.import_module", fail)
-        with pytest.raises(
-            MissingDependencyError, match=r"cannot be imported \(libnvinfer.*pip install 'qwen2vl-trt\[te"
-        ):
-            load_tensorrt(TENSORRT)
+        monkeypatch.setattr("qwen2vl_trt.engines.backends.import_module", fail)
+        with pytest.raises(MissingDependencyError, match=r"cannot be imported \(libnvinfer.*pip install -e '.*\[te"):
+            replace(TENSORRT, package="json").load()  # one that is found
 
     @pytest.mark.parametrize("version", ["8.6.1", "10.14.1.48.post1", "10.16.1.11", "12.0.0", "dev"])
     def test_a_release_that_does_not_work(self, monkeypatch, version):
         """10.15 and 10.16 have attention layers, but neither lengths nor a lower-right mask."""
         fake_tensorrt(monkeypatch, version)
-        with pytest.raises(BuildError, match=rf"needs tensorrt 11\.0 or later, older than 12; {version} is installed"):
+        with pytest.raises(EngineError, match=rf"needs tensorrt 11\.0 or later, older than 12; {version} is installed"):
             find_backend("tensorrt", None)
 
     @pytest.mark.parametrize("version", ["11.0.0.114", "11.4.0.106"])
@@ -356,7 +355,7 @@ class TestMissing:
             find_backend(backend, "fp16")
 
     def test_nothing_imports_it_at_start_up(self):
-        code = "import sys, build_engines, run; from qwen2vl_trt.engines import arguments, build; print(*sys.modules)"
+        code = "import sys, build_engines, run; from qwen2vl_trt.building import plan, folder; print(*sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         assert not {"tensorrt", "tensorrt_rtx"} & set(done.stdout.split())
 

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen2vl_trt.building.plan import BuildRequest, plan_build
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.engines.arguments import add_build_arguments, plan_build
-from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.commands.options import Parser, add_build_arguments
+from qwen2vl_trt.engines.backends import BACKENDS, find_backend
 from qwen2vl_trt.engines.build import build_engines
-from qwen2vl_trt.engines.command import Parser
 from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.options import TensorRTLLMOptions
 from qwen2vl_trt.engines.profile import BuildProfile
-from qwen2vl_trt.engines.tensorrt_llm_api import differences, load_tensorrt_llm, make_llm, sampling_params, vision_input
-from qwen2vl_trt.engines.tensorrt_llm_options import TensorRTLLMOptions
-from qwen2vl_trt.errors import BuildError, MissingDependencyError
+from qwen2vl_trt.engines.tensorrt_llm_api import differences, make_llm, sampling_params, vision_input
+from qwen2vl_trt.errors import BuildError, EngineError, MissingDependencyError
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.rope_scaling import LinearScaling
 from tests.support import fake_tensorrt_llm
@@ -43,13 +43,13 @@ def built(folder, model=TINY, precision=None, profile=None, **options):
 def plan(*arguments):
     parser = Parser()
     add_build_arguments(parser)
-    return plan_build(parser.parse_args(["--backend", "tensorrt-llm", *arguments]))
+    return plan_build(BuildRequest.from_arguments(parser.parse_args(["--backend", "tensorrt-llm", *arguments])))
 
 
 class TestRelease:
     @pytest.mark.skipif(find_spec("tensorrt_llm") is not None, reason="TensorRT-LLM is installed here")
     def test_missing(self):
-        with pytest.raises(MissingDependencyError, match=r"not installed: pip install 'qwen2vl-trt\[tensorrt-llm\]'"):
+        with pytest.raises(MissingDependencyError, match=r"not installed: pip install -e '.*\[tensorrt-llm\]'"):
             find_backend("tensorrt-llm", None)
 
     def test_without_its_libraries(self, monkeypatch, trtllm, tmp_path):
@@ -59,17 +59,19 @@ class TestRelease:
         with pytest.raises(
             MissingDependencyError, match=r"cannot be imported .libmpi.so.40: cannot open shared object"
         ):
-            load_tensorrt_llm()
+            BACKENDS["tensorrt-llm"].load()
 
     @pytest.mark.parametrize("version", ["1.2.0", "1.2.0rc5", "1.4.0rc1"])
     def test_supported(self, trtllm, monkeypatch, version):
         monkeypatch.setattr(trtllm, "__version__", version)
-        assert load_tensorrt_llm() is trtllm
+        assert BACKENDS["tensorrt-llm"].load() is trtllm
 
     @pytest.mark.parametrize("version", ["0.21.0", "1.1.0", "2.0.0"])
     def test_another(self, trtllm, monkeypatch, version):
         monkeypatch.setattr(trtllm, "__version__", version)
-        with pytest.raises(BuildError, match=rf"needs tensorrt_llm 1.2 or later, older than 2; {version} is installed"):
+        with pytest.raises(
+            EngineError, match=rf"needs tensorrt_llm 1.2 or later, older than 2; {version} is installed"
+        ):
             find_backend("tensorrt-llm", None)
 
 
@@ -84,8 +86,8 @@ class TestSignatures:
             """No salt."""
 
         monkeypatch.setattr(trtllm.LLM, "generate_async", generate_async)
-        with pytest.raises(BuildError, match=r"lacks .*: LLM.generate_async without cache_salt. Install another"):
-            load_tensorrt_llm()
+        with pytest.raises(EngineError, match=r"lacks .*: LLM.generate_async without cache_salt. Install another"):
+            BACKENDS["tensorrt-llm"].load()
 
     def test_a_renamed_argument_of_the_model(self, trtllm, monkeypatch):
         fields = dict(trtllm.llmapi.TorchLlmArgs.model_fields)
@@ -205,7 +207,6 @@ class TestBuild:
         ("arguments", "message"),
         [
             (["--tp-size", "0"], "--tp-size is 0; it must be at least 1"),
-            (["--vision-backend", "jax"], "unknown --vision-backend 'jax'; known: torch, tensorrt"),
             (["--strip-weights"], "--strip-weights is for the TensorRT backends, not for tensorrt-llm"),
             (["--precision", "fp32"], "backend tensorrt-llm cannot be built in 'fp32', only in bf16, fp8"),
         ],
@@ -272,7 +273,7 @@ class TestCommands:
         assert done.returncode == 2
         assert done.stderr == (
             "error: backend tensorrt-llm needs tensorrt_llm, which is not installed:"
-            " pip install 'qwen2vl-trt[tensorrt-llm]'\n"
+            f" pip install -e '{self.ROOT}[tensorrt-llm]'\n"
         )
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the stand-in would seem to run on it")

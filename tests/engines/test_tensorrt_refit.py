@@ -17,10 +17,10 @@ import torch
 
 import qwen2vl_trt.engines.tensorrt_build as tensorrt_build
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.backends import TENSORRT, TENSORRT_RTX
+from qwen2vl_trt.engines.options import TensorRTOptions
 from qwen2vl_trt.engines.tensorrt_build import parse
-from qwen2vl_trt.engines.tensorrt_log import tensorrt_log
-from qwen2vl_trt.engines.tensorrt_module import TENSORRT, TENSORRT_RTX
-from qwen2vl_trt.engines.tensorrt_options import TensorRTOptions
+from qwen2vl_trt.engines.tensorrt_callbacks import tensorrt_log
 from qwen2vl_trt.engines.tensorrt_refit import refit, stored_weights, strip_weights
 from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.weights import checkpoint_names

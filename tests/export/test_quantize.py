@@ -11,14 +11,13 @@ import pytest
 import torch
 
 import qwen2vl_trt.export.quantize
+from qwen2vl_trt.building.calibration import Calibration, training_data
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.decoder import Decoder
 from qwen2vl_trt.errors import BuildError, CheckpointError, MissingDependencyError
 from qwen2vl_trt.export.quantize import CalibrationSample, fp8_config, quantize_checkpoint
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.quantization import fp8_layers, use_fp8
-from qwen2vl_trt.runtime.calibration import Calibration
-from qwen2vl_trt.tiny.calibration import training_data
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import window_layout
@@ -179,8 +178,8 @@ def test_it_computes_what_model_optimizers_own_model_does(tmp_path):
 
 class TestWhatGoesWrong:
     def test_not_installed(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(qwen2vl_trt.export.quantize, "find_spec", lambda name: None)
-        with pytest.raises(MissingDependencyError, match=r"pip install 'qwen2vl-trt\[quantize\]'"):
+        monkeypatch.setattr("qwen2vl_trt.errors.find_spec", lambda name: None)
+        with pytest.raises(MissingDependencyError, match=r"pip install -e '.*\[quantize\]'"):
             quantize_checkpoint(tiny(), tmp_path / "fp8", [])
 
     def test_samples_without_images_leave_the_tower_without_scales(self, tmp_path):

@@ -7,7 +7,6 @@ from dataclasses import asdict
 import pytest
 
 import qwen2vl_trt.fleet.driver
-import qwen2vl_trt.fleet.extra
 from qwen2vl_trt.commands import call
 from qwen2vl_trt.errors import BatchError, FeaturesError, MediaError, MissingDependencyError, SamplingError
 from qwen2vl_trt.fleet.cluster import connect
@@ -72,7 +71,7 @@ def batch(engine_dir, tmp_path):
 
 def test_a_run_and_how_it_goes_on(batch, images, tmp_path, capsys):
     (images / "0007.png").write_text("no image")
-    batch("--input", images, "--partition-rows", 4)
+    batch("--input", images, "--shard-size", 4)
     said = capsys.readouterr()
     assert said.out == ""
     assert "out: 9 rows, " in said.err
@@ -86,11 +85,11 @@ def test_a_run_and_how_it_goes_on(batch, images, tmp_path, capsys):
     before = rows(tmp_path / "out")
     (tmp_path / "out" / "data" / "part-00001.parquet").unlink()
     with pytest.raises(BatchError, match="--resume goes on with it, --overwrite starts again"):
-        batch("--input", images, "--partition-rows", 4)
-    batch("--input", images, "--partition-rows", 4, "--resume")
+        batch("--input", images, "--shard-size", 4)
+    batch("--input", images, "--shard-size", 4, "--resume")
     assert "out: 3 rows, 6 were there, " in capsys.readouterr().err
     assert rows(tmp_path / "out") == before
-    batch("--input", images, "--partition-rows", 4, "--resume")
+    batch("--input", images, "--shard-size", 4, "--resume")
     assert "out: 0 rows, 9 were there\n" in capsys.readouterr().err
     assert list(failures(tmp_path / "out")) == ["0007.png"]
     batch("--input", save_images(tmp_path / "other", 2), "--overwrite")
@@ -109,10 +108,10 @@ def test_resume_where_nothing_is_begins(batch, images, tmp_path):
 
 
 def test_a_resumed_run_must_be_the_same(batch, images, tmp_path):
-    batch("--input", images, "--partition-rows", 4)
+    batch("--input", images, "--shard-size", 4)
     for changed, message in (
         (("--pool", "mean"), "begun with pool 'none', this run has 'mean'"),
-        (("--partition-rows", 5), "begun with partition_rows 4, this run has 5"),
+        (("--shard-size", 5), "begun with shard_size 4, this run has 5"),
         (("--max-pixels", 9408), "begun with max_pixels"),
         (("--image-pixel-limit", 99999), "begun with image_pixel_limit 100000000, this run has 99999"),
         (("--decode", "gpu"), "begun with decode 'cpu', this run has 'gpu'"),
@@ -120,9 +119,9 @@ def test_a_resumed_run_must_be_the_same(batch, images, tmp_path):
         (("--input", save_images(tmp_path / "other", 1)), "begun with input"),
     ):
         with pytest.raises(FeaturesError, match=message):
-            batch("--input", images, "--partition-rows", 4, "--resume", *changed)
+            batch("--input", images, "--shard-size", 4, "--resume", *changed)
     with pytest.raises(FeaturesError, match="begun with generation_config None, this run has 'auto'"):
-        batch("--input", images, "--partition-rows", 4, "--resume", "--prompt", "x", task="generate")
+        batch("--input", images, "--shard-size", 4, "--resume", "--prompt", "x", task="generate")
 
 
 def test_an_interrupted_job_goes_on_where_it_was(batch, images, tmp_path, monkeypatch, capsys):
@@ -137,12 +136,12 @@ def test_an_interrupted_job_goes_on_where_it_was(batch, images, tmp_path, monkey
 
     monkeypatch.setattr(qwen2vl_trt.fleet.driver.Driver, "run", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"^8 rows are saved; run again with --resume to go on$"):
-        batch("--input", images, "--partition-rows", 4)
+        batch("--input", images, "--shard-size", 4)
     assert len(rows(tmp_path / "out")) == 8
     assert not (tmp_path / "out" / ".work").exists()
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(qwen2vl_trt.fleet.driver.Driver, "run", run_all)
-    batch("--input", images, "--partition-rows", 4, "--resume")
+    batch("--input", images, "--shard-size", 4, "--resume")
     assert len(rows(tmp_path / "out")) == 10
 
 
@@ -156,19 +155,17 @@ def test_a_prompt_is_a_column_or_one_for_all(batch, images, tmp_path):
 
 
 def test_workers_get_the_cores_and_gpus_that_are_asked_for(batch, images, tmp_path, no_ray):
-    batch("--input", images, "--num-workers", 8, "--partition-rows", 4, "--cpus-per-worker", 3)
+    batch("--input", images, "--workers", 8, "--shard-size", 4, "--cpus-per-worker", 3)
     assert (no_ray["settings"].workers, no_ray["worker_cpus"], no_ray["settings"].threads) == (3, 3, 3)  # 3 partitions
     assert no_ray["num_cpus"] >= 9
     assert no_ray["worker_gpus"] == 0
     no_ray["resources"] = {"GPU": 1.0}
-    batch("--input", images, "--overwrite", "--num-workers", 2, "--partition-rows", 5, "--gpus-per-worker", 0.5)
+    batch("--input", images, "--overwrite", "--workers", 2, "--shard-size", 5, "--gpus-per-worker", 0.5)
     assert no_ray["worker_gpus"] == 0.5
     batch("--input", images, "--overwrite")
     assert no_ray["worker_gpus"] == 0  # --device cpu
-    with pytest.raises(
-        BatchError, match="2 workers of 1 GPUs need 2, Ray has 1: give fewer --num-workers or a smaller"
-    ):
-        batch("--input", images, "--overwrite", "--num-workers", 2, "--partition-rows", 5, device=())
+    with pytest.raises(BatchError, match="2 workers of 1 GPUs need 2, Ray has 1: give fewer --workers or a smaller"):
+        batch("--input", images, "--overwrite", "--workers", 2, "--shard-size", 5, device=())
     no_ray["resources"] = {}
     batch("--input", images, "--overwrite", device=())
     assert no_ray["settings"].device == "cpu"  # what Ray gives a worker without GPUs
@@ -201,7 +198,7 @@ def test_what_is_refused_before_the_work(batch, images, tmp_path, monkeypatch):
     ):
         with pytest.raises(error, match=message):
             batch(*options)
-    for options in (("--num-workers", 0), ("--task", "train"), ("--resume", "--overwrite")):
+    for options in (("--workers", 0), ("--task", "train"), ("--resume", "--overwrite")):
         with pytest.raises(SystemExit):
             batch(*given, *options)
     monkeypatch.setattr("os.access", lambda path, mode: False)  # the superuser may write anywhere
@@ -226,7 +223,7 @@ def test_a_worker_that_lives_on_adds_nothing_to_what_was_counted(batch, images, 
 
     monkeypatch.setattr(qwen2vl_trt.fleet.driver.Driver, "run", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"^4 rows are saved"):
-        batch("--input", images, "--partition-rows", 4)
+        batch("--input", images, "--shard-size", 4)
     assert "cannot be written" in left[0]()["fatal"]
     assert len(rows(tmp_path / "out")) == 4
 
@@ -280,10 +277,8 @@ def test_two_runs_exclude_each_other(batch, images, tmp_path):
 
 
 def test_ray_is_not_installed(batch, images, monkeypatch):
-    monkeypatch.setattr(qwen2vl_trt.fleet.extra, "find_spec", lambda name: None if name == "ray" else name)
-    with pytest.raises(
-        MissingDependencyError, match=r"needs ray, which is not installed: pip install 'qwen2vl-trt\[ray\]'"
-    ):
+    monkeypatch.setattr("qwen2vl_trt.errors.find_spec", lambda name: None if name == "ray" else name)
+    with pytest.raises(MissingDependencyError, match=r"needs ray, which is not installed: pip install -e '.*\[ray\]'"):
         batch("--input", images)
 
 

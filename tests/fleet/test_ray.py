@@ -38,7 +38,7 @@ class Ray:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(path),
         }
-        command = [sys.executable, str(ROOT / "run.py"), "batch", "--device", "cpu", "--num-workers", "2"]
+        command = [sys.executable, str(ROOT / "run.py"), "batch", "--device", "cpu", "--workers", "2"]
         with log.open("w") as file:
             return subprocess.Popen(
                 [*command, "--cpus-per-worker", "1", *map(str, options)],
@@ -101,7 +101,7 @@ def test_a_lost_worker_and_a_lost_driver(ray, engine_dir, pipeline, tmp_path):
         (folder / name).write_bytes((folder / name).read_bytes()[:500])
     output, log = tmp_path / "out", tmp_path / "log"
     options = ("--engine-dir", engine_dir, "--input", folder, "--output", output, "--task", "features")
-    options += ("--pool", "mean", "--partition-rows", 50)
+    options += ("--pool", "mean", "--shard-size", 50)
     process = ray.start(log, *options)
     wait_for(lambda: done(output) >= 4, process, log)
     lost, other = ray.workers()
@@ -160,7 +160,7 @@ def test_answers_and_a_row_that_kills_its_worker(ray, engine_dir, pipeline, tmp_
     table = write_lines(tmp_path / "rows.jsonl", values)
     output, log = tmp_path / "out", tmp_path / "log"
     options = ("--engine-dir", engine_dir, "--input", table, "--output", output, "--task", "generate")
-    options += ("--partition-rows", 6, "--max-tokens", 6, "--max-retries", 0)
+    options += ("--shard-size", 6, "--max-tokens", 6, "--max-retries", 0)
     process = ray.start(log, *options, path=f"{tmp_path / 'site'}{os.pathsep}{ROOT}")
     assert process.wait(DEADLINE) == 0, log.read_text()
     assert "out: 22 rows, " in log.read_text()
@@ -191,7 +191,7 @@ def test_ended_by_a_signal(ray, engine_dir, tmp_path, number, send, after):
     folder = save_images(tmp_path / "in", 2000, [(56, 56)])
     output, log = tmp_path / "out", tmp_path / "log"
     options = ("--engine-dir", engine_dir, "--input", folder, "--output", output, "--task", "features")
-    options += ("--pool", "mean", "--partition-rows", 50)
+    options += ("--pool", "mean", "--shard-size", 50)
     process = ray.start(log, *options)
     wait_for(lambda: done(output) >= after and any(p.name() == "raylet" for p in ray.processes()), process, log)
     send(process.pid, number)

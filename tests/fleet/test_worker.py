@@ -30,7 +30,7 @@ def single_process(pipeline, folder, output, *options):
     """Features as `run.py features` makes them, by image."""
     from safetensors.torch import load_file
 
-    from qwen2vl_trt.engines.command import Parser
+    from qwen2vl_trt.commands.options import Parser
     from qwen2vl_trt.runtime.features.shards import shard_paths
 
     parser = Parser()

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams
-from qwen2vl_trt.engines.attention_mask import ATTENTION_MASKS
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.options import ATTENTION_MASKS, TensorRTOptions
 from qwen2vl_trt.engines.profile import BuildProfile
-from qwen2vl_trt.engines.tensorrt_options import TensorRTOptions
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.runtime.backends.runners import open_engines

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import run
-from qwen2vl_trt.engines.command import run_command
+from qwen2vl_trt.commands.process import run_command
 
 ASK = "--model Qwen2.5-VL-72B --gpu H200 --images-per-second 100 --output-tokens 128".split()  # noqa: SIM905
 

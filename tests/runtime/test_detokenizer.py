@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from qwen2vl_trt.runtime.detokenizer import AnswerStream, Detokenizer, StopStrings
-from qwen2vl_trt.runtime.sampler import SamplingParams
+from qwen2vl_trt.runtime.sampling_params import SamplingParams
 
 EOS = "<|im_end|>"
 

@@ -8,7 +8,7 @@ import transformers
 
 from qwen2vl_trt.errors import CheckpointError
 from qwen2vl_trt.runtime.generation_config import GenerationConfig
-from qwen2vl_trt.runtime.sampler import Sampling, SamplingParams
+from qwen2vl_trt.runtime.sampling_params import Sampling, SamplingParams
 
 TOKENIZER = SimpleNamespace(eos_token_id=7, pad_token_id=8)
 

@@ -13,7 +13,7 @@ from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.pipeline import Pipeline
 from qwen2vl_trt.runtime.request import Request
-from qwen2vl_trt.runtime.sampler import SamplingParams
+from qwen2vl_trt.runtime.sampling_params import SamplingParams
 
 PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_input_len=100, max_seq_len=140)
 

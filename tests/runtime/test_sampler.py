@@ -16,7 +16,8 @@ from transformers import (
 
 from qwen2vl_trt.errors import SamplingError
 from qwen2vl_trt.runtime import sampler
-from qwen2vl_trt.runtime.sampler import Sampling, SamplingParams, SequenceSampling, distribution, penalise, sample
+from qwen2vl_trt.runtime.sampler import SequenceSampling, distribution, penalise, sample
+from qwen2vl_trt.runtime.sampling_params import Sampling, SamplingParams
 
 VOCAB = 300
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig
 
-import qwen2vl_trt.runtime.backends.tensorrt_engine
 import qwen2vl_trt.runtime.backends.tensorrt_runner
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.backends import BACKENDS, Backend, find_backend
@@ -30,7 +29,7 @@ BUILDS = (("torch", "fp32"), ("onnxruntime", "fp32"))
 
 def installed_backends() -> list[Backend]:
     """Those whose packages are here."""
-    return [backend for backend in BACKENDS.values() if all(find_spec(package) for package in backend.packages)]
+    return [backend for backend in BACKENDS.values() if find_spec(backend.package)]
 
 
 def write_checkpoint(folder: Path) -> Path:
@@ -85,6 +84,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def use_fake_tensorrt(monkeypatch: pytest.MonkeyPatch, name: str = "tensorrt") -> type:
     """Put the fake runtime in the place of TensorRT, or TensorRT for RTX, and of the GPU; returns its module."""
     module = fake_tensorrt.module(name)
-    monkeypatch.setattr(qwen2vl_trt.runtime.backends.tensorrt_engine, "load_tensorrt", lambda variant: module)
+    monkeypatch.setattr(Backend, "load", lambda self: module)
     monkeypatch.setattr(qwen2vl_trt.runtime.backends.tensorrt_runner, "CudaDevice", fake_tensorrt.CpuDevice)
     return module

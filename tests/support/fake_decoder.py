@@ -8,7 +8,8 @@ import torch
 from qwen2vl_trt.runtime.backends.runners import Step
 from qwen2vl_trt.runtime.detokenizer import AnswerStream
 from qwen2vl_trt.runtime.request import Output
-from qwen2vl_trt.runtime.sampler import Sampling, SequenceSampling
+from qwen2vl_trt.runtime.sampler import SequenceSampling
+from qwen2vl_trt.runtime.sampling_params import Sampling
 from qwen2vl_trt.runtime.scheduling.prefix import token_keys
 from qwen2vl_trt.runtime.scheduling.sequence import RunningSequence
 

@@ -29,7 +29,7 @@ def _main(arguments, log):
     import torch
 
     import run
-    from qwen2vl_trt.engines.command import run_command
+    from qwen2vl_trt.commands.process import run_command
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 2)

@@ -121,7 +121,7 @@ class _ProfiledSessions:
 def _onnxruntime_rows(subject: EngineSubject, case: Case) -> _Rows:
     with tempfile.TemporaryDirectory() as folder:
         backend = _ProfiledSessions(folder)
-        subject.engines = replace(subject.engines, backend=backend)
+        subject.engines = replace(subject.engines, runner=backend)
         subject.prepare(case)
         subject.run(ITERATIONS)
         events = [json.loads(Path(session.end_profiling()).read_text()) for session in backend.sessions]

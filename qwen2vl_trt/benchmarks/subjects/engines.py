@@ -25,7 +25,7 @@ from qwen2vl_trt.runtime.options import PipelineOptions
 from qwen2vl_trt.runtime.pipeline import Pipeline
 from qwen2vl_trt.runtime.preprocessing.preprocessor import Decode, PackedPixels, Preprocessor, PreprocessorSettings
 from qwen2vl_trt.runtime.request import Output, Request
-from qwen2vl_trt.runtime.sampler import SamplingParams
+from qwen2vl_trt.runtime.sampling_params import SamplingParams
 from qwen2vl_trt.windows import WindowLayout, window_layout
 
 from .shapes import Case
@@ -34,7 +34,6 @@ from .subject import Sample, Subject, Turn, timed
 from .timeline import Timeline
 
 PROMPT = "What is in the image?"
-_REENTRANT = ("torch", "onnxruntime")  # backends whose vision runner keeps no state between calls
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,9 @@ class VisionSubject(EngineSubject):
     def _runners(self) -> list[VisionRunner]:
         """One a stream. A TensorRT runner owns an execution context, which one stream at a time may use."""
         others = range(self._options.streams - 1)
-        if self.engines.manifest.backend in _REENTRANT:
+        if not self.engines.backend.plans:
             return [self.engines.vision] * self._options.streams
-        return [self.engines.vision, *(self.engines.backend.load_vision(self.engines) for _ in others)]
+        return [self.engines.vision, *(self.engines.runner.load_vision(self.engines) for _ in others)]
 
     def iterate(self, count: int) -> list[Sample]:
         if len(self._calls) == 1:

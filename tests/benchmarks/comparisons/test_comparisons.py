@@ -174,7 +174,7 @@ def test_the_text_shows_what_was_measured(bench, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--models", "72B"), "invalid choice: '72B'"),
+        (("--model", "72B"), "invalid choice: '72B'"),
         (("--layers", "0"), "--layers"),
         (("--device", "cuda:99"), "cuda:99"),
         (("--plot", "none/p.png"), "there is no folder none"),
@@ -184,7 +184,7 @@ def test_wrong_options_are_named(arguments, message, capsys, monkeypatch, tmp_pa
     import sys
 
     import run
-    from qwen2vl_trt.engines.command import run_command
+    from qwen2vl_trt.commands.process import run_command
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["run.py", "bench", "comparisons", *arguments])

@@ -88,7 +88,7 @@ def test_a_mapped_file_is_taken_as_a_plan(trt, tmp_path):
     """Without a GPU TensorRT refuses it for that, not for being no bytes."""
     import mmap
 
-    from qwen2vl_trt.engines.tensorrt_log import tensorrt_log
+    from qwen2vl_trt.engines.tensorrt_callbacks import tensorrt_log
 
     path = tmp_path / "plan"
     path.write_bytes(bytes(10_000))

@@ -4,35 +4,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
-
-import onnx
-import pytest
-import torch
-
-from qwen2vl_trt.engines.tensorrt_profiles import Range
-from qwen2vl_trt.errors import EngineError, LimitError
-from qwen2vl_trt.runtime.backends.tensorrt_tensors import EngineTensor, check_tensors, choose_profile, expected_tensors
-
-
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2vl_trt.engines.profile import BuildProfile
-from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.engines.tensorrt_profiles import Range
+from qwen2vl_trt.errors import EngineError, LimitError
 from qwen2vl_trt.runtime.backends.common import KVCache
 from qwen2vl_trt.runtime.backends.tensorrt_tensors import (
     ALIGNMENT,
+    EngineTensor,
     check_cache,
     check_rows,
+    check_tensors,
+    choose_profile,
+    expected_tensors,
     format_bytes,
     streaming_budget,
     token_bytes,
 )
-
 
 PROFILES = (
     {"batch": Range(1, 1, 4), "sequence": Range(1, 100, 300)},

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from qwen2vl_trt import Pipeline, PipelineOptions, Request
 from qwen2vl_trt.commands import features
+from qwen2vl_trt.commands.options import pipeline_options
 from qwen2vl_trt.errors import FeaturesError, LimitError, MediaError, PromptError
 from qwen2vl_trt.runtime.features.shards import shard_paths
-from qwen2vl_trt.runtime.pipeline_arguments import pipeline_options
 from tests.support import features_process
 from tests.support.bounds import FP32, FP32_BEHIND_BOTH
 from tests.support.feature_files import stored
@@ -47,7 +47,7 @@ def folder(images):
 
 
 def extract(pipeline, *options):
-    from qwen2vl_trt.engines.command import Parser
+    from qwen2vl_trt.commands.options import Parser
 
     def open_pipeline(arguments):
         asked = pipeline_options(arguments)

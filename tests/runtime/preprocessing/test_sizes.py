@@ -11,8 +11,7 @@ from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as transformers_resize
 
 from qwen2vl_trt.config import Qwen2VLConfig
-from qwen2vl_trt.engines.arguments import usual_profile
-from qwen2vl_trt.engines.profile import BuildProfile
+from qwen2vl_trt.engines.profile import BuildProfile, usual_profile
 from qwen2vl_trt.errors import LimitError, MediaError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.runtime.options import PipelineOptions

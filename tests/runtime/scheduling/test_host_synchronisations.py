@@ -5,7 +5,8 @@ import torch
 
 from qwen2vl_trt.runtime.backends.runners import Step
 from qwen2vl_trt.runtime.request import Output
-from qwen2vl_trt.runtime.sampler import Sampling, SequenceSampling
+from qwen2vl_trt.runtime.sampler import SequenceSampling
+from qwen2vl_trt.runtime.sampling_params import Sampling
 from qwen2vl_trt.runtime.scheduling.scheduler import Scheduler
 from qwen2vl_trt.transfer import to_device
 from tests.support.device_tensors import META, DeviceTensor, Synchronisations, pin

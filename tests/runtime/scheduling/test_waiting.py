@@ -7,7 +7,7 @@ import pytest
 from qwen2vl_trt import Request
 from qwen2vl_trt.errors import DeadlineError, LimitError, PromptError
 from qwen2vl_trt.runtime.request import Output
-from qwen2vl_trt.runtime.sampler import Sampling
+from qwen2vl_trt.runtime.sampling_params import Sampling
 from qwen2vl_trt.runtime.scheduling.media_ahead import MediaAhead
 from qwen2vl_trt.runtime.scheduling.waiting import WaitingLine
 

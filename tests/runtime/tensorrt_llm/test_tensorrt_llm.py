@@ -11,19 +11,18 @@ from dataclasses import replace
 import pytest
 
 from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams
+from qwen2vl_trt.building.calibration import Calibration, training_data
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.manifest import Manifest
-from qwen2vl_trt.engines.tensorrt_llm_options import TensorRTLLMOptions
+from qwen2vl_trt.engines.options import TensorRTLLMOptions
 from qwen2vl_trt.errors import DeadlineError, EngineError, ExecutionError, LimitError, SamplingError
 from qwen2vl_trt.export.quantize import quantize_checkpoint
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.quantization import fp8_layers
 from qwen2vl_trt.runtime.backends.runners import open_engines
-from qwen2vl_trt.runtime.calibration import Calibration
 from qwen2vl_trt.runtime.tensorrt_llm import runner as tensorrt_llm_runner
-from qwen2vl_trt.tiny.calibration import training_data
 from tests.support import fake_tensorrt_llm
 from tests.support.engine_folders import PROFILE, build
 from tests.support.requests import answers, clip, picture, random_request

@@ -8,16 +8,18 @@ from statistics import median
 import pytest
 import torch
 
-from qwen2vl_trt.engines import cpu_precision
-from qwen2vl_trt.engines.arguments import add_build_arguments, plan_build
+from qwen2vl_trt.building.plan import BuildRequest, plan_build
+from qwen2vl_trt.commands.options import add_build_arguments
+from qwen2vl_trt.engines import precision as precision_module
 from qwen2vl_trt.engines.backends import find_backend
 
 
 def planned(*options: str) -> tuple[str, Path]:
     parser = argparse.ArgumentParser()
     add_build_arguments(parser)
-    parser.add_argument("--device")
-    plan = plan_build(parser.parse_args(["--model", "tiny", "--backend", "torch", *options]))
+    plan = plan_build(
+        BuildRequest.from_arguments(parser.parse_args(["--model", "tiny", "--backend", "torch", *options]))
+    )
     return plan.precision, plan.folder
 
 
@@ -25,7 +27,7 @@ def planned(*options: str) -> tuple[str, Path]:
 def cpu(request, monkeypatch) -> str:
     """The precision that suits a CPU on which BF16 takes so many times as long."""
     slowdown, precision = request.param
-    monkeypatch.setattr(cpu_precision, "bf16_slowdown", lambda: slowdown)
+    monkeypatch.setattr(precision_module, "bf16_slowdown", lambda: slowdown)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return precision
 
@@ -64,6 +66,6 @@ def test_measuring_tells_emulation_from_instructions():
     if has["architecture"] != "x86_64" or (not fast and (has["avx512_f"] or has["avx_ne_convert"])):
         pytest.skip("whether BF16 is fast on this CPU is not known beforehand")
     threads = torch.get_num_threads()
-    emulated = median(cpu_precision.bf16_slowdown.__wrapped__() for _ in range(5)) >= cpu_precision._EMULATED
+    emulated = median(precision_module.bf16_slowdown.__wrapped__() for _ in range(5)) >= precision_module._EMULATED
     assert emulated == (not fast)
     assert torch.get_num_threads() == threads

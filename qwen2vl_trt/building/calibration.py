@@ -1,7 +1,4 @@
-"""What FP8 quantisation is calibrated with: requests, and the samples that they become.
-
-The pixels and prompts are the pipeline's own, so the model meets in calibration what it will meet in use.
-"""
+"""What FP8 quantisation is calibrated with: requests, and the samples that the pipeline's own preprocessor makes."""
 
 from __future__ import annotations
 
@@ -15,20 +12,22 @@ import torch
 from torch import Tensor
 
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.errors import BuildError, MediaError, Qwen2VLError
+from qwen2vl_trt.errors import BuildError, MediaError, Qwen2VLError, reason
 from qwen2vl_trt.export.quantize import CalibrationSample
 from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import PromptBuilder
+from qwen2vl_trt.runtime.inputs.image_formats import image_suffixes
+from qwen2vl_trt.runtime.inputs.image_listing import list_images
+from qwen2vl_trt.runtime.inputs.video import Video
+from qwen2vl_trt.runtime.preprocessing.preprocessor import PackedPixels, Preprocessor, PreprocessorSettings
+from qwen2vl_trt.runtime.preprocessing.sizes import Medium
+from qwen2vl_trt.runtime.request import Request
+from qwen2vl_trt.tiny.curriculum import ROWS_UNTIL, training_scenes
 from qwen2vl_trt.windows import Grid
-
-from .inputs.image_formats import image_suffixes
-from .inputs.image_listing import list_images
-from .preprocessing.preprocessor import PackedPixels, Preprocessor, PreprocessorSettings
-from .preprocessing.sizes import Medium
-from .request import Request
 
 PROMPTS_FILE = "prompts.jsonl"
 DEFAULT_PROMPT = "Describe the image."
+_TINY_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,8 @@ class CalibrationData:
         """At most ``size`` requests of a folder, spread evenly over it.
 
         Lines ``{"image": "a.jpg", "prompt": "..."}`` of ``prompts.jsonl`` where there is one (``image`` may be a list,
-        or missing for text alone). Else every image that ``run.py features`` would find there, in that order
-        (:func:`qwen2vl_trt.runtime.inputs.image_listing.list_images`), with what a text file of its name says
-        (``a.txt`` beside ``a.jpg``) or ``Describe the image.``
+        or missing for text alone). Else every image that ``features`` would find there, in that order, with what a
+        text file of its name says (``a.txt`` beside ``a.jpg``) or ``Describe the image.``
 
         Raises:
             BuildError: no such folder, no image in it, a file that cannot be read, or a line that makes no sense.
@@ -70,8 +68,20 @@ class CalibrationData:
         except UnicodeDecodeError as error:
             raise BuildError(f"--calibration-data {folder}: a text file in it is not UTF-8 ({error})") from None
         except OSError as error:
-            raise BuildError(f"--calibration-data: {error.filename} cannot be read: {error.strerror}") from None
+            raise BuildError(f"--calibration-data: {error.filename} cannot be read: {reason(error)}") from None
         return cls([Request(prompt, images) for prompt, images in pairs], digest.hexdigest())
+
+
+def training_data(size: int) -> CalibrationData:
+    """For the tiny model: the first ``size`` scenes of its training's last phase, of all tasks."""
+    requests: list[Request] = []
+    step = ROWS_UNTIL
+    while len(requests) < size:
+        for scene in training_scenes(_TINY_SEED, step):
+            videos = [Video(frames, fps) for frames, fps in scene.videos]
+            requests.append(Request(scene.messages, scene.images, videos))
+        step += 1
+    return CalibrationData(requests[:size], f"training scenes of seed {_TINY_SEED} from step {ROWS_UNTIL}")
 
 
 def _image_pairs(folder: Path) -> list[tuple[str, list[Path]]]:
@@ -102,12 +112,7 @@ def _listed_pairs(path: Path) -> list[tuple[str, list[Path]]]:
 
 
 class Calibration:
-    """Samples of a model from requests.
-
-    Args:
-        checkpoint: the model.
-        data: the requests.
-    """
+    """Samples of a model from requests."""
 
     def __init__(self, checkpoint: Checkpoint, data: CalibrationData) -> None:
         self._config, self._data = checkpoint.config, data

@@ -1,12 +1,10 @@
-"""How both commands take their options and how they end: what goes wrong is one line on stderr and an exit code.
+"""How the commands end: what goes wrong is one line on stderr and an exit code.
 
-Nothing slow is imported here, and the commands import the rest inside ``main``, so that Ctrl-C during the seconds
-that PyTorch takes to import ends as it does later.
+Nothing slow is imported here, so that Ctrl-C during the seconds that PyTorch takes to import ends as it does later.
 """
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import gc
 import logging
@@ -17,65 +15,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import qwen2vl_trt
-from qwen2vl_trt.errors import Qwen2VLError, shortened
-
-from .interrupts import INTERRUPTED, TERMINATED, end_at_once
+from qwen2vl_trt.engines.interrupts import INTERRUPTED, TERMINATED, end_at_once
+from qwen2vl_trt.errors import Qwen2VLError, pip_install, reason
 
 FAILED = 1
 USAGE = 2
 _PATIENCE = 0.05  # seconds between two looks whether an import that was interrupted has ended
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the options in one line, without a page of usage before it; has ``--version``."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.add_argument("--version", action="version", version=f"qwen2vl-trt {qwen2vl_trt.__version__}")
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"error: {shortened(message)} (options: {self.prog} --help)\n")
-
-
-def whole_number(text: str) -> int:
-    """The type of an option that takes 0, 1, 2 and so on."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
-
-
-def positive_number(text: str) -> int:
-    """The type of an option that takes 1, 2, 3 and so on."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def path_name(text: str) -> Path:
-    """The type of an option that names a file or a folder, one that is there or one to make."""
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty ('.' is the current folder)")
-    found = Path(text)
-    try:
-        found.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        if found.is_symlink():
-            raise argparse.ArgumentTypeError(f"{text} is a link to {found.readlink()}, which is not there") from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte
-        raise argparse.ArgumentTypeError(f"{text}: {getattr(error, 'strerror', None) or error}") from None
-    return found
-
-
-def folder_name(text: str) -> Path:
-    """The type of an option that names a folder, one that is there or one to make."""
-    found = path_name(text)
-    if found.exists() and not found.is_dir():
-        kind = "a file" if found.is_file() else "a pipe or a device"
-        raise argparse.ArgumentTypeError(f"{text} is {kind}; a folder is needed")
-    return found
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -103,8 +50,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             if interrupt.seen:
                 interrupt.exit()  # something on the way dropped it
             sys.stdout.flush()  # here, where a failure is still caught
-        except KeyboardInterrupt as reason:
-            interrupt.exit(str(reason))
+        except KeyboardInterrupt as ended:
+            interrupt.exit(str(ended))
         except Exception as error:
             if interrupt.seen:
                 interrupt.exit()
@@ -162,9 +109,7 @@ def _report(error: Exception) -> NoReturn:
     if isinstance(error, Qwen2VLError):
         _fail(str(error))
     if isinstance(error, ModuleNotFoundError):
-        checkout = Path(qwen2vl_trt.__file__).resolve().parent.parent
-        own = f"-e {checkout}" if (checkout / "pyproject.toml").is_file() else "--force-reinstall qwen2vl-trt"
-        _fail(f"the package {error.name} is not installed; `pip install {own}` brings what is needed")
+        _fail(f"the package {error.name} is not installed; `{pip_install()}` brings what is needed")
     if isinstance(error, BrokenPipeError):  # the reader of stdout has gone (`| head`), which is no news to the user
         _discard_output()
         sys.exit(FAILED)
@@ -172,7 +117,7 @@ def _report(error: Exception) -> NoReturn:
         _fail(f"out of memory{f': {error}' if str(error) else ''}", FAILED)
     if isinstance(error, OSError):
         _discard_output()
-        _fail(f"{error.filename or 'stdout'}: {error.strerror or error}", FAILED)
+        _fail(f"{error.filename or 'stdout'}: {reason(error)}", FAILED)
     raise error
 
 

@@ -1,15 +1,13 @@
-"""From a model to its FP8 checkpoint, made once and found again.
+"""From a model to its FP8 checkpoint in ``artifacts/<model>-fp8``, made once and found again.
 
-The checkpoint lies in ``artifacts/<model>-fp8``. A record that is written into it before it gets that name says what it
-was made from: a folder of that name is whole. One of another model or of other calibration data stays, unless
-``--force`` replaces it. Engines have the record too, and serve without the checkpoint that they were built from.
+A record in it says what it was made from; a folder of that name is whole. One of another model or of other calibration
+data stays, unless ``--force`` replaces it. Engines have the record too, and serve without the checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,14 +16,17 @@ from filelock import FileLock
 
 from qwen2vl_trt.checkpoint import RECORD, Checkpoint
 from qwen2vl_trt.config import read_json
-from qwen2vl_trt.engines.arguments import CALIBRATION_SIZE, BuildPlan, CalibrationChoice
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.engines.progress import progress_bar
-from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError
+from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError, reason
 from qwen2vl_trt.export.quantize import check_quantizer, quantize_checkpoint
+from qwen2vl_trt.hub import TINY
 from qwen2vl_trt.quantization import fp8_layers
 
-from .calibration import Calibration, CalibrationData
+from .calibration import Calibration, CalibrationData, training_data
+from .plan import BuildPlan
+
+CALIBRATION_SIZE = 512
 
 
 @dataclass(frozen=True)
@@ -47,40 +48,30 @@ class _Record:
             return None
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What is to be quantised, and with what as far as the user says."""
-
-    name: str
-    checkpoint: Checkpoint
-    choice: CalibrationChoice
-    own_data: Callable[[int], CalibrationData]
-
-    def data(self, size: int) -> CalibrationData:
-        if self.choice.folder is not None:
-            return CalibrationData.from_folder(self.choice.folder, size)
-        if self.name == "tiny":
-            return self.own_data(size)
-        raise BuildError(f"quantising {self.name} to FP8 needs images like those it will see: --calibration-data DIR")
-
-    def difference(self, found: _Record) -> str | None:
-        """What a quantised checkpoint was made from, in words, if it does not do."""
-        if found.model_hash != self.checkpoint.hash:
-            return "another model"
-        if self.choice == CalibrationChoice(None, None):
-            return None
-        data = self.data(self.choice.size or found.samples)
-        same = (found.calibration, found.samples) == (data.identity, len(data.requests))
-        return None if same else f"other calibration data ({found.samples} samples)"
+def _data(plan: BuildPlan, size: int) -> CalibrationData:
+    if plan.request.calibration_data is not None:
+        return CalibrationData.from_folder(plan.request.calibration_data, size)
+    if plan.model.name == TINY:
+        return training_data(size)
+    raise BuildError(f"quantising {plan.model.name} to FP8 needs images like those it will see: --calibration-data DIR")
 
 
-def quantize_first(plan: BuildPlan, own_data: Callable[[int], CalibrationData]) -> BuildPlan:
+def _difference(plan: BuildPlan, checkpoint: Checkpoint, found: _Record) -> str | None:
+    """What a quantised checkpoint was made from, in words, if it does not do."""
+    if found.model_hash != checkpoint.hash:
+        return "another model"
+    if plan.request.calibration_data is None and plan.request.calibration_size is None:
+        return None
+    data = _data(plan, plan.request.calibration_size or found.samples)
+    same = (found.calibration, found.samples) == (data.identity, len(data.requests))
+    return None if same else f"other calibration data ({found.samples} samples)"
+
+
+def quantize_first(plan: BuildPlan) -> BuildPlan:
     """Replace a model that is to be built in FP8 by its quantised checkpoint, made where it is missing.
 
-    Args:
-        plan: as it is where it is for another precision, or the model is quantised already. Engines in its folder hold
-            the quantised checkpoint that they were built from: it is the one, if it does.
-        own_data: makes the tiny model's calibration data of a size.
+    The plan stays as it is where it is for another precision, or the model is quantised already. Engines in its folder
+    hold the quantised checkpoint that they were built from: it is the one, if it does.
 
     Raises:
         BuildError: no calibration data for this model, or something wrong with them; a quantised checkpoint or engines
@@ -88,28 +79,27 @@ def quantize_first(plan: BuildPlan, own_data: Callable[[int], CalibrationData]) 
         MissingDependencyError: Model Optimizer is needed and not installed.
         CheckpointError: the model cannot be read.
     """
-    if plan.calibration is None or fp8_layers(checkpoint := Checkpoint(plan.model.folder)):
+    precision, force = plan.backend.precision(plan.precision), plan.request.force
+    if not precision.fp8 or fp8_layers(checkpoint := Checkpoint(plan.model.folder)):
         return plan
-    wanted = _Wanted(plan.model.name, checkpoint, plan.calibration, own_data)
-    engines = not plan.force and _holds_engines(plan.folder)
+    engines = not force and _holds_engines(plan.folder)
     if engines and (built := _Record.of(plan.folder)):
-        difference = wanted.difference(built)
+        difference = _difference(plan, checkpoint, built)
         if difference:
             raise BuildError(
                 f"{plan.folder} holds engines that were quantised from {difference}. Pass --force to replace them, or"
                 " give another --engine-dir"
             )
         return replace(plan, model=replace(plan.model, folder=plan.folder))
-    vision = plan.backend.precision(plan.precision).fp8_vision
-    folder = Path("artifacts") / f"{wanted.name}-fp8{'' if vision else '-decoder'}"
+    folder = Path("artifacts") / f"{plan.model.name}-fp8{'' if precision.fp8_vision else '-decoder'}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):  # two at once: the second finds the first one's work
             _put_back(folder)
             _check_ours(folder)
             found = _Record.of(folder)
-            difference = wanted.difference(found) if found else None
-            if difference and not plan.force:
+            difference = _difference(plan, checkpoint, found) if found else None
+            if difference and not force:
                 raise BuildError(f"{folder} was quantised from {difference}; pass --force to make it anew")
             if engines and not found:  # here, before the hour of a calibration
                 raise BuildError(
@@ -117,9 +107,10 @@ def quantize_first(plan: BuildPlan, own_data: Callable[[int], CalibrationData]) 
                     " (--engine-dir without --model), or pass --force to replace them"
                 )
             if difference or not found:
-                _make(folder, checkpoint, wanted.data(wanted.choice.size or CALIBRATION_SIZE), vision)
+                data = _data(plan, plan.request.calibration_size or CALIBRATION_SIZE)
+                _make(folder, checkpoint, data, precision.fp8_vision)
     except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
-        raise BuildError(f"{folder}: {getattr(error, 'strerror', None) or error}; what it held is unchanged") from None
+        raise BuildError(f"{folder}: {reason(error)}; what it held is unchanged") from None
     return replace(plan, model=replace(plan.model, folder=folder))
 
 

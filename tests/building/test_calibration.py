@@ -8,13 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from qwen2vl_trt.building.calibration import DEFAULT_PROMPT, Calibration, CalibrationData, training_data
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError
 from qwen2vl_trt.export.quantize import _arguments
 from qwen2vl_trt.hub import resolve_model
-from qwen2vl_trt.runtime.calibration import DEFAULT_PROMPT, Calibration, CalibrationData
 from qwen2vl_trt.runtime.request import Request
-from qwen2vl_trt.tiny.calibration import training_data
 
 
 @pytest.fixture

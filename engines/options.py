@@ -1,19 +1,61 @@
-"""How TensorRT-LLM is asked to run the decoder, beyond what every backend takes."""
+"""Options of single backends, beyond what every backend takes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from qwen2vl_trt.config import TextConfig
 from qwen2vl_trt.errors import BuildError
 
 from .profile import BuildProfile
-from .tensorrt_llm_api import vision_input
 
+ATTENTION_MASKS = ("explicit", "lengths")
+"""A mask that a network makes itself, or TensorRT's own lengths and causal kind; see ``engines/lowering.py``."""
+HARDWARE_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
 VISION_BACKENDS = ("torch", "tensorrt")
-DEFAULT_MAX_NUM_TOKENS = 8192
-"""TensorRT-LLM's own."""
+_MAX_NUM_TOKENS = 8192  # TensorRT-LLM's own default
+
+
+@dataclass(frozen=True)
+class TensorRTOptions:
+    """Names are TensorRT's.
+
+    Attributes:
+        builder_optimization_level: 0 builds fastest, 5 searches longest; TensorRT's own default where None.
+        strip_weights: leave the weights out of the plan; the runner takes them from the checkpoint. TensorRT only.
+        weight_streaming: let the runner keep part of the weights in host memory.
+        hardware_compatibility: GPUs other than the one that builds; TensorRT only.
+        compute_capabilities: GPUs to build for, ``8.9``; TensorRT for RTX only, its own default where empty.
+        attention_mask: one of :data:`ATTENTION_MASKS`.
+
+    Raises:
+        BuildError: a value that TensorRT has no meaning for.
+    """
+
+    builder_optimization_level: int | None = None
+    strip_weights: bool = False
+    weight_streaming: bool = False
+    hardware_compatibility: str = "none"
+    compute_capabilities: tuple[str, ...] = ()
+    attention_mask: str = ATTENTION_MASKS[0]
+
+    def __post_init__(self) -> None:
+        level = self.builder_optimization_level
+        if level is not None and not 0 <= level <= 5:
+            raise BuildError(f"--builder-optimization-level is {level}; it goes from 0 to 5")
+        _check_choice("--hardware-compatibility", self.hardware_compatibility, HARDWARE_COMPATIBILITY)
+        _check_choice("--attention-mask", self.attention_mask, ATTENTION_MASKS)
+        for capability in self.compute_capabilities:
+            if not re.fullmatch(r"\d+\.\d", capability):
+                raise BuildError(f"--compute-capabilities {capability!r} is not of the form 8.9")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Those that differ from the defaults, as JSON holds them."""
+        defaults = asdict(TensorRTOptions())
+        values = {name: value for name, value in asdict(self).items() if value != defaults[name]}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -37,11 +79,12 @@ class TensorRTLLMOptions:
     def __post_init__(self) -> None:
         if self.tp_size < 1:
             raise BuildError(f"--tp-size is {self.tp_size}; it must be at least 1")
-        if self.vision_backend not in VISION_BACKENDS:
-            raise BuildError(f"unknown --vision-backend {self.vision_backend!r}; known: {', '.join(VISION_BACKENDS)}")
+        _check_choice("--vision-backend", self.vision_backend, VISION_BACKENDS)
 
     def as_dict(self) -> dict[str, Any]:
         """What the manifest records, with what the installed release takes images as (``vision``)."""
+        from .tensorrt_llm_api import vision_input
+
         return {"tp_size": self.tp_size, "vision": vision_input(), "vision_backend": self.vision_backend} | (
             {} if self.max_num_tokens is None else {"max_num_tokens": self.max_num_tokens}
         )
@@ -53,7 +96,7 @@ class TensorRTLLMOptions:
             BuildError: it holds no prompt of ``max_input_len``, which is read in one step.
         """
         if self.max_num_tokens is None:
-            return max(DEFAULT_MAX_NUM_TOKENS, profile.max_input_len)
+            return max(_MAX_NUM_TOKENS, profile.max_input_len)
         if self.max_num_tokens < profile.max_input_len:
             raise BuildError(
                 f"--max-num-tokens {self.max_num_tokens:,} is below --max-input-len {profile.max_input_len:,}:"
@@ -86,3 +129,11 @@ class TensorRTLLMOptions:
                 f"--tp-size {self.tp_size} does not divide this model's {' and '.join(uneven)}; {', '.join(sizes)}"
                 f" {'does' if len(sizes) == 1 else 'do'}"
             )
+
+
+BackendOptions = TensorRTOptions | TensorRTLLMOptions
+
+
+def _check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise BuildError(f"unknown {option} {value!r}; known: {', '.join(known)}")

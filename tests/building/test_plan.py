@@ -1,0 +1,49 @@
+"""What is built where nobody says everything: by the commands and by ``Pipeline.from_pretrained`` alike."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen2vl_trt import BuildError, Pipeline, Request, SamplingParams
+from qwen2vl_trt.building.plan import BuildRequest, plan_build
+from qwen2vl_trt.engines import backends
+from qwen2vl_trt.engines.backends import BF16, FP32
+
+DIGITS = Path(__file__).parents[2] / "docs" / "digits.png"
+LIMITS = {"min_hw_dims": 4, "max_hw_dims": 1024, "max_batch_size": 2, "max_input_len": 512, "max_seq_len": 640}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return tmp_path
+
+
+def test_from_pretrained_builds_what_is_missing_once(folder):
+    given = {"backend": "torch", "precision": "fp32", "device": "cpu", **LIMITS}
+    pipeline = Pipeline.from_pretrained("tiny", **given)
+    manifest = folder / "artifacts" / "tiny-torch-fp32" / "manifest.json"
+    built = manifest.stat().st_mtime_ns
+    (output,) = pipeline.generate(Request("What digits are in the image?", [DIGITS]), SamplingParams(max_tokens=16))
+    assert output.text == "92059"
+    assert repr(output).startswith("Output(text='92059', tokens=6, finish_reason='stop', prompt_tokens=")
+    assert Pipeline.from_pretrained("tiny", "torch", "fp32", "cpu").profile.as_dict() == LIMITS  # as they are there
+    assert manifest.stat().st_mtime_ns == built
+    with pytest.raises(BuildError, match=r"holds other engines: --max-batch-size 2 there, 3 wanted.*--force"):
+        Pipeline.from_pretrained("tiny", **given | {"max_batch_size": 3})
+    with pytest.raises(BuildError, match=r"unknown option 'batch_size' of a build; known: model, .*max_batch_size"):
+        Pipeline.from_pretrained("tiny", batch_size=3)
+
+
+def test_engines_that_are_there_are_taken_instead_of_measuring_the_cpu_anew(folder, monkeypatch):
+    """A busy moment must not build a second folder."""
+    measured = []
+    monkeypatch.setattr(backends, "cpu_precision", lambda: measured.append(1) or BF16)
+    request = BuildRequest(model="tiny", backend="torch")
+    assert plan_build(request).precision == "bf16"
+    Pipeline.from_pretrained("tiny", "torch", FP32.name, "cpu", **LIMITS)
+    assert plan_build(request).precision == "fp32"
+    assert len(measured) == 1
+    assert plan_build(BuildRequest(model="tiny", backend="torch", force=True)).precision == "bf16"
