@@ -9,7 +9,7 @@ from typing import Literal
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import LimitError
 
-from .media.ahead import DEFAULT_AHEAD_BYTES
+from .prefetcher import DEFAULT_PREFETCH_BYTES
 from .preprocessing.preprocessor import Decode
 from .preprocessing.settings import PreprocessorSettings
 
@@ -57,7 +57,7 @@ class PipelineOptions:
     reuse_prefixes: bool = True
     embedding_cache_bytes: int = 256 << 20  # about 140 images of 448x448 in BF16 at 7B's width
     overlap: bool = True
-    ahead_bytes: int = DEFAULT_AHEAD_BYTES
+    ahead_bytes: int = DEFAULT_PREFETCH_BYTES
 
     def __post_init__(self) -> None:
         if self.max_num_tokens < 1:

@@ -17,7 +17,7 @@ LAYERS = (
     "planning",
     "tiny",
     "accuracy",
-    "fleet",
+    "batch",
     "benchmarks",
     "commands",
 )

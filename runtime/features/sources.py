@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -17,9 +17,6 @@ from ..preprocessing.medium import Medium
 from ..preprocessing.preprocessor import Preprocessor
 from ..request import Request
 
-Admit = Callable[[int], None]
-"""Waits until there is room for so many bytes."""
-
 IMAGE_FAULTS = (MediaError, LimitError)
 """What can be wrong with one image; every other error ends the run."""
 
@@ -27,11 +24,12 @@ IMAGE_FAULTS = (MediaError, LimitError)
 class FeatureSource(Protocol):
     """One way to make features of images."""
 
-    def load(self, path: str, name: str, admit: Admit) -> Medium:
-        """Read an image, ask for the memory that decoding it takes, decode and check it; on any thread.
+    def size(self, path: str, name: str) -> int:
+        """Bytes that decoding an image takes; on any thread, before :meth:`load`."""
+        ...
 
-        Raises MediaError and LimitError.
-        """
+    def load(self, path: str, name: str) -> Medium:
+        """Decode an image; on any thread. Raises MediaError and LimitError, as :meth:`size` may."""
         ...
 
     def extract(self, images: Sequence[Medium]) -> list[Tensor]:
@@ -66,8 +64,10 @@ class VisionFeatures:
         )
         self._media = MediaEmbedder(preprocessor, engines.vision, pipeline.profile, self._config)
 
-    def load(self, path: str | bytes, name: str, admit: Admit) -> Medium:
-        admit(decoding_bytes(path))
+    def size(self, path: str | bytes, name: str) -> int:
+        return decoding_bytes(path)
+
+    def load(self, path: str | bytes, name: str) -> Medium:
         return self._media.preprocessor.load_image(path, name)
 
     def extract(self, images: Sequence[Medium]) -> list[Tensor]:
@@ -97,8 +97,11 @@ class DecoderFeatures:
         if layer is not None:
             end_decoder_after(pipeline.engines, layer)
 
-    def load(self, path: str | bytes, name: str, admit: Admit) -> Medium:
-        return self._vision.load(path, name, admit)
+    def size(self, path: str | bytes, name: str) -> int:
+        return self._vision.size(path, name)
+
+    def load(self, path: str | bytes, name: str) -> Medium:
+        return self._vision.load(path, name)
 
     def extract(self, images: Sequence[Medium]) -> list[Tensor]:
         return self._pipeline.hidden_states([Request(self._prompt, [*image.frames]) for image in images])
