@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -54,6 +55,7 @@ class Prefetcher:
         self._queued: list[Job] = []  # not begun, in order
         self._held: list[Job] = []  # begun, and not handed over
         self._handed_over = 0  # bytes
+        self._freed: deque[int] = deque()  # bytes; a finalizer may run anywhere, so it takes no lock
         self._last = 0  # bytes of the job that was loaded last
 
     def submit(self, load: Callable[[], list[Medium]], size: Callable[[], int | None], on_thread: bool = True) -> Job:
@@ -94,28 +96,27 @@ class Prefetcher:
         wait([*futures, interrupt], seconds, FIRST_COMPLETED)
 
     def hand_over(self, job: Job, media: Collection[Medium]) -> None:
-        """The caller takes over the media of a job, which count as long as they live."""
+        """The caller takes over the media of a job; they count as long as they live."""
         with self._lock:
             self._handed_over += sum(medium.nbytes for medium in media)
         for medium in media:
-            weakref.finalize(medium, self._let_go, medium.nbytes)
+            weakref.finalize(medium, self._freed.append, medium.nbytes)
         self.drop(job)
 
-    def drop(self, job: Job) -> None:
-        """Nobody waits for a job: it does not begin; if it has begun, its media are dropped at the end."""
+    def drop(self, *jobs: Job) -> None:
+        """Nobody waits for these jobs: they do not begin; of those that have begun the media are dropped at the end."""
         with self._lock:
-            job.dropped = True
-            if job.future.cancel() or job.future.done():
-                self._remove(job)
-        self._begin_next()
+            for job in jobs:
+                job.dropped = True
+                if job.future.cancel() or job.future.done():
+                    self._remove(job)
+            self._begin_next()
 
     def close(self) -> None:
         """Drop all jobs and wait for those that have begun. A later job starts new threads."""
         with self._lock:
-            jobs = [*self._queued, *self._held]
+            self.drop(*self._queued, *self._held)
             executor, self._executor = self._executor, None
-            for job in jobs:
-                self.drop(job)
         if executor is not None:
             executor.shutdown()
 
@@ -142,6 +143,8 @@ class Prefetcher:
     def _fits(self, nbytes: int | None) -> bool:
         if sum(not job.loaded for job in self._held) >= self._threads:
             return False
+        while self._freed:
+            self._handed_over -= self._freed.popleft()
         largest = max((job.nbytes or 0 for job in self._held if job.loaded), default=0) or self._last
         held = sum(largest if job.nbytes is None else job.nbytes for job in self._held)
         wanted = largest if nbytes is None else nbytes
@@ -176,8 +179,3 @@ class Prefetcher:
             for jobs in (self._queued, self._held):
                 if job in jobs:
                     jobs.remove(job)
-
-    def _let_go(self, nbytes: int) -> None:
-        with self._lock:
-            self._handed_over -= nbytes
-        self._begin_next()

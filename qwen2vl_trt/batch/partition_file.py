@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qwen2vl_trt.errors import BatchError
 from qwen2vl_trt.files import flush, write_whole
+from qwen2vl_trt.runtime.features.extraction import Store
 from qwen2vl_trt.runtime.features.output_folder import writing
 from qwen2vl_trt.runtime.features.shards import as_unicode
 from qwen2vl_trt.windows import Grid
@@ -103,7 +104,7 @@ def read_done(output: Path, number: int) -> Done | None:
     return Done(metadata.num_rows, failures)
 
 
-class PartitionWriter:
+class PartitionWriter(Store):
     """Collects the results of one attempt at a partition, in order; takes the place of a feature store.
 
     Args:
@@ -124,28 +125,12 @@ class PartitionWriter:
         with writing(self._temporary, _WAY_OUT):
             self._writer = pq.ParquetWriter(self._temporary, schema)
 
-    def __contains__(self, key: str) -> bool:
-        return False
-
-    @property
-    def failed(self) -> int:
-        return len(self.failures)
-
-    @property
-    def first_failure(self) -> str | None:
-        return self.failures[0]["error"] if self.failures else None
-
     @property
     def remaining(self) -> int:
         """Rows still to come, at most: with as many images a shard, `run.py features` makes the same batches."""
         return self._rows - self._saved
 
-    def refusal(self, key: str) -> str | None:
-        """Every id that a row can have is stored."""
-        return None
-
     def add(self, key: str, grid: Grid, features: Tensor) -> None:
-        """Keep an image's features."""
         values = features.to(torch.float32).reshape(-1).numpy()
         dtype = str(features.dtype).removeprefix("torch.")
         self.add_row(
@@ -163,12 +148,11 @@ class PartitionWriter:
             self.flush()
 
     def fail(self, key: str, reason: str) -> None:
-        """Note that a row has no result, and why."""
         self.failures.append({"id": key, "error": as_unicode(reason)})
         self.journal.finish(key)
 
     def flush(self) -> None:
-        """Write what has been added as a row group; FeaturesError where it cannot be written."""
+        """Write a row group."""
         if self._group:
             with writing(self._path, _WAY_OUT):
                 self._writer.write_table(pa.Table.from_pylist(self._group, self._schema))

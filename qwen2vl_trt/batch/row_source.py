@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl_trt.errors import LimitError, MediaError, PromptError
-from qwen2vl_trt.runtime.features.sources import DecoderFeatures, VisionFeatures
+from qwen2vl_trt.runtime.features.sources import DecoderFeatures, FeatureSource
 from qwen2vl_trt.runtime.inputs.image_listing import ImageFile
 from qwen2vl_trt.runtime.preprocessing.medium import Medium
 from qwen2vl_trt.runtime.request import Request
@@ -38,7 +38,7 @@ class PromptedDecoderFeatures(DecoderFeatures):
         return self._pipeline.hidden_states(requests)
 
 
-class RowSource:
+class RowSource(FeatureSource):
     """Makes another source read rows.
 
     Args:
@@ -46,10 +46,10 @@ class RowSource:
         max_tokens: image tokens of an engine call; where memory ends, half as many, and so on, until the worker ends.
     """
 
-    def __init__(self, source: VisionFeatures | DecoderFeatures, max_tokens: int) -> None:
+    def __init__(self, source: FeatureSource, max_tokens: int) -> None:
         self._source, self._max_tokens = source, max_tokens
-        self._rows: dict[str, tuple[Row, Journal]] = {}
-        self._fetched: dict[str, str | bytes] = {}
+        self._rows: dict[str | bytes, tuple[Row, Journal]] = {}
+        self._fetched: dict[str | bytes, str | bytes] = {}
 
     def files(self, rows: Iterable[Row], journal: Journal) -> Iterator[ImageFile]:
         """The rows as files to load; one that is taken from the iterator waits until it is loaded."""
@@ -57,12 +57,12 @@ class RowSource:
             self._rows[row.id] = row, journal
             yield ImageFile(row.id, row.id)
 
-    def size(self, path: str, name: str) -> int:
+    def size(self, path: str | bytes, name: str) -> int:
         row, journal = self._rows[path]
         self._fetched[path] = image = fetch(row, journal)
         return self._source.size(image, name)
 
-    def load(self, path: str, name: str) -> Medium:
+    def load(self, path: str | bytes, name: str) -> Medium:
         row, _ = self._rows.pop(path)
         image = self._source.load(self._fetched.pop(path), f"row {row.id}")
         return LoadedRow(image.size, image.frames, row=row)

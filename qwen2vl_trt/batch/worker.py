@@ -14,7 +14,7 @@ import torch
 from qwen2vl_trt.errors import BatchError, Qwen2VLError
 from qwen2vl_trt.runtime.features.extraction import Batching, Pool, extract_features
 from qwen2vl_trt.runtime.features.output_folder import writing
-from qwen2vl_trt.runtime.features.sources import DecoderFeatures, VisionFeatures
+from qwen2vl_trt.runtime.features.sources import FeatureSource, VisionFeatures
 from qwen2vl_trt.runtime.options import PipelineOptions
 from qwen2vl_trt.runtime.pipeline import Pipeline
 from qwen2vl_trt.runtime.sampler import SamplingParams
@@ -103,7 +103,7 @@ class Worker:
             return
         width = config.text.hidden_size
         if settings.source == "decoder":
-            source: VisionFeatures | DecoderFeatures = PromptedDecoderFeatures(pipeline, "", settings.layer)
+            source: FeatureSource = PromptedDecoderFeatures(pipeline, "", settings.layer)
         else:
             source = VisionFeatures(pipeline, settings.layer)
             width = config.vision.out_hidden_size if settings.layer is None else config.vision.hidden_size

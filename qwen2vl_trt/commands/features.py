@@ -105,11 +105,11 @@ def run(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespa
                 batching,
                 arguments.pool,
                 told.is_set,
-                lambda run: show(run.skipped + run.extracted + run.failed, run.images_per_second),
+                lambda run: show(run.skipped + run.extracted + store.failed, run.images_per_second),
             )
         output.finish(store)
-    if done.failed and not store.saved:
-        raise FeaturesError(f"none of the {done.failed:,} images could be used; the first: {done.first_failure}")
+    if store.failed and not store.saved:
+        raise FeaturesError(f"none of the {store.failed:,} images could be used; the first: {store.first_failure}")
     skipped = f", {done.skipped:,} were there" if done.skipped else ""
     made = "1 image" if done.extracted == 1 else f"{done.extracted:,} images"
     busy, waited = done.engine / done.seconds, done.waited / done.seconds
@@ -126,9 +126,9 @@ def run(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespa
             f" {pipeline.profile.max_hw_dims:,} patches): {done.resized:,}; --strict-size refuses them",
             file=sys.stderr,
         )
-    if done.failed:
+    if store.failed:
         print(
-            f"warning: images that could not be used and were skipped: {done.failed:,}, see {output.errors}",
+            f"warning: images that could not be used and were skipped: {store.failed:,}, see {output.errors}",
             file=sys.stderr,
         )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
 from torch import Tensor
 
@@ -44,27 +44,41 @@ class Batching:
         return cls(profile.max_batch_size, max_tokens or profile.max_batch_size * profile.max_hw_dims // unit, workers)
 
 
-class Store(Protocol):
-    """Where features go; :class:`qwen2vl_trt.runtime.features.store.FeatureStore` is one."""
+class Store:
+    """Where features go; :class:`qwen2vl_trt.runtime.features.store.FeatureStore` is one.
+
+    Attributes:
+        failed: images without features.
+        first_failure: why, of the first.
+    """
+
+    failed = 0
+    first_failure: str | None = None
 
     @property
-    def failed(self) -> int: ...
+    def remaining(self) -> int:
+        """Images that the current file still takes; a batch ends with it."""
+        raise NotImplementedError
 
-    @property
-    def first_failure(self) -> str | None: ...
+    def __contains__(self, key: str) -> bool:
+        """Whether an image's features are safe on the disk."""
+        return False
 
-    @property
-    def remaining(self) -> int: ...
+    def refusal(self, key: str) -> str | None:
+        """Why nothing can be stored under a key, if so."""
+        return None
 
-    def __contains__(self, key: str) -> bool: ...
+    def add(self, key: str, grid: Grid, features: Tensor) -> None:
+        """Add an image's features; raises FeaturesError where they, or earlier ones, cannot be written."""
+        raise NotImplementedError
 
-    def refusal(self, key: str) -> str | None: ...
+    def fail(self, key: str, reason: str) -> None:
+        """Note that an image has no features, and why."""
+        raise NotImplementedError
 
-    def add(self, key: str, grid: Grid, features: Tensor) -> None: ...
-
-    def fail(self, key: str, reason: str) -> None: ...
-
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Write what has been added; FeaturesError where it cannot be written. What was saved before stays."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -75,8 +89,6 @@ class Extraction:
         extracted: images whose features this run made.
         resized: of these, resized to fit the engine.
         skipped: images whose features were there.
-        failed: images that could not be used.
-        first_failure: why, of the first.
         seconds: the whole run.
         waited: of these, for images to be decoded.
         engine: of these, in the preprocessor and the engines.
@@ -85,8 +97,6 @@ class Extraction:
     extracted: int = 0
     resized: int = 0
     skipped: int = 0
-    failed: int = 0
-    first_failure: str | None = None
     seconds: float = 0.0
     waited: float = 0.0
     engine: float = 0.0
@@ -143,7 +153,6 @@ def extract_features(
                 store.fail(key, str(features))
         batch.clear()
         tokens = 0
-        run.failed, run.first_failure = store.failed, store.first_failure
         run.seconds = time.perf_counter() - began
         on_progress(run)
 
@@ -168,7 +177,6 @@ def extract_features(
     if not stop():
         finish_batch()
     store.flush()
-    run.failed, run.first_failure = store.failed, store.first_failure
     run.seconds = time.perf_counter() - began
     return run
 

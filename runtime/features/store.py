@@ -26,6 +26,7 @@ from qwen2vl_trt.errors import FeaturesError
 from qwen2vl_trt.files import replacement
 from qwen2vl_trt.windows import Grid
 
+from .extraction import Store
 from .output_folder import IfExists, OutputFolder, check_writable, in_the_way, writing
 from .shards import (
     LARGEST_HEADER,
@@ -60,13 +61,11 @@ class _Shard:
     header: int = 0
 
 
-class FeatureStore:
-    """Features by key; ``key in store`` says whether an image's are safe on the disk. Made by :func:`open_store`."""
+class FeatureStore(Store):
+    """Shards that are filled one after the other; made by :func:`open_store`."""
 
     def __init__(self, folder: Path, shard_size: int) -> None:
         self.folder = folder
-        self.failed = 0
-        self.first_failure: str | None = None
         self._shard_size = shard_size
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write-shard")
         self._writing: Future[None] | None = None
@@ -85,18 +84,13 @@ class FeatureStore:
 
     @property
     def remaining(self) -> int:
-        """Images that the current shard still takes; at least 1."""
         return self._shard_size - len(self._shard.tensors)
 
     def refusal(self, key: str) -> str | None:
-        """Why nothing can be stored under a key, if so."""
         return name_fault(key)
 
     def add(self, key: str, grid: Grid, features: Tensor) -> None:
-        """Add an image's features; they are on the disk after :meth:`flush`, and when the shard after theirs is full.
-
-        Raises FeaturesError where an earlier shard could not be written.
-        """
+        """See there; features are on the disk when the shard after theirs is full."""
         shard = self._shard
         shard.tensors[key], shard.grids[key] = features, grid
         shard.bytes += features.numel() * features.element_size()
@@ -105,7 +99,6 @@ class FeatureStore:
             self._hand_over()
 
     def fail(self, key: str, reason: str) -> None:
-        """Note that an image has no features, and why; FeaturesError where the note cannot be written."""
         with writing(self.folder / ERRORS):
             self._errors.write(json.dumps({"image": as_unicode(key), "error": as_unicode(reason)}) + "\n")
             self._errors.flush()
@@ -113,10 +106,6 @@ class FeatureStore:
         self.first_failure = self.first_failure or reason
 
     def flush(self) -> None:
-        """Write what has been added since the last shard, and wait until all is on the disk.
-
-        Raises FeaturesError where it cannot be written; what was saved before stays.
-        """
         if self._shard.tensors:
             self._hand_over()
         self._wait()

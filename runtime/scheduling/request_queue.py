@@ -77,9 +77,8 @@ class RequestQueue:
 
     def drop_ended(self) -> None:
         """Forget requests that have ended, and load nothing more for them."""
-        for queued in self._queue:
-            if queued.output.finished and queued.job is not None:
-                self._prefetcher.drop(queued.job)
+        ended = (queued for queued in self._queue if queued.output.finished)
+        self._prefetcher.drop(*(queued.job for queued in ended if queued.job is not None))
         self._queue = deque(queued for queued in self._queue if not queued.output.finished)
 
     def expire(self) -> None:
@@ -99,7 +98,7 @@ class RequestQueue:
         prefetcher bounds its bytes. Of requests beyond the free slots one a call is prepared whose media, if any, this
         thread loads. A request whose media are not there yet has its turn in a later call.
         """
-        more = 1
+        more, failed = 1, False
         for number, queued in enumerate([*islice(self._queue, free_slots + slots)]):
             if queued.sequence is not None:
                 continue
@@ -118,12 +117,14 @@ class RequestQueue:
                 sequence = self._preparer.prepare(queued.request, queued.params, queued.output, media)
             except Exception as error:
                 queued.output.fail(named(error, "preparing the request"))
+                failed = True
                 continue
             queued.sequence, queued.found = sequence, None  # which would hold what was given beside what was made of it
             seconds = job.seconds if job is not None and job.on_thread else 0.0
             queued.output.timings.preprocess = self._clock() - began + seconds
             self._warn(media)
-        self.drop_ended()
+        if failed:
+            self.drop_ended()
 
     def next_group(self, free_slots: int, most_media: int) -> list[RunningSequence]:
         """The first that are prepared, as many as there are free slots; their media fill about one engine call.

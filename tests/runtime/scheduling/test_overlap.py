@@ -280,8 +280,7 @@ def png(seed, height, width):
 SIZE = 3 * 60 * 80
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("images", [4.5, 0])
+@pytest.mark.parametrize(("overlap", "images"), [(True, 4.5), (False, 0)])
 def test_what_waits_is_bounded_in_bytes(engines, overlap, images):
     """Bounded by the number of requests alone, twice as many as there are slots would be decoded."""
     pipeline = Pipeline(
@@ -350,27 +349,6 @@ def test_frames_are_read_where_they_come_in_and_not_again(engines, monkeypatch):
     step_until(pipeline, lambda: waiting.finished)
     assert waiting.error is None
     assert len(reads) == 5
-    pipeline.close()
-
-
-def test_many_that_turn_out_larger_than_those_before(engines, monkeypatch):
-    """When they are asked for, each counts as the small one; a thread that comes to one knows better."""
-    monkeypatch.setattr(pipeline_module, "_LOAD_THREADS", 2)
-    small, large = 3 * 30 * 40, 3 * 120 * 160
-    pipeline = Pipeline(engines, PipelineOptions(ahead_bytes=large, embedding_cache_bytes=0))
-    alive = Alive(pipeline)
-    pipeline.generate(Request("What?", [png(0, 30, 40)]), SamplingParams(max_tokens=2))
-    assert 0 < alive.peak == small
-    busy = [
-        pipeline.submit(Request(f"Who {n}?"), SamplingParams(max_tokens=60, ignore_eos=True))
-        for n in range(engines.decoder.slots)
-    ]
-    step_until(pipeline, lambda: all(output.token_ids for output in busy))
-    waiting = [pipeline.submit(Request("What?", [png(seed, 120, 160)])) for seed in range(8)]
-    assert engines.decoder.slots > 2
-    step_until(pipeline, lambda: all(output.finished for output in waiting))
-    assert large <= alive.peak <= 2 * large
-    assert all(output.error is None for output in waiting)
     pipeline.close()
 
 
