@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .runtime.preprocessing.sizes import MediaSize
     from .runtime.request import Event, Output, Request, Timings
     from .runtime.sampling_params import SamplingParams
-    from .runtime.scheduling.counters import Counters
+    from .runtime.scheduling.executor import Counters
     from .runtime.service import Answer, Service
 
 __all__ = [
@@ -79,7 +79,7 @@ opt_out()
 
 _MODULES = {
     "Answer": "runtime.service",
-    "Counters": "runtime.scheduling.counters",
+    "Counters": "runtime.scheduling.executor",
     "Event": "runtime.request",
     "ImageOptions": "media_options",
     "MediaSize": "runtime.preprocessing.sizes",

@@ -1,7 +1,7 @@
 """Engines to answers.
 
-Each room is built on those before it: ``inputs`` reads pictures and videos, ``preprocessing`` turns them into patches,
-``backends`` run the two engines, ``media`` gives embeddings and remembers them, ``scheduling`` shares the decoder among
+Each folder is built on those before it: ``inputs`` reads images and videos, ``preprocessing`` turns them into patches,
+``backends`` run the two engines, ``media`` gives embeddings and caches them, ``scheduling`` shares the decoder among
 requests, and ``tensorrt_llm`` takes the decoder's place where that library schedules.
 :mod:`qwen2vl_trt.runtime.pipeline` joins them, :mod:`qwen2vl_trt.runtime.service` gives a pipeline a thread of its own,
 for servers; ``features`` writes embeddings of whole collections.

@@ -12,6 +12,9 @@ from qwen2vl_trt.errors import LimitError
 if TYPE_CHECKING:
     from .preprocessing.settings import PreprocessorSettings
 
+DEFAULT_PREFETCH_BYTES = 1 << 30
+"""About 170 frames of 1080p that wait, or 12 photos of 12 megapixels that are being decoded."""
+
 
 @dataclass(frozen=True)
 class PipelineOptions:
@@ -56,7 +59,7 @@ class PipelineOptions:
     reuse_prefixes: bool = True
     embedding_cache_bytes: int = 256 << 20  # about 140 images of 448x448 in BF16 at 7B's width
     overlap: bool = True
-    ahead_bytes: int = 1 << 30
+    ahead_bytes: int = DEFAULT_PREFETCH_BYTES
 
     def __post_init__(self) -> None:
         if self.max_num_tokens < 1:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from importlib import import_module
 from itertools import islice
 from operator import index
@@ -22,28 +22,25 @@ from torch.nn.functional import pad
 from qwen2vl_trt.errors import LimitError, MediaError, PromptError, Qwen2VLError, SamplingError
 
 from .backends.runners import Engines, open_engines
-from .detokenizer import AnswerStream
 from .exclusive import Exclusive, exclusive
 from .inputs.images import ImageLimits, ImageSource, check_pixels
-from .media.cached_media import CachedMedia
+from .media.cached_media import CachedMedia, EmbeddingCache
 from .media.embedder import MediaEmbedder, StageTimes
-from .media.embedding_cache import EmbeddingCache
 from .model_files import ModelFiles
 from .observer import Observer, Stage, unobserved
 from .options import PipelineOptions
+from .prefetcher import Prefetcher
 from .preprocessing.preprocessor import Preprocessor
 from .request import Event, Output, Request
-from .sampler import SequenceSampling
 from .sampling_params import Sampling, SamplingParams
-from .scheduling.counters import Counters
-from .scheduling.executor import Executor, SelfScheduling
-from .scheduling.media_ahead import MediaAhead
-from .scheduling.prefix import NO_KEYS
-from .scheduling.preparation import Prepared, Preparer, listed
-from .scheduling.scheduler import Scheduler, named
-from .scheduling.sequence import NewToken, RunningSequence
-from .scheduling.side_stream import Arrival, SideStream
-from .scheduling.waiting import WaitingLine, WaitingRequest
+from .scheduling.executor import Counters, Executor, NewToken, SelfScheduling, named
+from .scheduling.preparation import Preparer, listed
+from .scheduling.request_queue import RequestQueue
+from .scheduling.scheduler import Scheduler
+from .scheduling.sequence import RunningSequence
+from .scheduling.side_stream import SideStream
+
+_LOAD_THREADS = min(4, os.cpu_count() or 1)
 
 _logger = logging.getLogger(__name__)
 
@@ -75,7 +72,7 @@ class Pipeline:
         self.profile = engines.manifest.profile
         self.options = options
         files = ModelFiles.read(folder, self._config, self.profile, options)
-        self.settings, self._prompts, self._generation = files.settings, files.prompts, files.generation
+        self.settings, self._generation = files.settings, files.generation
         preprocessor = Preprocessor(
             self._config.vision,
             self.settings,
@@ -99,15 +96,21 @@ class Pipeline:
         self._embeddings = EmbeddingCache(options.embedding_cache_bytes)
         self._cached_media = CachedMedia(self._media, self._embeddings)
         self._preparer = Preparer(
-            self._cached_media, self._prompts, self._config, self.profile, options.strict_size, observe
+            self._cached_media,
+            files.prompts,
+            self._config,
+            self.profile,
+            engines.device,
+            self._generation.eos_token_ids,
+            options.strict_size,
+            observe,
         )
-        self._media_ahead = MediaAhead(
-            self._preparer.load, options.overlap and options.decode == "cpu", options.ahead_bytes
-        )
+        self._prefetcher = Prefetcher(_LOAD_THREADS, options.ahead_bytes, "load-media")
         self._side = SideStream.beside(engines.device) if options.overlap else SideStream(engines.device, None)
         self._clock, self._observe = clock, observe
         self._counters = Counters()
-        self._waiting = WaitingLine(self._preparer, self._media_ahead, clock)
+        self._queue = RequestQueue(self._preparer, self._prefetcher, options.overlap and options.decode == "cpu", clock)
+        self._loaded_executor: Executor | None = None
         self._alone = Exclusive()
         self._listeners: dict[Output, tuple[int, deque[Event]]] = {}  # whoever steps, they get their tokens
 
@@ -212,7 +215,7 @@ class Pipeline:
         Raises:
             PromptError: not a :class:`Request`.
         """
-        _ = self._scheduler  # loads the decoder: not a part of the request's time
+        self.load()  # not a part of the request's time
         sampling = self.decided(params)
         output = output or self.new_output(request)
         self._counters.submitted += 1
@@ -225,7 +228,7 @@ class Pipeline:
                 )
             )
             return output
-        self._waiting.add(request, sampling, output)
+        self._queue.add(request, sampling, output)
         return output
 
     def decided(self, params: SamplingParams | None = None) -> Sampling:
@@ -251,24 +254,32 @@ class Pipeline:
 
     def interrupt(self) -> None:
         """Let a step that waits for media go on without them. Any thread may, without a wait."""
-        self._waiting.interrupt()
+        self._queue.interrupt()
 
     def check_process(self) -> None:
         """See that this is the process that made the pipeline; raises ExecutionError in one that was forked from it."""
         self._alone.check_process()
 
-    @cached_property
-    def _scheduler(self) -> Executor:
-        runner = self.engines.runner
-        if isinstance(runner, SelfScheduling):
-            return runner.load_executor(self.engines, self.options.reuse_prefixes, self._counters)
-        options, decoder = self.options, self.engines.decoder
-        return Scheduler(decoder, options.max_num_tokens, options.reuse_prefixes, self._counters, self._observe)
+    @exclusive
+    def load(self) -> None:
+        """Load the decoder now, instead of with the first request; raises EngineError where it does not load."""
+        self._executor()
+
+    def _executor(self) -> Executor:
+        if self._loaded_executor is None:
+            runner, options = self.engines.runner, self.options
+            if isinstance(runner, SelfScheduling):
+                self._loaded_executor = runner.load_executor(self.engines, options.reuse_prefixes, self._counters)
+            else:
+                self._loaded_executor = Scheduler(
+                    self.engines.decoder, options.max_num_tokens, options.reuse_prefixes, self._counters, self._observe
+                )
+        return self._loaded_executor
 
     @property
     def busy(self) -> bool:
         """Whether a submitted request has not ended."""
-        return bool(self._waiting) or self._scheduler.busy
+        return bool(self._queue) or (self._loaded_executor is not None and self._loaded_executor.busy)
 
     @exclusive
     def step(self) -> list[NewToken]:
@@ -280,14 +291,14 @@ class Pipeline:
         """
         if not self.busy:
             return []
-        began = self._clock()
+        began, executor = self._clock(), self._executor()
         self._take_in()
-        if not self._scheduler.busy:
+        if not executor.busy:
             with self._observe(Stage("wait")):
-                waited = self._waiting.wait_for_media()
+                waited = self._queue.wait_for_media()
             if waited:
                 self._take_in()
-        new = self._scheduler.step()
+        new = executor.step()
         for token in new:
             if token.sequence.output in self._listeners:
                 number, events = self._listeners[token.sequence.output]
@@ -300,8 +311,9 @@ class Pipeline:
     def cancel(self, output: Output) -> None:
         """End a request, waiting or running, with ``finish_reason`` ``"cancelled"``; it keeps the tokens it has."""
         output.cancel()
-        self._waiting.drop_ended()
-        self._scheduler.cancel(output)
+        self._queue.drop_ended()
+        if self._loaded_executor is not None:
+            self._loaded_executor.cancel(output)
 
     @exclusive
     def close(self) -> None:
@@ -310,31 +322,32 @@ class Pipeline:
         What runs can be stepped on, and new requests start new threads. A pipeline that nobody holds any longer ends
         its threads as well, without waiting for them.
         """
-        self._waiting.cancel_all()
-        self._media_ahead.close()
+        self._queue.cancel_all()
+        self._prefetcher.close()
 
     def counters(self) -> Counters:
         """What was done so far, and the present state; a copy that no longer changes. It waits for no step."""
         found = replace(
             self._counters,
-            queued=len(self._waiting),
+            queued=len(self._queue),
             embedding_hits=self._cached_media.hits,
             embedding_misses=self._cached_media.misses,
             embedding_evictions=self._embeddings.evictions,
             embedding_bytes=self._embeddings.nbytes,
         )
-        if "_scheduler" in vars(self):  # not loaded for a look
-            found.running = self._scheduler.running
-            found.kept_prefix_tokens = self._scheduler.kept_tokens
-            found.kv_cache_bytes = self._scheduler.cache_bytes
+        executor = self._loaded_executor
+        if executor is not None:
+            found.running = executor.running
+            found.kept_prefix_tokens = executor.kept_tokens
+            found.kv_cache_bytes = executor.cache_bytes
         return found
 
     @exclusive
     def clear_caches(self) -> None:
         """Forget kept prefixes and vision embeddings; if nothing runs the key-value cache shrinks to its smallest."""
         self._embeddings.clear()
-        if "_scheduler" in vars(self):
-            self._scheduler.forget()
+        if self._loaded_executor is not None:
+            self._loaded_executor.forget()
 
     @exclusive
     def warm_up(self, image_sizes: Sequence[tuple[int, int]] = (), max_length: int | None = None) -> None:
@@ -366,7 +379,7 @@ class Pipeline:
             check_pixels(width, height, "an image to warm up for", limits)
         while self.busy:
             self.step()
-        self._scheduler.warm_up(min(self.options.max_num_tokens, self.profile.max_input_len, longest), longest)
+        self._executor().warm_up(min(self.options.max_num_tokens, self.profile.max_input_len, longest), longest)
         for width, height in sizes:
             self.embed_images([np.zeros((height, width, 3), dtype=np.uint8)])
         if self.engines.device.type == "cuda":
@@ -391,9 +404,9 @@ class Pipeline:
         for first in range(0, len(images), self.profile.max_batch_size):
             group = images[first : first + self.profile.max_batch_size]
             loaded = [preprocessor.load_image(source, f"image {n}") for n, source in enumerate(group, start=first + 1)]
-            with self._side.work(loaded) as arrival:
+            with self._side.work(loaded) as ready:
                 embeds = self._media.embed(loaded)[0]
-            arrival.take(*embeds)
+            ready.wait(*embeds)
             embeddings += embeds
             if on_done is not None:
                 on_done(len(embeddings))
@@ -410,29 +423,29 @@ class Pipeline:
         requests = [requests] if isinstance(requests, Request) else requests
         for request in requests:
             _check_request(request)
-        _ = self.engines.decoder  # refused where the backend shows nothing of it
+        decoder = self.engines.decoder  # refused where the backend shows nothing of it
         while self.busy:  # the slots are needed
             self.step()
-        self._scheduler.forget()  # the slots are about to be written
-        states: list[Tensor | None] = [None] * len(requests)
-        for first in range(0, len(requests), self.engines.decoder.slots):
+        self._executor().forget()  # the slots are about to be written
+        states: list[Tensor] = []
+        for first in range(0, len(requests), decoder.slots):
             group = [
                 self._prepare_named(request, f"request {number}: ")
-                for number, request in enumerate(requests[first : first + self.engines.decoder.slots], start=first + 1)
+                for number, request in enumerate(requests[first : first + decoder.slots], start=first + 1)
             ]
-            with self._side.work(group) as arrival:
-                embeds, _ = self._embed(group)
-            arrival.take(*embeds)
-            longest = max(len(item.token_ids) for item in group)
+            with self._side.work([item.media for item in group]) as ready:
+                self._embed(group)
+            embeds = [item.inputs_embeds for item in group]
+            ready.wait(*embeds)
+            longest = max(item.prompt_length for item in group)
             # Rows are padded on the right; no token sees what follows it.
             inputs = torch.stack([pad(e, (0, 0, 0, longest - len(e))) for e in embeds])
-            positions = torch.stack([pad(p.position_ids, (0, longest - len(p.token_ids))) for p in group], dim=1)
-            output = self.engines.decoder.step(0, inputs, positions, [0] * len(group), hidden=True).hidden_states
+            positions = torch.stack([pad(p.position_ids, (0, longest - p.prompt_length)) for p in group], dim=1)
+            output = decoder.step(0, inputs, positions, [0] * len(group), hidden=True).hidden_states
             assert output is not None
-            for offset, item in enumerate(group):
-                states[first + offset] = output[offset, : len(item.token_ids)].clone()
-            self.engines.decoder.reset()
-        return [state for state in states if state is not None]
+            states += [output[row, : item.prompt_length].clone() for row, item in enumerate(group)]
+            decoder.reset()
+        return states
 
     def _events(
         self,
@@ -469,73 +482,54 @@ class Pipeline:
                 del self._listeners[output]
 
     def _take_in(self) -> None:
-        """Prepare waiting requests whose turn is near and give them the free slots."""
-        self._waiting.expire()
-        self._waiting.prepare(self._scheduler.free_slots, self._scheduler.slots)
-        self._start(self._waiting.next_group(self._scheduler.free_slots, self.profile.max_batch_size))
+        """Prepare queued requests whose turn is near and give them the free slots."""
+        executor = self._executor()
+        self._queue.expire()
+        self._queue.prepare(executor.free_slots, executor.slots)
+        self._start(self._queue.next_group(executor.free_slots, self.profile.max_batch_size))
 
-    def _start(self, group: Sequence[tuple[WaitingRequest, Prepared]]) -> None:
-        """Embed requests and hand them to the scheduler. Where that fails for all together each gets a try alone."""
+    def _start(self, group: Sequence[RunningSequence]) -> None:
+        """Embed requests and hand them to the executor. Where that fails for all together each gets a try alone."""
         if not group:
             return
+        media = [(each.output, medium.key) for each in group for medium in each.media]
+        stage = Stage("embed", [output for output, _ in media], media=[key for _, key in media])
         try:
-            with self._side.work(group) as arrival, self._observe(_embed_stage(group)):
-                inputs, times = self._embed([prepared for _, prepared in group])
-            sequences = [
-                self._sequence(waiting, prepared, inputs_embeds, arrival)
-                for (waiting, prepared), inputs_embeds in zip(group, inputs, strict=True)
-            ]
+            with self._side.work([each.media for each in group]) as ready, self._observe(stage):
+                times = self._embed(group)
         except Exception as error:
             if len(group) > 1:
-                for item in group:
-                    self._start([item])
+                for sequence in group:
+                    self._start([sequence])
                 return
-            waiting, _ = group[0]
-            self._waiting.remove(waiting)
-            waiting.output.fail(named(error, "the vision engine"))
+            self._queue.remove(group[0])
+            group[0].output.fail(named(error, "the vision engine"))
             return
-        for (waiting, prepared), sequence in zip(group, sequences, strict=True):
-            if prepared.media:
-                waiting.output.timings.preprocess += times.preprocess
-                waiting.output.timings.vision = times.vision
-            self._waiting.remove(waiting)
-            self._scheduler.add(sequence)
+        for sequence in group:
+            sequence.ready = ready
+            if sequence.media:
+                sequence.output.timings.preprocess += times.preprocess
+                sequence.output.timings.vision = times.vision
+            self._queue.remove(sequence)
+            self._executor().add(sequence)
 
-    def _embed(self, group: Sequence[Prepared]) -> tuple[list[Tensor], StageTimes]:
-        """What a decoder reads of each prompt, whose media are embedded together, and the time that media took."""
-        seen = [] if self._scheduler.takes_pixels else [item.media for item in group]
+    def _embed(self, group: Sequence[RunningSequence]) -> StageTimes:
+        """Make what a decoder reads of each prompt; their media are embedded together. Returns the time of that."""
+        executor = self._executor()
+        seen = [] if executor.takes_pixels else [sequence.media for sequence in group]
         embeds, times = self._cached_media.embed([medium for media in seen for medium in media])
         following = iter(embeds)
-        inputs = [self._scheduler.inputs_embeds(item, [*islice(following, len(item.media))]) for item in group]
-        return inputs, times
+        for sequence in group:
+            own = [] if executor.takes_pixels else [*islice(following, len(sequence.media))]
+            sequence.inputs_embeds = executor.inputs_embeds(sequence, own)
+        return times
 
-    def _sequence(
-        self, waiting: WaitingRequest, prepared: Prepared, inputs_embeds: Tensor, arrival: Arrival
-    ) -> RunningSequence:
-        return RunningSequence(
-            output=waiting.output,
-            inputs_embeds=inputs_embeds,
-            position_ids=prepared.position_ids,
-            delta=prepared.delta,
-            stream=AnswerStream(self._prompts.tokenizer, waiting.params, self._generation.eos_token_ids),
-            sampling=SequenceSampling(
-                waiting.params, prepared.token_ids, self._config.text.vocab_size, self.engines.device
-            ),
-            keys=prepared.keys if self.options.reuse_prefixes else NO_KEYS,
-            prepared=prepared,
-            arrival=arrival,
-        )
-
-    def _prepare_named(self, request: Request, name: str) -> Prepared:
+    def _prepare_named(self, request: Request, name: str) -> RunningSequence:
         try:
-            return self._preparer.prepare(request)
+            media = self._preparer.load(*self._preparer.find_media(request))
+            return self._preparer.prepare(request, Sampling(max_tokens=0), Output(), media)
         except Qwen2VLError as error:
             raise type(error)(f"{name}{error}") from None
-
-
-def _embed_stage(group: Sequence[tuple[WaitingRequest, Prepared]]) -> Stage:
-    media = [(each.output, medium.key) for each, item in group for medium in item.media]
-    return Stage("embed", [output for output, _ in media], media=[key for _, key in media])
 
 
 def _check_request(request: Request) -> None:

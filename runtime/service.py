@@ -14,9 +14,7 @@ from qwen2vl_trt.errors import ExecutionError, Qwen2VLError, UnavailableError
 from .pipeline import Pipeline
 from .request import Event, Output, Request
 from .sampling_params import SamplingParams
-from .scheduling.counters import Counters
-from .scheduling.scheduler import named
-from .scheduling.sequence import NewToken
+from .scheduling.executor import Counters, NewToken, named
 
 _Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
@@ -24,12 +22,8 @@ _Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 class Answer:
     """The answer to a request of a :class:`Service`: its tokens by ``for`` or ``async for``, the whole by ``await``.
 
-    All three begin with the first token, however late they ask. Who leaves them before the end, by ``break``, by an
-    exception or because his task is cancelled, has hung up: the request is cancelled. An answer that nobody reads goes
-    on to its end.
-
-    Attributes:
-        output: the answer so far.
+    All three begin with the first token. Leaving them before the end, by ``break``, an exception or a cancelled task,
+    cancels the request. An answer that is not read goes on to its end. ``output`` is the answer so far.
     """
 
     def __init__(self, output: Output, hang_up: Callable[[Answer], None]) -> None:
@@ -70,14 +64,7 @@ class Answer:
         return self._whole().__await__()
 
     def result(self, timeout: float | None = None) -> Output:
-        """The output, once nothing more will come; for threads.
-
-        Args:
-            timeout: seconds to wait at most; the request goes on.
-
-        Raises:
-            TimeoutError: they have passed.
-        """
+        """The output, once it is finished; for threads. TimeoutError after so many seconds; the request goes on."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._over, timeout):
                 raise TimeoutError(f"the answer has not ended after {timeout:g} s")
@@ -104,13 +91,9 @@ class Answer:
             await waiter
 
     async def _whole(self) -> Output:
-        seen, over = 0, False
-        try:
-            while not over:
-                new, over = await self._later(seen)
-                seen += len(new)
-        finally:
-            self.cancel()
+        with suppress(Qwen2VLError):  # which the output has
+            async for _ in self:
+                pass
         return self.output
 
     def _raise(self) -> None:
@@ -143,12 +126,11 @@ class Service:
 
     Args:
         pipeline: the service's alone from now on.
-        max_pending: most requests that have not ended, running or waiting; those above are refused, so that a server
-            under too much load says so at once.
+        max_pending: most requests that have not ended, running or waiting; those above are refused.
     """
 
     def __init__(self, pipeline: Pipeline, max_pending: int = 1024) -> None:
-        _ = pipeline.busy  # loads the decoder here, where the caller sees what is wrong with it
+        pipeline.load()  # here, where the caller sees what is wrong with it
         self._pipeline, self._max_pending = pipeline, max_pending
         self._changed = threading.Condition()
         self._live: dict[Output, Answer] = {}

@@ -18,7 +18,7 @@ LAYERS = (
     "tiny",
     "building",
     "accuracy",
-    "fleet",
+    "batch",
     "benchmarks",
     "commands",
 )

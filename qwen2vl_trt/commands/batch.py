@@ -11,16 +11,16 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2vl_trt.errors import BatchError, require
-from qwen2vl_trt.fleet.tally import Tally
 from qwen2vl_trt.messages import LONE_SURROGATE
 from qwen2vl_trt.runtime.sampling_params import SamplingParams
 
+from .job import add_feature_arguments, add_output_arguments, if_exists, progress, saying_what_is_saved
 from .model import find_engines
 from .options import (
     add_build_arguments,
@@ -33,10 +33,11 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from qwen2vl_trt.fleet.inputs import Input
-    from qwen2vl_trt.fleet.rows import Partition
+    from qwen2vl_trt.batch.inputs import Input
+    from qwen2vl_trt.batch.rows import Partition
+    from qwen2vl_trt.runtime.features.output_folder import OutputFolder
 
-_SETTINGS, _INPUT, _WORK, _LOCK = "settings.json", "input", ".work", ".lock"
+_INPUT, _WORK = "input", ".work"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,35 +63,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most rows a file of output; default %(default)s",
     )
     features = parser.add_argument_group("--task features")
-    features.add_argument("--source", choices=("vision", "decoder"), default="vision", help="default %(default)s")
-    features.add_argument("--layer", type=int, metavar="N", help="output of layer N, from 1 (torch backend)")
-    features.add_argument("--pool", choices=("mean", "none"), default="none", help="over an image's tokens")
+    add_feature_arguments(features)
     add_sampling_arguments(parser.add_argument_group("--task generate"))
-    fleet = parser.add_argument_group("workers")
-    fleet.add_argument("--workers", type=positive_number, default=1, metavar="N", help="default %(default)s")
-    fleet.add_argument(
+    workers = parser.add_argument_group("workers")
+    workers.add_argument("--workers", type=positive_number, default=1, metavar="N", help="default %(default)s")
+    workers.add_argument(
         "--cpus-per-worker", type=positive_number, metavar="N", help="default: this machine's, shared out"
     )
-    fleet.add_argument(
+    workers.add_argument(
         "--gpus-per-worker",
         type=float,
         metavar="N",
         help="0.5 shares one; default 1 if Ray has any and --device allows",
     )
-    fleet.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster, auto or ray://...; default none")
-    fleet.add_argument(
+    workers.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster, auto or ray://...; default none")
+    workers.add_argument(
         "--batch-tokens", type=positive_number, metavar="N", help="most tokens together; default what the engines take"
     )
-    fleet.add_argument(
+    workers.add_argument(
         "--max-retries",
         type=int,
         default=3,
         metavar="N",
         help="times that a row may be alone in hand when its worker is lost; default %(default)s",
     )
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on where an earlier run stopped, if one did")
-    again.add_argument("--overwrite", action="store_true", help="remove an earlier run's output first")
+    add_output_arguments(parser, "output")
     add_pipeline_arguments(parser)
     add_build_arguments(parser)
 
@@ -100,20 +97,24 @@ def run(arguments: argparse.Namespace) -> None:
 
     Ends with 0 even if some rows could not be used (a warning counts them).
 
-
     Raises:
-        BatchError: the options do not fit, the output is in the way, a table cannot be read, Ray is not there, or no
-            row could be used.
-        FeaturesError: the output cannot be written, or is of other settings.
+        BatchError: the options do not fit, a table cannot be read, Ray is not there, or no row could be used.
+        FeaturesError: the output is in the way, cannot be written, or is of other settings.
         MediaError: there is no input.
         MissingDependencyError: Ray is not installed.
     """
     params = _checked(arguments)
     require("batch", "ray", {"ray": "ray", "pyarrow": "pyarrow"})
-    from qwen2vl_trt.fleet.inputs import find_input
+    from qwen2vl_trt.batch.inputs import find_input
+    from qwen2vl_trt.batch.partition_file import DATA, ERRORS
+    from qwen2vl_trt.runtime.features.output_folder import SETTINGS, OutputFolder
 
-    output: Path = arguments.output
-    _check_output(output, arguments.resume, arguments.overwrite)
+    output = OutputFolder(arguments.output, if_exists(arguments), SETTINGS, (_WORK, DATA, ERRORS, _INPUT))
+    if LONE_SURROGATE.search(str(output.path.absolute())):
+        raise BatchError(
+            f"{str(output.path.absolute())!r} is not valid UTF-8, which Parquet files need; rename the folder"
+        )
+    output.check()
     given = find_input(arguments.input, arguments.image_column, arguments.prompt_column, arguments.id_column)
     needs_prompt = arguments.task == "generate" or arguments.source == "decoder"
     if needs_prompt and arguments.prompt is None and given.columns.prompt is None:
@@ -121,7 +122,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.prompt is not None or not needs_prompt:
         given = dataclasses.replace(given, columns=dataclasses.replace(given.columns, prompt=None))
     engine_dir = find_engines(arguments).resolve()
-    with _opened(output, _settings(arguments, given, params, engine_dir), given, arguments) as (partitions, work):
+    settings = _settings(arguments, given, params, engine_dir)
+    with _opened(output, settings, given, arguments.shard_size) as (partitions, work):
         _run(arguments, given, params, engine_dir, partitions, work)
 
 
@@ -141,25 +143,11 @@ def _checked(arguments: argparse.Namespace) -> SamplingParams:
     return params
 
 
-def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    if LONE_SURROGATE.search(str(output.absolute())):
-        raise BatchError(f"{str(output.absolute())!r} is not valid UTF-8, which Parquet files need; rename the folder")
-    if not output.parent.is_dir():
-        raise BatchError(f"{output} cannot be written: there is no folder {output.parent}")
-    target = output if output.is_dir() else output.parent
-    if not os.access(target, os.W_OK):
-        raise BatchError(f"{output} cannot be written: the folder {target} is read-only")
-    if (output / _SETTINGS).exists() and not (resume or overwrite):
-        raise BatchError(
-            f"{output} holds the output of an earlier run; --resume goes on with it, --overwrite starts again"
-        )
-
-
 def _settings(arguments: argparse.Namespace, given: Input, params: SamplingParams, engine_dir: Path) -> dict[str, Any]:
     """What the output depends on; a resumed run must have the same. JSON values only."""
+    from qwen2vl_trt.batch.rows import is_uri
     from qwen2vl_trt.engines.manifest import Manifest
-    from qwen2vl_trt.fleet.filesystem import is_uri
-    from qwen2vl_trt.runtime.features.store import common_settings
+    from qwen2vl_trt.runtime.features.output_folder import common_settings
 
     manifest = Manifest.read(engine_dir)
     options, profile = pipeline_options(arguments), manifest.profile
@@ -182,48 +170,31 @@ def _settings(arguments: argparse.Namespace, given: Input, params: SamplingParam
 
 @contextmanager
 def _opened(
-    output: Path, settings: dict[str, Any], given: Input, arguments: argparse.Namespace
+    output: OutputFolder, settings: dict[str, Any], given: Input, partition_rows: int
 ) -> Iterator[tuple[list[Partition], Path]]:
     """The output's partitions and a fresh folder for attempts; no other run can use the output while it lasts."""
-    from filelock import FileLock, Timeout
-
-    from qwen2vl_trt.files import write_whole
-    from qwen2vl_trt.fleet.inputs import divide, read_partitions
-    from qwen2vl_trt.fleet.partition_file import DATA, ERRORS
-    from qwen2vl_trt.runtime.features.shards import writing
-    from qwen2vl_trt.runtime.features.store import check_settings
+    from qwen2vl_trt.batch.inputs import divide, read_partitions
+    from qwen2vl_trt.batch.partition_file import DATA, ERRORS
+    from qwen2vl_trt.runtime.features.output_folder import writing
     from qwen2vl_trt.runtime.inputs.image_listing import counted
 
-    with writing(output):
-        output.mkdir(exist_ok=True)
-        lock = FileLock(output / _LOCK)
+    def start() -> None:
+        for name in (DATA, ERRORS, _INPUT):
+            (output.path / name).mkdir()
+        passed_over = divide(given, partition_rows, output.path / _INPUT)
+        if passed_over:
+            print(f"passed over: {counted(passed_over)}", file=sys.stderr)
+
+    with output.open(settings, start):
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise BatchError(f"{output}: another run is writing there; wait for it, or give another --output") from None
-    try:
-        with writing(output):
-            if arguments.overwrite:
-                (output / _SETTINGS).unlink(missing_ok=True)
-            if (output / _SETTINGS).exists():
-                check_settings(output, settings)
-            # Workers of a run that was killed may live on for seconds: what they write lies in the old folder.
-            shutil.rmtree(output / _WORK, ignore_errors=True)
-            work = output / _WORK / uuid.uuid4().hex
-            work.mkdir(parents=True)
-            if not (output / _SETTINGS).exists():
-                for name in (DATA, ERRORS, _INPUT):
-                    if (output / name).exists():
-                        shutil.rmtree(output / name)
-                    (output / name).mkdir()
-                passed_over = divide(given, arguments.shard_size, output / _INPUT)
-                if passed_over:
-                    print(f"passed over: {counted(passed_over)}", file=sys.stderr)
-                write_whole(output / _SETTINGS, json.dumps(settings, indent=2).encode())  # last: the run has begun
-        yield read_partitions(output / _INPUT), work
-    finally:
-        shutil.rmtree(output / _WORK, ignore_errors=True)
-        lock.release()
+            with writing(output.path):
+                # Workers of a run that was killed may live on for seconds: what they write lies in the old folder.
+                shutil.rmtree(output.path / _WORK, ignore_errors=True)
+                work = output.path / _WORK / uuid.uuid4().hex
+                work.mkdir(parents=True)
+            yield read_partitions(output.path / _INPUT), work
+        finally:
+            shutil.rmtree(output.path / _WORK, ignore_errors=True)
 
 
 def _run(
@@ -234,9 +205,9 @@ def _run(
     partitions: list[Partition],
     work: Path,
 ) -> None:
-    from qwen2vl_trt.fleet.driver import Driver
-    from qwen2vl_trt.fleet.partition_file import ERRORS, read_done
-    from qwen2vl_trt.fleet.worker import WorkerSettings
+    from qwen2vl_trt.batch.driver import Driver, Tally
+    from qwen2vl_trt.batch.partition_file import ERRORS, read_done
+    from qwen2vl_trt.batch.worker import WorkerSettings
 
     output = arguments.output.resolve()
     tally = Tally()
@@ -252,7 +223,7 @@ def _run(
     cpus = arguments.cpus_per_worker or max(1, cores // workers)
     if waiting:
         with (
-            _saying_what_is_saved(output, partitions, work),
+            saying_what_is_saved(lambda: _saved_rows(output, partitions, work), "rows"),
             Driver(arguments.address, max(cores, cpus * workers)) as ray,
         ):
             gpus = _gpus(arguments, ray.resources, workers)
@@ -275,7 +246,7 @@ def _run(
                 workers=workers,
             )
             tally.began = time.perf_counter()
-            with _progress(sum(partition.rows for partition in partitions), tally.rows) as show:
+            with progress("rows", lambda: sum(partition.rows for partition in partitions), tally.rows) as show:
                 for result in ray.run(waiting, settings, cpus, gpus):
                     tally.add(result)
                     show(tally.rows, tally.rate)
@@ -288,19 +259,14 @@ def _run(
         print(f"warning: {tally.failed:,} rows could not be used: see {arguments.output / ERRORS}", file=sys.stderr)
 
 
-@contextmanager
-def _saying_what_is_saved(output: Path, partitions: list[Partition], work: Path) -> Iterator[None]:
-    """Let an interrupt say how many rows the output holds: more than have been told, as workers are ahead of that."""
-    from qwen2vl_trt.fleet.partition_file import read_done
+def _saved_rows(output: Path, partitions: list[Partition], work: Path) -> int:
+    """Rows in the output, more than progress has shown; no worker can add to them from now on."""
+    from qwen2vl_trt.batch.partition_file import read_done
 
-    try:
-        yield
-    except KeyboardInterrupt:
-        with suppress(OSError):
-            work.rename(work.with_name("ended"))  # now no worker that lives on, on another machine, can add to them
-        done = [read_done(output, partition.number) for partition in partitions]
-        saved = sum(found.saved for found in done if found is not None)
-        raise KeyboardInterrupt(f"{saved:,} rows are saved; run again with --resume to go on") from None
+    with suppress(OSError):
+        work.rename(work.with_name("ended"))  # for workers that live on, on another machine
+    done = [read_done(output, partition.number) for partition in partitions]
+    return sum(found.saved for found in done if found is not None)
 
 
 def _gpus(arguments: argparse.Namespace, resources: dict[str, float], workers: int) -> float:
@@ -315,14 +281,3 @@ def _gpus(arguments: argparse.Namespace, resources: dict[str, float], workers: i
             " or a smaller --gpus-per-worker"
         )
     return gpus
-
-
-@contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[int, float], None]]:
-    from rich.progress import TextColumn
-
-    from qwen2vl_trt.engines.progress import progress_bar
-
-    with progress_bar(TextColumn("{task.fields[rate]}")) as progress:
-        task = progress.add_task("rows", total=total, completed=done, rate="")
-        yield lambda rows, rate: progress.update(task, completed=rows, rate=f"{rate:.1f} rows/s")

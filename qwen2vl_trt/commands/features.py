@@ -5,21 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from qwen2vl_trt.engines.interrupts import deferred_interrupt
 from qwen2vl_trt.errors import FeaturesError, MediaError
 from qwen2vl_trt.media_urls import file_path
 
+from .job import add_feature_arguments, add_output_arguments, if_exists, progress, saying_what_is_saved
 from .model import open_pipeline
 from .options import add_build_arguments, add_pipeline_arguments, path_name, positive_number
 
 if TYPE_CHECKING:
-    from qwen2vl_trt.runtime.features.extraction import Extraction
     from qwen2vl_trt.runtime.inputs.image_listing import ImageFile
     from qwen2vl_trt.runtime.pipeline import Pipeline
 
@@ -41,17 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|FILE",
         help="a folder, or a .safetensors file for small sets",
     )
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on where an earlier run stopped, if one did")
-    again.add_argument("--overwrite", action="store_true", help="remove an earlier run's features first")
+    add_output_arguments(parser, "features")
     parser.add_argument(
         "--shard-size", type=positive_number, default=1024, metavar="N", help="most images a shard; default %(default)s"
     )
     group = parser.add_argument_group("features")
-    group.add_argument("--source", choices=("vision", "decoder"), default="vision", help="default %(default)s")
+    add_feature_arguments(group)
     group.add_argument("--prompt", metavar="TEXT", help="of --source decoder: what the decoder reads with each image")
-    group.add_argument("--layer", type=int, metavar="N", help="output of layer N, from 1 (torch backend); default last")
-    group.add_argument("--pool", choices=("mean", "none"), default="none", help="over an image's tokens; default none")
     group = parser.add_argument_group("work")
     group.add_argument(
         "--batch-tokens",
@@ -83,37 +77,42 @@ def run(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespa
     """
     if (arguments.source == "decoder") != (arguments.prompt is not None):
         raise FeaturesError("--source decoder needs a --prompt, and --prompt is for --source decoder")
-    from qwen2vl_trt.runtime.features.output import Output
+    from qwen2vl_trt.runtime.features.store import FeatureOutput
     from qwen2vl_trt.runtime.inputs.image_listing import counted
 
-    output = Output(arguments.output)
-    if_exists: Any = "resume" if arguments.resume else "overwrite" if arguments.overwrite else "refuse"
-    output.check(if_exists)  # before the minutes that a build may take
+    output, again = FeatureOutput(arguments.output), if_exists(arguments)
+    output.check(again)  # before the minutes that a build may take
     passed_over: Counter[str] = Counter()
     images, count = _images(arguments, passed_over)
     pipeline = open_pipeline(arguments)
-    from qwen2vl_trt.runtime.features.decode_ahead import Batching
-    from qwen2vl_trt.runtime.features.extraction import extract_features
+    from qwen2vl_trt.runtime.features.extraction import Batching, extract_features
     from qwen2vl_trt.runtime.features.sources import DecoderFeatures, VisionFeatures
+    from qwen2vl_trt.runtime.features.store import open_store
 
-    checkpoint, profile = pipeline.engines.checkpoint, pipeline.profile
     source = (
         VisionFeatures(pipeline, arguments.layer)
         if arguments.source == "vision"
         else DecoderFeatures(pipeline, arguments.prompt, arguments.layer)
     )
-    unit = checkpoint.config.vision.merge_unit
-    tokens = arguments.batch_tokens or profile.max_batch_size * profile.max_hw_dims // unit
-    batching = Batching(profile.max_batch_size, tokens, arguments.workers)
-    with output.open(_settings(arguments, pipeline), if_exists, arguments.shard_size) as store:
-        try:
-            with deferred_interrupt() as told, _progress(count) as show:
-                done = extract_features(source, images, store, batching, arguments.pool, told.is_set, show)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{store.saved:,} images are saved; run again with --resume to go on") from None
+    batching = Batching.of(pipeline, arguments.batch_tokens, arguments.workers)
+    with open_store(output.folder, _settings(arguments, pipeline), again, arguments.shard_size) as store:
+        with (
+            saying_what_is_saved(lambda: store.saved, "images"),
+            deferred_interrupt() as told,
+            progress("images", count) as show,
+        ):
+            done = extract_features(
+                source,
+                images,
+                store,
+                batching,
+                arguments.pool,
+                told.is_set,
+                lambda run: show(run.skipped + run.extracted + store.failed, run.images_per_second),
+            )
         output.finish(store)
-    if done.failed and not store.saved:
-        raise FeaturesError(f"none of the {done.failed:,} images could be used; the first: {done.first_failure}")
+    if store.failed and not store.saved:
+        raise FeaturesError(f"none of the {store.failed:,} images could be used; the first: {store.first_failure}")
     skipped = f", {done.skipped:,} were there" if done.skipped else ""
     made = "1 image" if done.extracted == 1 else f"{done.extracted:,} images"
     busy, waited = done.engine / done.seconds, done.waited / done.seconds
@@ -130,9 +129,9 @@ def run(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespa
             f" {pipeline.profile.max_hw_dims:,} patches): {done.resized:,}; --strict-size refuses them",
             file=sys.stderr,
         )
-    if done.failed:
+    if store.failed:
         print(
-            f"warning: images that could not be used and were skipped: {done.failed:,}, see {output.errors}",
+            f"warning: images that could not be used and were skipped: {store.failed:,}, see {output.errors}",
             file=sys.stderr,
         )
 
@@ -152,7 +151,7 @@ def _images(arguments: argparse.Namespace, passed_over: Counter[str]) -> tuple[I
 
 def _settings(arguments: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     """What the features depend on; a resumed run must have the same. JSON values only."""
-    from qwen2vl_trt.runtime.features.store import common_settings
+    from qwen2vl_trt.runtime.features.output_folder import common_settings
     from qwen2vl_trt.runtime.inputs.image_listing import input_root
 
     return common_settings(pipeline.engines.manifest, pipeline.options, pipeline.settings) | {
@@ -162,23 +161,3 @@ def _settings(arguments: argparse.Namespace, pipeline: Pipeline) -> dict[str, An
         "layer": arguments.layer,
         "pool": arguments.pool,
     }
-
-
-@contextmanager
-def _progress(count: Callable[[], int]) -> Iterator[Callable[[Extraction], None]]:
-    from rich.progress import TextColumn
-
-    from qwen2vl_trt.engines.progress import progress_bar
-
-    with progress_bar(TextColumn("{task.fields[rate]}")) as progress:
-        task = progress.add_task("images", total=None, rate="")
-
-        def find_total() -> None:
-            with suppress(MediaError):  # the run itself meets it, and says so
-                progress.update(task, total=count())
-
-        if not progress.disable:
-            threading.Thread(target=find_total, daemon=True).start()
-        yield lambda run: progress.update(
-            task, completed=run.skipped + run.extracted + run.failed, rate=f"{run.images_per_second:.1f} images/s"
-        )

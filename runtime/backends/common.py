@@ -1,6 +1,5 @@
 """What the runners of every backend share: the key-value cache, text embeddings, a step's inputs, cached layouts."""
 
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -1,6 +1,5 @@
 """From a plan in an engine folder to an engine that is known to belong there and to run here."""
 
-
 from __future__ import annotations
 
 import mmap

@@ -5,7 +5,6 @@ step first needs it. All run over the same buffers: inputs are copied in, the li
 nothing waits for the GPU. What graphs use in between comes from one pool, for they run one after another.
 """
 
-
 from __future__ import annotations
 
 import logging

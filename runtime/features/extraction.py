@@ -3,43 +3,82 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import partial
+from typing import Literal
 
 from torch import Tensor
 
 from qwen2vl_trt.windows import Grid
 
 from ..inputs.image_listing import ImageFile
+from ..pipeline import Pipeline
+from ..prefetcher import Job, Prefetcher
 from ..preprocessing.sizes import Medium
-from .decode_ahead import Batching, decode_ahead
 from .sources import IMAGE_FAULTS, FeatureSource
 
 Pool = Literal["mean", "none"]
 
 
-class Store(Protocol):
-    """Where features go; :class:`qwen2vl_trt.runtime.features.store.FeatureStore` is one."""
+@dataclass(frozen=True)
+class Batching:
+    """Bounds of what is held at once.
+
+    Attributes:
+        max_batch_size: most images in an engine call.
+        max_tokens: most merged image tokens in one, unless a single image has more.
+        workers: threads that decode.
+    """
+
+    max_batch_size: int
+    max_tokens: int
+    workers: int
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, max_tokens: int | None, workers: int) -> Batching:
+        """What a pipeline's engines take, or so many tokens."""
+        profile, unit = pipeline.profile, pipeline.engines.checkpoint.config.vision.merge_unit
+        return cls(profile.max_batch_size, max_tokens or profile.max_batch_size * profile.max_hw_dims // unit, workers)
+
+
+class Store:
+    """Where features go; :class:`qwen2vl_trt.runtime.features.store.FeatureStore` is one.
+
+    Attributes:
+        failed: images without features.
+        first_failure: why, of the first.
+    """
+
+    failed = 0
+    first_failure: str | None = None
 
     @property
-    def failed(self) -> int: ...
+    def remaining(self) -> int:
+        """Images that the current file still takes; a batch ends with it."""
+        raise NotImplementedError
 
-    @property
-    def first_failure(self) -> str | None: ...
+    def __contains__(self, key: str) -> bool:
+        """Whether an image's features are safe on the disk."""
+        return False
 
-    @property
-    def room(self) -> int: ...
+    def refusal(self, key: str) -> str | None:
+        """Why nothing can be stored under a key, if so."""
+        return None
 
-    def __contains__(self, key: str) -> bool: ...
+    def add(self, key: str, grid: Grid, features: Tensor) -> None:
+        """Add an image's features; raises FeaturesError where they, or earlier ones, cannot be written."""
+        raise NotImplementedError
 
-    def refusal(self, key: str) -> str | None: ...
+    def fail(self, key: str, reason: str) -> None:
+        """Note that an image has no features, and why."""
+        raise NotImplementedError
 
-    def add(self, key: str, grid: Grid, features: Tensor) -> None: ...
-
-    def fail(self, key: str, reason: str) -> None: ...
-
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Write what has been added; FeaturesError where it cannot be written. What was saved before stays."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -50,8 +89,6 @@ class Extraction:
         extracted: images whose features this run made.
         resized: of these, resized to fit the engine.
         skipped: images whose features were there.
-        failed: images that could not be used.
-        first_failure: why, of the first.
         seconds: the whole run.
         waited: of these, for images to be decoded.
         engine: of these, in the preprocessor and the engines.
@@ -60,8 +97,6 @@ class Extraction:
     extracted: int = 0
     resized: int = 0
     skipped: int = 0
-    failed: int = 0
-    first_failure: str | None = None
     seconds: float = 0.0
     waited: float = 0.0
     engine: float = 0.0
@@ -80,13 +115,16 @@ def extract_features(
     stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[Extraction], None] = lambda state: None,
 ) -> Extraction:
-    """Add the features of every image that the store does not hold yet.
+    """Add the features of every image that the store does not hold yet; note in it what cannot be used.
 
-    Memory does not grow with the number of images. An image that cannot be used is noted in the store and skipped.
-    Batches and shards follow from the order of the images alone, so a run that was killed and resumed computes the
-    same batches as one that was not.
+    Memory does not grow with the number of images. Batches and shards follow from the order of the images alone, so a
+    run that was killed and resumed computes the same batches as one that was not.
 
     Args:
+        source: makes the features.
+        images: in order.
+        store: where they go.
+        batching: bounds of what is held at once.
         pool: ``mean`` over an image's tokens (in FP32), or all of them.
         stop: asked between batches; once true, what is done is saved and the run ends.
         on_progress: told after each batch.
@@ -115,11 +153,11 @@ def extract_features(
                 store.fail(key, str(features))
         batch.clear()
         tokens = 0
-        run.failed, run.first_failure = store.failed, store.first_failure
         run.seconds = time.perf_counter() - began
         on_progress(run)
 
-    with decode_ahead(source, _missing(images, store, run), batching) as decoded:
+    with closing(Prefetcher(batching.workers, name="decode")) as prefetcher:
+        decoded = decoded_images(source, _missing(images, store, run), batching, prefetcher)
         while True:
             started = time.perf_counter()
             item = next(decoded, None)
@@ -134,14 +172,47 @@ def extract_features(
                 finish_batch()
             batch.append((key, image))
             tokens += image.size.tokens
-            if len(batch) == min(batching.max_batch_size, store.room):
+            if len(batch) == min(batching.max_batch_size, store.remaining):
                 finish_batch()
     if not stop():
         finish_batch()
     store.flush()
-    run.failed, run.first_failure = store.failed, store.first_failure
     run.seconds = time.perf_counter() - began
     return run
+
+
+def decoded_images(
+    source: FeatureSource, images: Iterator[tuple[int, ImageFile]], batching: Batching, prefetcher: Prefetcher
+) -> Iterator[tuple[str, Medium | Exception]]:
+    """The key of each image, in order, and its pixels or what is wrong with it; images come with their numbers.
+
+    A batch for the engine and the next are decoded or being decoded; an image counts until the caller lets go of it.
+    """
+    jobs: deque[tuple[str, Job]] = deque()
+    while True:
+        while len(jobs) < 2 * max(batching.max_batch_size, batching.workers):
+            following = next(images, None)
+            if following is None:
+                break
+            number, file = following
+            name = f"image {number}"
+            load, size = partial(_load, source, file.path, name), partial(source.size, file.path, name)
+            jobs.append((file.key, prefetcher.submit(load, size)))
+        if not jobs:
+            return
+        key, job = jobs.popleft()
+        try:
+            (image,) = job.future.result()
+        except IMAGE_FAULTS as error:
+            yield key, error
+            continue
+        prefetcher.hand_over(job, [image])
+        del job
+        yield key, image
+
+
+def _load(source: FeatureSource, path: str, name: str) -> list[Medium]:
+    return [source.load(path, name)]
 
 
 def _missing(images: Iterable[ImageFile], store: Store, run: Extraction) -> Iterator[tuple[int, ImageFile]]:

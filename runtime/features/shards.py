@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,10 +20,15 @@ from qwen2vl_trt.errors import FeaturesError
 from qwen2vl_trt.files import replacement
 from qwen2vl_trt.windows import Grid
 
+from .output_folder import writing
+
 SHARDS = "features-*.safetensors"
 LARGEST_HEADER = 100_000_000
 """Bytes; readers of safetensors refuse more."""
 _COPY_BLOCK = 1 << 24
+_RESERVED = "__metadata__"
+_LONGEST = 1 << 16  # bytes of a name; a path on Linux has at most 4,096
+_LIKE_SPELLED_OUT = re.compile(r"(?<!\\)\\+(?=ud[89a-f][0-9a-f]{2}|[\ud800-\udfff])")
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, SafetensorError)
 
 
@@ -142,10 +147,27 @@ def _read_back(written: Path, shapes: Mapping[str, list[int]]) -> None:
         raise OSError(errno.EIO, "it does not read back as it was written; the disk may be damaged") from None
 
 
-@contextmanager
-def writing(path: Path, way_out: str = "") -> Iterator[None]:
-    """Turn an OSError into a FeaturesError that names the file and the way out."""
+def name_fault(name: str) -> str | None:
+    """Why no tensor of a safetensors file can have a name, if so."""
+    if name == _RESERVED:
+        return "safetensors keeps this name for itself; rename it"
     try:
-        yield
-    except OSError as error:
-        raise FeaturesError(f"{path} cannot be written: {error.strerror or error}{way_out}") from None
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        return "its name is not valid UTF-8; rename it"
+    if size > _LONGEST:
+        return f"its name has more than {_LONGEST:,} bytes; rename it"
+    return None
+
+
+def header_bytes(name: str) -> int:
+    """What a tensor takes in a shard's header at most, its grid included: twice JSON, all escaped."""
+    return len(json.dumps(name)) + len(json.dumps(json.dumps(name))) + 256
+
+
+def as_unicode(text: str) -> str:
+    """Text with bytes of a file's name that are no UTF-8, spelled out: readers of JSON and Parquet refuse them.
+
+    No two texts become the same: backslashes before what is spelled out, or looks like it, are doubled.
+    """
+    return _LIKE_SPELLED_OUT.sub(r"\g<0>\g<0>", text).encode("utf-8", "backslashreplace").decode()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -17,29 +16,40 @@ from ..preprocessing.preprocessor import Preprocessor
 from ..preprocessing.sizes import Medium
 from ..request import Request
 
-Admit = Callable[[int], None]
-"""Waits until there is room for so many bytes."""
-
 IMAGE_FAULTS = (MediaError, LimitError)
 """What can be wrong with one image; every other error ends the run."""
 
 
-class FeatureSource(Protocol):
+class FeatureSource:
     """One way to make features of images."""
 
-    def load(self, path: str, name: str, admit: Admit) -> Medium:
-        """Read an image, ask for the memory that decoding it takes, decode and check it; on any thread.
+    def __init__(self, pipeline: Pipeline) -> None:
+        """Load images as a pipeline does."""
+        engines, options = pipeline.engines, pipeline.options
+        self._pipeline, self._config = pipeline, engines.checkpoint.config.vision
+        self._preprocessor = Preprocessor(
+            self._config,
+            pipeline.settings,
+            engines.device,
+            engines.dtype,
+            decode=options.decode,
+            image_limits=ImageLimits(options.image_pixel_limit),
+        )
 
-        Raises MediaError and LimitError.
-        """
-        ...
+    def size(self, path: str | bytes, name: str) -> int:
+        """Bytes that decoding an image takes; on any thread, before :meth:`load`."""
+        return decoding_bytes(path)
+
+    def load(self, path: str | bytes, name: str) -> Medium:
+        """Decode an image; on any thread. Raises MediaError and LimitError."""
+        return self._preprocessor.load_image(path, name)
 
     def extract(self, images: Sequence[Medium]) -> list[Tensor]:
         """Features ``[tokens, width]`` of each of at most ``max_batch_size`` images."""
-        ...
+        raise NotImplementedError
 
 
-class VisionFeatures:
+class VisionFeatures(FeatureSource):
     """What the vision engine gives: merged tokens ``[h * w / 4, hidden]`` in raster order, as the decoder sees them.
 
     Args:
@@ -52,23 +62,11 @@ class VisionFeatures:
     """
 
     def __init__(self, pipeline: Pipeline, layer: int | None = None) -> None:
-        engines = pipeline.engines
-        self._config, self._layer = engines.checkpoint.config.vision, layer
+        super().__init__(pipeline)
+        self._layer = layer
         if layer is not None:
-            end_vision_after(engines, layer)
-        preprocessor = Preprocessor(
-            self._config,
-            pipeline.settings,
-            engines.device,
-            engines.dtype,
-            decode=pipeline.options.decode,
-            image_limits=ImageLimits(pipeline.options.image_pixel_limit),
-        )
-        self._media = MediaEmbedder(preprocessor, engines.vision, pipeline.profile, self._config)
-
-    def load(self, path: str | bytes, name: str, admit: Admit) -> Medium:
-        admit(decoding_bytes(path))
-        return self._media.preprocessor.load_image(path, name)
+            end_vision_after(pipeline.engines, layer)
+        self._media = MediaEmbedder(self._preprocessor, pipeline.engines.vision, pipeline.profile, self._config)
 
     def extract(self, images: Sequence[Medium]) -> list[Tensor]:
         embeds, _ = self._media.embed(images)
@@ -78,7 +76,7 @@ class VisionFeatures:
         return [patches_in_raster_order(groups, image.size.grid, merge) for groups, image in zip(embeds, images)]
 
 
-class DecoderFeatures:
+class DecoderFeatures(FeatureSource):
     """The decoder's hidden states ``[S, hidden]`` over a prompt with one image, after the final norm.
 
     Args:
@@ -92,13 +90,10 @@ class DecoderFeatures:
     """
 
     def __init__(self, pipeline: Pipeline, prompt: str, layer: int | None = None) -> None:
-        self._vision = VisionFeatures(pipeline)
-        self._pipeline, self._prompt = pipeline, prompt
+        super().__init__(pipeline)
+        self._prompt = prompt
         if layer is not None:
             end_decoder_after(pipeline.engines, layer)
-
-    def load(self, path: str | bytes, name: str, admit: Admit) -> Medium:
-        return self._vision.load(path, name, admit)
 
     def extract(self, images: Sequence[Medium]) -> list[Tensor]:
         return self._pipeline.hidden_states([Request(self._prompt, [*image.frames]) for image in images])

@@ -1,12 +1,8 @@
-"""A folder of features that survives a kill: shards that appear whole, and what follows from them.
+"""A folder of features that survives a kill.
 
-``features-00000.safetensors`` and so on hold one tensor an image, named by its key; their metadata's ``grids`` says
-each image's ``[1, h, w]`` in patches. A shard is written beside its place, synced to the disk, read back, then renamed:
-it is there whole or not at all, so the shards alone say what is done. A thread writes one shard while the next is
-filled. ``index.jsonl`` (a line an image: which shard, shape, grid) is for readers, appended after each shard and
-rebuilt from the shards when a run resumes. JSON lines because any language reads them without this project, they can
-be appended, and a torn last line harms nothing.
-``errors.jsonl`` names each image that the latest run could not use, ``settings.json`` what the features depend on.
+Shards appear whole or not at all, so they alone say what is done; a thread writes one while the next is filled.
+``index.jsonl`` (a line an image: which shard, shape, grid) is for readers, appended after each shard and rebuilt from
+the shards when a run resumes. ``errors.jsonl`` names each image that the latest run could not use.
 """
 
 from __future__ import annotations
@@ -14,50 +10,44 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.errors import FeaturesError
-from qwen2vl_trt.files import replacement, write_whole
+from qwen2vl_trt.files import replacement
 from qwen2vl_trt.windows import Grid
 
-from ..options import PipelineOptions
-from ..preprocessing.settings import PreprocessorSettings
-from .names import as_unicode, header_bytes, name_fault
+from .extraction import Store
+from .output_folder import IfExists, OutputFolder, check_writable, in_the_way, writing
 from .shards import (
     LARGEST_HEADER,
     SHARDS,
+    as_unicode,
+    header_bytes,
+    merge_shards,
+    name_fault,
     read_header,
     shard_number,
     shard_path,
     shard_paths,
     write_shard,
-    writing,
 )
 
-IfExists = Literal["refuse", "resume", "overwrite"]
-
 SHARD_BYTES = 512 << 20
-"""A shard ends here even if it has room for more images; writing one takes twice this in memory, beside the next."""
+"""A shard ends here, however few its images; writing one takes twice this in memory, beside the next."""
 
 ERRORS = "errors.jsonl"
-_INDEX, _SETTINGS, _LOCK = "index.jsonl", "settings.json", ".lock"
+_INDEX = "index.jsonl"
 _DIGEST = 16
-
-
-def holds_features(folder: Path) -> bool:
-    """Whether a run, ended or not, has saved features here."""
-    return any(folder.glob(SHARDS))
 
 
 @dataclass
@@ -71,13 +61,11 @@ class _Shard:
     header: int = 0
 
 
-class FeatureStore:
-    """Features by key; ``key in store`` says whether an image's are safe on the disk. Made by :func:`open_store`."""
+class FeatureStore(Store):
+    """Shards that are filled one after the other; made by :func:`open_store`."""
 
     def __init__(self, folder: Path, shard_size: int) -> None:
         self.folder = folder
-        self.failed = 0
-        self.first_failure: str | None = None
         self._shard_size = shard_size
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write-shard")
         self._writing: Future[None] | None = None
@@ -95,33 +83,22 @@ class FeatureStore:
         return place < len(self._done) and self._done[place : place + 1].tobytes() == digest
 
     @property
-    def room(self) -> int:
-        """Images that the current shard still takes; at least 1."""
+    def remaining(self) -> int:
         return self._shard_size - len(self._shard.tensors)
 
     def refusal(self, key: str) -> str | None:
-        """Why nothing can be stored under a key, if so."""
         return name_fault(key)
 
     def add(self, key: str, grid: Grid, features: Tensor) -> None:
-        """Keep an image's features; they are on the disk after :meth:`flush`, and when the shard after theirs is full.
-
-        Raises:
-            FeaturesError: an earlier shard could not be written.
-        """
+        """See there; features are on the disk when the shard after theirs is full."""
         shard = self._shard
         shard.tensors[key], shard.grids[key] = features, grid
         shard.bytes += features.numel() * features.element_size()
         shard.header += header_bytes(key)
-        if not self.room or shard.bytes >= SHARD_BYTES or shard.header >= LARGEST_HEADER // 2:
+        if not self.remaining or shard.bytes >= SHARD_BYTES or shard.header >= LARGEST_HEADER // 2:
             self._hand_over()
 
     def fail(self, key: str, reason: str) -> None:
-        """Note that an image has no features, and why.
-
-        Raises:
-            FeaturesError: the note cannot be written.
-        """
         with writing(self.folder / ERRORS):
             self._errors.write(json.dumps({"image": as_unicode(key), "error": as_unicode(reason)}) + "\n")
             self._errors.flush()
@@ -129,17 +106,12 @@ class FeatureStore:
         self.first_failure = self.first_failure or reason
 
     def flush(self) -> None:
-        """Write what has been added since the last shard, as a shard, and wait until all is on the disk.
-
-        Raises:
-            FeaturesError: it cannot be written; nothing of it is left, and what was saved before stays.
-        """
         if self._shard.tensors:
             self._hand_over()
         self._wait()
 
     def _hand_over(self) -> None:
-        """Let the thread write the shard, once it has written the one before: no more than one waits in memory."""
+        """Let the thread write the shard, once it has written the one before."""
         self._wait()
         self._writing = self._writer.submit(self._write, self._shard)
         self._shard = _Shard(self._shard.number + 1)
@@ -193,96 +165,69 @@ class FeatureStore:
 def open_store(
     folder: Path, settings: dict[str, Any], if_exists: IfExists = "refuse", shard_size: int = 1024
 ) -> Iterator[FeatureStore]:
-    """Open a folder of features for one run; no other can while it lasts.
+    """Open a folder of features for one run, see ``OutputFolder.open``; at most ``shard_size`` images a shard.
 
-    Args:
-        folder: made if missing.
-        settings: what the features depend on, by name. A resumed run must have the same.
-        if_exists: what to do where a run has written before. ``resume`` where none has is a new run.
-        shard_size: most images in a shard.
-
-    Raises:
-        FeaturesError: a run has written here and ``if_exists`` is ``refuse``; its settings differ; another run is at
-            work here; a shard is damaged; or the folder cannot be written.
+    Raises FeaturesError as that does, and where a shard is damaged.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise FeaturesError(
-                f"{folder}: another run is writing there; wait for it, or give another --output"
-            ) from None
-    try:
-        if if_exists == "refuse" and holds_features(folder):
-            raise FeaturesError(in_the_way(folder))
-        with writing(folder):
-            for leftover in folder.glob(".*.tmp"):  # of a run that was killed
-                leftover.unlink()
-            if if_exists == "overwrite":
-                clear(folder)
-            if not holds_features(folder):
-                write_whole(folder / _SETTINGS, json.dumps(settings, indent=2).encode())
-        check_settings(folder, settings)
+    with shard_folder(folder, if_exists).open(settings):
         store = FeatureStore(folder, shard_size)
         try:
             yield store
         finally:
             store.close()
-    finally:
-        lock.release()
 
 
-def in_the_way(output: Path) -> str:
-    """The message where an earlier run's features are."""
-    return f"{output} holds the features of an earlier run; --resume goes on with it, --overwrite starts again"
+def shard_folder(folder: Path, if_exists: IfExists) -> OutputFolder:
+    """A folder of shards, for a run."""
+    return OutputFolder(folder, if_exists, SHARDS, (SHARDS, _INDEX, ERRORS))
 
 
-def clear(folder: Path) -> None:
-    """Remove a run's files, and no other."""
-    for path in (folder / _SETTINGS, *folder.glob(SHARDS), folder / _INDEX, folder / ERRORS):
-        path.unlink(missing_ok=True)
+@dataclass(frozen=True)
+class FeatureOutput:
+    """Where features go: a folder of shards, or one safetensors file that is joined from shards at the end."""
 
+    path: Path
 
-def common_settings(manifest: Manifest, options: PipelineOptions, preprocessor: PreprocessorSettings) -> dict[str, Any]:
-    """What all results depend on; a resumed run must have the same. JSON values only."""
-    return {
-        "model": manifest.model,
-        "model_hash": manifest.model_hash,
-        "precision": manifest.precision,
-        "min_pixels": preprocessor.image.min_pixels,
-        "max_pixels": preprocessor.image.max_pixels,
-        "image_pixel_limit": options.image_pixel_limit,
-        "min_hw_dims": manifest.profile.min_hw_dims,
-        "max_hw_dims": manifest.profile.max_hw_dims,
-        "strict_size": options.strict_size,
-        "decode": options.decode,
-        "allow_special_tokens": options.allow_special_tokens,
-    }
+    @property
+    def is_file(self) -> bool:
+        return self.path.suffix == ".safetensors"
 
+    @property
+    def folder(self) -> Path:
+        """Where the shards are; of a file, beside it until it is whole."""
+        return self.path.with_name(f"{self.path.name}.parts") if self.is_file else self.path
 
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """See that a run that goes on with a folder has the settings that its ``settings.json`` names.
+    @property
+    def errors(self) -> Path:
+        """Where the images that could not be used are named."""
+        return self.path.with_suffix(".errors.jsonl") if self.is_file else self.path / ERRORS
 
-    Raises:
-        FeaturesError: naming the first that differs.
-    """
-    try:
-        found = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no object")
-    except (OSError, ValueError):
-        raise FeaturesError(
-            f"{folder / _SETTINGS} cannot be read: nobody knows of what settings the results there are;"
-            " --overwrite starts again"
-        ) from None
-    for name in sorted({*found, *settings}):
-        if found.get(name) != settings.get(name):
-            raise FeaturesError(
-                f"{folder} was begun with {name} {found.get(name)!r}, this run has {settings.get(name)!r}; give"
-                " another --output, or --overwrite"
-            )
+    def check(self, if_exists: IfExists) -> None:
+        """See before the work whether it can be written, as ``OutputFolder.check``."""
+        if not self.is_file and self.path.exists() and not self.path.is_dir():
+            raise FeaturesError(f"{self.path} is a file; name a folder, or a file that ends in .safetensors")
+        shards = shard_folder(self.folder, if_exists)
+        if not self.is_file:
+            shards.check()
+            return
+        if self.path.is_dir():
+            raise FeaturesError(f"{self.path} is a folder; a name that ends in .safetensors is for a file")
+        check_writable(self.path)
+        if if_exists == "refuse" and shards.in_use:
+            raise FeaturesError(in_the_way(self.path))
+        if self.path.exists() and not shards.in_use and if_exists != "overwrite":
+            raise FeaturesError(f"{self.path} exists already; --overwrite makes it again")
+
+    def finish(self, store: FeatureStore) -> None:
+        """After a run that was not stopped, while the store is open: of a file, join the shards and remove them."""
+        if not self.is_file:
+            return
+        self.errors.unlink(missing_ok=True)
+        if store.failed:
+            shutil.copyfile(self.folder / ERRORS, self.errors)
+        if store.saved:
+            merge_shards(self.folder, self.path)
+        shutil.rmtree(self.folder)
 
 
 def _index_line(key: str, shard: str, shape: list[int], grid: Grid) -> str:

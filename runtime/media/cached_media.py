@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import secrets
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 
+import torch
 from torch import Tensor
 
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
@@ -14,10 +19,10 @@ from ..inputs.files import labelled
 from ..inputs.images import ImageSource, file_bytes
 from ..inputs.video import BoundedFile, VideoSource, opened_video
 from ..preprocessing.sizes import MediaSize, Medium
-from .content_keys import PixelKeys, contents_key, file_key
 from .embedder import MediaEmbedder, StageTimes
-from .embedding_cache import EmbeddingCache
 
+_KEY_BYTES = 16
+_READ = 1 << 20
 _MOST_SIZES = 4096
 """Video files whose whole size is remembered, a few hundred bytes each."""
 
@@ -25,8 +30,8 @@ _MOST_SIZES = 4096
 class CachedMedia:
     """A :class:`~qwen2vl_trt.runtime.media.embedder.MediaEmbedder` behind an embedding cache.
 
-    A file goes by its bytes and the options of its part, so that one in the cache is not even decoded; anything else by
-    its pixels and its size. The same picture as a file and as an array is therefore embedded twice.
+    The key of a file is its bytes and the options of its part, so one in the cache is not even decoded; of anything
+    else its pixels and its size. So the same picture as a file and as an array is embedded twice.
 
     Attributes:
         hits: media that needed no engine call, those repeated within a batch included.
@@ -116,3 +121,118 @@ class CachedMedia:
         if isinstance(source, BoundedFile):
             return file_key(source, kind)
         return contents_key(source, kind) if isinstance(source, bytes) else None
+
+
+class EmbeddingCache:
+    """The most recently used embeddings by content key, up to ``limit`` bytes; 0 holds none. Any thread may use it.
+
+    Attributes:
+        nbytes: bytes held now.
+        evictions: embeddings dropped for others.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.nbytes = self.evictions = 0
+        self._entries: OrderedDict[bytes, tuple[Tensor, MediaSize]] = OrderedDict()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, key: bytes) -> Medium | None:
+        """What is embedded under a key, which makes it the most recently used."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                return None
+            self._entries.move_to_end(key)
+        embeds, size = entry
+        return Medium(size, embeds=embeds, key=key)
+
+    def store(self, key: bytes, embeds: Tensor, size: MediaSize) -> None:
+        """Hold a copy of ``[tokens, C]``, unless it alone is over the limit; the least recently used are dropped."""
+        if key in self._entries or embeds.nbytes > self.limit:
+            return
+        # A view would keep the whole batch that it was computed in.
+        embeds = embeds.clone()
+        with self._lock:
+            self._entries[key] = embeds, size
+            self.nbytes += embeds.nbytes
+            while self.nbytes > self.limit:
+                _, (dropped, _) = self._entries.popitem(last=False)
+                self.nbytes -= dropped.nbytes
+                self.evictions += 1
+
+    def clear(self) -> None:
+        """Drop all."""
+        with self._lock:
+            self._entries.clear()
+            self.nbytes = 0
+
+
+def contents_key(contents: bytes, kind: str) -> bytes:
+    """Key of an encoded file: 16 bytes; ``kind`` says how it is decoded."""
+    digest = hashlib.sha256(f"{kind} ".encode())
+    digest.update(contents)
+    return _finish(digest)
+
+
+def file_key(file: BoundedFile, kind: str) -> bytes:
+    """The same of a file that is too large to hold; it is read from its beginning and left there.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256(f"{kind} ".encode())
+    file.seek(0)
+    while piece := file.read(_READ):
+        digest.update(piece)
+    file.seek(0)
+    return _finish(digest)
+
+
+class PixelKeys:
+    """Keys of decoded pixels: SHA-256 on the CPU, sums that are made on the device elsewhere.
+
+    Such a sum mixes each 8-byte word with its place by splitmix64's finaliser (Steele, Lea and Flood 2014) under a
+    secret seed of the object, so that keys of one object alone compare; 16 bytes come to the host.
+    """
+
+    def __init__(self) -> None:
+        self._seeds = (secrets.randbits(62), secrets.randbits(62))
+
+    def key(self, frames: Iterable[Tensor], kind: str = "") -> bytes:
+        """16 bytes that name ``[3, H, W]`` frames: their values, types and sizes, whatever their memory layout.
+
+        ``kind`` says what becomes of them.
+        """
+        digest = hashlib.sha256(f"{kind} ".encode())
+        for frame in frames:
+            digest.update(f"{frame.device.type} {frame.dtype} {tuple(frame.shape)} ".encode())
+            # [H, W, 3], as a decoded file lies in memory: no copy is made of one.
+            values = frame.movedim(0, -1).contiguous().view(torch.uint8).flatten()
+            digest.update(values.numpy().data if values.device.type == "cpu" else self.mix(values))
+        return _finish(digest)
+
+    def mix(self, values: Tensor) -> bytes:
+        """Two 64-bit sums over ``[n]`` uint8, computed on their device."""
+        words = torch.nn.functional.pad(values, (0, -len(values) % 8)).view(torch.int64)
+        places = torch.arange(len(words), device=words.device)
+        sums = [_splitmix(words ^ _splitmix(places + seed)).sum() for seed in self._seeds]
+        return torch.stack(sums).cpu().numpy().tobytes()
+
+
+def _splitmix(x: Tensor) -> Tensor:
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ _shift_right(x, shift)) * factor
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical: torch's shift of a signed number is arithmetic."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _finish(digest: hashlib._Hash) -> bytes:
+    return digest.digest()[:_KEY_BYTES]

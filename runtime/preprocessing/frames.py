@@ -3,7 +3,6 @@
 Letters: n frames, S slots of a window, D values of a patch; H and W after a 3 are the sides in pixels.
 """
 
-
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence

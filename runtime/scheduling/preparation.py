@@ -1,9 +1,10 @@
-"""From a request to what the decoder reads: media loaded and embedded, prompt tokenized, positions and limits known."""
+"""From a request to what the decoder reads: media found and loaded, prompt tokenized, positions and limits checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,82 +14,24 @@ from torch import Tensor
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.engines.profile import BuildProfile, flag
 from qwen2vl_trt.errors import LimitError, MediaError
-from qwen2vl_trt.media_options import ImageOptions, VideoOptions
+from qwen2vl_trt.media_options import VideoOptions
 from qwen2vl_trt.media_urls import local
-from qwen2vl_trt.messages import extract_media
+from qwen2vl_trt.messages import Media, extract_media
 from qwen2vl_trt.mrope import rope_index
-from qwen2vl_trt.prompts import PromptBuilder
-from qwen2vl_trt.transfer import to_device
+from qwen2vl_trt.prompts import Prompt, PromptBuilder
+from qwen2vl_trt.windows import Grid
 
+from ..detokenizer import AnswerStream
 from ..inputs.files import labelled
-from ..inputs.video import options_for
+from ..inputs.images import decoding_bytes
+from ..inputs.video import Video, options_for
 from ..media.cached_media import CachedMedia
 from ..observer import Observer, Stage, unobserved
 from ..preprocessing.sizes import MediaSize, Medium
-from ..request import Request
+from ..request import Output, Request
+from ..sampler import SequenceSampling
 from ..sampling_params import Sampling
-from .prefix import token_keys
-
-
-@dataclass(frozen=True)
-class MediaSources:
-    """What a request gives as images and videos, its messages' included.
-
-    Attributes:
-        images: in the order of their tokens.
-        videos: likewise.
-        image_options: of each image.
-        video_options: of each video.
-        room: tokens of all images and videos together that the text leaves; None where there is no video, which alone
-            follows it.
-    """
-
-    images: list[Any]
-    videos: list[Any]
-    image_options: list[ImageOptions]
-    video_options: list[VideoOptions]
-    room: int | None = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request whose media are loaded and whose prompt is tokenized: all that can be wrong with it is known.
-
-    Attributes:
-        token_ids: S of them.
-        text: the rendered chat template, one vision token an image or video.
-        position_ids: ``[3, S]``.
-        delta: position of a generated token minus its index.
-        media: the images in the order of their tokens, then the videos.
-        places: the media's tokens in the prompt, in the order of the media.
-        keys: ``[S, 6]``, see :func:`qwen2vl_trt.runtime.scheduling.prefix.token_keys`.
-    """
-
-    token_ids: list[int]
-    text: str
-    position_ids: Tensor
-    delta: int
-    media: list[Medium]
-    places: np.ndarray
-    keys: np.ndarray
-
-    @property
-    def nbytes(self) -> int:
-        """Of its media's pixels."""
-        return sum(medium.nbytes for medium in self.media)
-
-    def inputs_embeds(self, embed_tokens: Callable[[list[int]], Tensor], embeds: Sequence[Tensor]) -> Tensor:
-        """Decoder inputs ``[S, C]``, image and video tokens in place.
-
-        Args:
-            embed_tokens: the decoder's :meth:`~qwen2vl_trt.runtime.backends.runners.DecoderRunner.embed`.
-            embeds: of each of the media.
-        """
-        rows = embed_tokens(self.token_ids)
-        if embeds:
-            # Found on the host: a mask on a GPU would have to be counted, which waits for all before it.
-            rows.index_copy_(0, to_device(self.places, rows.device), torch.cat(list(embeds)).to(rows.dtype))
-        return rows
+from .sequence import RunningSequence, token_keys
 
 
 class Preparer:
@@ -99,7 +42,9 @@ class Preparer:
         prompts: tokenizes.
         config: the model.
         profile: the engines' limits.
-        strict_size: a video is not made shorter to fit them.
+        device: of the logits.
+        eos_token_ids: that end an answer.
+        strict_size: a video is not made shorter to fit the engines.
         observe: surrounds every ``load``.
     """
 
@@ -109,46 +54,50 @@ class Preparer:
         prompts: PromptBuilder,
         config: Qwen2VLConfig,
         profile: BuildProfile,
+        device: torch.device,
+        eos_token_ids: Sequence[int],
         strict_size: bool = False,
         observe: Observer = unobserved,
     ) -> None:
         self._media, self._prompts, self._config, self._profile = media, prompts, config, profile
+        self._device, self._eos_token_ids = device, eos_token_ids
         self._strict_size, self._observe = strict_size, observe
 
-    def sources(self, request: Request, params: Sampling | None = None) -> MediaSources:
-        """Find a request's media.
+    def find_media(self, request: Request, params: Sampling | None = None) -> tuple[Media, int | None]:
+        """A request's images and videos, its messages' included, each with its options.
 
         Args:
             request: it.
-            params: of its answer, if there will be one; where they say ``max_tokens``, videos leave room for these.
+            params: of its answer, if there will be one; where they say ``max_tokens``, these are left free.
+
+        Returns:
+            Beside the media, the most tokens of all together that the text leaves; None without a video, which alone is
+            fitted to them.
 
         Raises:
             MediaError: they are no list, or the options of a part are out of range.
             PromptError: the messages are wrong, have other numbers of places, or a URL is not of this machine.
         """
         images, videos = listed(request.images, "images", 4), listed(request.videos, "videos", 5)
-        image_options, video_options = [request.image_options] * len(images), [VideoOptions()] * len(videos)
+        found = Media(images, videos, [request.image_options] * len(images), [VideoOptions()] * len(videos))
         if not isinstance(request.prompt, str):
-            media = extract_media(request.prompt, images, videos)
-            images, videos = media.images, media.videos
-            image_options = [options.over(request.image_options) for options in media.image_options]
-            video_options = media.video_options
-        video_options = [
-            options_for(source, own, request.video_options) for source, own in zip(videos, video_options, strict=True)
-        ]
-        room = None
-        if videos and not self._strict_size:
-            side = self._config.vision.spatial_merge_size
-            single = (1, side, side)  # of one token
-            prompt = self._prompts.build(request.prompt, [single] * len(images), [single] * len(videos))
-            most = self._profile.max_input_len
-            if params is not None and params.max_tokens_given:
-                most = min(most, self._profile.max_seq_len - params.max_tokens)
-            room = most - len(prompt.token_ids) + len(images) + len(videos)
-        return MediaSources(images, videos, image_options, video_options, room)
+            found = extract_media(request.prompt, images, videos)
+            found = replace(found, image_options=[own.over(request.image_options) for own in found.image_options])
+        pairs = zip(found.videos, found.video_options, strict=True)
+        found = replace(found, video_options=[options_for(video, own, request.video_options) for video, own in pairs])
+        if not found.videos or self._strict_size:
+            return found, None
+        side = self._config.vision.spatial_merge_size
+        single = (1, side, side)  # of one token
+        count = len(found.images) + len(found.videos)
+        prompt = self._prompts.build(request.prompt, [single] * len(found.images), [single] * len(found.videos))
+        most = self._profile.max_input_len
+        if params is not None and params.max_tokens_given:
+            most = min(most, self._profile.max_seq_len - params.max_tokens)
+        return found, most - len(prompt.token_ids) + count
 
-    def load(self, sources: MediaSources) -> list[Medium]:
-        """Load the images and then the videos; any thread may.
+    def load(self, found: Media, most_tokens: int | None = None) -> list[Medium]:
+        """Load what :meth:`find_media` found, the images and then the videos; any thread may.
 
         Raises:
             MediaError: an image or a video cannot be read.
@@ -156,53 +105,45 @@ class Preparer:
         """
         stage = Stage("load")
         with self._observe(stage):
-            loaded = self._load(sources)
+            loaded = self._load(found, most_tokens)
             stage.media += [medium.key for medium in loaded]
         return loaded
 
-    def _load(self, sources: MediaSources) -> list[Medium]:
-        images = [
-            self._media.load_image(source, f"image {n}", options)
-            for n, (source, options) in enumerate(zip(sources.images, sources.image_options, strict=True), start=1)
-        ]
+    def _load(self, found: Media, most_tokens: int | None) -> list[Medium]:
+        media = []
+        for number, (source, options) in enumerate(zip(found.images, found.image_options, strict=True), start=1):
+            image = self._media.load_image(source, f"image {number}", options)
+            media.append(self._noted(labelled(source, f"image {number}"), image.size, image))
         clips = [
-            (source, f"video {n}", options)
-            for n, (source, options) in enumerate(zip(sources.videos, sources.video_options, strict=True), start=1)
+            (source, f"video {number}", options)
+            for number, (source, options) in enumerate(zip(found.videos, found.video_options, strict=True), start=1)
         ]
-        asked = [self._media.load_video(*clip, whole=sources.room is None) for clip in clips]
-        room = None if sources.room is None else sources.room - sum(image.size.tokens for image in images)
-        videos = [
-            video if video.frames or video.embeds is not None else self._media.load_video(*clip)
-            for clip, video in zip(clips, self._shorten(clips, asked, room))
-        ]
-        noted = [
-            self._noted(labelled(source, f"image {n}"), image.size, image)
-            for n, (source, image) in enumerate(zip(sources.images, images), start=1)
-        ]
-        noted += [
-            self._noted(labelled(source, name), whole.size, video)
-            for (source, name, _), whole, video in zip(clips, asked, videos)
-        ]
-        return noted
+        asked = [self._media.load_video(*clip, whole=most_tokens is None) for clip in clips]
+        fitting = asked
+        if most_tokens is not None:
+            fitting = self._shorten(clips, asked, most_tokens - sum(image.size.tokens for image in media))
+        for clip, whole, video in zip(clips, asked, fitting, strict=True):
+            if not video.frames and video.embeds is None:
+                video = self._media.load_video(*clip)
+            media.append(self._noted(labelled(*clip[:2]), whole.size, video))
+        return media
 
-    def _shorten(
-        self, clips: list[tuple[Any, str, VideoOptions]], videos: list[Medium], room: int | None
-    ) -> list[Medium]:
-        """The videos in what text and images leave; where that is too little, as they are.
+    def _shorten(self, clips: list[tuple[Any, str, VideoOptions]], videos: list[Medium], left: int) -> list[Medium]:
+        """The videos in so many tokens; where that is too little, as they are.
 
-        Those that are shorter than an equal share keep what they have, the others share the rest equally.
+        Those that are shorter than an equal share stay as they are, the others share the rest equally.
         """
-        if room is None or sum(video.size.tokens for video in videos) <= room:
+        if sum(video.size.tokens for video in videos) <= left:
             return videos
         fitting = list(videos)
         for done, index in enumerate(sorted(range(len(videos)), key=lambda index: videos[index].size.tokens)):
-            share = room // (len(videos) - done)
+            share = left // (len(videos) - done)
             if videos[index].size.tokens > share:
                 shorter = self._media.shorten(videos[index], share, *clips[index])
                 if shorter is None:
                     return videos
                 fitting[index] = shorter
-            room -= fitting[index].size.tokens
+            left -= fitting[index].size.tokens
         return fitting
 
     def _noted(self, name: str, asked: MediaSize, medium: Medium) -> Medium:
@@ -223,53 +164,64 @@ class Preparer:
         note = f"{name} ({size.width}x{size.height}) is resized to {what} {why}; --strict-size refuses it"
         return replace(medium, note=note)
 
-    def prepare(self, request: Request, media: list[Medium] | None = None) -> Prepared:
-        """Tokenize a request's prompt around its media.
+    def prepare(self, request: Request, params: Sampling, output: Output, media: list[Medium]) -> RunningSequence:
+        """Tokenize a request's prompt around its media; now all that can be wrong with it is known.
 
         Args:
-            request: what is to be prepared.
-            media: where they are loaded already.
+            request: it.
+            params: of its answer; a ``max_tokens`` that the request did not say is lowered to what the prompt leaves.
+            output: of its answer; gets the prompt's length and the sizes of the media.
+            media: see :meth:`load`.
 
         Raises:
             PromptError: the prompt does not fit them.
-            LimitError: the prompt is outside the engines' profile.
-            MediaError: see :meth:`sources` and :meth:`load`, which load what is not given.
+            LimitError: prompt and answer are outside the engines' profile.
         """
-        media = self.load(self.sources(request)) if media is None else media
-        images = [medium for medium in media if not medium.is_video]
-        videos = [medium for medium in media if medium.is_video]
-        image_grids, video_grids = [image.size.grid for image in images], [video.size.grid for video in videos]
-        prompt = self._prompts.build(request.prompt, image_grids, video_grids)
-        if len(prompt.token_ids) > self._profile.max_input_len:
-            ways = ["Shorten the text"]
-            if images:
-                ways.append("shrink the images (max_pixels)")
-            if videos and self._strict_size:
-                ways.append("leave --strict-size out, so that videos are made to fit")
-            if videos:
-                ways.append("ask for fewer frames of videos (nframes, min_frames, max_frames)")
-            raise LimitError(
-                f"the prompt has {len(prompt.token_ids):,} tokens; these engines take"
-                f" {self._profile.max_input_len:,} (--max-input-len). {', '.join(ways)}, or rebuild."
-            )
+        prompt, grids = self._prompt(request, media)
+        params = self._fit_answer(len(prompt.token_ids), params)
+        images, videos = ([medium for medium in media if medium.is_video == is_video] for is_video in (False, True))
+        output.prompt_tokens = len(prompt.token_ids)
+        output.images, output.videos = [image.size for image in images], [video.size for video in videos]
         seconds = [video.size.second_per_grid for video in videos]
-        position_ids, delta = rope_index(prompt.token_ids, self._config, image_grids, video_grids, seconds)
+        position_ids, delta = rope_index(prompt.token_ids, self._config, *grids, seconds)
         kinds = ((self._config.image_token_id, images), (self._config.video_token_id, videos))
         tokens = np.asarray(prompt.token_ids)
-        places = np.concatenate([np.flatnonzero(tokens == token_id) for token_id, _ in kinds])
-        keys = token_keys(
-            prompt.token_ids,
-            position_ids.numpy(),
-            [(token_id, [m.key for m in each], [m.size.tokens for m in each]) for token_id, each in kinds],
+        return RunningSequence(
+            output=output,
+            token_ids=prompt.token_ids,
+            text=prompt.text,
+            position_ids=position_ids,
+            delta=delta,
+            media=media,
+            places=np.concatenate([np.flatnonzero(tokens == token_id) for token_id, _ in kinds]),
+            keys=token_keys(
+                prompt.token_ids,
+                position_ids.numpy(),
+                [(token_id, [m.key for m in each], [m.size.tokens for m in each]) for token_id, each in kinds],
+            ),
+            stream=AnswerStream(self._prompts.tokenizer, params, self._eos_token_ids),
+            sampling=SequenceSampling(params, prompt.token_ids, self._config.text.vocab_size, self._device),
         )
-        return Prepared(prompt.token_ids, prompt.text, position_ids, delta, [*images, *videos], places, keys)
 
-    def fit_answer(self, prompt_tokens: int, params: Sampling) -> Sampling:
-        """The settings, with ``max_tokens`` lowered to what the prompt leaves of a slot if the request did not say it.
+    def _prompt(self, request: Request, media: list[Medium]) -> tuple[Prompt, tuple[list[Grid], list[Grid]]]:
+        images = [medium.size.grid for medium in media if not medium.is_video]
+        videos = [medium.size.grid for medium in media if medium.is_video]
+        prompt = self._prompts.build(request.prompt, images, videos)
+        if len(prompt.token_ids) <= self._profile.max_input_len:
+            return prompt, (images, videos)
+        ways = ["Shorten the text"]
+        if images:
+            ways.append("shrink the images (max_pixels)")
+        if videos and self._strict_size:
+            ways.append("leave --strict-size out, so that videos are made to fit")
+        if videos:
+            ways.append("ask for fewer frames of videos (nframes, min_frames, max_frames)")
+        raise LimitError(
+            f"the prompt has {len(prompt.token_ids):,} tokens; these engines take"
+            f" {self._profile.max_input_len:,} (--max-input-len). {', '.join(ways)}, or rebuild."
+        )
 
-        Raises:
-            LimitError: prompt and answer never fit a slot of the cache.
-        """
+    def _fit_answer(self, prompt_tokens: int, params: Sampling) -> Sampling:
         most = self._profile.max_seq_len - prompt_tokens
         if params.max_tokens <= most:
             return params
@@ -298,3 +250,26 @@ def listed(media: Any, name: str, dimensions: int) -> list[Any]:
         raise MediaError(f"{name} is a {type(media).__name__}, not a list; give {name}=[...] even for one")
     plain = (bytes(item) if isinstance(item, (bytearray, memoryview)) else item for item in media)
     return [local(item, f"{name[:-1]} {number}") for number, item in enumerate(plain, start=1)]
+
+
+def loading_bytes(found: Media) -> int | None:
+    """Most memory that loading takes, from headers; None where one is a video file, whose frames nobody has counted."""
+    total = sum(map(decoding_bytes, found.images))
+    for video in found.videos:
+        frames = video.frames if isinstance(video, Video) else video
+        if isinstance(frames, (str, Path, bytes)):
+            return None
+        if isinstance(frames, Sequence):
+            total += sum(map(decoding_bytes, frames))
+        elif isinstance(frames, (np.ndarray, Tensor)):
+            total += frames.nbytes
+    return total
+
+
+def on_gpu(source: Any) -> bool:
+    """Whether an image, a video or one of several is not on the host."""
+    if isinstance(source, Tensor):
+        return source.device.type != "cpu"
+    if isinstance(source, Video):
+        source = source.frames
+    return isinstance(source, Sequence) and not isinstance(source, (str, bytes)) and any(map(on_gpu, source))

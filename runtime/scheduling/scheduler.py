@@ -1,14 +1,13 @@
 """In-flight batching: requests join and leave a running batch.
 
 A step reads a few chunks of prompts, each in its request's own slot, at most ``max_num_tokens`` tokens together, and
-then adds one token to every answer that is under way. So a prompt of any length never holds up the answers for more
-than that, and nobody waits for a batch to end.
+then adds one token to every running answer.
 
-Which prompts a step reads: the oldest gets at least half of the tokens, so that nobody starves; the rest goes to those
-with the least left to read, so that a short prompt need not wait for a long one. With h = ceil(max_num_tokens / 2), a
-prompt of P tokens is read after at most the sum of ceil(P / h) + 1 steps over itself and the prompts before it. A
-prompt that begins like one being read waits for that one and copies what they share; where it is the oldest, its share
-goes there. A prompt whose images the vision engine is still at has no turn while answers or other prompts have one.
+The oldest prompt gets at least half of the tokens, the rest goes to those with the least left to read. With
+h = ceil(max_num_tokens / 2), a prompt of P tokens is read after at most the sum of ceil(P / h) + 1 steps over itself
+and the prompts before it. A prompt that begins like one being read waits for that one and copies what they share; where
+it is the oldest, its share goes there. A prompt whose images are still being embedded is skipped while there is other
+work.
 """
 
 from __future__ import annotations
@@ -18,19 +17,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qwen2vl_trt.errors import ExecutionError, Qwen2VLError
+from qwen2vl_trt.errors import ExecutionError
 from qwen2vl_trt.transfer import to_device
 
 from ..backends.runners import DecoderRunner, Step
 from ..observer import Observer, Stage, unobserved
 from ..request import Output
 from ..sampler import sample
-from .counters import Counters
-from .preparation import Prepared
-from .sequence import NewToken, RunningSequence, take_token
+from .executor import Counters, Executor, NewToken, named, take_token
+from .sequence import NO_KEYS, RunningSequence
 from .slots import Placement, Slots, Wait
-
-__all__ = ["NewToken", "RunningSequence", "Scheduler"]
 
 _MOST_CHUNKS = 4
 """Chunks in one step: each is a call of its own, which reads all weights, while the answers wait."""
@@ -41,16 +37,13 @@ _NOT_FINITE = (
 )
 
 
-class Scheduler:
+class Scheduler(Executor):
     """Shares a decoder's slots among sequences.
-
-    A request that fails, in the engine or in its own code, ends with the error in its output and leaves the others
-    alone. One thread at a time.
 
     Args:
         decoder: its slots are this scheduler's alone while it is busy.
         max_num_tokens: most prompt tokens in one step.
-        reuse_prefixes: let prompts share keys and values, with running requests and with ended ones whose slot is free.
+        reuse_prefixes: prompts share keys and values with running requests, and with ended ones whose slot is free.
         counters: where to count; by default nowhere that can be read.
         observe: surrounds every ``prefill``, ``decode`` and ``sampling``.
     """
@@ -65,15 +58,13 @@ class Scheduler:
     ) -> None:
         self._decoder = decoder
         self._max_num_tokens = max_num_tokens
-        self._slots = Slots(decoder.slots, reuse_prefixes)
+        self._reuse_prefixes = reuse_prefixes
+        self._slots = Slots(decoder.slots)
+        self.slots = decoder.slots
         self._prompts: list[RunningSequence] = []  # still to be read, oldest first; those begun have a slot
         self._waits: dict[RunningSequence, Wait] = {}
         self._counters, self._observe = counters or Counters(), observe
         self._mark = object()
-
-    @property
-    def takes_pixels(self) -> bool:
-        return False
 
     @property
     def running(self) -> int:
@@ -81,49 +72,34 @@ class Scheduler:
         return len(self._slots.occupied) + sum(prompt.slot is None for prompt in self._prompts)
 
     @property
-    def free_slots(self) -> int:
-        """How many requests can be added."""
-        return len(self._slots) - self.running
-
-    @property
-    def busy(self) -> bool:
-        return self.running > 0
-
-    @property
-    def slots(self) -> int:
-        """Most requests that run together."""
-        return len(self._slots)
-
-    @property
     def cache_bytes(self) -> int:
         return self._decoder.cache.nbytes
 
     @property
     def kept_tokens(self) -> int:
-        """Tokens of ended requests that are still in the cache."""
         return sum(self._slots.kept_lengths)
 
-    def inputs_embeds(self, prepared: Prepared, embeds: Sequence[Tensor]) -> Tensor:
-        """``[S, C]`` of a prompt with its media's embeddings in place."""
-        return prepared.inputs_embeds(self._decoder.embed, embeds)
+    def inputs_embeds(self, sequence: RunningSequence, embeds: Sequence[Tensor]) -> Tensor:
+        """``[S, C]`` of a prompt with its media's embeddings ``[tokens, C]`` in place."""
+        rows = self._decoder.embed(sequence.token_ids)
+        if embeds:
+            # Found on the host: a mask on a GPU would have to be counted, which waits for all before it.
+            rows.index_copy_(0, to_device(sequence.places, rows.device), torch.cat(list(embeds)).to(rows.dtype))
+        return rows
 
     def add(self, sequence: RunningSequence) -> None:
-        """Take in a sequence.
-
-        Raises:
-            ValueError: there is no free slot.
-        """
         if not self.free_slots:
-            raise ValueError(f"all {len(self._slots)} slots are taken")
+            raise ValueError(f"all {self.slots} slots are taken")
         cache = self._decoder.cache
         if cache.owner is not self._mark:
             self._slots.forget()
             cache.owner = self._mark
-        sequence.prepared = None  # its pixels: all that the decoder reads is embedded
+        if not self._reuse_prefixes:
+            sequence.keys = NO_KEYS
+        sequence.media = []  # their pixels: all that the decoder reads is embedded
         self._prompts.append(sequence)
 
     def cancel(self, output: Output) -> None:
-        """End an answer that nobody waits for, at whatever stage it is; others' are none of its business."""
         for sequence in [*self._slots.occupied, *self._prompts]:
             if sequence.output is output:
                 output.cancel()
@@ -131,16 +107,11 @@ class Scheduler:
         self._settle()
 
     def forget(self) -> None:
-        """Let go of what ended requests left in the cache."""
         self._slots.forget()
         self._settle()
 
     def warm_up(self, chunk: int, longest: int) -> None:
-        """See :meth:`qwen2vl_trt.runtime.scheduling.executor.Executor.warm_up`; forgets what ended requests left.
-
-        Raises:
-            ValueError: a request runs.
-        """
+        """See :class:`Executor`; forgets what ended requests left, and raises ValueError while one runs."""
         if self.busy:
             raise ValueError("the slots are in use")
         self._slots.forget()
@@ -159,7 +130,7 @@ class Scheduler:
         return new
 
     def _settle(self) -> None:
-        """While nothing runs the cache takes the room that what it keeps needs."""
+        """While nothing runs the cache shrinks to what ended requests left."""
         if self.busy:
             return
         longest = max(self._slots.kept_lengths)
@@ -216,7 +187,7 @@ class Scheduler:
 
     def _embedded(self) -> list[RunningSequence]:
         """Prompts whose embeddings are there. Where nothing else is to be done, all: the stream waits for them."""
-        there = [prompt for prompt in self._prompts if prompt.slot is not None or prompt.arrival.there]
+        there = [prompt for prompt in self._prompts if prompt.slot is not None or prompt.ready.passed]
         if there or any(sequence.token is not None for sequence in self._slots.occupied):
             return there
         return self._prompts
@@ -237,7 +208,7 @@ class Scheduler:
         place = self._slots.place(sequence)
         assert isinstance(place, Placement)  # _ready saw to that
         self._slots.occupy(place.slot, sequence)
-        sequence.arrival.take(sequence.inputs_embeds)
+        sequence.ready.wait(sequence.inputs_embeds)
         sequence.output.start()
         self._counters.started += 1
         self._counters.queue_seconds += sequence.output.timings.queue
@@ -334,13 +305,3 @@ class Scheduler:
             if sequence.output.finished:
                 self._remove(sequence)
         return new
-
-
-def named(error: Exception, what: str) -> Qwen2VLError:
-    """An error that a user can meet, one line, with the original as its cause."""
-    if isinstance(error, Qwen2VLError):
-        return error
-    message = " ".join(str(error).split())
-    found = ExecutionError(f"{what} failed: {type(error).__name__}{': ' * bool(message)}{message}")
-    found.__cause__ = error
-    return found

@@ -1,57 +1,66 @@
-"""A request as the scheduler sees it: a prompt to be read, then an answer that grows by one token a step."""
+"""A request as a scheduler sees it: a prompt to be read, then an answer that grows by one token a step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..detokenizer import AnswerStream
+from ..preprocessing.sizes import Medium
 from ..request import Output
 from ..sampler import SequenceSampling
-from .counters import Counters
-from .prefix import NO_KEYS, token_keys
-from .preparation import Prepared
-from .side_stream import Arrival
+from .side_stream import ReadyEvent
+
+NO_KEYS = np.empty((0, 6), np.int64)
+
+_BLOCK = 256  # rows compared at a time: most prompts differ early
 
 
 @dataclass(eq=False)
 class RunningSequence:
-    """A request that is ready for the decoder.
+    """A request whose prompt is tokenized.
 
     Attributes:
         output: where its tokens go.
-        inputs_embeds: ``[S, C]`` of the prompt, images in place.
+        token_ids: S of the prompt, image and video tokens repeated.
+        text: the rendered chat template, one vision token an image or video.
         position_ids: ``[3, S]`` of the prompt.
         delta: position of a generated token minus its index.
+        media: the images in the order of their tokens, then the videos; empty once a scheduler has it.
+        places: the media's tokens in the prompt, in the order of the media.
+        keys: ``[S, 6]``, see :func:`token_keys`; empty shares nothing.
         stream: its answer's text and end.
         sampling: its settings and random state.
-        keys: what the prompt's tokens are, see :func:`qwen2vl_trt.runtime.scheduling.prefix.token_keys`; empty shares
-            nothing.
-        prepared: the prompt itself, for an executor that embeds or tokenizes on its own.
-        arrival: when ``inputs_embeds`` are there.
+        inputs_embeds: ``[S, C]`` of the prompt, media in place; empty until they are embedded.
+        ready: passed once ``inputs_embeds`` are there.
         slot: its row of the cache; None before its prompt is begun.
         cached: tokens in its slot so far.
         token: the last token sampled, not yet in the slot; None while the prompt is read.
     """
 
     output: Output
-    inputs_embeds: Tensor
+    token_ids: list[int]
+    text: str
     position_ids: Tensor
     delta: int
+    media: list[Medium]
+    places: np.ndarray
+    keys: np.ndarray
     stream: AnswerStream
     sampling: SequenceSampling
-    keys: np.ndarray = field(default_factory=lambda: NO_KEYS)
-    prepared: Prepared | None = None
-    arrival: Arrival = field(default_factory=Arrival)
+    inputs_embeds: Tensor = field(default_factory=lambda: torch.empty(0))
+    ready: ReadyEvent = field(default_factory=ReadyEvent)
     slot: int | None = None
     cached: int = 0
     token: int | None = None
 
     @property
     def prompt_length(self) -> int:
-        return self.position_ids.shape[1]
+        return len(self.token_ids)
 
     @property
     def unread(self) -> int:
@@ -68,23 +77,40 @@ class RunningSequence:
         return np.concatenate([self.keys, answer])
 
 
-@dataclass(frozen=True)
-class NewToken:
-    """A token that a step added to an answer."""
+def token_keys(
+    token_ids: Sequence[int],
+    position_ids: np.ndarray,
+    media: Sequence[tuple[int, Sequence[bytes], Sequence[int]]] = (),
+) -> np.ndarray:
+    """What tells each token of a prompt from others: its id, its image or video, and its positions.
 
-    sequence: RunningSequence = field(repr=False)
-    token: int
-    text: str
+    All image tokens have one id, and keys and values in the cache have their rotary positions inside.
+
+    Args:
+        token_ids: S of them.
+        position_ids: ``[3, S]``, see :func:`qwen2vl_trt.mrope.rope_index`.
+        media: of images and of videos: their token id, each one's 16-byte content key
+            (:mod:`qwen2vl_trt.runtime.media.cached_media`) and number of tokens, in the order of the prompt.
+
+    Returns:
+        ``[S, 6]`` int64: token id, content key in two halves (0 of text), three positions.
+    """
+    keys = np.zeros((len(token_ids), 6), np.int64)
+    keys[:, 0] = token_ids
+    keys[:, 3:] = np.asarray(position_ids).T
+    for token_id, contents, lengths in media:
+        if contents:
+            halves = np.frombuffer(b"".join(contents), np.int64).reshape(-1, 2)
+            keys[keys[:, 0] == token_id, 1:3] = halves.repeat(lengths, axis=0)
+    return keys
 
 
-def take_token(sequence: RunningSequence, token: int, counters: Counters) -> NewToken:
-    """Add a token to a running answer and count it; the answer may end with it."""
-    output = sequence.output
-    text = sequence.stream.push(token, "deadline" if output.expired else None)
-    sequence.token = token
-    output.append(token, text, sequence.stream.finish_reason)
-    counters.generated_tokens += 1
-    if len(sequence.stream.token_ids) == 1:
-        counters.first_tokens += 1
-        counters.time_to_first_token_seconds += output.timings.time_to_first_token
-    return NewToken(sequence, token, text)
+def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
+    """Number of tokens with which both ``[S, 6]`` begin."""
+    length = min(len(one), len(other))
+    for start in range(0, length, _BLOCK):
+        end = min(start + _BLOCK, length)
+        differs = (one[start:end] != other[start:end]).any(1)
+        if differs.any():
+            return start + int(differs.argmax())
+    return length

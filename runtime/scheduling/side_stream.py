@@ -1,8 +1,6 @@
-"""Work that runs beside the decode steps: queued on a stream of its own, and waited for by streams, never by the host.
+"""A CUDA stream for the vision engine beside the decode steps; streams wait for it, the host does not.
 
-Off CUDA there is no such stream: the work is done when it is asked for, and what it makes is there at once.
-
-Not run on a GPU yet; tests/gpu/test_streams.py will.
+Off CUDA the work is done at once.
 """
 
 from __future__ import annotations
@@ -15,24 +13,20 @@ import torch
 from torch import Tensor
 
 
-class Arrival:
-    """When that which a side stream makes is there."""
+class ReadyEvent:
+    """The event after work on a side stream."""
 
     def __init__(self) -> None:
         self._event: torch.cuda.Event | None = None
         self._device: torch.device | None = None
 
     @property
-    def there(self) -> bool:
-        """Whether it is; asking does not wait."""
+    def passed(self) -> bool:
+        """Whether the device is past it; asking does not wait."""
         return self._event is None or self._event.query()
 
-    def take(self, *tensors: Tensor) -> None:
-        """Let the current stream wait for it.
-
-        Args:
-            tensors: what the current stream will read; their memory goes to nobody else before it has.
-        """
+    def wait(self, *tensors: Tensor) -> None:
+        """Let the current stream wait for it, and read the tensors: their memory is not reused before it has."""
         if self._event is None:
             return
         current = torch.cuda.current_stream(self._device)
@@ -62,26 +56,26 @@ class SideStream:
         return cls(device, torch.cuda.Stream(device) if device.type == "cuda" else None)
 
     @contextmanager
-    def work(self, reads: object = None) -> Iterator[Arrival]:
+    def work(self, reads: object = None) -> Iterator[ReadyEvent]:
         """Queue work: after what the caller's stream holds, beside what it gets from now on.
 
         Args:
-            reads: holds the tensors that the work reads and others may let go of meanwhile; kept until it has ended.
+            reads: the tensors that the work reads; held until it has ended.
 
         Yields:
-            When the work is done; valid once the context is left.
+            The event after it; valid once the context is left.
         """
-        arrival = Arrival()
+        ready = ReadyEvent()
         if self._stream is None:
-            yield arrival
+            yield ready
             return
         while self._reading and self._reading[0][0].query():
             self._reading.popleft()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
             with torch.cuda.stream(self._stream):
-                yield arrival
+                yield ready
         finally:  # what was queued before an error runs all the same
             event = self._stream.record_event()
             self._reading.append((event, reads))
-            arrival._mark(event, self._device)
+            ready._mark(event, self._device)

@@ -1,8 +1,7 @@
 """Which request has which slot of the key-value cache, and what ended requests left in the free ones.
 
-A slot is one row of the cache, contiguous, for one request from its first prompt token to its end. A free slot
-remembers whose keys and values still lie in it: a new prompt that begins alike goes on from there, or copies them from
-whichever slot has most of them. llama.cpp's server chooses among its slots in much the same way.
+A slot is one row of the cache. A new prompt that begins like what a slot holds goes on from there, or copies it;
+llama.cpp's server chooses among its slots in much the same way.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .prefix import NO_KEYS, common_prefix
-from .sequence import RunningSequence
+from .sequence import NO_KEYS, RunningSequence, common_prefix
 
 _WORTH_SHARING = 16
 """Fewest tokens for which a copy, or waiting for another prompt, beats reading them."""
@@ -64,16 +62,10 @@ class Wait(NamedTuple):
 
 
 class Slots:
-    """The rows of one cache.
+    """The rows of one cache, so many."""
 
-    Args:
-        count: number of rows.
-        keep: remember what ended requests leave.
-    """
-
-    def __init__(self, count: int, keep: bool) -> None:
+    def __init__(self, count: int) -> None:
         self._slots = [_Slot() for _ in range(count)]
-        self._keep = keep
         self._releases = 0
 
     def __len__(self) -> int:
@@ -141,7 +133,7 @@ class Slots:
         if sequence.slot is None:
             return
         self._releases += 1
-        kept = sequence.cached_keys() if keep and self._keep else NO_KEYS
+        kept = sequence.cached_keys() if keep else NO_KEYS
         self._slots[sequence.slot] = _Slot(None, kept, self._releases)
         sequence.slot = None
 

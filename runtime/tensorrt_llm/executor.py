@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -26,10 +25,8 @@ from ..generation_config import GenerationConfig
 from ..preprocessing.sizes import Medium
 from ..request import Output
 from ..sampling_params import Sampling
-from ..scheduling.counters import Counters
-from ..scheduling.preparation import Prepared
-from ..scheduling.scheduler import named
-from ..scheduling.sequence import NewToken, RunningSequence, take_token
+from ..scheduling.executor import Counters, Executor, NewToken, named, take_token
+from ..scheduling.sequence import RunningSequence
 
 _WAIT = 0.02
 """Seconds that a step waits for a token; new requests and deadlines are looked at in between."""
@@ -37,21 +34,18 @@ _WAIT = 0.02
 
 @dataclass(eq=False)
 class _Running:
-    """A request under way: its prompt, ``began`` on the output's clock, its ``task`` in the event loop, the tokens
-    ``taken``."""
+    """A request under way: when it ``began`` (output's clock), its ``task`` in the event loop, tokens ``taken``."""
 
     sequence: RunningSequence
-    token_ids: list[int]
     began: float
     task: Any = None
     taken: int = 0
 
 
-class TensorRTLLMExecutor:
-    """See :class:`qwen2vl_trt.runtime.scheduling.executor.Executor`.
+class TensorRTLLMExecutor(Executor):
+    """Hands requests to TensorRT-LLM's asynchronous interface.
 
-    TensorRT-LLM's interface is asynchronous: its requests live in an event loop on a thread of their own, which puts
-    what they get into a queue, and :meth:`step` empties the queue.
+    They live in an event loop on a thread of its own, which puts what they get into a queue that :meth:`step` empties.
 
     Args:
         llm: see :func:`qwen2vl_trt.engines.tensorrt_llm_api.make_llm`; this executor's alone.
@@ -73,61 +67,31 @@ class TensorRTLLMExecutor:
     ) -> None:
         self._llm, self._config, self._ends, self._embeds_dtype = llm, config, ends, embeds_dtype
         self._counters = counters
-        self._slots = slots
+        self.slots, self.takes_pixels = slots, embeds_dtype is None
         self._running: dict[Output, _Running] = {}
         self._events: SimpleQueue[tuple[_Running, api.Progress | Exception]] = SimpleQueue()
-        self._loop = _EventLoop()
-
-    @property
-    def slots(self) -> int:
-        return self._slots
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="tensorrt-llm", daemon=True).start()
 
     @property
     def running(self) -> int:
         return len(self._running)
 
-    @property
-    def free_slots(self) -> int:
-        return self._slots - self.running
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._running)
-
-    @property
-    def kept_tokens(self) -> int:
-        """0: TensorRT-LLM keeps blocks of ended requests, and does not say how many."""
-        return 0
-
-    @property
-    def cache_bytes(self) -> int:
-        """0: the cache is in the memory of TensorRT-LLM's processes."""
-        return 0
-
-    @property
-    def takes_pixels(self) -> bool:
-        return self._embeds_dtype is None
-
-    def inputs_embeds(self, prepared: Prepared, embeds: Sequence[Tensor]) -> Tensor:
+    def inputs_embeds(self, sequence: RunningSequence, embeds: Sequence[Tensor]) -> Tensor:
         """``[T, C]`` of the T vision tokens, in their order; empty with its own tower."""
         if not embeds:
             return torch.empty(0)
         rows = torch.cat(list(embeds)).to(self._embeds_dtype)
-        return rows[to_device(np.argsort(prepared.places), rows.device)]
+        return rows[to_device(np.argsort(sequence.places), rows.device)]
 
     def add(self, sequence: RunningSequence) -> None:
-        """Hand a sequence over; one whose sampling TensorRT-LLM does not have fails.
-
-        Raises:
-            ValueError: there is no free slot.
-        """
+        """Hand a sequence over; one whose sampling TensorRT-LLM does not have fails."""
         if not self.free_slots:
-            raise ValueError(f"all {self._slots} slots are taken")
-        output, params, prepared = sequence.output, sequence.sampling.params, sequence.prepared
-        assert prepared is not None
+            raise ValueError(f"all {self.slots} slots are taken")
+        output, params = sequence.output, sequence.sampling.params
         try:
             check_sampling(params)
-            inputs, salt = self._inputs(sequence, prepared)
+            inputs, salt = self._inputs(sequence)
             chosen = api.sampling_params(
                 params.max_tokens,
                 params.temperature,
@@ -140,24 +104,19 @@ class TensorRTLLMExecutor:
         except Exception as error:
             output.fail(named(error, "preparing the request for TensorRT-LLM"))
             return
-        running = self._running[output] = _Running(sequence, prepared.token_ids, output.clock())
-        sequence.prepared = None  # its pixels: TensorRT-LLM has what it needs of them
+        running = self._running[output] = _Running(sequence, output.clock())
+        sequence.media = []  # their pixels: TensorRT-LLM has what it needs of them
         output.start()
         self._counters.started += 1
         self._counters.queue_seconds += output.timings.queue
-        running.task = self._loop.start(_follow(self._llm, inputs, chosen, salt, partial(self._put, running)))
-
-    def warm_up(self, chunk: int, longest: int) -> None:
-        """Nothing: TensorRT-LLM does so itself while it loads."""
+        follow = _follow(self._llm, inputs, chosen, salt, lambda event: self._events.put((running, event)))
+        running.task = asyncio.run_coroutine_threadsafe(follow, self._loop)
 
     def cancel(self, output: Output) -> None:
         running = self._running.get(output)
         if running is not None:
             output.cancel()
             self._end(running)
-
-    def forget(self) -> None:
-        """Nothing: TensorRT-LLM drops the blocks of ended requests when it needs them."""
 
     def step(self) -> list[NewToken]:
         """Tokens that came since the last step; waits a moment for the first."""
@@ -188,10 +147,10 @@ class TensorRTLLMExecutor:
     def _take(self, running: _Running, progress: api.Progress, new: list[NewToken]) -> None:
         sequence, output = running.sequence, running.sequence.output
         if not running.taken:
-            if progress.prompt_token_ids != running.token_ids:
+            if progress.prompt_token_ids != sequence.token_ids:
                 raise ExecutionError(
                     f"TensorRT-LLM read another prompt ({len(progress.prompt_token_ids):,} tokens instead of"
-                    f" {len(running.token_ids):,}): its processor resizes images otherwise. Leave"
+                    f" {sequence.prompt_length:,}): its processor resizes images otherwise. Leave"
                     " --min-pixels and --max-pixels at the checkpoint's"
                 )
             if progress.token_ids:
@@ -213,14 +172,11 @@ class TensorRTLLMExecutor:
 
     def _end(self, running: _Running) -> None:
         del self._running[running.sequence.output]
-        self._loop.cancel(running.task)
+        running.task.cancel()
 
-    def _put(self, running: _Running, event: api.Progress | Exception) -> None:
-        self._events.put((running, event))
-
-    def _inputs(self, sequence: RunningSequence, prepared: Prepared) -> tuple[Any, str | None]:
+    def _inputs(self, sequence: RunningSequence) -> tuple[Any, str | None]:
         """The prompt as TensorRT-LLM takes it, and the salt of its blocks."""
-        media = prepared.media
+        media = sequence.media
         # Blocks are found again by token ids, and every image has the same: the salt says which images they are.
         salt = hashlib.sha256(b"".join(medium.key for medium in media)).hexdigest() if media else None
         if self._embeds_dtype is None:
@@ -230,13 +186,13 @@ class TensorRTLLMExecutor:
                     "this release of TensorRT-LLM runs its own vision tower, and gets images alone from here; give a"
                     " video's frames as images, or install a release with PreprocessedInputs and build again"
                 )
-            return api.pixel_inputs(prepared.text, [self._picture(image) for image in media]), salt
-        seen = torch.zeros(len(prepared.token_ids), dtype=torch.int64)
-        seen[prepared.places] = 1
-        mrope = mrope_config(prepared.position_ids, prepared.delta)
-        sequence.arrival.take(sequence.inputs_embeds)
+            return api.pixel_inputs(sequence.text, [self._picture(image) for image in media]), salt
+        seen = torch.zeros(sequence.prompt_length, dtype=torch.int64)
+        seen[sequence.places] = 1
+        mrope = mrope_config(sequence.position_ids, sequence.delta)
+        sequence.ready.wait(sequence.inputs_embeds)
         embeds, sequence.inputs_embeds = sequence.inputs_embeds, sequence.inputs_embeds.new_empty(0)
-        return api.embedding_inputs(prepared.token_ids, embeds, seen.cumsum(0), mrope), salt
+        return api.embedding_inputs(sequence.token_ids, embeds, seen.cumsum(0), mrope), salt
 
     def _picture(self, image: Medium) -> Image.Image:
         """In the size that the vision tower sees, so that its processor has nothing left to resize."""
@@ -275,19 +231,3 @@ async def _follow(
             put(progress)
     except Exception as error:
         put(error)
-
-
-class _EventLoop:
-    """An event loop on its own thread, which ends with the process."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="tensorrt-llm", daemon=True).start()
-
-    def start(self, coroutine: Coroutine[Any, Any, None]) -> Any:
-        """Run a coroutine; returns what :meth:`cancel` takes."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def cancel(self, task: Any) -> None:
-        """Stop one; nothing happens to one that has ended."""
-        task.cancel()

@@ -1,7 +1,4 @@
-"""The TensorRT-LLM backend: the decoder in ``tensorrt_llm.LLM``, on one GPU or several, and a vision engine beside it.
-
-It has run on no GPU yet; see docs/guide/scale.md.
-"""
+"""The TensorRT-LLM backend: the decoder in ``tensorrt_llm.LLM``, on one GPU or several, beside a vision engine."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from qwen2vl_trt.windows import WindowLayout
 
 from ..backends.runners import DecoderRunner, Engines, VisionRunner, runner_module
 from ..generation_config import GenerationConfig
-from ..scheduling.counters import Counters
+from ..scheduling.executor import Counters
 from .executor import TensorRTLLMExecutor
 
 _MEMORY_FRACTION = 0.8

@@ -19,10 +19,10 @@ from qwen2vl_trt import (
     VideoOptions,
 )
 from qwen2vl_trt.errors import LimitError, MediaError, PromptError
-from qwen2vl_trt.runtime.media.fit_warnings import MOST_WARNINGS
 from qwen2vl_trt.runtime.preprocessing import preprocessor as preprocessor_module
 from qwen2vl_trt.runtime.preprocessing.settings import PreprocessorSettings
 from qwen2vl_trt.runtime.preprocessing.sizes import SizeRules
+from qwen2vl_trt.runtime.scheduling.request_queue import MOST_WARNINGS
 from tests.support.engine_folders import PROFILE, build
 from tests.support.media_files import save_video
 from tests.support.requests import answers, picture

@@ -311,7 +311,7 @@ def test_an_end_of_sequence_token_ends_the_answer(engine_dirs, pipelines):
     request = random_request(4, images=1)
     whole = pipelines["torch"].generate([request], SamplingParams(max_tokens=20, ignore_eos=True))[0]
     pipeline = Pipeline.from_engine_dir(engine_dirs["torch"], "cpu")
-    pipeline._generation = replace(pipeline._generation, eos_token_ids=(whole.token_ids[5],))
+    pipeline._preparer._eos_token_ids = (whole.token_ids[5],)
     ended = pipeline.generate([request], SamplingParams(max_tokens=20))[0]
     assert ended.finish_reason == "stop"
     assert ended.token_ids == whole.token_ids[: whole.token_ids.index(whole.token_ids[5]) + 1]

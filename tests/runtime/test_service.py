@@ -13,8 +13,7 @@ import pytest
 from qwen2vl_trt import Pipeline, Request, SamplingParams, Service
 from qwen2vl_trt.errors import DeadlineError, ExecutionError, MediaError, SamplingError, UnavailableError
 from qwen2vl_trt.runtime.backends.runners import open_engines
-from tests.runtime.scheduling.test_media_ahead import Gate, held
-from tests.runtime.test_pipeline import answers, random_params, random_request
+from tests.support.requests import Gate, answers, held, random_params, random_request
 
 PATIENCE = 60  # seconds after which a test that hangs fails
 LONG = SamplingParams(max_tokens=100, ignore_eos=True)

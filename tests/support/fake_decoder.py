@@ -10,8 +10,7 @@ from qwen2vl_trt.runtime.detokenizer import AnswerStream
 from qwen2vl_trt.runtime.request import Output
 from qwen2vl_trt.runtime.sampler import SequenceSampling
 from qwen2vl_trt.runtime.sampling_params import Sampling
-from qwen2vl_trt.runtime.scheduling.prefix import token_keys
-from qwen2vl_trt.runtime.scheduling.sequence import RunningSequence
+from qwen2vl_trt.runtime.scheduling.sequence import RunningSequence, token_keys
 
 VOCABULARY = 32
 
@@ -84,14 +83,18 @@ class Tokenizer:
 
 
 def sequence(prompt, max_tokens=3, delta=0, media=(), output=None, params=None):
-    """A request; ``media`` as of :func:`qwen2vl_trt.runtime.scheduling.prefix.token_keys`."""
+    """A request; ``media`` as of :func:`qwen2vl_trt.runtime.scheduling.sequence.token_keys`."""
     params = params or Sampling(max_tokens)
     positions = torch.arange(len(prompt)).expand(3, -1)
     return RunningSequence(
         output=output or Output(),
-        inputs_embeds=torch.tensor(prompt, dtype=torch.float32)[:, None],
+        token_ids=list(prompt),
+        text="",
         position_ids=positions,
         delta=delta,
+        media=[],
+        places=np.empty(0, np.int64),
+        inputs_embeds=torch.tensor(prompt, dtype=torch.float32)[:, None],
         stream=AnswerStream(Tokenizer(), params, ()),
         sampling=SequenceSampling(params, prompt, VOCABULARY),
         keys=token_keys(prompt, positions.numpy(), media),

@@ -15,7 +15,7 @@ def start(arguments, log: Path):
     CONTEXT.set_forkserver_preload(
         [
             "qwen2vl_trt.runtime.features.extraction",
-            "qwen2vl_trt.runtime.features.output",
+            "qwen2vl_trt.runtime.features.store",
             "qwen2vl_trt.runtime.backends.torch_runner",
             "rich.progress",
         ]

@@ -1,8 +1,12 @@
-"""Random requests: every mix of words, pictures, clips and sampling, the same for the same seed."""
+"""Random requests, the same for the same seed: every mix of words, pictures, clips and sampling; some load slowly."""
+
+import threading
 
 import numpy as np
 
 from qwen2vl_trt import Request, SamplingParams, Video
+
+PATIENCE = 60  # seconds after which a test that hangs fails
 
 WORDS = ["What", "digits", "are", "in", "the", "images?", "Read", "both:", "first", "second", "How", "many", "see", "7"]
 
@@ -51,3 +55,23 @@ def random_params(seed, max_tokens=None):
 
 def answers(outputs):
     return [(output.token_ids, output.text, output.finish_reason) for output in outputs]
+
+
+class Gate:
+    """Holds up the loading of requests with an image of a marked height until it is opened."""
+
+    def __init__(self, pipeline, height):
+        self.opened, self.begun, self.threads = threading.Event(), 0, set()
+        preparer, self.height = pipeline._preparer, height
+        self._load, preparer.load = preparer.load, self.load
+
+    def load(self, found, most_tokens=None):
+        if any(isinstance(image, np.ndarray) and image.shape[0] == self.height for image in found.images):
+            self.threads.add(threading.current_thread())
+            self.begun += 1
+            assert self.opened.wait(PATIENCE)
+        return self._load(found, most_tokens)
+
+
+def held(text="What?", **options):
+    return Request(text, [picture(1, 99, 60)], **options)

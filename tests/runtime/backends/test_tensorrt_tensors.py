@@ -1,6 +1,5 @@
 """What an engine is compared with, and which profile a batch runs in."""
 
-
 from __future__ import annotations
 
 from dataclasses import replace

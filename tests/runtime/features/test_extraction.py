@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -429,9 +430,13 @@ def test_an_interrupted_run_goes_on_where_it_was(engine_dirs, many, tmp_path, nu
     process_was_alive = process.is_alive()
     os.kill(process.pid, number)
     process.join(600)
-    saved = len(stored(tmp_path / "f.safetensors.parts"))
+    saved = len(stored(tmp_path / "f.safetensors.parts"))  # the second may have gone on
     assert process.exitcode == code
-    assert (tmp_path / "log").read_text() == f"{word}: {saved:,} images are saved; run again with --resume to go on\n"
+    said = re.fullmatch(
+        rf"{word}: (\d+) images are saved; run again with --resume to go on\n", (tmp_path / "log").read_text()
+    )
+    assert said
+    assert 0 < int(said[1]) <= saved
     second.join(600)
     assert process_was_alive
     if second.exitcode:

@@ -18,8 +18,7 @@ from qwen2vl_trt.runtime.inputs import clips, video_stream
 from qwen2vl_trt.runtime.inputs.files import BoundedFile
 from qwen2vl_trt.runtime.inputs.frame_sampling import FrameSampling
 from qwen2vl_trt.runtime.inputs.video import Video, load_video
-from qwen2vl_trt.runtime.media.cached_media import CachedMedia
-from qwen2vl_trt.runtime.media.embedding_cache import EmbeddingCache
+from qwen2vl_trt.runtime.media.cached_media import CachedMedia, EmbeddingCache
 from tests.support.fake_vision import embedder
 from tests.support.media_files import save_video
 from tests.support.pictures import natural

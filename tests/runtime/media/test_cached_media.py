@@ -5,14 +5,23 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from qwen2vl_trt import Video
 from qwen2vl_trt.errors import LimitError, MediaError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
-from qwen2vl_trt.runtime.media.cached_media import CachedMedia
-from qwen2vl_trt.runtime.media.embedding_cache import EmbeddingCache
+from qwen2vl_trt.runtime.media.cached_media import (
+    CachedMedia,
+    EmbeddingCache,
+    PixelKeys,
+    _splitmix,
+    contents_key,
+    file_key,
+)
 from qwen2vl_trt.runtime.preprocessing import preprocessor as preprocessor_module
+from qwen2vl_trt.runtime.preprocessing.sizes import MediaSize
 from tests.support.fake_vision import embedder, picture
 from tests.support.media_files import save_video
 
@@ -154,3 +163,116 @@ def test_an_engine_that_fails_leaves_nothing_in_the_cache():
     assert (media.hits, media.misses) == (0, 0)
     media.embed(loaded)
     assert engine.calls == [2]
+
+
+# Content keys
+
+
+def pixels(seed, height=9, width=13):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, height, width), dtype=np.uint8))
+
+
+def test_layout_does_not_matter_and_everything_else_does():
+    keys, image = PixelKeys(), pixels(0)
+    key = keys.key([image])
+    assert len(key) == 16
+    assert keys.key([image.movedim(0, -1).contiguous().movedim(-1, 0)]) == key
+    changed = image.clone()
+    changed[2, 8, 12] ^= 1
+    others = [changed, image.float(), image.transpose(1, 2), image[:, :-1], image.flip(2), pixels(1)]
+    assert len({key, *(keys.key([other]) for other in others)}) == 7
+    blank = [torch.zeros(3, 4, 6), torch.zeros(3, 6, 4), torch.zeros(3, 4, 24, dtype=torch.uint8)]
+    assert len({keys.key([image]) for image in blank}) == 3  # the same bytes
+    assert keys.key([image, image]) != key
+    assert keys.key([image, changed]) != keys.key([changed, image])
+
+
+def test_a_files_key_is_that_of_its_contents(tmp_path):
+    path = tmp_path / "file"
+    data = bytes(range(256)) * 9000  # more than is read at a time
+    path.write_bytes(data)
+    with path.open("rb") as file:
+        file.read(1)
+        assert file_key(file, "image") == contents_key(data, "image") != contents_key(data, "video")
+        assert file.read() == data
+
+
+def test_the_mix_of_another_device_tells_contents_apart():
+    """Computed on the CPU here; on a GPU the same operators run there."""
+    keys = PixelKeys()
+    rng = np.random.default_rng(0)
+    base = torch.from_numpy(rng.integers(0, 256, 801, dtype=np.uint8))
+    found = {keys.mix(base)}
+    for place in range(801):  # any byte, any place
+        other = base.clone()
+        other[place] += 1
+        found.add(keys.mix(other))
+    swapped = base.clone()
+    swapped[:8], swapped[8:16] = base[8:16], base[:8]
+    found.add(keys.mix(swapped))
+    assert len(found) == 803
+    assert keys.mix(base) in found
+    assert PixelKeys().mix(base) not in found  # under other seeds
+    assert len(keys.mix(base)) == 16
+
+
+def test_the_mix_is_splitmix64():
+    """First outputs of the published generator with seed 0 are the finaliser of multiples of its increment."""
+    increment = 0x9E3779B97F4A7C15 - (1 << 64)
+    found = _splitmix(torch.tensor([increment]) * torch.tensor([1, 2]))
+    assert [value % (1 << 64) for value in found.tolist()] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+
+
+# The cache alone
+
+ROW = 4 * 8  # bytes
+SIZE = MediaSize(60, 30, 56, 28, (1, 2, 4), 2)
+
+
+def entry(tokens, value=0.0):
+    return torch.full((tokens, 8), value), SIZE
+
+
+def test_the_least_recently_used_makes_room():
+    cache = EmbeddingCache(10 * ROW)
+    for name, tokens in ((b"a", 4), (b"b", 3), (b"c", 3)):
+        cache.store(name, *entry(tokens))
+    assert (len(cache), cache.nbytes) == (3, 10 * ROW)
+    assert cache.find(b"a") is not None
+    cache.store(b"d", *entry(2))
+    assert cache.find(b"b") is None
+    assert all(cache.find(name) is not None for name in (b"a", b"c", b"d"))
+    assert (cache.nbytes, cache.evictions) == (9 * ROW, 1)
+    cache.store(b"e", *entry(11))  # alone too large: nobody is driven out for it
+    assert cache.find(b"e") is None
+    assert len(cache) == 3
+    cache.clear()
+    assert (len(cache), cache.nbytes) == (0, 0)
+
+
+def test_zero_keeps_nothing():
+    cache = EmbeddingCache(0)
+    cache.store(b"a", *entry(1))
+    assert len(cache) == 0
+
+
+def test_a_batch_does_not_stay_for_one_of_its_images():
+    cache, batch = EmbeddingCache(100 * ROW), torch.arange(80.0).view(10, 8)
+    cache.store(b"a", batch[2:4], SIZE)
+    found = cache.find(b"a")
+    assert found.embeds.untyped_storage().nbytes() == 2 * ROW
+    assert torch.equal(found.embeds, batch[2:4])
+    assert found.size is SIZE
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 6)), max_size=60), st.integers(0, 12))
+def test_bytes_are_counted(steps, limit):
+    cache, sizes = EmbeddingCache(limit * ROW), {}
+    for name, tokens in steps:
+        key = bytes([name])
+        if cache.find(key) is None:
+            sizes[key] = tokens
+        cache.store(key, *entry(tokens))
+        held = [key for key in sizes if cache.find(key) is not None]
+        assert cache.nbytes == sum(sizes[key] for key in held) * ROW <= limit * ROW
+        assert all(cache.find(key).embeds.shape == (sizes[key], 8) for key in held)

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from qwen2vl_trt.errors import DeadlineError, ExecutionError, LimitError
 from qwen2vl_trt.runtime.request import Output
 from qwen2vl_trt.runtime.sampling_params import Sampling
-from qwen2vl_trt.runtime.scheduling.counters import Counters
+from qwen2vl_trt.runtime.scheduling.executor import Counters
 from qwen2vl_trt.runtime.scheduling.scheduler import Scheduler
 from tests.support.fake_decoder import FakeDecoder, drain, expected, sequence
 

@@ -28,6 +28,8 @@ from tests.support.models import random_model, relative_error, save_model
 from tests.support.requests import answers, clip, picture, random_params, random_request
 
 BACKENDS = ("torch", "onnxruntime")
+ONE_BACKEND = pytest.mark.parametrize("make", ["torch"], indirect=True)
+"""What happens between the engines is the same for all; tests/runtime/scheduling/test_scheduler.py has each case."""
 
 
 class Clock:
@@ -189,6 +191,7 @@ def test_the_cache_keeps_to_its_limit(engines):
 # Deadlines
 
 
+@ONE_BACKEND
 def test_deadlines_in_every_stage(make):
     clock = Clock()
     pipeline = make(clock=clock, max_num_tokens=8)
@@ -225,6 +228,7 @@ def test_deadlines_in_every_stage(make):
     assert (found.expired, found.finished, found.failed) == (6, 1, 0)
 
 
+@ONE_BACKEND
 def test_an_answer_cut_by_its_deadline_streams_what_it_has(make):
     pipeline = make(clock=Clock(tick=0.01))
     request = replace(random_request(4, images=1), deadline=1.0)
@@ -245,6 +249,7 @@ def test_a_deadline_is_a_number_of_seconds(deadline):
 # Cancellation, admission, failures
 
 
+@ONE_BACKEND
 def test_cancelling_in_every_stage(make):
     pipeline = make(max_num_tokens=8)
     params = SamplingParams(max_tokens=50, ignore_eos=True)
@@ -269,6 +274,7 @@ def test_cancelling_in_every_stage(make):
     assert pipeline.counters().cancelled == 4
 
 
+@ONE_BACKEND
 def test_what_never_fits_is_refused_while_all_slots_are_taken(make):
     pipeline = make()
     long = [pipeline.submit(Request("What?"), SamplingParams(max_tokens=100, ignore_eos=True)) for _ in range(4)]
@@ -290,18 +296,6 @@ def test_what_never_fits_is_refused_while_all_slots_are_taken(make):
     drain(pipeline)
 
 
-def test_only_some_requests_are_prepared_ahead(make):
-    pipeline = make()
-    outputs = [pipeline.submit(Request("What?"), SamplingParams(max_tokens=30)) for _ in range(40)]
-    ahead = []
-    for _ in range(20):
-        pipeline.step()
-        ahead.append(sum(pending.prepared is not None for pending in pipeline._waiting))
-    assert ahead == [1, 2, 3, *[4] * 17]
-    for output in outputs:
-        pipeline.cancel(output)
-
-
 def broken_by(marker, runner):
     """A vision engine that fails on any batch with an image of that many windows."""
 
@@ -313,6 +307,7 @@ def broken_by(marker, runner):
     return run
 
 
+@ONE_BACKEND
 def test_a_vision_engine_that_fails_on_one_image_leaves_the_others_alone(make, monkeypatch):
     pipeline = make()
     requests = [Request("What?", [picture(number, 56, 84)]) for number in range(4)]
@@ -336,7 +331,7 @@ def test_a_decoder_that_fails_for_one_answer_leaves_the_others_alone(make, monke
     victim = []
 
     def step(first_slot, inputs_embeds, position_ids, starts, hidden=False):
-        slot = next((s.slot for s in pipeline._scheduler._slots.occupied if s.output is victim[0]), None)
+        slot = next((s.slot for s in pipeline._executor()._slots.occupied if s.output is victim[0]), None)
         answering = inputs_embeds.shape[1] == 1
         if answering and slot is not None and first_slot <= slot < first_slot + len(starts):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -377,6 +372,7 @@ def test_impossible_options_are_refused(engines):
 # Counters
 
 
+@ONE_BACKEND
 def test_counters_follow_the_requests(make):
     pipeline = make()
     assert pipeline.counters().submitted == 0

@@ -8,7 +8,7 @@ import torch
 
 from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams
 from qwen2vl_trt.runtime.backends.runners import open_engines
-from qwen2vl_trt.runtime.scheduling.side_stream import Arrival, SideStream
+from qwen2vl_trt.runtime.scheduling.side_stream import ReadyEvent, SideStream
 from tests.support.fake_decoder import FakeDecoder, drain, expected, sequence
 from tests.support.requests import answers, random_request
 
@@ -55,16 +55,16 @@ def cuda(monkeypatch):
 
 def test_work_follows_the_caller_and_the_taker_follows_the_work(cuda):
     side = SideStream(CPU, cuda.side)
-    with side.work() as arrival:
+    with side.work() as ready:
         made = torch.ones(3)
         cuda.log.append("work")
     assert cuda.log == ["side waits for main", "on side", "work", "side records"]
-    assert not arrival.there
-    arrival.take(made)
+    assert not ready.passed
+    ready.wait(made)
     assert cuda.log[-1] == "main waits for event 0"
     assert [(tensor is made, stream.name) for tensor, stream in cuda.kept] == [(True, "main")]
     cuda.events[0].over = True
-    assert arrival.there
+    assert ready.passed
 
 
 def test_what_work_reads_is_kept_until_it_is_over(cuda):
@@ -81,23 +81,23 @@ def test_what_work_reads_is_kept_until_it_is_over(cuda):
 
 def test_work_that_fails_is_waited_for_all_the_same(cuda):
     side = SideStream(CPU, cuda.side)
-    with pytest.raises(RuntimeError), side.work("pixels") as arrival:
+    with pytest.raises(RuntimeError), side.work("pixels") as ready:
         raise RuntimeError("engine broke")
     assert [reads for _, reads in side._reading] == ["pixels"]
-    assert not arrival.there
+    assert not ready.passed
 
 
 def test_without_a_stream_all_is_there_at_once():
-    with SideStream.beside(CPU).work() as arrival:
+    with SideStream.beside(CPU).work() as ready:
         made = torch.ones(3)
-    assert arrival.there
-    arrival.take(made)
+    assert ready.passed
+    ready.wait(made)
 
 
 def arriving(number, cuda, prompt, max_tokens):
-    with SideStream(CPU, cuda.side).work() as arrival:
+    with SideStream(CPU, cuda.side).work() as ready:
         item = sequence(prompt, max_tokens)
-    item.arrival = arrival
+    item.ready = ready
     assert len(cuda.events) == number + 1
     return item
 
@@ -189,4 +189,4 @@ def test_features_and_hidden_states_wait_for_their_stream(cuda, engine_dirs):
 
 
 def test_an_arrival_of_nothing_is_there():
-    assert Arrival().there
+    assert ReadyEvent().passed

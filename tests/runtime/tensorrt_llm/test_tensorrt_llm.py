@@ -104,16 +104,15 @@ class TestAnswers:
         assert stop not in found[0].text
         assert len(llm(trtllm).requests) == 1
 
-    @pytest.mark.parametrize("keeps", [True, False])
-    @pytest.mark.parametrize("which", [0, 1])
+    @pytest.mark.parametrize(("keeps", "which"), [(True, 0), (False, 1)])
     def test_end_of_sequence_is_part_of_the_answer(self, pipeline, trtllm, torch_pipeline, monkeypatch, keeps, which):
         # Whether a release keeps the token is not documented. Here the third token of an answer is made to end it.
         request, settings = REQUESTS[1], SamplingParams(max_tokens=9)
         end = torch_pipeline.generate(request, settings)[0].token_ids[2]
         ends = (end, 1) if which == 0 else (1, end)
         for each in (pipeline, torch_pipeline):
-            monkeypatch.setattr(each, "_generation", replace(each._generation, eos_token_ids=ends))
-        monkeypatch.setattr(pipeline._scheduler, "_ends", replace(pipeline._scheduler._ends, eos_token_ids=ends))
+            monkeypatch.setattr(each._preparer, "_eos_token_ids", ends)
+        monkeypatch.setattr(pipeline._executor(), "_ends", replace(pipeline._executor()._ends, eos_token_ids=ends))
         monkeypatch.setattr(trtllm.LLM, "keeps_end_id", keeps)
         found = pipeline.generate(request, settings)
         assert answers(found) == answers(torch_pipeline.generate(request, settings))
@@ -191,7 +190,7 @@ class TestOwnVision:
     def test_another_prompt_is_refused(self, own_vision, folder):
         # Enlarged beyond what the checkpoint's own processor allows, which shrinks it again.
         pipeline = Pipeline.from_engine_dir(folder, "cpu")
-        executor = pipeline._scheduler
+        executor = pipeline._executor()
         executor._picture = lambda image: type(executor)._picture(executor, image).resize((28 * 7, 28 * 7))
         (output,) = pipeline.generate(Request("Read", [picture(3, 60, 60)]), SamplingParams(max_tokens=3))
         with pytest.raises(ExecutionError, match="TensorRT-LLM read another prompt"):
@@ -243,18 +242,6 @@ class TestEnds:
         with pytest.raises(DeadlineError, match="passed before the answer's first token"):
             output.text  # noqa: B018
 
-    def test_a_deadline_within_an_answer(self, folder):
-        now = [0.0]
-        pipeline = Pipeline(Pipeline.from_engine_dir(folder, "cpu").engines, clock=lambda: now[0])
-        request = replace(REQUESTS[0], deadline=1.0)
-        output = pipeline.submit(request, SamplingParams(max_tokens=300, ignore_eos=True))
-        while not output.finished:
-            if pipeline.step():
-                now[0] = 2.0
-        assert output.finish_reason == "deadline"
-        assert 0 < len(output.token_ids) < 300
-        assert not pipeline.busy
-
     def test_a_failure_in_the_engine_is_one_requests_alone(self, pipeline, trtllm, expected, monkeypatch):
         monkeypatch.setattr(trtllm.LLM, "fails_at", 1)
         found = pipeline.generate(REQUESTS[:3], LENGTHS[:3])
@@ -265,7 +252,7 @@ class TestEnds:
     def test_an_answer_that_it_cuts_off(self, pipeline, trtllm):
         pipeline.submit(REQUESTS[0], SamplingParams(max_tokens=9, ignore_eos=True))
         pipeline.step()
-        (output,) = pipeline._scheduler._running
+        (output,) = pipeline._executor()._running
         until = time.monotonic() + 20
         while not llm(trtllm).requests and time.monotonic() < until:  # it takes them on a thread of its own
             time.sleep(0.005)

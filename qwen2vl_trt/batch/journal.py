@@ -15,23 +15,17 @@ from pathlib import Path
 from types import TracebackType
 
 from qwen2vl_trt.errors import BatchError
-from qwen2vl_trt.runtime.features.shards import writing
+from qwen2vl_trt.runtime.features.output_folder import writing
 
 _LOST_TOGETHER = 2
 """Losses after which a row is taken alone."""
 
 
 class Journal:
-    """Notes of the attempts at one partition; used in a ``with`` statement by one attempt.
+    """Notes of the attempts at one partition, until it is done; used in a ``with`` by one attempt.
 
-    Args:
-        path: kept until the partition is done.
-        max_retries: times that a row may be lost alone in hand, or a partition with nothing in hand, before it is
-            given up.
-
-    Raises:
-        BatchError: the partition's worker was lost too often while no row was in hand.
-        FeaturesError: the notes cannot be written.
+    A row that was lost alone in hand, or a partition with nothing in hand, more than ``max_retries`` times is given up;
+    the partition by a BatchError. Raises FeaturesError where the notes cannot be written.
     """
 
     def __init__(self, path: Path, max_retries: int) -> None:

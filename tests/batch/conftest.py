@@ -14,13 +14,13 @@ if importlib.util.find_spec("ray") is None:  # a conftest that raises would end 
         pytest.skip("Ray is not installed: pip install 'qwen2vl-trt[ray]'", allow_module_level=True)
 
 else:
-    from qwen2vl_trt.fleet.inputs import divide, find_input, read_partitions
-    from qwen2vl_trt.fleet.worker import Worker, WorkerSettings
+    from qwen2vl_trt.batch.inputs import divide, find_input, read_partitions
+    from qwen2vl_trt.batch.worker import Worker, WorkerSettings
 
 
 @pytest.fixture(scope="session")
 def engine_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fleet")
+    folder = tmp_path_factory.mktemp("batch")
     return build(write_checkpoint(folder / "random"), folder / "engines", "torch")
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qwen2vl_trt.runtime.scheduling.prefix import NO_KEYS, common_prefix, token_keys
+from qwen2vl_trt.runtime.scheduling.sequence import NO_KEYS, common_prefix, token_keys
 
 IMAGE, VIDEO = 90, 91
 ONE, TWO = b"1" * 16, b"2" * 16

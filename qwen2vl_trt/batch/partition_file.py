@@ -23,8 +23,9 @@ from torch import Tensor
 
 from qwen2vl_trt.errors import BatchError
 from qwen2vl_trt.files import flush, write_whole
-from qwen2vl_trt.runtime.features.names import as_unicode
-from qwen2vl_trt.runtime.features.shards import writing
+from qwen2vl_trt.runtime.features.extraction import Store
+from qwen2vl_trt.runtime.features.output_folder import writing
+from qwen2vl_trt.runtime.features.shards import as_unicode
 from qwen2vl_trt.windows import Grid
 
 from .journal import Journal
@@ -103,21 +104,20 @@ def read_done(output: Path, number: int) -> Done | None:
     return Done(metadata.num_rows, failures)
 
 
-class PartitionWriter:
+class PartitionWriter(Store):
     """Collects the results of one attempt at a partition, in order; takes the place of a feature store.
 
     Args:
         output: of the run.
         number: of the partition.
-        rows: of the partition.
+        rows: of the partition, how many.
         schema: of the results.
-        work: folder of attempts on the same file system, removed when a run begins: what an earlier run's worker
-            still writes there can no longer appear among the results.
+        work: folder of attempts, removed when a run begins: what an earlier run's worker still writes is lost there.
         journal: told of each row that is finished.
     """
 
     def __init__(self, output: Path, number: int, rows: int, schema: pa.Schema, work: Path, journal: Journal) -> None:
-        self._path, self._rows, self._schema, self._journal = data_path(output, number), rows, schema, journal
+        self._path, self._rows, self._schema, self.journal = data_path(output, number), rows, schema, journal
         self._temporary = work / f"{self._path.name}.{uuid.uuid4().hex}"
         self._saved, self._bytes = 0, 0
         self._group: list[Mapping[str, Any]] = []
@@ -125,28 +125,12 @@ class PartitionWriter:
         with writing(self._temporary, _WAY_OUT):
             self._writer = pq.ParquetWriter(self._temporary, schema)
 
-    def __contains__(self, key: str) -> bool:
-        return False
-
     @property
-    def failed(self) -> int:
-        return len(self.failures)
-
-    @property
-    def first_failure(self) -> str | None:
-        return self.failures[0]["error"] if self.failures else None
-
-    @property
-    def room(self) -> int:
+    def remaining(self) -> int:
         """Rows still to come, at most: with as many images a shard, `run.py features` makes the same batches."""
         return self._rows - self._saved
 
-    def refusal(self, key: str) -> str | None:
-        """Every id that a row can have is stored."""
-        return None
-
     def add(self, key: str, grid: Grid, features: Tensor) -> None:
-        """Keep an image's features."""
         values = features.to(torch.float32).reshape(-1).numpy()
         dtype = str(features.dtype).removeprefix("torch.")
         self.add_row(
@@ -159,32 +143,23 @@ class PartitionWriter:
         self._group.append(row)
         self._saved += 1
         self._bytes += size
-        self._journal.finish(row["id"])
+        self.journal.finish(row["id"])
         if self._bytes >= _GROUP_BYTES:
             self.flush()
 
     def fail(self, key: str, reason: str) -> None:
-        """Note that a row has no result, and why."""
         self.failures.append({"id": key, "error": as_unicode(reason)})
-        self._journal.finish(key)
+        self.journal.finish(key)
 
     def flush(self) -> None:
-        """Write what has been added as a row group.
-
-        Raises:
-            FeaturesError: it cannot be written.
-        """
+        """Write a row group."""
         if self._group:
             with writing(self._path, _WAY_OUT):
                 self._writer.write_table(pa.Table.from_pylist(self._group, self._schema))
         self._group, self._bytes = [], 0
 
     def commit(self) -> None:
-        """Make the partition done, unless another attempt has.
-
-        Raises:
-            FeaturesError: it cannot be written, or the run has ended.
-        """
+        """Make the partition done, unless another attempt has; FeaturesError if that fails, or the run has ended."""
         self.flush()
         with writing(self._path, _WAY_OUT):
             self._writer.add_key_value_metadata({"failures": json.dumps(self.failures)})

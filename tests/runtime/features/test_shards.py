@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from qwen2vl_trt.runtime.features.names import as_unicode, header_bytes, name_fault
+from qwen2vl_trt.runtime.features.shards import as_unicode, header_bytes, name_fault
 
 NAMES = st.text(st.characters(codec=None), max_size=30) | st.sampled_from(
     ["__metadata__", "", "\x00", '"', "\\", "ÿ", "😀"]

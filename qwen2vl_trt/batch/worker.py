@@ -12,10 +12,9 @@ from typing import Any, Literal
 import torch
 
 from qwen2vl_trt.errors import BatchError, Qwen2VLError
-from qwen2vl_trt.runtime.features.decode_ahead import Batching
-from qwen2vl_trt.runtime.features.extraction import Pool, extract_features
-from qwen2vl_trt.runtime.features.shards import writing
-from qwen2vl_trt.runtime.features.sources import DecoderFeatures, VisionFeatures
+from qwen2vl_trt.runtime.features.extraction import Batching, Pool, extract_features
+from qwen2vl_trt.runtime.features.output_folder import writing
+from qwen2vl_trt.runtime.features.sources import FeatureSource, VisionFeatures
 from qwen2vl_trt.runtime.options import PipelineOptions
 from qwen2vl_trt.runtime.pipeline import Pipeline
 from qwen2vl_trt.runtime.sampling_params import SamplingParams
@@ -31,24 +30,15 @@ Task = Literal["features", "generate"]
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What every worker of a run is told.
+    """What every worker of a run is told; most are options of the command.
 
     Attributes:
-        engine_dir: opened by each worker; on a cluster, where every machine sees it.
-        output: likewise.
+        engine_dir: opened by each worker; on a cluster, where every machine sees it, as ``output``.
         work: folder of this run's attempts, in ``output``.
-        columns: of the tables.
-        task: what to make of a row.
         prompt: of every row; None where rows have their own, or need none.
-        params: of answers.
-        source: of features, ``vision`` or ``decoder``.
-        layer: of features, None for the last.
-        pool: of features, ``mean`` or ``none``.
         device: None for the pipeline's default.
-        options: of the pipeline.
-        batch_tokens: most tokens together; None for what the engines take.
+        batch_tokens: None for what the engines take.
         threads: of a worker, for decoding and, on the CPU, for the engines.
-        max_retries: see :class:`qwen2vl_trt.fleet.journal.Journal`.
         workers: how many there are.
     """
 
@@ -86,12 +76,7 @@ class Worker:
             self._fatal = error
 
     def __call__(self, partition: dict[str, Any]) -> dict[str, Any]:
-        """Work on a partition, unless it is done.
-
-        Returns:
-            Its ``number``, rows ``saved`` and ``failed``, the ``first_failure``, and under ``fatal`` what ends the
-            run; empty texts for none.
-        """
+        """Work on a partition, unless it is done; ``fatal`` is what ends the run, or empty."""
         given = Partition(**partition)
         answer = {"number": given.number, "saved": 0, "failed": 0, "first_failure": "", "fatal": ""}
         try:
@@ -107,26 +92,23 @@ class Worker:
         settings = self._settings
         torch.set_num_threads(settings.threads)
         pipeline = Pipeline.from_engine_dir(settings.engine_dir, settings.device, settings.options)
-        checkpoint, profile = pipeline.engines.checkpoint, pipeline.profile
-        config = checkpoint.config
-        unit = config.vision.merge_unit
-        tokens = settings.batch_tokens or profile.max_batch_size * profile.max_hw_dims // unit
-        self._batching = Batching(profile.max_batch_size, tokens, settings.threads)
+        config, profile = pipeline.engines.checkpoint.config, pipeline.profile
+        self._batching = Batching.of(pipeline, settings.batch_tokens, settings.threads)
         self._generation: Generation | None = None
+        self._source: RowSource | None = None
         if settings.task == "generate":
             self._schema = ANSWER_SCHEMA
-            self._source = RowSource(VisionFeatures(pipeline), self._batching)
-            room = settings.batch_tokens or profile.max_batch_size * profile.max_seq_len
-            self._generation = Generation(pipeline, settings.params, room)
+            budget = settings.batch_tokens or profile.max_batch_size * profile.max_seq_len
+            self._generation = Generation(pipeline, settings.params, budget, settings.threads)
             return
         width = config.text.hidden_size
         if settings.source == "decoder":
-            source: VisionFeatures | DecoderFeatures = PromptedDecoderFeatures(pipeline, "", settings.layer)
+            source: FeatureSource = PromptedDecoderFeatures(pipeline, "", settings.layer)
         else:
             source = VisionFeatures(pipeline, settings.layer)
             width = config.vision.out_hidden_size if settings.layer is None else config.vision.hidden_size
         self._schema = feature_schema(width if settings.pool == "mean" else None)
-        self._source = RowSource(source, self._batching)
+        self._source = RowSource(source, self._batching.max_tokens)
 
     def _work(self, partition: Partition) -> Done:
         settings = self._settings
@@ -135,7 +117,6 @@ class Worker:
             return done
         notes = settings.work / f"partition {partition.number}.journal"
         with Journal(notes, settings.max_retries) as journal:
-            self._source.journal = journal
             writer = PartitionWriter(
                 settings.output, partition.number, partition.rows, self._schema, settings.work, journal
             )
@@ -155,9 +136,10 @@ class Worker:
 
     def _run(self, rows: Iterator[Row], writer: PartitionWriter) -> None:
         if self._generation is not None:
-            self._generation.answer(self._source, rows, self._batching, writer)
-        else:
-            extract_features(self._source, self._source.files(rows), writer, self._batching, self._settings.pool)
+            self._generation.answer(rows, writer)
+        elif self._source is not None:
+            files = self._source.files(rows, writer.journal)
+            extract_features(self._source, files, writer, self._batching, self._settings.pool)
 
 
 def _tried(rows: Iterator[Row], journal: Journal, writer: PartitionWriter, settings: WorkerSettings) -> Iterator[Row]:

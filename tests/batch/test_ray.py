@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from qwen2vl_trt import Request, SamplingParams
-from tests.fleet.outputs import failures, rows, write_lines
+from tests.batch.outputs import failures, rows, write_lines
 from tests.support.bounds import FP32
 from tests.support.media_files import save_images
 from tests.support.models import relative_error

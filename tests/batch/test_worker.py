@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from qwen2vl_trt import Request, SamplingParams
+from qwen2vl_trt.batch.journal import Journal
+from qwen2vl_trt.batch.partition_file import data_path, errors_path, read_done
 from qwen2vl_trt.commands import features
 from qwen2vl_trt.errors import BatchError, FeaturesError
-from qwen2vl_trt.fleet.journal import Journal
-from qwen2vl_trt.fleet.partition_file import data_path, errors_path, read_done
-from tests.fleet.outputs import failures, rows, write_lines
+from tests.batch.outputs import failures, rows, write_lines
 from tests.support.bounds import FP32, FP32_BEHIND_BOTH
 from tests.support.media_files import save_images
 from tests.support.models import relative_error
@@ -61,7 +61,7 @@ def test_features_are_those_of_the_single_process(job, pipeline, images, tmp_pat
 
 
 def test_bfloat16_is_stored_exactly(job, images):
-    from qwen2vl_trt.fleet.partition_file import PartitionWriter, feature_schema
+    from qwen2vl_trt.batch.partition_file import PartitionWriter, feature_schema
 
     batch = job(images)
     values = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -331,7 +331,7 @@ def test_answers_where_memory_ends(job, images, pipeline, tmp_path):
     longest = max(output.prompt_tokens for output in expected)
     worker = batch.worker()
     own = worker._generation._pipeline
-    step = own._scheduler._decoder.step
+    step = own._executor()._decoder.step
 
     def limited(first, embeds, positions, starts, **named):
         # Two answers at once, or the larger images' prompts.
@@ -339,7 +339,7 @@ def test_answers_where_memory_ends(job, images, pipeline, tmp_path):
             raise RuntimeError("CUDA out of memory")
         return step(first, embeds, positions, starts, **named)
 
-    own._scheduler._decoder.step = limited
+    own._executor()._decoder.step = limited
     batch.run(worker)
     found, reasons = rows(batch.output), failures(batch.output)
     assert sorted({**found, **reasons}) == [f"row {n}" for n in range(9)]
@@ -368,7 +368,7 @@ def test_an_engine_that_fails_ends_the_run(job, images, tmp_path):
     def broken(*arguments, **named):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    worker._generation._pipeline._scheduler._decoder.step = broken
+    worker._generation._pipeline._executor()._decoder.step = broken
     (answer,) = batch.run(worker)
     assert "the decoder engine failed: RuntimeError: CUDA error: an illegal memory access" in answer["fatal"]
     assert not rows(batch.output)

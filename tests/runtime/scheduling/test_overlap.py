@@ -15,47 +15,20 @@ from PIL import Image
 
 from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams, Video
 from qwen2vl_trt.errors import DeadlineError, LimitError, MediaError
-from qwen2vl_trt.media_options import ImageOptions, VideoOptions
+from qwen2vl_trt.messages import Media
+from qwen2vl_trt.runtime import pipeline as pipeline_module
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.inputs import images as images_module
 from qwen2vl_trt.runtime.inputs import video as video_module
-from qwen2vl_trt.runtime.media.ahead import fits
-from qwen2vl_trt.runtime.scheduling import media_ahead
-from qwen2vl_trt.runtime.scheduling.media_ahead import _THREADS, MediaAhead
-from qwen2vl_trt.runtime.scheduling.preparation import MediaSources
-from tests.support.requests import answers, picture, random_params, random_request
+from qwen2vl_trt.runtime.scheduling.preparation import loading_bytes, on_gpu
+from tests.support.requests import PATIENCE, Gate, answers, held, picture, random_params, random_request
 
-PATIENCE = 60  # seconds after which a test that hangs fails
-
-
-def sources_of(images, videos=()):
-    """What a request without options gives."""
-    return MediaSources(list(images), list(videos), [ImageOptions()] * len(images), [VideoOptions()] * len(videos))
+THREADS = pipeline_module._LOAD_THREADS
 
 
 @pytest.fixture(scope="module")
 def engines(engine_dirs):
     return open_engines(engine_dirs["torch"], "cpu")
-
-
-class Gate:
-    """Holds up the loading of requests with an image of a marked height until it is opened."""
-
-    def __init__(self, pipeline, height):
-        self.opened, self.begun, self.threads = threading.Event(), 0, set()
-        loader, self.height = pipeline._media_ahead, height
-        self._load, loader._load = loader._load, self.load
-
-    def load(self, sources):
-        if any(isinstance(image, np.ndarray) and image.shape[0] == self.height for image in sources.images):
-            self.threads.add(threading.current_thread())
-            self.begun += 1
-            assert self.opened.wait(PATIENCE)
-        return self._load(sources)
-
-
-def held(text="What?", **options):
-    return Request(text, [picture(1, 99, 60)], **options)
 
 
 @pytest.fixture
@@ -86,14 +59,14 @@ def test_answers_are_those_of_the_serial_order(engines, seeds, data):
     delays = data.draw(st.lists(st.sampled_from([0.0, 0.0, 0.002, 0.02]), min_size=14, max_size=14))
     expected = answers(Pipeline(engines, PipelineOptions(overlap=False)).generate(requests, params))
     pipeline = Pipeline(engines)
-    load = pipeline._media_ahead._load
+    load = pipeline._preparer.load
     following = iter(delays * len(seeds))
 
-    def slow(sources):
+    def slow(*arguments):
         time.sleep(next(following))
-        return load(sources)
+        return load(*arguments)
 
-    pipeline._media_ahead._load = slow
+    pipeline._preparer.load = slow
     for _ in range(2):  # the second time embeddings and prefixes are there
         assert answers(pipeline.generate(requests, params)) == expected
     assert pipeline.counters().embedding_hits > 0 or not any(r.images or r.videos for r in requests)
@@ -122,17 +95,16 @@ def test_the_loaded_pass_those_still_loading_and_are_passed_by_nobody_later(gate
     first = pipeline.submit(held(), SamplingParams(max_tokens=2))
     ready = [pipeline.submit(random_request(seed, images=1), SamplingParams(max_tokens=9 + seed)) for seed in range(9)]
     step_until(pipeline, lambda: sum(bool(output.token_ids) for output in ready) == slots)
-    waiting = [pending.output for pending in pipeline._waiting]
+    waiting = [pending.output for pending in pipeline._queue]
     assert waiting[0] is first
     assert not first.finished
     gate.opened.set()
-    loading = next(iter(pipeline._waiting)).loading
-    loading.wait_for_any([loading], PATIENCE)
+    next(iter(pipeline._queue)).job.future.result(PATIENCE)
     while True:
-        assert [pending.output for pending in pipeline._waiting] == waiting  # nobody else has gone in before it
+        assert [pending.output for pending in pipeline._queue] == waiting  # nobody else has gone in before it
         pipeline.step()
-        if len(pipeline._waiting) < len(waiting):
-            assert first not in [pending.output for pending in pipeline._waiting]
+        if len(pipeline._queue) < len(waiting):
+            assert first not in [pending.output for pending in pipeline._queue]
             break
     step_until(pipeline, lambda: not pipeline.busy)
     assert all(output.finish_reason is not None for output in (first, *ready))
@@ -149,18 +121,18 @@ def test_an_idle_pipeline_waits_in_one_step(gated):
 
 def test_loading_that_is_over_at_once_counts_once(engines):
     pipeline = Pipeline(engines)
-    start, load = pipeline._media_ahead.start, pipeline._media_ahead._load
+    submit, load = pipeline._prefetcher.submit, pipeline._preparer.load
 
-    def start_and_wait(sources):
-        loading = start(sources)
-        loading.wait_for_any([loading], PATIENCE)
-        return loading
+    def submit_and_wait(*arguments):
+        job = submit(*arguments)
+        job.future.result(PATIENCE)
+        return job
 
-    def slow(sources):
+    def slow(*arguments):
         time.sleep(0.2)
-        return load(sources)
+        return load(*arguments)
 
-    pipeline._media_ahead.start, pipeline._media_ahead._load = start_and_wait, slow
+    pipeline._prefetcher.submit, pipeline._preparer.load = submit_and_wait, slow
     timings = pipeline.generate(held(), SamplingParams(max_tokens=1))[0].timings
     assert timings.preprocess >= 0.2
     assert timings.preprocess + timings.vision + timings.prefill <= timings.total
@@ -192,7 +164,7 @@ def test_a_fault_ends_its_own_request(gated):
 
 def test_cancelled_while_loading(gated):
     pipeline, gate = gated
-    outputs = [pipeline.submit(held(), SamplingParams(max_tokens=2)) for _ in range(_THREADS + 2)]
+    outputs = [pipeline.submit(held(), SamplingParams(max_tokens=2)) for _ in range(THREADS + 2)]
     pipeline._take_in()
     time.sleep(0.05)  # as many as there are threads begin
     for output in outputs:
@@ -200,7 +172,7 @@ def test_cancelled_while_loading(gated):
     assert not pipeline.busy
     gate.opened.set()
     pipeline.close()
-    assert gate.begun <= _THREADS  # those in the queue were never begun with
+    assert gate.begun <= THREADS  # those in the queue were never begun with
     assert [output.finish_reason for output in outputs] == ["cancelled"] * len(outputs)
 
 
@@ -243,7 +215,7 @@ def test_a_pipeline_that_is_let_go_ends_its_threads(engines):
     gc.collect()
     pipeline = Pipeline(engines)
     pipeline.generate(random_request(1, images=2), SamplingParams(max_tokens=1))
-    threads = list(pipeline._media_ahead._threads._threads)
+    threads = list(pipeline._prefetcher._executor._threads)
     assert threads
     del pipeline
     gc.collect()
@@ -255,29 +227,15 @@ def test_a_pipeline_that_is_let_go_ends_its_threads(engines):
 def test_no_thread_without_overlap(engines):
     pipeline = Pipeline(engines, PipelineOptions(overlap=False))
     pipeline.generate(random_request(1, images=2), SamplingParams(max_tokens=1))
-    assert pipeline._media_ahead._threads is None
+    assert pipeline._prefetcher._executor is None
 
 
-def test_only_what_lies_on_the_host_is_loaded_on_threads():
-    seen = []
-
-    def load(sources):
-        seen.append(threading.current_thread())
-        return []
-
-    loader = MediaAhead(load, overlap=True)
+def test_what_lies_on_a_gpu():
     image, there = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8, device="meta")
-    for videos in ([Video([there], 2.0)], [[there, there]], [there[None]]):
-        assert not loader.start(sources_of([], videos)).ahead
-    assert not loader.start(sources_of([image, there])).ahead
-    assert not loader.start(sources_of([])).ahead
-    for media in ([image], ["a.png"], [b"..."], [np.zeros((4, 4, 3), np.uint8)]):
-        loading = loader.start(sources_of(media, [media]))
-        assert loading.ahead
-        assert loading.future.result(PATIENCE) == loader.take(loading) == []
-    assert len(seen) == 4
-    assert threading.current_thread() not in seen
-    loader.close()
+    for media in ([Video([there], 2.0)], [[there, there]], [there[None]], [image, there]):
+        assert on_gpu(media)
+    for media in ([], [image], ["a.png"], [b"..."], [np.zeros((4, 4, 3), np.uint8)], [Video([image], 2.0)]):
+        assert not on_gpu(media)
 
 
 def test_one_opened_image_in_many_requests(engines, tmp_path):
@@ -298,10 +256,10 @@ class Alive:
     def __init__(self, pipeline):
         self.now = self.peak = 0
         self._lock = threading.Lock()
-        self._load, pipeline._media_ahead._load = pipeline._media_ahead._load, self.load
+        self._load, pipeline._preparer.load = pipeline._preparer.load, self.load
 
-    def load(self, sources):
-        media = self._load(sources)
+    def load(self, *arguments):
+        media = self._load(*arguments)
         for image in media:
             self.count(image.nbytes)
             weakref.finalize(image, self.count, -image.nbytes)
@@ -322,15 +280,14 @@ def png(seed, height, width):
 SIZE = 3 * 60 * 80
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("images", [4.5, 0])
+@pytest.mark.parametrize(("overlap", "images"), [(True, 4.5), (False, 0)])
 def test_what_waits_is_bounded_in_bytes(engines, overlap, images):
     """Bounded by the number of requests alone, twice as many as there are slots would be decoded."""
     pipeline = Pipeline(
         engines, PipelineOptions(overlap=overlap, ahead_bytes=int(images * SIZE), embedding_cache_bytes=0)
     )
     alive = Alive(pipeline)
-    most = max(images, _THREADS if overlap else 1) * SIZE  # one a thread until a size is known; at least one
+    most = max(images, THREADS if overlap else 1) * SIZE  # one a thread until a size is known; at least one
     assert 3 * engines.decoder.slots * SIZE > 2 * most
     requests = [Request("What?", [png(seed, 60, 80)]) for seed in range(3 * engines.decoder.slots)]
     params = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -395,81 +352,7 @@ def test_frames_are_read_where_they_come_in_and_not_again(engines, monkeypatch):
     pipeline.close()
 
 
-def test_many_that_turn_out_larger_than_those_before(engines, monkeypatch):
-    """When they are asked for, each counts as the small one; a thread that comes to one knows better."""
-    monkeypatch.setattr(media_ahead, "_THREADS", 2)
-    small, large = 3 * 30 * 40, 3 * 120 * 160
-    pipeline = Pipeline(engines, PipelineOptions(ahead_bytes=large, embedding_cache_bytes=0))
-    alive = Alive(pipeline)
-    pipeline.generate(Request("What?", [png(0, 30, 40)]), SamplingParams(max_tokens=2))
-    assert 0 < alive.peak == small
-    busy = [
-        pipeline.submit(Request(f"Who {n}?"), SamplingParams(max_tokens=60, ignore_eos=True))
-        for n in range(engines.decoder.slots)
-    ]
-    step_until(pipeline, lambda: all(output.token_ids for output in busy))
-    waiting = [pipeline.submit(Request("What?", [png(seed, 120, 160)])) for seed in range(8)]
-    assert engines.decoder.slots > 2
-    step_until(pipeline, lambda: all(output.finished for output in waiting))
-    assert large <= alive.peak <= 2 * large
-    assert all(output.error is None for output in waiting)
-    pipeline.close()
-
-
-class Blocked:
-    """Media that are loading until they are let go; how many have begun."""
-
-    def __init__(self):
-        self.begun, self.let_go = [], threading.Event()
-
-    def __call__(self, sources):
-        self.begun.append(sources)
-        assert self.let_go.wait(PATIENCE)
-        return []
-
-
-@pytest.mark.parametrize(("most", "expected"), [(0, 1), (14 * 60 * 80, 2), (21 * 60 * 80 + 999, 3)])
-def test_what_is_being_decoded_counts_as_its_header_says(most, expected, monkeypatch, tmp_path):
-    """7 bytes a pixel, and the file; where nothing is held, one of any size."""
-    monkeypatch.setattr(media_ahead, "_THREADS", 8)
-    path = tmp_path / "a.png"
-    Image.new("RGB", (80, 60)).save(path)
-    blocked = Blocked()
-    most += expected * path.stat().st_size if most else 0
-    loader = MediaAhead(blocked, overlap=True, most_bytes=most)
-    loader.begin_pass([])
-    loadings = [loader.start(sources_of([str(path)])) for _ in range(6)]
-    time.sleep(0.3)
-    assert len(blocked.begun) == expected
-    blocked.let_go.set()
-    end = time.monotonic() + PATIENCE
-    while any(loading.future is not None or not loading.begun for loading in loadings):
-        loader.begin_pass([])
-        for loading in loadings:
-            if loading.future is not None or not loading.begun:
-                loader.take(loading)
-        assert time.monotonic() < end
-    assert len(blocked.begun) == 6
-    loader.close()
-
-
-def test_of_what_nobody_knows_there_is_one_a_thread(monkeypatch):
-    monkeypatch.setattr(media_ahead, "_THREADS", 3)
-    blocked = Blocked()
-    loader = MediaAhead(blocked, overlap=True, most_bytes=10**9)
-    loader.begin_pass([])
-    for _ in range(6):
-        loader.start(sources_of([], ["a.mp4"]))
-    time.sleep(0.1)
-    assert len(blocked.begun) == 3
-    blocked.let_go.set()
-    loader.close()
-
-
-def test_frames_in_memory_are_counted():
-    blocked = Blocked()
-    blocked.let_go.set()
-    loader = MediaAhead(blocked, overlap=True)
+def test_bytes_of_frames_in_memory():
     frame = picture(1, 60, 80)
     for videos, nbytes in (
         ([[frame, frame]], 2 * SIZE),
@@ -479,15 +362,15 @@ def test_frames_in_memory_are_counted():
         ([b"..."], None),
         ([5], 0),
     ):
-        loading = loader.start(sources_of([frame], videos))
-        loading.measure()
-        assert loading.nbytes == (None if nbytes is None else SIZE + nbytes)
-    loader.close()
+        assert loading_bytes(Media([frame], videos)) == (None if nbytes is None else SIZE + nbytes)
 
 
-def test_fits():
-    assert fits(0, 500, most=0)  # whatever its size, where nothing waits
-    assert fits(80, 100, most=180)
-    assert not fits(80, 101, most=180)
+def test_a_file_is_counted_as_its_header_says(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (80, 60)).save(path)
+    assert loading_bytes(Media([str(path)])) == 7 * 60 * 80 + path.stat().st_size
+
+
+def test_a_negative_number_of_bytes():
     with pytest.raises(LimitError, match="ahead_bytes is -1"):
         Pipeline(None, PipelineOptions(ahead_bytes=-1))

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from qwen2vl_trt.errors import LimitError, MediaError, PromptError
-from qwen2vl_trt.runtime.features.decode_ahead import Batching
-from qwen2vl_trt.runtime.features.sources import Admit, DecoderFeatures, VisionFeatures
+from qwen2vl_trt.runtime.features.sources import DecoderFeatures, FeatureSource
 from qwen2vl_trt.runtime.inputs.image_listing import ImageFile
 from qwen2vl_trt.runtime.preprocessing.sizes import Medium
 from qwen2vl_trt.runtime.request import Request
 
-from .filesystem import is_uri, open_filesystem
 from .journal import Journal
-from .memory import out_of_memory
-from .rows import Row
+from .rows import Row, is_uri, open_filesystem
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "failed to allocate memory", "bad allocation", "bad_alloc")
+"""PyTorch on the CPU and ONNX Runtime have no exception of their own for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,34 +38,33 @@ class PromptedDecoderFeatures(DecoderFeatures):
         return self._pipeline.hidden_states(requests)
 
 
-class RowSource:
+class RowSource(FeatureSource):
     """Makes another source read rows.
 
     Args:
-        source: what makes the features, or only loads images.
-        batching: what an engine call takes; where memory ends, half as many tokens, and so on, until the worker ends.
+        source: what makes the features.
+        max_tokens: image tokens of an engine call; where memory ends, half as many, and so on, until the worker ends.
     """
 
-    def __init__(self, source: VisionFeatures | DecoderFeatures, batching: Batching) -> None:
-        self._source, self._batching = source, batching
-        self._max_tokens = batching.max_tokens
-        self._rows: dict[str, Row] = {}
-        self.journal: Journal | None = None
+    def __init__(self, source: FeatureSource, max_tokens: int) -> None:
+        self._source, self._max_tokens = source, max_tokens
+        self._rows: dict[str | bytes, tuple[Row, Journal]] = {}
+        self._fetched: dict[str | bytes, str | bytes] = {}
 
-    def files(self, rows: Iterable[Row]) -> Iterator[ImageFile]:
+    def files(self, rows: Iterable[Row], journal: Journal) -> Iterator[ImageFile]:
         """The rows as files to load; one that is taken from the iterator waits until it is loaded."""
         for row in rows:
-            self._rows[row.id] = row
+            self._rows[row.id] = row, journal
             yield ImageFile(row.id, row.id)
 
-    def load(self, path: str, name: str, admit: Admit) -> Medium:
-        row = self._rows.pop(path)
-        if self.journal is not None:
-            self.journal.start(row.id)
-        if row.fault is not None:
-            raise MediaError(f"row {row.id}: {row.fault}")
-        assert row.image is not None
-        image = self._source.load(_fetch(row.image, row.id), f"row {row.id}", admit)
+    def size(self, path: str | bytes, name: str) -> int:
+        row, journal = self._rows[path]
+        self._fetched[path] = image = fetch(row, journal)
+        return self._source.size(image, name)
+
+    def load(self, path: str | bytes, name: str) -> Medium:
+        row, _ = self._rows.pop(path)
+        image = self._source.load(self._fetched.pop(path), f"row {row.id}")
         return LoadedRow(image.size, image.frames, row=row)
 
     def extract(self, images: Sequence[Medium]) -> list[Tensor]:
@@ -105,12 +104,30 @@ class RowSource:
         self._max_tokens = max(1, min(self._max_tokens, tokens) // 2)
 
 
-def _fetch(image: str | bytes, row: str) -> str | bytes:
-    """The bytes of an image that is not on this machine."""
+def fetch(row: Row, journal: Journal) -> str | bytes:
+    """Take a row in hand: its image, whose bytes are read if it is not on this machine; on any thread.
+
+    Raises:
+        MediaError: there is none, or it cannot be read.
+    """
+    journal.start(row.id)
+    if row.fault is not None:
+        raise MediaError(f"row {row.id}: {row.fault}")
+    image = row.image
+    assert image is not None
     if isinstance(image, bytes) or not is_uri(image) or image.startswith(("http://", "https://")):
         return image  # addresses are refused where images are loaded
     filesystem, path = open_filesystem(image)
     try:
         return bytes(filesystem.cat_file(path))
     except Exception as error:  # each store's client has exceptions of its own
-        raise MediaError(f"row {row} ({image}): cannot be read: {error}") from None
+        raise MediaError(f"row {row.id} ({image}): cannot be read: {error}") from None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out, on the host or on the device, whichever library says so."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if any(phrase in str(error).lower() for phrase in _OUT_OF_MEMORY):
+        return True
+    return error.__cause__ is not None and out_of_memory(error.__cause__)

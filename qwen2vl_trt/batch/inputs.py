@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,13 +21,22 @@ import pyarrow.parquet as pq
 
 from qwen2vl_trt.errors import BatchError, MediaError
 from qwen2vl_trt.files import replacement
-from qwen2vl_trt.runtime.features.names import as_unicode
-from qwen2vl_trt.runtime.features.shards import writing
+from qwen2vl_trt.runtime.features.output_folder import writing
+from qwen2vl_trt.runtime.features.shards import as_unicode
 from qwen2vl_trt.runtime.inputs.image_formats import image_suffixes
 from qwen2vl_trt.runtime.inputs.image_listing import counted, list_images
 
-from .filesystem import is_uri, open_filesystem
-from .rows import JSON_LINES, TABLES, Columns, Partition, generated_id, own_id, parse_line
+from .rows import (
+    JSON_LINES,
+    TABLES,
+    Columns,
+    Partition,
+    generated_id,
+    is_uri,
+    open_filesystem,
+    own_id,
+    parse_line,
+)
 
 PARTITIONS, IMAGES = "partitions.parquet", "images.parquet"
 _LISTED = Columns("image", None, "id")
@@ -35,12 +45,9 @@ _DIGEST = 16
 
 @dataclass(frozen=True)
 class Input:
-    """What a run reads.
+    """What a run reads: the source as the user gave it, its columns, and the path or URI of each table.
 
-    Attributes:
-        source: as the user gave it.
-        columns: of its tables, or of the listing of its images.
-        tables: path or URI of each; empty where the source is images.
+    Where the source is images there are no tables, and the columns are those of the listing.
     """
 
     source: str
@@ -49,13 +56,9 @@ class Input:
 
 
 def find_input(source: str, image: str | None, prompt: str | None, row_id: str | None) -> Input:
-    """See what there is, and which columns it has.
+    """See what there is: a folder of images, a table (``*.parquet``, ``*.jsonl``), or a glob of either.
 
-    Args:
-        source: a folder of images, a table (``*.parquet``, ``*.jsonl``), or a glob of either; paths or URIs.
-        image: name of a column; by default ``image``.
-        prompt: by default ``prompt`` where there is one.
-        row_id: by default ``id`` where there is one.
+    Columns that are not named are ``image``, and ``prompt`` and ``id`` where there are such.
 
     Raises:
         MediaError: there is nothing.
@@ -204,15 +207,11 @@ def _write_listing(source: str, path: Path, rows: int, passed_over: Counter[str]
 
 def _column_names(table: str) -> Counter[str]:
     """Of a table's columns, each with the number of those of that name."""
-    filesystem, path = open_filesystem(table)
-    try:
-        with filesystem.open(path, "rb") as file:
-            if not table.endswith(JSON_LINES):
-                return Counter(pq.read_schema(file).names)
-            parsed = (parse_line(line) for line in file if line.strip())
-            first = next((values for values in parsed if isinstance(values, dict)), None)
-    except (OSError, pa.ArrowException) as error:
-        raise BatchError(f"{table} cannot be read: {error}") from None
+    with _opened(table) as file:
+        if not table.endswith(JSON_LINES):
+            return Counter(pq.read_schema(file).names)
+        parsed = (parse_line(line) for line in file if line.strip())
+        first = next((values for values in parsed if isinstance(values, dict)), None)
     if first is None:
         raise BatchError(f"{table} holds no JSON object, one of which belongs on each line")
     return Counter(dict.fromkeys(first, 1))
@@ -239,63 +238,53 @@ def _size(table: str) -> int:
 def _scan(table: str, name: str, columns: Columns, rows: int, digests: bytearray) -> tuple[list[tuple[int, int]], int]:
     """Row and byte at which each of a table's partitions begins, and its rows; adds the digests of ids of its own."""
     if not table.endswith(JSON_LINES) and columns.id is None:
-        count = _parquet_rows(table)
+        with _opened(table) as file:
+            count = int(pq.read_metadata(file).num_rows)
         return [(first, 0) for first in range(0, count, rows)], count
     starts, count = [], 0
-    for number, row_id, offset in _ids(table, name, columns):
-        if number % rows == 0:
-            starts.append((number, offset))
+    for count, (row_id, offset) in enumerate(_ids(table, name, columns), start=1):
+        if (count - 1) % rows == 0:
+            starts.append((count - 1, offset))
         if columns.id is not None:
             digests += _digest(row_id)
-        count = number + 1
     return starts, count
 
 
-def _parquet_rows(table: str) -> int:
+@contextmanager
+def _opened(table: str) -> Iterator[Any]:
     filesystem, path = open_filesystem(table)
     try:
         with filesystem.open(path, "rb") as file:
-            return int(pq.read_metadata(file).num_rows)
+            yield file
     except (OSError, pa.ArrowException) as error:
         raise BatchError(f"{table} cannot be read: {error}") from None
 
 
-def _ids(table: str, name: str, columns: Columns) -> Iterator[tuple[int, str, int]]:
-    """Number, id and first byte of each row."""
-    filesystem, path = open_filesystem(table)
-    try:
-        with filesystem.open(path, "rb") as file:
-            if table.endswith(JSON_LINES):
-                yield from _ids_of_lines(file, table, name, columns)
-            else:
-                number = 0
-                for batch in pq.ParquetFile(file).iter_batches(columns=[columns.id]):
-                    for value in batch.column(0).to_pylist():
-                        yield number, _own_id(value, table, number, columns), 0
-                        number += 1
-    except (OSError, pa.ArrowException) as error:
-        raise BatchError(f"{table} cannot be read: {error}") from None
-
-
-def _ids_of_lines(file: Any, table: str, name: str, columns: Columns) -> Iterator[tuple[int, str, int]]:
+def _ids(table: str, name: str, columns: Columns) -> Iterator[tuple[str, int]]:
+    """Id and first byte of each row; of Parquet 0."""
     number = offset = 0
-    for line in file:
-        if line.strip():
-            values = parse_line(line) if columns.id is not None else ""
-            row_id = (
-                generated_id(name, number)
-                if isinstance(values, str)
-                else _own_id(values.get(columns.id or ""), table, number, columns)
-            )
-            yield number, row_id, offset
-            number += 1
-        offset += len(line)
 
+    def checked(value: Any) -> str:
+        if value is None:
+            raise BatchError(f"{table}: row {number} has no {columns.id!r}; every row needs one, or none of them")
+        return own_id(value)
 
-def _own_id(value: Any, table: str, number: int, columns: Columns) -> str:
-    if value is None:
-        raise BatchError(f"{table}: row {number} has no {columns.id!r}; every row needs one, or none of them")
-    return own_id(value)
+    with _opened(table) as file:
+        if not table.endswith(JSON_LINES):
+            for batch in pq.ParquetFile(file).iter_batches(columns=[columns.id]):
+                for value in batch.column(0).to_pylist():
+                    yield checked(value), 0
+                    number += 1
+            return
+        for line in file:
+            if line.strip():
+                values = "" if columns.id is None else parse_line(line)
+                if isinstance(values, str) or columns.id is None:  # what is wrong with a line is said where it is read
+                    yield generated_id(name, number), offset
+                else:
+                    yield checked(values.get(columns.id)), offset
+                number += 1
+            offset += len(line)
 
 
 def _name(table: str, root: str) -> str:
@@ -311,7 +300,7 @@ def _refuse_duplicates(tables: tuple[str, ...], root: str, columns: Columns, dig
     wanted, places = values[twice[0] : twice[0] + 1].tobytes(), []
     for table in tables:
         name = _name(table, root)
-        for number, row_id, _ in _ids(table, name, columns):
+        for number, (row_id, _) in enumerate(_ids(table, name, columns)):
             if _digest(row_id) == wanted:
                 places.append(f"{name} row {number}")
                 found = row_id

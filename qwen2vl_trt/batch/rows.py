@@ -1,4 +1,4 @@
-"""Rows of a table, Parquet or JSON lines, from any place in it."""
+"""Rows of a table, Parquet or JSON lines, on any file system, from any place in it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+from fsspec.implementations.arrow import ArrowFSWrapper
+from pyarrow.fs import FileSystem
 
-from qwen2vl_trt.errors import BatchError
-from qwen2vl_trt.runtime.features.names import as_unicode
-
-from .filesystem import is_uri, open_filesystem
+from qwen2vl_trt.errors import BatchError, MediaError
+from qwen2vl_trt.runtime.features.shards import as_unicode
 
 JSON_LINES = (".jsonl", ".ndjson")
 TABLES = (".parquet", *JSON_LINES)
+_NATIVE = ("s3", "gs", "gcs")
+"""File systems of pyarrow's own wheels: no further package, credentials from the environment."""
 _READ_ROWS = 64
 """Rows in memory at a time: with the bytes of photographs in a column, some hundred megabytes."""
 
@@ -61,14 +64,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the input.
-
-    Attributes:
-        id: unique in the whole input.
-        image: a path, a URI, or the bytes of an image file; None where there is none.
-        prompt: None where there is none.
-        fault: what is wrong with the row itself, if anything.
-    """
+    """One row of the input: its image is a path, a URI or the bytes of a file, ``fault`` what is wrong with the row."""
 
     id: str
     image: str | bytes | None = None
@@ -167,3 +163,21 @@ def _row(values: dict[str, Any] | str, columns: Columns, partition: Partition, n
     if isinstance(image, str) and not Path(image).is_absolute() and not is_uri(image):
         image = f"{partition.path.rpartition('/')[0] or '.'}/{image}"
     return Row(row_id, image, prompt)
+
+
+def is_uri(path: str) -> bool:
+    """Whether a path is for a file system, ``s3://bucket/key`` for one, and not a path of this machine."""
+    return "://" in path
+
+
+def open_filesystem(path: str) -> tuple[Any, str]:
+    """The fsspec file system that a path or URI is on, and the path there; MediaError where there is none."""
+    try:
+        if path.split("://")[0] in _NATIVE and is_uri(path):
+            # A wildcard is no part of a URI that pyarrow takes, so only the bucket goes into it.
+            scheme, rest = path.split("://", 1)
+            filesystem, _ = FileSystem.from_uri(f"{scheme}://{rest.split('/', 1)[0]}")
+            return ArrowFSWrapper(filesystem), rest
+        return url_to_fs(path)
+    except (ValueError, ImportError, OSError) as error:
+        raise MediaError(f"{path} cannot be opened: {error}") from None

@@ -6,12 +6,12 @@ from dataclasses import asdict
 
 import pytest
 
-import qwen2vl_trt.fleet.driver
+import qwen2vl_trt.batch.driver
+from qwen2vl_trt.batch.driver import connect
+from qwen2vl_trt.batch.worker import Worker
 from qwen2vl_trt.commands import call
 from qwen2vl_trt.errors import BatchError, FeaturesError, MediaError, MissingDependencyError, SamplingError
-from qwen2vl_trt.fleet.cluster import connect
-from qwen2vl_trt.fleet.worker import Worker
-from tests.fleet.outputs import failures, rows, write_lines
+from tests.batch.outputs import failures, rows, write_lines
 from tests.support.media_files import save_images
 
 
@@ -40,7 +40,7 @@ def no_ray(monkeypatch):
                     raise BatchError(answer["fatal"])
                 yield answer
 
-    monkeypatch.setattr(qwen2vl_trt.fleet.driver, "Driver", Loop)
+    monkeypatch.setattr(qwen2vl_trt.batch.driver, "Driver", Loop)
     return asked
 
 
@@ -84,7 +84,7 @@ def test_a_run_and_how_it_goes_on(batch, images, tmp_path, capsys):
     ]
     before = rows(tmp_path / "out")
     (tmp_path / "out" / "data" / "part-00001.parquet").unlink()
-    with pytest.raises(BatchError, match="--resume goes on with it, --overwrite starts again"):
+    with pytest.raises(FeaturesError, match="--resume goes on with it, --overwrite starts again"):
         batch("--input", images, "--shard-size", 4)
     batch("--input", images, "--shard-size", 4, "--resume")
     assert "out: 3 rows, 6 were there, " in capsys.readouterr().err
@@ -126,7 +126,7 @@ def test_a_resumed_run_must_be_the_same(batch, images, tmp_path):
 
 def test_an_interrupted_job_goes_on_where_it_was(batch, images, tmp_path, monkeypatch, capsys):
     """What it says is what the output holds: a worker is a partition ahead of what the driver was told."""
-    run_all = qwen2vl_trt.fleet.driver.Driver.run
+    run_all = qwen2vl_trt.batch.driver.Driver.run
 
     def interrupted(self, partitions, *rest):
         told = run_all(self, partitions[:2], *rest)
@@ -134,13 +134,13 @@ def test_an_interrupted_job_goes_on_where_it_was(batch, images, tmp_path, monkey
         next(told)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(qwen2vl_trt.fleet.driver.Driver, "run", interrupted)
+    monkeypatch.setattr(qwen2vl_trt.batch.driver.Driver, "run", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"^8 rows are saved; run again with --resume to go on$"):
         batch("--input", images, "--shard-size", 4)
     assert len(rows(tmp_path / "out")) == 8
     assert not (tmp_path / "out" / ".work").exists()
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(qwen2vl_trt.fleet.driver.Driver, "run", run_all)
+    monkeypatch.setattr(qwen2vl_trt.batch.driver.Driver, "run", run_all)
     batch("--input", images, "--shard-size", 4, "--resume")
     assert len(rows(tmp_path / "out")) == 10
 
@@ -184,7 +184,7 @@ def test_what_is_refused_before_the_work(batch, images, tmp_path, monkeypatch):
     given = ("--input", images)
     for options, error, message in (
         (("--input", tmp_path / "empty"), MediaError, "no image there"),
-        ((*given, "--output", tmp_path / "no" / "out"), BatchError, "there is no folder"),
+        ((*given, "--output", tmp_path / "no" / "out"), FeaturesError, "there is no folder"),
         ((*given, "--prompt", "x"), BatchError, "are for --task generate and --source decoder"),
         ((*given, "--source", "decoder"), BatchError, "every row needs a prompt: give --prompt TEXT, or a table"),
         ((*given, "--task", "generate"), BatchError, "every row needs a prompt"),
@@ -202,7 +202,7 @@ def test_what_is_refused_before_the_work(batch, images, tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             batch(*given, *options)
     monkeypatch.setattr("os.access", lambda path, mode: False)  # the superuser may write anywhere
-    with pytest.raises(BatchError, match="read-only"):
+    with pytest.raises(FeaturesError, match="read-only"):
         batch(*given, output=tmp_path / "new")
 
 
@@ -221,7 +221,7 @@ def test_a_worker_that_lives_on_adds_nothing_to_what_was_counted(batch, images, 
             monkeypatch.setattr(os, "link", link)
         yield
 
-    monkeypatch.setattr(qwen2vl_trt.fleet.driver.Driver, "run", interrupted)
+    monkeypatch.setattr(qwen2vl_trt.batch.driver.Driver, "run", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"^4 rows are saved"):
         batch("--input", images, "--shard-size", 4)
     assert "cannot be written" in left[0]()["fatal"]
@@ -272,7 +272,7 @@ def test_two_runs_exclude_each_other(batch, images, tmp_path):
     from filelock import FileLock
 
     (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(BatchError, match="another run is writing there"):
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(FeaturesError, match="another run is writing there"):
         batch("--input", images)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from qwen2vl_trt.batch.journal import Journal
 from qwen2vl_trt.errors import BatchError
-from qwen2vl_trt.fleet.journal import Journal
 
 
 @pytest.fixture

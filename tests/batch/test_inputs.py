@@ -6,10 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from qwen2vl_trt.batch.inputs import divide, find_input, read_partitions
+from qwen2vl_trt.batch.rows import read_rows
 from qwen2vl_trt.errors import BatchError, MediaError
-from qwen2vl_trt.fleet.inputs import divide, find_input, read_partitions
-from qwen2vl_trt.fleet.rows import read_rows
-from tests.fleet.outputs import write_lines
+from tests.batch.outputs import write_lines
 from tests.support.media_files import save_images
 
 
