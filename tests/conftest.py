@@ -123,7 +123,7 @@ def fp8_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from qwen2vl_trt.export.quantize import quantize_checkpoint
     from qwen2vl_trt.hub import resolve_model
     from qwen2vl_trt.runtime.calibration import Calibration
-    from qwen2vl_trt.tiny.calibration import training_data
+    from qwen2vl_trt.tiny.evaluation import training_data
 
     checkpoint = Checkpoint(resolve_model("tiny").folder)
     samples = Calibration(checkpoint, training_data(96))

@@ -1,4 +1,4 @@
-"""Measure engines: throughput, latency, memory, share of each stage, fraction of the floor."""
+"""Measure engines: throughput, latency, memory, share of each stage, fraction of the roofline."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import math
 import sys
 from pathlib import Path
 
-from qwen2vl_trt.benchmarks.bench import summary
-from qwen2vl_trt.benchmarks.bench.run import PRECISIONS, Options, Until
-from qwen2vl_trt.benchmarks.bench.run import run as measure
-from qwen2vl_trt.benchmarks.files import check_plot, check_target, write_json
-from qwen2vl_trt.benchmarks.random_model import SHAPES, random_checkpoint
-from qwen2vl_trt.benchmarks.subjects.engines import EngineOptions, check_options
-from qwen2vl_trt.benchmarks.subjects.shapes import ALL_STAGES, STAGES, Shape
+from qwen2vl_trt.benchmarks import plots
+from qwen2vl_trt.benchmarks import report as reports
+from qwen2vl_trt.benchmarks.bench import PRECISIONS
+from qwen2vl_trt.benchmarks.bench import run as measure
+from qwen2vl_trt.benchmarks.cases import ALL_STAGES, STAGES, Shape
+from qwen2vl_trt.benchmarks.engines import EngineOptions
+from qwen2vl_trt.benchmarks.measure import Until
+from qwen2vl_trt.benchmarks.random_model import random_checkpoint
 from qwen2vl_trt.engines.arguments import add_build_arguments
 from qwen2vl_trt.engines.command import path_name, positive_number
 from qwen2vl_trt.errors import BenchmarkError
+from qwen2vl_trt.files import check_target, write_json
+from qwen2vl_trt.plots import check_plot
+from qwen2vl_trt.published import SHAPES
 from qwen2vl_trt.runtime.engine_folder import engine_folder
 from qwen2vl_trt.runtime.pipeline_arguments import add_decode_argument, check_decode
 
@@ -81,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
             check_target(path)
     for option, path in (("--plot", arguments.plot), ("--trace-plot", arguments.trace_plot)):
         if path is not None:
-            check_plot(path, option)
+            check_plot(path, option, "bench")
     stages = (arguments.stage,) if arguments.stage else STAGES
     tracing = [option for option in ("trace", "trace_plot") if getattr(arguments, option) is not None]
     if tracing and "pipeline" not in stages:
@@ -91,38 +95,25 @@ def run(arguments: argparse.Namespace) -> None:
     check_decode(arguments.decode, arguments.device)
     folder = _folder(arguments)
     engines = EngineOptions(folder, arguments.device, arguments.streams, arguments.use_cuda_graph, arguments.decode)
-    check_options(engines, stages)
+    engines.check(stages)
     until = Until(arguments.warm_up / 1e3, arguments.duration, arguments.iterations)
-    report = measure(
-        Options(
-            engines,
-            stages,
-            shapes,
-            until,
-            _rival(arguments.against, engines),
-            arguments.export_profile is not None,
-            bool(tracing),
-        )
-    )
+    against = _baseline(arguments.against, engines)
+    report = measure(engines, stages, shapes, until, against, arguments.export_profile is not None, bool(tracing))
     if arguments.json:
-        print(json.dumps(summary.as_dict(report, arguments.command_line), indent=1))
+        print(json.dumps(reports.as_dict(report, arguments.command_line), indent=1))
     else:
-        print("\n".join(summary.text(report)))
+        print("\n".join(reports.text(report)))
     if arguments.export_times is not None:
-        write_json(arguments.export_times, summary.times(report))
+        write_json(arguments.export_times, reports.times(report))
     if arguments.export_profile is not None:
-        write_json(arguments.export_profile, summary.operators(report))
+        write_json(arguments.export_profile, reports.operators(report))
     if arguments.trace is not None and report.trace is not None:
         write_json(arguments.trace, report.trace)
     if arguments.trace_plot is not None and report.trace is not None:
-        from qwen2vl_trt.benchmarks.bench.plot import what_ran
-        from qwen2vl_trt.benchmarks.bench.timeline_plot import save_timeline
-
-        save_timeline(report.trace, f"{what_ran(report)}: {report.results[-1].case.label}", arguments.trace_plot)
+        title = f"{plots.what_ran(report)}: {report.results[-1].case.label}"
+        plots.save_timeline(report.trace, title, arguments.trace_plot)
     if arguments.plot is not None:
-        from qwen2vl_trt.benchmarks.bench.plot import save_plot
-
-        save_plot(report, arguments.plot)
+        plots.save_latencies(report, arguments.plot)
     if report.ended_by is not None:
         sys.stdout.flush()  # an OSError is reported by leaving out what stdout still holds
         raise report.ended_by
@@ -151,7 +142,7 @@ def use_random_weights(arguments: argparse.Namespace) -> None:
     """Make ``--model`` the folder of a random checkpoint, where that is asked for; written where it is not there yet.
 
     Raises:
-        BenchmarkError: no such shape, a depth without ``--random-weights``, or no room on the disk.
+        BenchmarkError: no such shape, a depth without ``--random-weights``, or too little space on the disk.
     """
     if arguments.random_weights:
         if not arguments.model:
@@ -165,12 +156,12 @@ def use_random_weights(arguments: argparse.Namespace) -> None:
 def _folder(arguments: argparse.Namespace) -> Path:
     """The engines in --engine-dir as they are, unless a model is named too; else the model's, built where missing."""
     use_random_weights(arguments)
-    from qwen2vl_trt.tiny.calibration import training_data
+    from qwen2vl_trt.tiny.evaluation import training_data
 
     return engine_folder(arguments, training_data)
 
 
-def _rival(text: str | None, options: EngineOptions) -> str | None:
+def _baseline(text: str | None, options: EngineOptions) -> str | None:
     """Precision in which Transformers runs; FP8 engines are compared with BF16, which is the nearest it has."""
     if text is None:
         return None

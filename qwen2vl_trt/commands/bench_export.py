@@ -11,12 +11,15 @@ import json
 import tempfile
 from pathlib import Path
 
-from qwen2vl_trt.benchmarks.machine import machine, one_line
-from qwen2vl_trt.benchmarks.random_model import SHAPES, config_of, write_sparse_checkpoint
+import torch
+
+from qwen2vl_trt.benchmarks.random_model import config_of, write_sparse_checkpoint
 from qwen2vl_trt.benchmarks.workers import measured_call
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.command import positive_number
 from qwen2vl_trt.engines.precision import BF16, FP32
+from qwen2vl_trt.machine import machine, one_line
+from qwen2vl_trt.published import SHAPES
 
 _PRECISIONS = {precision.name: precision for precision in (FP32, BF16)}
 
@@ -52,10 +55,11 @@ def export(checkpoint: Path, folder: Path, precision: str) -> None:
 
 def report(figures: dict[str, float], arguments: argparse.Namespace, *packages: str) -> None:
     """Print figures, whose names end in their unit, below the machine and the versions of ``packages``."""
+    facts = machine(torch.device("cpu"), *packages)
     if arguments.json:
-        print(json.dumps({"command": arguments.command_line, "machine": machine(*packages), **figures}, indent=1))
+        print(json.dumps({"command": arguments.command_line, "machine": facts, **figures}, indent=1))
         return
-    print(one_line(machine(*packages)))
+    print(one_line(facts))
     for name, value in figures.items():
         what, _, unit = name.rpartition("_")
         print(f"{what.replace('_', ' '):<28}{value:>13,.1f} {unit.replace('mb', 'MB')}")

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Build what is missing, and say which folder it is."""
     from qwen2vl_trt.runtime.engine_folder import build_planned
-    from qwen2vl_trt.tiny.calibration import training_data
+    from qwen2vl_trt.tiny.evaluation import training_data
 
     plan = plan_build(arguments)
     if build_planned(plan, training_data):

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen2vl_trt.engines.command import FAILED, folder_name, path_name, positive_number
-from qwen2vl_trt.errors import CompareError, Qwen2VLError
+from qwen2vl_trt.errors import CompareError, MissingDependencyError, Qwen2VLError
+from qwen2vl_trt.files import check_target
+from qwen2vl_trt.plots import check_plot
 
 if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner
 
-    from qwen2vl_trt.accuracy.cases import Case
     from qwen2vl_trt.accuracy.comparison import Row
+    from qwen2vl_trt.accuracy.inputs import Case
     from qwen2vl_trt.accuracy.report import Report
     from qwen2vl_trt.checkpoint import Checkpoint
     from qwen2vl_trt.runtime.backends.runners import Engines
     from qwen2vl_trt.runtime.preprocessing.preprocessor import PreprocessorSettings
 
 REFERENCES = ("transformers", "torch")
+_REPORTED = ("transformers", "onnxruntime", "polygraphy", "tensorrt", "tensorrt_rtx", "numpy")
+_PACKAGES = {
+    "polygraphy": "polygraphy",
+    "matplotlib": "matplotlib",
+    "torchvision": "torchvision",
+    "sklearn": "scikit-learn",
+}
 EPILOG = """Exit codes: 0 within the tolerance; 1 over it, with a line that says what departs; 2 for bad input.
 docs/guide/accuracy.md says what is compared, how errors are defined and why the limits are what they are."""
 
@@ -46,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge smaller images; default the checkpoint's")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink larger images; default the checkpoint's")
     parser.add_argument(
-        "--tolerance", nargs="+", default=[], metavar="NAME=VALUE", help="change a limit, or lift it: yardstick=none"
+        "--tolerance", nargs="+", default=[], metavar="NAME=VALUE", help="change a limit, or lift it: baseline=none"
     )
     parser.add_argument(
         "--model", metavar="NAME", help="the checkpoint that a quantised one was made from: the reference's weights"
@@ -67,15 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command; exits with code 1 where the engine is over its tolerance."""
-    from qwen2vl_trt.accuracy.extra import check_extra, quieten
-
-    check_extra()
-    quieten()
-    from qwen2vl_trt.accuracy.tables import print_report
+    _check_packages()
+    from qwen2vl_trt.accuracy.report import print_report
     from qwen2vl_trt.engines.tables import stdout_console
 
-    for path in (arguments.json, arguments.plot):
-        _check_file(path)  # before the minutes that a comparison may take
+    if arguments.json:
+        check_target(arguments.json)
+    if arguments.plot:
+        check_plot(arguments.plot, "--plot", "compare")
     report = _report(arguments, shlex.join(arguments.command_line))
     print_report(report, stdout_console())
     if arguments.json:
@@ -94,12 +102,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace, command: str) -> Report:
     from qwen2vl_trt.accuracy.comparison import compare_inputs, compare_runners
     from qwen2vl_trt.accuracy.engine_runner import EngineRunner
-    from qwen2vl_trt.accuracy.inputs import PreprocessorRunner, ProcessorRunner, TransformersProcessor, check_limits
-    from qwen2vl_trt.accuracy.machine import machine
+    from qwen2vl_trt.accuracy.inputs import TransformersProcessor, check_limits, our_inputs
     from qwen2vl_trt.accuracy.report import Report
     from qwen2vl_trt.accuracy.saved_inputs import SavedInputs
     from qwen2vl_trt.accuracy.tolerance import tolerance_of
     from qwen2vl_trt.engines.progress import progress_bar
+    from qwen2vl_trt.machine import machine
     from qwen2vl_trt.runtime.backends.runners import open_engines
     from qwen2vl_trt.runtime.options import PipelineOptions
 
@@ -126,11 +134,9 @@ def _report(arguments: argparse.Namespace, command: str) -> Report:
     if any(case.videos for case in cases):
         notes.append("positions in prompts with a video: Transformers is given ours, it counts them otherwise")
     engine = EngineRunner(_name(engines), engines, layers, saved)
-    reference, yardstick, others = _runners(arguments, engines, against, wanted)
-    runners = [engine, *others, yardstick]
-    inputs = compare_inputs(
-        ProcessorRunner(feeds), PreprocessorRunner(cases, checkpoint, settings, engines.device), len(cases)
-    )
+    reference, baseline, others = _runners(arguments, engines, against, wanted)
+    runners = [engine, *others, baseline]
+    inputs = compare_inputs(feeds, our_inputs(cases, checkpoint, settings, engines.device))
     rows: list[Row] = []
     ended_by = None
     try:
@@ -156,10 +162,10 @@ def _report(arguments: argparse.Namespace, command: str) -> Report:
         cases=tuple((case, len(feed["input_ids"])) for case, feed in zip(cases, feeds)),
         inputs=inputs,
         engine=rows[0],
-        yardstick=rows[-1] if finished else None,
+        baseline=rows[-1] if finished else None,
         others=tuple(rows[1:-1] if finished else rows[1:]),
         notes=tuple(notes),
-        machine=machine(),
+        machine=machine(engines.device, *_REPORTED),
         command=command,
         ended_by=ended_by,
     )
@@ -168,7 +174,7 @@ def _report(arguments: argparse.Namespace, command: str) -> Report:
 def _runners(
     arguments: argparse.Namespace, engines: Engines, against: Engines | None, layers: bool
 ) -> tuple[BaseRunner, BaseRunner, list[BaseRunner]]:
-    """The reference, the yardstick, and our modules in FP32 where they are neither the engine nor the reference."""
+    """The reference, the baseline, and our modules in FP32 where they are neither the engine nor the reference."""
     import torch
 
     from qwen2vl_trt.accuracy.engine_runner import EngineRunner, ModulesRunner
@@ -182,19 +188,19 @@ def _runners(
         return TransformersRunner(f"Transformers {name}", checkpoint, dtype, device, layers)
 
     ours: BaseRunner = ModulesRunner("torch fp32", engines, checkpoint, device, layers)
-    yardstick = transformers(torch.bfloat16, "bf16")
+    baseline = transformers(torch.bfloat16, "bf16")
     others: list[BaseRunner] = []
     for folder in arguments.also:
         also = _other(Path(folder), "--also", arguments.device, engines)
         others.append(EngineRunner(_name(also), also, layers and EngineRunner.can_record(also)))
     if arguments.against == "torch":
-        return ours, yardstick, others
+        return ours, baseline, others
     if _name(engines) != ours.name and ours.name not in (other.name for other in others):
         others.append(ours)
     if against is not None:
         record = layers and EngineRunner.can_record(against)
-        return EngineRunner(str(against.folder), against, record), yardstick, others
-    return transformers(torch.float32, "fp32"), yardstick, others
+        return EngineRunner(str(against.folder), against, record), baseline, others
+    return transformers(torch.float32, "fp32"), baseline, others
 
 
 def _name(engines: Engines) -> str:
@@ -252,7 +258,7 @@ def _is_quantised(checkpoint: Checkpoint) -> bool:
 
 
 def _cases(arguments: argparse.Namespace, engines: Engines, settings: PreprocessorSettings) -> list[Case]:
-    from qwen2vl_trt.accuracy.cases import digit_cases, photograph_cases, user_case
+    from qwen2vl_trt.accuracy.inputs import digit_cases, photograph_cases, user_case
 
     if arguments.prompt is not None:
         return [user_case(arguments.prompt, arguments.image, arguments.video, settings)]
@@ -261,10 +267,17 @@ def _cases(arguments: argparse.Namespace, engines: Engines, settings: Preprocess
     return digit_cases() if engines.manifest.model.startswith("tiny") else photograph_cases()
 
 
-def _check_file(path: Path | None) -> None:
-    if path is None:
-        return
-    if path.is_dir():
-        raise CompareError(f"{path} is a folder; a file is to be written there")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise CompareError(f"{path} cannot be written: {path.parent} is no folder that can be written")
+def _check_packages() -> None:
+    """See that those of the extra are there; Transformers' progress bars and advice are not for our stderr."""
+    for module, package in _PACKAGES.items():
+        if find_spec(module) is None:
+            raise MissingDependencyError(
+                f"run.py compare needs {package}, which is not installed: pip install 'qwen2vl-trt[compare]'"
+            )
+    from qwen2vl_trt.export.importable_torchvision import allow_torchvision
+
+    allow_torchvision()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

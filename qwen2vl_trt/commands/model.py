@@ -29,7 +29,7 @@ def find_engines(arguments: argparse.Namespace) -> Path:
     """The folder of the engines that the options name, built where missing."""
     from qwen2vl_trt.runtime.engine_folder import engine_folder
     from qwen2vl_trt.runtime.pipeline_arguments import pipeline_options
-    from qwen2vl_trt.tiny.calibration import training_data
+    from qwen2vl_trt.tiny.evaluation import training_data
 
     return engine_folder(arguments, training_data, pipeline_options(arguments))
 

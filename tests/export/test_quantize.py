@@ -18,7 +18,7 @@ from qwen2vl_trt.export.quantize import CalibrationSample, fp8_config, quantize_
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.quantization import fp8_layers, use_fp8
 from qwen2vl_trt.runtime.calibration import Calibration
-from qwen2vl_trt.tiny.calibration import training_data
+from qwen2vl_trt.tiny.evaluation import training_data
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import window_layout

@@ -14,7 +14,7 @@ from qwen2vl_trt.export.quantize import _arguments
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.runtime.calibration import DEFAULT_PROMPT, Calibration, CalibrationData
 from qwen2vl_trt.runtime.request import Request
-from qwen2vl_trt.tiny.calibration import training_data
+from qwen2vl_trt.tiny.evaluation import training_data
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from qwen2vl_trt.hub import ResolvedModel, resolve_model
 from qwen2vl_trt.runtime import quantized_model
 from qwen2vl_trt.runtime.calibration import CalibrationData
 from qwen2vl_trt.runtime.quantized_model import quantize_first
-from qwen2vl_trt.tiny.calibration import training_data
+from qwen2vl_trt.tiny.evaluation import training_data
 
 
 @pytest.fixture

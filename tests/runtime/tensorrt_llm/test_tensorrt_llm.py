@@ -23,7 +23,7 @@ from qwen2vl_trt.quantization import fp8_layers
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.calibration import Calibration
 from qwen2vl_trt.runtime.tensorrt_llm import runner as tensorrt_llm_runner
-from qwen2vl_trt.tiny.calibration import training_data
+from qwen2vl_trt.tiny.evaluation import training_data
 from tests.support import fake_tensorrt_llm
 from tests.support.engine_folders import PROFILE, build
 from tests.support.requests import answers, clip, picture, random_request
