@@ -1,19 +1,48 @@
-"""Progress on a terminal, silence elsewhere; always on stderr, stdout is for answers."""
+"""Progress on a terminal, silence or lines elsewhere; always on stderr, stdout is for answers."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import threading
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 logger = logging.getLogger(__name__)
 
+LINE_SECONDS = 10.0
 
-def progress_bar(*columns: TextColumn) -> Progress:
-    """A rich progress bar for a ``with`` statement; ``columns`` follow its usual ones."""
-    return Progress(
+
+class _Lines(Progress):
+    """Off a terminal: a line for each task every ten seconds."""
+
+    def start(self) -> None:
+        self._ended = threading.Event()
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        self._writer.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._writer.join()
+
+    def _write(self) -> None:
+        while not self._ended.wait(LINE_SECONDS):
+            for task in self.tasks:
+                total = "" if task.total is None else f" of {task.total:,g}"
+                line = f"{task.description}: {task.completed:,g}{total}, {task.elapsed or 0:.0f} s"
+                print(line, file=sys.stderr, flush=True)
+
+
+def progress_bar(*columns: TextColumn, lines: bool = False) -> Progress:
+    """A rich progress bar for a ``with`` statement.
+
+    Args:
+        columns: follow its usual ones.
+        lines: off a terminal, write a line every ten seconds.
+    """
+    kind: type[Progress] = _Lines if lines and not sys.stderr.isatty() else Progress
+    return kind(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),

@@ -146,3 +146,7 @@ class PlanError(Qwen2VLError):
 
 class BatchError(Qwen2VLError):
     """A batch job cannot be run as asked, or cannot go on."""
+
+
+class FileError(Qwen2VLError):
+    """A file that a user named cannot be written."""

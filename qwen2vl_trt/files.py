@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from .errors import FileError
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is for.
+
+    Raises:
+        FileError: it is a folder, its folder is missing, or there is no permission.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise FileError(f"{path} is a folder; give a file")
+    if not folder.is_dir():
+        raise FileError(f"{path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() and not path.is_file() else folder, os.W_OK):
+        raise FileError(f"{path}: no permission to write there")
+
+
+def write_result(path: Path, write: Callable[[Path], object]) -> None:
+    """Have ``write`` fill the :func:`replacement` of a file that a user named.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    try:
+        with replacement(path) as temporary:
+            write(temporary)
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """:func:`write_result` with JSON, which has no infinity: NaN and infinity must be None in ``content``."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    write_result(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 @contextmanager

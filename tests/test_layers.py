@@ -1,4 +1,4 @@
-"""Who may import whom, from the sources: the folders' order, and that of the rooms of a folder."""
+"""Who may import whom, from the sources: the folders' order, and that of the sub-packages of one."""
 
 import ast
 import os

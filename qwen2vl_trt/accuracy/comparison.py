@@ -1,4 +1,4 @@
-"""Runs every runner over every case with Polygraphy's Comparator and keeps the figures.
+"""Runs every runner over every case and compares the outputs.
 
 Runners run one after another, each over all cases, and only one of them is active at a time: memory holds one model,
 and one case's outputs of two runners. The reference's outputs wait on the disk.
@@ -7,15 +7,13 @@ and one case's outputs of two runners. The reference's outputs wait on the disk.
 from __future__ import annotations
 
 import tempfile
-from collections import OrderedDict
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from polygraphy.backend.base import BaseRunner
-from polygraphy.comparator import Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 from safetensors.numpy import load_file, save_file
 
@@ -73,65 +71,42 @@ def compare_runners(
         on_case: told a runner's name before each case.
     """
     with tempfile.TemporaryDirectory(prefix="qwen2vl-compare-") as folder, G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        stored = [Path(folder) / f"{number}.safetensors" for number in range(len(feeds))]
-        forced = []
-        for path, feed, outputs in zip(stored, feeds, _outputs(reference, _told(feeds, reference, on_case))):
-            save_file({name: np.ascontiguousarray(array) for name, array in outputs.items()}, path)
+        stored, forced = [], []
+        for (outputs, _), feed in zip(_answers(reference, feeds, on_case), feeds):
+            stored.append(Path(folder) / f"{len(stored)}.safetensors")
+            save_file({name: np.ascontiguousarray(array) for name, array in outputs.items()}, stored[-1])
             forced.append({**feed, FORCED: outputs[GREEDY]})
         for runner in others:
-            seconds: list[float] = []
-            compare = _comparing(seconds)
-            run = Comparator.run([runner], _told(forced, runner, on_case), streaming=True)
-            accuracy = Comparator.compare_accuracy([_stored(reference.name, stored), run], compare_func=compare)
-            (results,) = accuracy[0].values()
-            yield Row(runner.name, tuple(dict(result) for result in results), sum(seconds))
+            cases, seconds = [], 0.0
+            for (outputs, taken), path in zip(_answers(runner, forced, on_case), stored):
+                cases.append(_compare(load_file(path), outputs))
+                seconds += taken
+            yield Row(runner.name, tuple(cases), seconds)
 
 
-def compare_inputs(reference: BaseRunner, runner: BaseRunner, cases: int) -> Row:
-    """The same of what is made before the model: runners that are fed a case's number."""
-    feeds = [{"case": np.array([number])} for number in range(cases)]
-    seconds: list[float] = []
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        run = Comparator.run([reference, runner], feeds, streaming=True)
-        accuracy = Comparator.compare_accuracy(run, compare_func=_comparing(seconds))
-    (results,) = accuracy[0].values()
-    return Row(runner.name, tuple(dict(result) for result in results), sum(seconds))
+def compare_inputs(expected: Iterable[Feed], found: Iterable[Feed]) -> Row:
+    """The same of what is made before the model, case by case."""
+    began = time.perf_counter()
+    cases = [
+        {name: measure(array, reference[name], name) for name, array in ours.items()}
+        for reference, ours in zip(expected, found)
+    ]
+    return Row("preprocessor", tuple(cases), time.perf_counter() - began)
 
 
-def _outputs(runner: BaseRunner, feeds: Iterable[Feed]) -> Iterator[dict[str, np.ndarray]]:
-    for results in Comparator.run([runner], feeds, streaming=True):
-        yield dict(results[0][1][0].items())
+def _answers(runner: BaseRunner, feeds: Sequence[Feed], on_case: Callable[[str], None]) -> Iterator[tuple[Feed, float]]:
+    """Outputs and seconds of each case."""
+    with runner:
+        for feed in feeds:
+            on_case(runner.name)
+            yield runner.infer(feed), runner.last_inference_time()
 
 
-def _told(feeds: Sequence[Feed], runner: BaseRunner, on_case: Callable[[str], None]) -> Iterator[Feed]:
-    for feed in feeds:
-        on_case(runner.name)
-        yield feed
-
-
-def _stored(name: str, paths: Sequence[Path]) -> Iterator[RunResults]:
-    for path in paths:
-        result = IterationResult(outputs=load_file(path), runtime=0.0, runner_name=name)
-        yield RunResults([(name, [result])])
-
-
-def _comparing(seconds: list[float]) -> Callable[[IterationResult, IterationResult], OrderedDict[str, Any]]:
-    """A comparison function for Polygraphy: the reference's result and another's to figures by output."""
-
-    def compare(expected: IterationResult, found: IterationResult) -> OrderedDict[str, Any]:
-        seconds.append(found.runtime)
-        figures: OrderedDict[str, Any] = OrderedDict(
-            (name, measure(found[name], array, name))
-            for name, array in expected.items()
-            if name in found and name != GREEDY
-        )
-        if GREEDY in expected:
-            figures[GREEDY] = Agreement.of(_choices(found), expected[GREEDY].tolist())
-        return figures
-
-    return compare
-
-
-def _choices(result: IterationResult) -> list[int]:
-    logits = [result[name] for name in (LOGITS, DECODE_LOGITS) if name in result]
-    return np.concatenate(logits).argmax(-1).tolist()
+def _compare(expected: Feed, found: Feed) -> dict[str, Measured]:
+    """Figures by output; tokens are the choices of ``found`` beside those that it was forced to take."""
+    figures: dict[str, Measured] = {
+        name: measure(found[name], array, name) for name, array in expected.items() if name in found and name != GREEDY
+    }
+    logits = [found[name] for name in (LOGITS, DECODE_LOGITS) if name in found]
+    figures[GREEDY] = Agreement.of(np.concatenate(logits).argmax(-1).tolist(), expected[GREEDY].tolist())
+    return figures

@@ -27,8 +27,7 @@ from qwen2vl_trt.runtime.generation_config import GenerationConfig
 from qwen2vl_trt.windows import WindowLayout, window_layout
 
 from .inputs import FORCED, MAX_TOKENS, grids, input_metadata
-from .marking import RecordingSession, marked_graph
-from .recorder import Recorder, decoder_modules, in_patch_order, pack, vision_modules
+from .recorder import Recorder, RecordingSession, decoder_modules, in_patch_order, marked_graph, pack, vision_modules
 from .tolerance import DECODE_LOGITS, GREEDY, HIDDEN_STATES, IMAGE_EMBEDS, LOGITS, PIXELS, TOKENS, VISION_PREFIX
 
 OnGraphInput = Callable[[str, dict[str, Tensor]], None]

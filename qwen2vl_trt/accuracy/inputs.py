@@ -1,29 +1,32 @@
-"""From a case to the arrays that every runner is fed, made by Transformers' processor; and our preprocessor beside it.
+"""What every runner is asked, as arrays that Transformers' processor makes; and our preprocessor beside it.
 
 Letters: P patches of all images, then of all videos; D ``qwen2_vl_dim``; S tokens of the prompt.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
+from torch import Tensor
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import CheckpointError, LimitError
+from qwen2vl_trt.messages import to_messages
 from qwen2vl_trt.prompts import PromptBuilder
+from qwen2vl_trt.runtime.inputs.images import ImageSource, load_image
+from qwen2vl_trt.runtime.inputs.video import Video, load_video
 from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor, PreprocessorSettings
 from qwen2vl_trt.windows import Grid, grids_of
 
-from .cases import Case, stacked
+from .recorder import in_patch_order
 from .tolerance import PIXELS, TOKENS
 
 Feed = dict[str, np.ndarray]
@@ -32,6 +35,88 @@ FORCED = "forced_ids"
 """``[n]`` tokens that the answer must take; empty where the runner answers greedily."""
 MAX_TOKENS = "max_tokens"
 """``[1]`` of a greedy answer."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request, its media decoded.
+
+    Attributes:
+        name: in the report.
+        messages: in Qwen's form, media left out.
+        images: ``[3, H, W]`` uint8 each.
+        videos: sampled frames ``[3, H, W]`` uint8 and their rate.
+    """
+
+    name: str
+    messages: list[dict[str, Any]]
+    images: tuple[Tensor, ...] = ()
+    videos: tuple[Video, ...] = ()
+
+
+def user_case(
+    prompt: str, images: Sequence[str | Path], videos: Sequence[str | Path], settings: PreprocessorSettings
+) -> Case:
+    """The request that a user gives, as ``run.py generate`` would read it.
+
+    Raises:
+        MediaError: an image or a video cannot be read.
+        PromptError: the prompt's places do not match the media.
+    """
+    messages = to_messages(prompt, len(images), len(videos))
+    pixels = [load_image(path, name=f"image {number}") for number, path in enumerate(images, start=1)]
+    clips = [
+        load_video(path, sampling=settings.sampling, name=f"video {number}")
+        for number, path in enumerate(videos, start=1)
+    ]
+    return Case("yours", messages, tuple(pixels), tuple(clips))
+
+
+def digit_cases() -> list[Case]:
+    """For the tiny model: held-out handwritten digits in every task that it knows, and a question without a picture."""
+    from qwen2vl_trt.tiny.scenes import held_out_scenes
+
+    chosen = [("read", (0, 1, 2)), ("count", (0,)), ("two_images", (0, 1, 2)), ("video", (0, 2))]
+    cases = []
+    for task, numbers in chosen:
+        scenes = held_out_scenes(task, max(numbers) + 1, seed=0)
+        for number in numbers:
+            scene = scenes[number]
+            cases.append(
+                Case(
+                    f"{task.replace('_', ' ')} {number + 1}",
+                    scene.messages,
+                    tuple(map(load_image, scene.images)),
+                    tuple(Video([load_image(frame) for frame in frames], fps) for frames, fps in scene.videos),
+                )
+            )
+    return [*cases, _case("text", "Who are you?")]
+
+
+def photograph_cases() -> list[Case]:
+    """For every other model: scikit-learn's two photographs, whole and cut to other sizes, a pan over one, and text."""
+    from sklearn.datasets import load_sample_images
+
+    temple, flower = load_sample_images().images  # [427, 640, 3] each
+    pan = [load_image(temple[100:324, 24 * step : 24 * step + 336].copy()) for step in range(8)]
+    return [
+        _case("temple", "Describe the image.", [temple]),
+        _case("flower, a tall cut", "What is in the image?", [flower[:, 200:396].copy()]),
+        _case("temple, a strip", "What is in the image?", [temple[180:260].copy()]),
+        _case("a pair", "What differs between <image> and <image>?", [flower, temple[60:396, 40:376].copy()]),
+        _case("a pan", "What does the video show?", videos=[Video(pan, 2.0)]),
+        _case("text", "Name three rivers in Europe."),
+    ]
+
+
+def _case(name: str, prompt: str, images: Sequence[ImageSource] = (), videos: Sequence[Video] = ()) -> Case:
+    messages = to_messages(prompt, len(images), len(videos))
+    return Case(name, messages, tuple(map(load_image, images)), tuple(videos))
+
+
+def stacked(video: Video) -> Tensor:
+    """Frames ``[T, 3, H, W]``."""
+    return torch.stack([load_image(frame) for frame in video.frames])
 
 
 def input_metadata(dim: int) -> TensorMetadata:
@@ -121,56 +206,23 @@ def check_limits(case: Case, feed: Feed, profile: BuildProfile, config: Qwen2VLC
     feed[MAX_TOKENS] = np.minimum(feed[MAX_TOKENS], profile.max_seq_len - len(feed[TOKENS]))
 
 
-class ProcessorRunner(BaseRunner):
-    """Transformers' processor as a Polygraphy runner: a feed is the number of a case."""
-
-    def __init__(self, feeds: Sequence[Feed]) -> None:
-        super().__init__(name="Transformers' processor")
-        self._feeds = feeds
-
-    def get_input_metadata_impl(self) -> TensorMetadata:
-        return TensorMetadata().add("case", np.int64, (1,))
-
-    def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> Feed:
-        self.inference_time = 0.0  # they were made before
-        feed = self._feeds[int(feed_dict["case"][0])]
-        return {name: feed[name] for name in (PIXELS, TOKENS) if len(feed[name])}
-
-
-class PreprocessorRunner(BaseRunner):
-    """Our preprocessor and prompt builder, likewise; pixels in FP32, before they are rounded to an engine's type."""
-
-    def __init__(
-        self, cases: Sequence[Case], checkpoint: Checkpoint, settings: PreprocessorSettings, device: torch.device
-    ) -> None:
-        super().__init__(name="preprocessor")
-        self._cases, self._checkpoint, self._settings, self._device = cases, checkpoint, settings, device
-
-    def activate_impl(self) -> None:
-        config = self._checkpoint.config
-        self._preprocessor = Preprocessor(config.vision, self._settings, self._device, torch.float32)
-        self._prompts = PromptBuilder(self._checkpoint.folder, config)
-
-    def deactivate_impl(self) -> None:
-        del self._preprocessor, self._prompts
-
-    def get_input_metadata_impl(self) -> TensorMetadata:
-        return TensorMetadata().add("case", np.int64, (1,))
-
-    def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> Feed:
-        case, unit = self._cases[int(feed_dict["case"][0])], self._checkpoint.config.vision.merge_unit
-        start = time.perf_counter()
-        images: tuple[Grid, ...] = ()
-        videos: tuple[Grid, ...] = ()
+def our_inputs(
+    cases: Sequence[Case], checkpoint: Checkpoint, settings: PreprocessorSettings, device: torch.device
+) -> Iterator[Feed]:
+    """Pixels and tokens of our preprocessor and prompt builder; pixels in FP32, not rounded to an engine's type."""
+    config = checkpoint.config
+    preprocessor = Preprocessor(config.vision, settings, device, torch.float32)
+    prompts = PromptBuilder(checkpoint.folder, config)
+    for case in cases:
+        grids: tuple[Grid, ...] = ()
         outputs: Feed = {}
         if case.images or case.videos:
-            packed = self._preprocessor.preprocess(list(case.images), list(case.videos))
-            images, videos = packed.grids[: len(case.images)], packed.grids[len(case.images) :]
-            groups = packed.pixel_values.flatten(0, 1).unflatten(0, (-1, unit))[packed.layout.merge_index]
-            outputs[PIXELS] = groups.flatten(0, 1).cpu().numpy()
-        outputs[TOKENS] = np.array(self._prompts.build(case.messages, images, videos).token_ids)
-        self.inference_time = time.perf_counter() - start
-        return outputs
+            packed = preprocessor.preprocess(list(case.images), list(case.videos))
+            grids = packed.grids
+            outputs[PIXELS] = in_patch_order(packed.pixel_values, packed.layout, config.vision).cpu().numpy()
+        count = len(case.images)
+        outputs[TOKENS] = np.array(prompts.build(case.messages, grids[:count], grids[count:]).token_ids)
+        yield outputs
 
 
 def _size(settings: Any) -> dict[str, int]:

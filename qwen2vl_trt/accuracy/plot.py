@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from qwen2vl_trt.errors import CompareError
-from qwen2vl_trt.files import replacement
+from qwen2vl_trt.plots import color_of, new_figure, save
 
 from .comparison import Row
 from .report import Report, is_input
@@ -21,16 +19,11 @@ def plot(report: Report, path: Path) -> None:
     """Draw the mean relative error of every block, vision tower left, decoder right, on a log scale.
 
     Raises:
-        CompareError: the file cannot be written.
+        FileError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = [name for name in report.rows[-1].outputs if not is_input(name)]
     places = range(len(names))
-    figure = Figure(figsize=(max(8.0, min(20.0, 0.32 * len(names) + 3)), 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(max(8.0, min(20.0, 0.32 * len(names) + 3)), 4.8, [1.0])
     for row, style in _styled(report):
         outputs = row.outputs
         axes.plot(places, [_error(outputs[name].mean_relative if name in outputs else 0) for name in names], **style)
@@ -61,32 +54,28 @@ def plot(report: Report, path: Path) -> None:
     axes.set_ylabel("mean relative error")
     axes.set_title(f"{report.manifest.model}: error against {report.reference}, {report.asked}", pad=22)
     axes.grid(axis="y", which="major", color="0.85")
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    try:
-        with replacement(path) as temporary:
-            figure.savefig(temporary, dpi=150, format="png")
-    except OSError as error:
-        raise CompareError(f"{path} cannot be written: {error.strerror or error}") from None
+    save(figure, path)
 
 
 def _styled(report: Report) -> list[tuple[Row, dict[str, Any]]]:
-    styles: list[tuple[Row, dict[str, Any]]] = []
-    if report.yardstick is not None:
-        label = f"{report.yardstick.name} (yardstick)"
-        styles.append(
-            (report.yardstick, {"color": "black", "linestyle": "--", "linewidth": 1, "zorder": 3, "label": label})
-        )
-    colours = cycle(("tab:green", "tab:purple", "tab:brown", "tab:pink"))
-    for row, colour in zip(report.others, colours):
-        styles.append((row, {"color": colour, "marker": ".", "linewidth": 1, "label": row.name}))
-    styles.append(
+    """The engine last, on top; a backend has its colour, and dashes where it computes in BF16 as the baseline does."""
+    rows = [*report.others, report.engine]
+    styled = [] if report.baseline is None else [(report.baseline, f"{report.baseline.name} (baseline)", "--")]
+    styled += [(row, row.name, "-." if row.name.endswith("bf16") else "-") for row in rows]
+    return [
         (
-            report.engine,
-            {"color": "tab:orange", "marker": "o", "markersize": 5, "linewidth": 2, "label": report.engine.name},
+            row,
+            {
+                "color": color_of(row.name),
+                "linestyle": line,
+                "marker": "o" if row is report.engine else ".",
+                "linewidth": 2 if row is report.engine else 1,
+                "label": label,
+            },
         )
-    )
-    return styles
+        for row, label, line in styled
+    ]
 
 
 def _error(value: float) -> float:

@@ -29,9 +29,9 @@ class Tolerance:
         logits: the same of all logits.
         vision_cosine: smallest cosine of the vision embeddings and of each vision block.
         decoder_cosine: the same of the hidden states, each decoder layer and the logits.
-        yardstick: largest mean relative error of embeddings, hidden states and each block, in multiples of that of
+        baseline: largest mean relative error of embeddings, hidden states and each block, in multiples of that of
             PyTorch's own BF16.
-        logits_yardstick: the same of the logits.
+        logits_baseline: the same of the logits.
         tokens: smallest share of greedy tokens that agree.
     """
 
@@ -41,17 +41,17 @@ class Tolerance:
     logits: float | None = None
     vision_cosine: float | None = None
     decoder_cosine: float | None = None
-    yardstick: float | None = None
-    logits_yardstick: float | None = None
+    baseline: float | None = None
+    logits_baseline: float | None = None
     tokens: float | None = None
 
-    def departure(self, name: str, found: Figures, yardstick: Figures | None) -> str | None:
+    def departure(self, name: str, found: Figures, baseline: Figures | None) -> str | None:
         """What of an output is over the limits, in words; None where nothing is.
 
         Args:
             name: of the output: one of those above, or of a block.
             found: its figures.
-            yardstick: PyTorch's BF16's figures for it.
+            baseline: PyTorch's BF16's figures for it.
         """
         if not math.isfinite(found.max_absolute):
             return "holds values that are not finite"
@@ -67,11 +67,11 @@ class Tolerance:
         smallest = self.vision_cosine if vision else self.decoder_cosine
         if smallest is not None and not found.cosine >= smallest:
             return f"cosine {found.cosine:.6f} is below {smallest}"
-        times = self.logits_yardstick if logits else self.yardstick
-        if times is not None and yardstick is not None and not found.mean_relative <= times * yardstick.mean_relative:
+        times = self.logits_baseline if logits else self.baseline
+        if times is not None and baseline is not None and not found.mean_relative <= times * baseline.mean_relative:
             return (
                 f"mean relative error {found.mean_relative:.2e} is over {times:g} times that of PyTorch's BF16,"
-                f" {yardstick.mean_relative:.2e}"
+                f" {baseline.mean_relative:.2e}"
             )
         return None
 
@@ -103,7 +103,7 @@ class Tolerance:
 
 TOLERANCES = {
     "fp32": Tolerance(embeddings=1e-5, hidden_states=1e-5, logits=1e-4, tokens=1.0),
-    "bf16": Tolerance(vision_cosine=0.9999, yardstick=1.15, logits_yardstick=3.0),
+    "bf16": Tolerance(vision_cosine=0.9999, baseline=1.15, logits_baseline=3.0),
     "fp8": Tolerance(vision_cosine=0.99, decoder_cosine=0.99, tokens=0.9),
 }
 
@@ -125,6 +125,6 @@ def tolerance_of(precision: str, reference: str = "fp32") -> Tolerance:
     order = list(TOLERANCES)
     ranks = [order.index(name) if name in order else order.index("bf16") for name in (precision, reference)]
     limits = TOLERANCES[order[max(ranks)]]
-    if ranks[1] == 0 or limits.yardstick is None:
+    if ranks[1] == 0 or limits.baseline is None:
         return limits
-    return replace(limits, yardstick=None, logits_yardstick=None, decoder_cosine=0.999)
+    return replace(limits, baseline=None, logits_baseline=None, decoder_cosine=0.999)

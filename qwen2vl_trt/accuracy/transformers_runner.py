@@ -1,4 +1,4 @@
-"""Hugging Face Transformers as a Polygraphy runner: the reference, and PyTorch's own BF16 as the yardstick."""
+"""Hugging Face Transformers as a Polygraphy runner: the reference, and PyTorch's own BF16 as the baseline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured lives in a process of its own: one's memory, threads and device context are not another's."""
+"""What is measured lives in a process of its own: its memory, threads and device context are not another's."""
 
 from __future__ import annotations
 
@@ -18,32 +18,23 @@ import torch
 
 from qwen2vl_trt.errors import BenchmarkError, MissingDependencyError, Qwen2VLError
 
-_PATIENCE = 5.0  # seconds for a process to end
+_JOIN = 5.0  # seconds for a process to end
 
 
 class Worker:
     """Builds an object in a new process and calls its methods there. Use it in a ``with``.
 
+    The process starts at the first call, and again after one that ended it; a ``setup`` that failed is not repeated.
+
     Args:
         name: of what it runs, for messages.
         setup: returns the object; a module-level function or a ``functools.partial`` of one.
-
-    Raises:
-        Qwen2VLError: as ``setup`` raised it. BenchmarkError where the process died, or for another exception.
     """
 
     def __init__(self, name: str, setup: Callable[[], Any]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.name = name
-        self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_work, args=(setup, there, torch.get_num_threads()), daemon=True)
-        try:
-            self._process.start()
-            there.close()
-            self._answer()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+        self.name, self._setup = name, setup
+        self._process: Any = None
+        self._broken: Qwen2VLError | None = None
 
     def __enter__(self) -> Worker:
         return self
@@ -51,32 +42,53 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._process is None:
+            return
         self._pipe.close()  # its process ends when it next looks for work
         if self._process.pid is not None:
             if kind is not None:
                 self._process.terminate()
-            self._process.join(_PATIENCE)
+            self._process.join(_JOIN)
             if self._process.is_alive():
                 self._process.kill()
                 self._process.join()
-
-    @property
-    def alive(self) -> bool:
-        """Whether its process still runs."""
-        return self._process.is_alive()
+        self._process = None
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the object and return what it returns; raises as the constructor does."""
+        """Call a method of the object and return what it returns.
+
+        Raises:
+            Qwen2VLError: as the method or ``setup`` raised it. BenchmarkError where the process died, or for another
+                exception.
+        """
+        if self._broken is not None:
+            raise self._broken
+        if self._process is None:
+            self._start()
         with contextlib.suppress(BrokenPipeError):  # then it has died, which the answer tells
             self._pipe.send((method, arguments))
         return self._answer()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=_work, args=(self._setup, there, torch.get_num_threads()), daemon=True)
+        try:
+            self._process.start()
+            there.close()
+            self._answer()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            self._broken = error if isinstance(error, Qwen2VLError) else None
+            raise
 
     def _answer(self) -> Any:
         try:
             kind, value = self._pipe.recv()
         except EOFError:
-            self._process.join(_PATIENCE)
+            self._process.join(_JOIN)
             code = self._process.exitcode
+            self.__exit__(None, None, None)
             died = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
             raise BenchmarkError(f"the process of {self.name} {died}; with signal 9, memory ran out") from None
         if kind == "error":
@@ -89,20 +101,18 @@ class Worker:
 def _work(setup: Callable[[], Any], pipe: Connection, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     torch.set_num_threads(threads)
-    target = None
-
-    def perform(method: str, arguments: tuple[Any, ...]) -> Any:
-        nonlocal target
-        if target is None:
-            target = setup()
-            return None
-        return getattr(target, method)(*arguments)
-
-    request: tuple[str, tuple[Any, ...]] = ("", ())
+    target: Any = None
+    answer: tuple[str, Any]
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             try:
-                answer = ("value", perform(*request))
+                if target is None:
+                    target, answer = setup(), ("value", None)
+                else:
+                    method, arguments = pipe.recv()
+                    answer = ("value", getattr(target, method)(*arguments))
+            except (EOFError, ConnectionResetError):
+                return
             except Qwen2VLError as error:
                 answer = ("error", error)
             except ModuleNotFoundError as error:  # it would lose the name on its way
@@ -110,7 +120,8 @@ def _work(setup: Callable[[], Any], pipe: Connection, threads: int) -> None:
             except Exception:
                 answer = ("bug", traceback.format_exc())
             pipe.send(answer)
-            request = pipe.recv()
+            if target is None:
+                return
 
 
 class _Once:
@@ -125,17 +136,13 @@ class _Once:
 
 
 def measured_call(name: str, call: Callable[..., object], *arguments: Any) -> dict[str, float]:
-    """Seconds and peak memory of a call, libraries included, in a process of its own that ``name`` is of.
-
-    Raises:
-        Qwen2VLError: as a :class:`Worker` does.
-    """
+    """Seconds and peak memory of a call in a new process, libraries included; raises as :meth:`Worker.call`."""
     with Worker(name, _Once) as worker:
         return worker.call("measure", call, *arguments)
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process since it began, or since :func:`forget_peak`.
+    """Peak resident memory of this process since it began, or since :func:`reset_peak`.
 
     Not ``ru_maxrss`` where the system tells better: a child inherits its parent's.
     """
@@ -146,7 +153,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
     """Begin the peak anew, where the system can (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -22,7 +22,7 @@ from qwen2vl_trt.runtime.inputs.video import Video
 from qwen2vl_trt.runtime.preprocessing.preprocessor import PackedPixels, Preprocessor, PreprocessorSettings
 from qwen2vl_trt.runtime.preprocessing.sizes import Medium
 from qwen2vl_trt.runtime.request import Request
-from qwen2vl_trt.tiny.curriculum import ROWS_UNTIL, training_scenes
+from qwen2vl_trt.tiny.scenes import ROWS_UNTIL, training_scenes
 from qwen2vl_trt.windows import Grid
 
 PROMPTS_FILE = "prompts.jsonl"

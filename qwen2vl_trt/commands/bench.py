@@ -1,4 +1,4 @@
-"""Measure engines: throughput, latency, memory, share of each stage, fraction of the floor."""
+"""Measure engines: throughput, latency, memory, share of each stage, fraction of the roofline."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 from qwen2vl_trt.errors import BenchmarkError, require
+from qwen2vl_trt.files import check_target, write_json
+from qwen2vl_trt.plots import check_plot
+from qwen2vl_trt.published import SHAPES
 
 from .model import find_engines
 from .options import add_build_arguments, add_decode_argument, check_decode, path_name, positive_number
@@ -75,12 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure engines and print what was found."""
-    from qwen2vl_trt.benchmarks.bench import summary
-    from qwen2vl_trt.benchmarks.bench.run import Options, Until
-    from qwen2vl_trt.benchmarks.bench.run import run as measure
-    from qwen2vl_trt.benchmarks.files import check_plot, check_target, write_json
-    from qwen2vl_trt.benchmarks.subjects.engines import EngineOptions, check_options
-    from qwen2vl_trt.benchmarks.subjects.shapes import Shape
+    from qwen2vl_trt.benchmarks import plots
+    from qwen2vl_trt.benchmarks import report as reports
+    from qwen2vl_trt.benchmarks.bench import run as measure
+    from qwen2vl_trt.benchmarks.cases import Shape
+    from qwen2vl_trt.benchmarks.engines import EngineOptions
+    from qwen2vl_trt.benchmarks.measure import Until
 
     if arguments.stage in OTHERS:
         raise BenchmarkError(f"bench {arguments.stage} is a command: it comes before the options")
@@ -89,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
             check_target(path)
     for option, path in (("--plot", arguments.plot), ("--trace-plot", arguments.trace_plot)):
         if path is not None:
-            check_plot(path, option)
+            check_plot(path, option, "bench")
     stages = (arguments.stage,) if arguments.stage else STAGES[1:]
     tracing = [option for option in ("trace", "trace_plot") if getattr(arguments, option) is not None]
     if tracing and "pipeline" not in stages:
@@ -100,38 +103,25 @@ def run(arguments: argparse.Namespace) -> None:
     use_random_weights(arguments)
     folder = find_engines(arguments)
     engines = EngineOptions(folder, arguments.device, arguments.streams, arguments.use_cuda_graph, arguments.decode)
-    check_options(engines, stages)
+    engines.check(stages)
     until = Until(arguments.warm_up / 1e3, arguments.duration, arguments.iterations)
-    report = measure(
-        Options(
-            engines,
-            stages,
-            shapes,
-            until,
-            _rival(arguments.against, folder),
-            arguments.export_profile is not None,
-            bool(tracing),
-        )
-    )
+    against = _baseline(arguments.against, folder)
+    report = measure(engines, stages, shapes, until, against, arguments.export_profile is not None, bool(tracing))
     if arguments.json:
-        print(json.dumps(summary.as_dict(report, arguments.command_line), indent=1))
+        print(json.dumps(reports.as_dict(report, arguments.command_line), indent=1))
     else:
-        print("\n".join(summary.text(report)))
+        print("\n".join(reports.text(report)))
     if arguments.export_times is not None:
-        write_json(arguments.export_times, summary.times(report))
+        write_json(arguments.export_times, reports.times(report))
     if arguments.export_profile is not None:
-        write_json(arguments.export_profile, summary.operators(report))
+        write_json(arguments.export_profile, reports.operators(report))
     if arguments.trace is not None and report.trace is not None:
         write_json(arguments.trace, report.trace)
     if arguments.trace_plot is not None and report.trace is not None:
-        from qwen2vl_trt.benchmarks.bench.plot import what_ran
-        from qwen2vl_trt.benchmarks.bench.timeline_plot import save_timeline
-
-        save_timeline(report.trace, f"{what_ran(report)}: {report.results[-1].case.label}", arguments.trace_plot)
+        title = f"{plots.what_ran(report)}: {report.results[-1].case.label}"
+        plots.save_timeline(report.trace, title, arguments.trace_plot)
     if arguments.plot is not None:
-        from qwen2vl_trt.benchmarks.bench.plot import save_plot
-
-        save_plot(report, arguments.plot)
+        plots.save_latencies(report, arguments.plot)
     if report.ended_by is not None:
         sys.stdout.flush()  # an OSError is reported by leaving out what stdout still holds
         raise report.ended_by
@@ -150,7 +140,7 @@ def _seconds(text: str) -> float:
 def add_random_weights(group: argparse._ArgumentGroup) -> None:
     """Add the options that :func:`use_random_weights` reads."""
     group.add_argument(
-        "--random-weights", action="store_true", help="of the shape of --model Qwen2.5-VL-3B or 7B, for want of a hub"
+        "--random-weights", action="store_true", help=f"of {' or '.join(SHAPES)} (--model), for want of a hub"
     )
     group.add_argument("--layers", type=positive_number, metavar="N", help="of the decoder, with --random-weights")
     group.add_argument("--blocks", type=positive_number, metavar="N", help="of the vision tower, with --random-weights")
@@ -160,10 +150,10 @@ def use_random_weights(arguments: argparse.Namespace) -> None:
     """Make ``--model`` the folder of a random checkpoint, where that is asked for; written where it is not there yet.
 
     Raises:
-        BenchmarkError: no such shape, a depth without ``--random-weights``, or no room on the disk.
+        BenchmarkError: no such shape, a depth without ``--random-weights``, or too little space on the disk.
     """
     if arguments.random_weights:
-        from qwen2vl_trt.benchmarks.random_model import SHAPES, random_checkpoint
+        from qwen2vl_trt.benchmarks.random_model import random_checkpoint
 
         if not arguments.model:
             raise BenchmarkError(f"--random-weights needs a --model to take the shape of: {', '.join(SHAPES)}")
@@ -173,7 +163,7 @@ def use_random_weights(arguments: argparse.Namespace) -> None:
         raise BenchmarkError("--layers and --blocks cut a model of --random-weights; a trained one stays whole")
 
 
-def _rival(text: str | None, folder: Path) -> str | None:
+def _baseline(text: str | None, folder: Path) -> str | None:
     """Precision in which Transformers runs; FP8 engines are compared with BF16, which is the nearest it has."""
     if text is None:
         return None

@@ -1,4 +1,4 @@
-"""The seed implementation's comparisons on this machine, and what it cannot do; random weights."""
+"""A fixed list of cases beside Transformers, with random weights: images, a video, decoding, requests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from qwen2vl_trt.errors import require
+from qwen2vl_trt.plots import check_plot
 
 from .options import path_name, positive_number
 
@@ -26,24 +27,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, and print what was found."""
+    if arguments.plot is not None:
+        check_plot(arguments.plot, "--plot", "bench")
+    require("bench comparisons", "bench", {"torchvision": "torchvision"})
     import torch
 
-    from qwen2vl_trt.benchmarks.comparisons import report as reports
-    from qwen2vl_trt.benchmarks.comparisons.run import run as measure
-    from qwen2vl_trt.benchmarks.files import check_plot
+    from qwen2vl_trt.benchmarks import plots
+    from qwen2vl_trt.benchmarks import report as reports
+    from qwen2vl_trt.benchmarks.comparisons import run as measure
     from qwen2vl_trt.runtime.backends.runners import parse_device
 
-    if arguments.plot is not None:
-        check_plot(arguments.plot)
-    require("bench comparisons", "bench", {"torchvision": "torchvision"})
     device = parse_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     models = arguments.model or (_MODELS if device.type == "cuda" else _MODELS[:1])
-    report = measure([*dict.fromkeys(models)], str(device), arguments.layers, arguments.blocks, Path("artifacts"))
+    report = measure([*dict.fromkeys(models)], device, arguments.layers, arguments.blocks, Path("artifacts"))
     if arguments.json:
-        print(json.dumps(reports.as_dict(report, arguments.command_line), indent=1))
+        print(json.dumps(reports.comparisons_dict(report, arguments.command_line), indent=1))
     else:
-        print("\n".join(reports.text(report)))
+        print("\n".join(reports.comparisons_text(report)))
     if arguments.plot is not None:
-        reports.save_plot(report, arguments.plot)
+        plots.save_speedups(report, arguments.plot)
     if report.interrupted:
         raise KeyboardInterrupt

@@ -53,12 +53,15 @@ def export(checkpoint: Path, folder: Path, precision: str) -> None:
 
 def report(figures: dict[str, float], arguments: argparse.Namespace, *packages: str) -> None:
     """Print figures, whose names end in their unit, below the machine and the versions of ``packages``."""
-    from qwen2vl_trt.benchmarks.machine import machine, one_line
+    import torch
 
+    from qwen2vl_trt.machine import machine, one_line
+
+    facts = machine(torch.device("cpu"), *packages)
     if arguments.json:
-        print(json.dumps({"command": arguments.command_line, "machine": machine(*packages), **figures}, indent=1))
+        print(json.dumps({"command": arguments.command_line, "machine": facts, **figures}, indent=1))
         return
-    print(one_line(machine(*packages)))
+    print(one_line(facts))
     for name, value in figures.items():
         what, _, unit = name.rpartition("_")
         print(f"{what.replace('_', ' '):<28}{value:>13,.1f} {unit.replace('mb', 'MB')}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen2vl_trt.errors import CompareError, Qwen2VLError, require
+from qwen2vl_trt.plots import check_plot
 
 from .options import folder_name, path_name, positive_number
 from .process import FAILED
@@ -17,16 +17,21 @@ from .process import FAILED
 if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner
 
-    from qwen2vl_trt.accuracy.cases import Case
     from qwen2vl_trt.accuracy.comparison import Row
+    from qwen2vl_trt.accuracy.inputs import Case
     from qwen2vl_trt.accuracy.report import Report
     from qwen2vl_trt.checkpoint import Checkpoint
     from qwen2vl_trt.runtime.backends.runners import Engines
     from qwen2vl_trt.runtime.preprocessing.preprocessor import PreprocessorSettings
 
-_PACKAGES = {"polygraphy": "polygraphy", "matplotlib": "matplotlib", "torchvision": "torchvision"}
-_PACKAGES["sklearn"] = "scikit-learn"
 REFERENCES = ("transformers", "torch")
+_REPORTED = ("transformers", "onnxruntime", "polygraphy", "tensorrt", "tensorrt_rtx", "numpy")
+_PACKAGES = {
+    "polygraphy": "polygraphy",
+    "matplotlib": "matplotlib",
+    "torchvision": "torchvision",
+    "sklearn": "scikit-learn",
+}
 EPILOG = """Exit codes: 0 within the tolerance; 1 over it, with a line that says what departs; 2 for bad input.
 docs/guide/accuracy.md says what is compared, how errors are defined and why the limits are what they are."""
 
@@ -43,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--layers", action="store_true", help="compare every block, and name the first that departs")
     group.add_argument(
-        "--tolerance", nargs="+", default=[], metavar="NAME=VALUE", help="change a limit, or lift it: yardstick=none"
+        "--tolerance", nargs="+", default=[], metavar="NAME=VALUE", help="change a limit, or lift it: baseline=none"
     )
     group.add_argument(
         "--model", metavar="NAME", help="the checkpoint that a quantised one was made from: the reference's weights"
@@ -76,6 +81,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the command; exits with code 1 where the engine is over its tolerance."""
     if arguments.prompt is None and (arguments.image or arguments.video):
         raise CompareError("--image and --video need a --prompt")
+    if arguments.plot:
+        check_plot(arguments.plot, "--plot", "compare")
     require("compare", "compare", _PACKAGES)
     from transformers.utils import logging
 
@@ -84,10 +91,9 @@ def run(arguments: argparse.Namespace) -> None:
     allow_torchvision()
     logging.disable_progress_bar()  # stderr is for what is wrong
     logging.set_verbosity_error()
-    from qwen2vl_trt.accuracy.tables import print_report
+    from qwen2vl_trt.accuracy.report import print_report
     from qwen2vl_trt.engines.tables import stdout_console
 
-    _check_file(arguments.plot)  # before the minutes that a comparison may take
     report = _report(arguments, shlex.join(arguments.command_line))
     if arguments.json:
         print(report.as_json())
@@ -107,12 +113,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace, command: str) -> Report:
     from qwen2vl_trt.accuracy.comparison import compare_inputs, compare_runners
     from qwen2vl_trt.accuracy.engine_runner import EngineRunner
-    from qwen2vl_trt.accuracy.inputs import PreprocessorRunner, ProcessorRunner, TransformersProcessor, check_limits
-    from qwen2vl_trt.accuracy.machine import machine
+    from qwen2vl_trt.accuracy.inputs import TransformersProcessor, check_limits, our_inputs
     from qwen2vl_trt.accuracy.report import Report
     from qwen2vl_trt.accuracy.saved_inputs import SavedInputs
     from qwen2vl_trt.accuracy.tolerance import tolerance_of
     from qwen2vl_trt.engines.progress import progress_bar
+    from qwen2vl_trt.machine import machine
     from qwen2vl_trt.runtime.backends.runners import open_engines
     from qwen2vl_trt.runtime.options import PipelineOptions
 
@@ -139,11 +145,9 @@ def _report(arguments: argparse.Namespace, command: str) -> Report:
     if any(case.videos for case in cases):
         notes.append("positions in prompts with a video: Transformers is given ours, it counts them otherwise")
     engine = EngineRunner(_name(engines), engines, layers, saved)
-    reference, yardstick, others = _runners(arguments, engines, against, wanted)
-    runners = [engine, *others, yardstick]
-    inputs = compare_inputs(
-        ProcessorRunner(feeds), PreprocessorRunner(cases, checkpoint, settings, engines.device), len(cases)
-    )
+    reference, baseline, others = _runners(arguments, engines, against, wanted)
+    runners = [engine, *others, baseline]
+    inputs = compare_inputs(feeds, our_inputs(cases, checkpoint, settings, engines.device))
     rows: list[Row] = []
     ended_by = None
     try:
@@ -169,10 +173,10 @@ def _report(arguments: argparse.Namespace, command: str) -> Report:
         cases=tuple((case, len(feed["input_ids"])) for case, feed in zip(cases, feeds)),
         inputs=inputs,
         engine=rows[0],
-        yardstick=rows[-1] if finished else None,
+        baseline=rows[-1] if finished else None,
         others=tuple(rows[1:-1] if finished else rows[1:]),
         notes=tuple(notes),
-        machine=machine(),
+        machine=machine(engines.device, *_REPORTED),
         command=command,
         ended_by=ended_by,
     )
@@ -181,7 +185,7 @@ def _report(arguments: argparse.Namespace, command: str) -> Report:
 def _runners(
     arguments: argparse.Namespace, engines: Engines, against: Engines | None, layers: bool
 ) -> tuple[BaseRunner, BaseRunner, list[BaseRunner]]:
-    """The reference, the yardstick, and our modules in FP32 where they are neither the engine nor the reference."""
+    """The reference, the baseline, and our modules in FP32 where they are neither the engine nor the reference."""
     import torch
 
     from qwen2vl_trt.accuracy.engine_runner import EngineRunner, ModulesRunner
@@ -195,19 +199,19 @@ def _runners(
         return TransformersRunner(f"Transformers {name}", checkpoint, dtype, device, layers)
 
     ours: BaseRunner = ModulesRunner("torch fp32", engines, checkpoint, device, layers)
-    yardstick = transformers(torch.bfloat16, "bf16")
+    baseline = transformers(torch.bfloat16, "bf16")
     others: list[BaseRunner] = []
     for folder in arguments.also:
         also = _other(Path(folder), "--also", arguments.device, engines)
         others.append(EngineRunner(_name(also), also, layers and EngineRunner.can_record(also)))
     if arguments.against == "torch":
-        return ours, yardstick, others
+        return ours, baseline, others
     if _name(engines) != ours.name and ours.name not in (other.name for other in others):
         others.append(ours)
     if against is not None:
         record = layers and EngineRunner.can_record(against)
-        return EngineRunner(str(against.folder), against, record), yardstick, others
-    return transformers(torch.float32, "fp32"), yardstick, others
+        return EngineRunner(str(against.folder), against, record), baseline, others
+    return transformers(torch.float32, "fp32"), baseline, others
 
 
 def _name(engines: Engines) -> str:
@@ -265,17 +269,8 @@ def _is_quantised(checkpoint: Checkpoint) -> bool:
 
 
 def _cases(arguments: argparse.Namespace, engines: Engines, settings: PreprocessorSettings) -> list[Case]:
-    from qwen2vl_trt.accuracy.cases import digit_cases, photograph_cases, user_case
+    from qwen2vl_trt.accuracy.inputs import digit_cases, photograph_cases, user_case
 
     if arguments.prompt is not None:
         return [user_case(arguments.prompt, arguments.image, arguments.video, settings)]
     return digit_cases() if engines.manifest.model.startswith("tiny") else photograph_cases()
-
-
-def _check_file(path: Path | None) -> None:
-    if path is None:
-        return
-    if path.is_dir():
-        raise CompareError(f"{path} is a folder; a file is to be written there")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise CompareError(f"{path} cannot be written: {path.parent} is no folder that can be written")

@@ -19,6 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the accuracy of each task."""
-    from qwen2vl_trt.tiny.report import print_accuracy
+    from qwen2vl_trt.tiny.evaluation import print_accuracy
 
     print_accuracy(open_pipeline(arguments), arguments.cases, arguments.seed, arguments.json)

@@ -1,4 +1,4 @@
-"""GPUs, tensor parallelism, batch, cache and throughput, on paper: counts and fractions of floors."""
+"""GPUs, tensor parallelism, batch, cache and throughput, on paper: counts over fractions of the GPU's rates."""
 
 from __future__ import annotations
 

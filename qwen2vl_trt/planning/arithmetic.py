@@ -15,21 +15,15 @@ def arithmetic(
     config: Qwen2VLConfig, gpu: Gpu, load: Load, precision: str, assumptions: Assumptions, plan: Plan
 ) -> list[str]:
     """Every step from the counts to the number of GPUs, with the figures that went in and where they come from."""
-    told = _Arithmetic(config, gpu, load, precision, assumptions, plan)
-    decodes = plan.batch > 0
-    return [
-        *told.floors(),
-        *told.vision(),
-        *(told.prompt() if decodes else ()),
-        *told.weights(),
-        *((*told.cache(), *told.decode()) if decodes else ()),
-        *told.together(),
-    ]
+    text = _Arithmetic(config, gpu, load, precision, assumptions, plan)
+    decoder = (text.prompt, text.weights, text.cache, text.decode) if plan.batch else (text.weights,)
+    sections = (text.rates, text.vision, *decoder, text.together)
+    return [line for section in sections for line in section()]
 
 
 @dataclass(frozen=True)
 class _Arithmetic:
-    """The sections of the answer, each a heading and its lines."""
+    """The sections of the answer, each a heading and its lines; an operation's rate is that of the plan's precision."""
 
     config: Qwen2VLConfig
     gpu: Gpu
@@ -39,9 +33,12 @@ class _Arithmetic:
     plan: Plan
 
     @property
+    def _name(self) -> str:
+        return "fp8" if self.precision == "fp8" and self.gpu.fp8 else "bf16"
+
+    @property
     def _rate(self) -> float:
-        """Of matrix products in the plan's precision, operations a second."""
-        return self.gpu.fp8 if self.precision == "fp8" and self.gpu.fp8 else self.gpu.bf16
+        return getattr(self.gpu, self._name)
 
     @property
     def _image_tokens(self) -> int:
@@ -52,16 +49,15 @@ class _Arithmetic:
         """Of a group."""
         return f"{self.plan.tp_size} GPUs x {self.assumptions.tp:g} a doubling" if self.plan.tp_size > 1 else "1 GPU"
 
-    def floors(self) -> list[str]:
+    def rates(self) -> list[str]:
         gpu, assumptions = self.gpu, self.assumptions
-        name = "fp8" if self.precision == "fp8" and gpu.fp8 else "bf16"
         return [
             f"{gpu.name}, one GPU",
-            f"  matrix products  {self._rate / 1e12:,.0f} TFLOP/s {name.upper()}: {gpu.sources[name]}",
+            f"  matrix products  {self._rate / 1e12:,.0f} TFLOP/s {self._name.upper()}: {gpu.sources[self._name]}",
             f"  bandwidth        {gpu.bandwidth / 1e12:,.2f} TB/s: {gpu.sources['bandwidth']}",
             f"  memory           {gpu.memory / 1e9:,.0f} GB x (1 - {assumptions.reserve:g} kept free) ="
             f" {gpu.memory * (1 - assumptions.reserve) / 1e9:,.1f} GB",
-            "Fractions of these floors: assumptions unless you measured and passed your own",
+            "Fractions of these rates: assumptions unless you measured and passed your own",
             f"  vision {assumptions.vision:g}, prefill {assumptions.prefill:g}, decode {assumptions.decode:g},"
             f" tensor parallelism {assumptions.tp:g} a doubling",
         ]
@@ -107,7 +103,7 @@ class _Arithmetic:
             + (f", {replicas} copies" if replicas > 1 else "")
             + f", over {plan.tp_size} GPUs",
             f"  cache, an answer {plan.slot_tokens:,} tokens = {plan.kv_bytes_per_slot / 1e9:,.3f} GB",
-            f"  batch            min({self.load.max_batch_size}, {plan.kv_room / 1e9:,.1f} GB left /"
+            f"  batch            min({self.load.max_batch_size}, {plan.kv_available / 1e9:,.1f} GB left /"
             f" {plan.kv_bytes_per_slot / 1e9:,.3f} GB) = {plan.batch}, cache {plan.kv_bytes / 1e9:,.1f} GB",
         ]
 

@@ -1,4 +1,4 @@
-"""How many GPUs a load needs: floors from counts, divided by the fraction of a floor that is reached.
+"""How many GPUs a load needs: counts over the GPU's rates, divided by the fraction of a rate that is reached.
 
 A group is ``tp_size`` GPUs that share one decoder; groups work side by side on different images. The vision tower is
 small: every GPU of a group has the whole of it and embeds images of its own.
@@ -20,7 +20,7 @@ TP_SIZES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What share of a floor is reached. The defaults are aims, not measurements.
+    """What share of a rate is reached. The defaults are aims, not measurements.
 
     Attributes:
         vision: of the GPU's matrix-product rate, in the vision tower.
@@ -82,7 +82,7 @@ class Plan:
         weight_bytes: on each GPU.
         kv_bytes_per_slot: of one answer, on each GPU.
         kv_bytes: of all slots, on each GPU.
-        kv_room: what is left for them, on each GPU.
+        kv_available: what is left for them, on each GPU.
         prompt_tokens: of a request.
         slot_tokens: capacity of a slot.
         vision_flops: of one image.
@@ -101,7 +101,7 @@ class Plan:
     weight_bytes: float
     kv_bytes_per_slot: float
     kv_bytes: float
-    kv_room: float
+    kv_available: float
     prompt_tokens: int
     slot_tokens: int
     vision_flops: counts.Flops
@@ -178,16 +178,16 @@ def _plan_group(
 
     decoder = counts.decoder_bytes(text, weight_bytes) / tp_size if decodes else 0
     weights = decoder + counts.vision_weights(config.vision) * weight_bytes
-    room = gpu.memory * (1 - assumptions.reserve) - weights
+    available = gpu.memory * (1 - assumptions.reserve) - weights
     # More GPUs than key-value heads: each keeps one head, the same as some of its neighbours'.
     per_token = counts.kv_bytes_per_token(text) / min(tp_size, text.num_key_value_heads)
     per_slot = slot * per_token if decodes else 0.0
-    if room < max(per_slot, 0):
+    if available < max(per_slot, 0):
         raise PlanError(
             f"tp_size {tp_size} does not fit: {weights / 1e9:,.1f} GB of weights a GPU and {per_slot / 1e9:,.2f} GB for"
             f" one answer's cache, of {gpu.memory * (1 - assumptions.reserve) / 1e9:,.1f} GB usable on {gpu.name}"
         )
-    batch = min(load.max_batch_size, int(room // per_slot)) if decodes else 0
+    batch = min(load.max_batch_size, int(available // per_slot)) if decodes else 0
 
     speed = tp_size * assumptions.tp ** math.log2(tp_size)  # of a group, in GPUs
     vision = counts.vision_flops(config.vision, load.rows, load.columns)
@@ -212,7 +212,7 @@ def _plan_group(
         weight_bytes=weights,
         kv_bytes_per_slot=per_slot,
         kv_bytes=batch * per_slot,
-        kv_room=room,
+        kv_available=available,
         prompt_tokens=prompt,
         slot_tokens=slot,
         vision_flops=vision,

@@ -47,9 +47,12 @@ def _squares(length: int, side: int) -> int:
 
 def vision_weights(config: VisionConfig) -> int:
     """Weights of the tower's matrices: patch embedding, blocks, merger."""
-    width = config.hidden_size
-    block = 4 * width**2 + 3 * width * config.intermediate_size  # q, k, v, output; gate, up, down
-    return config.qwen2_vl_dim * width + config.depth * block + _merger_weights(config)
+    return config.qwen2_vl_dim * config.hidden_size + vision_block_weights(config) + _merger_weights(config)
+
+
+def vision_block_weights(config: VisionConfig) -> int:
+    """Those of all blocks: q, k, v and output; gate, up and down."""
+    return config.depth * config.hidden_size * (4 * config.hidden_size + 3 * config.intermediate_size)
 
 
 def _merger_weights(config: VisionConfig) -> int:
@@ -87,14 +90,14 @@ def decode_flops(config: TextConfig, batch: int, context: float) -> Flops:
     )
 
 
-def kv_bytes_per_token(config: TextConfig) -> int:
-    """Keys and values of one token in every layer, BF16."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * BF16
+def kv_bytes_per_token(config: TextConfig, value_bytes: int = BF16) -> int:
+    """Keys and values of one token in every layer."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * value_bytes
 
 
-def decode_weight_bytes(config: TextConfig, weight_bytes: int) -> int:
-    """What a decode step reads of the weights: every layer, and the output projection, which stays in BF16."""
-    return config.num_hidden_layers * layer_weights(config) * weight_bytes + head_weights(config) * BF16
+def decode_weight_bytes(config: TextConfig, weight_bytes: int, head_bytes: int = BF16) -> int:
+    """What a decode step reads of the weights: every layer, and the output projection, which is not quantised."""
+    return config.num_hidden_layers * layer_weights(config) * weight_bytes + head_weights(config) * head_bytes
 
 
 def decoder_bytes(config: TextConfig, weight_bytes: int) -> int:

@@ -1,10 +1,9 @@
-"""What is known of models and GPUs by name."""
+"""Models and GPUs by name."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -12,8 +11,9 @@ from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import PlanError
 from qwen2vl_trt.foreign import refuse_foreign
 from qwen2vl_trt.hub import TINY, find_local, published_name
+from qwen2vl_trt.published import SHAPES, published_config
 
-_FOLDER = Path(__file__).resolve().parent
+_GPUS = Path(__file__).resolve().parent / "gpus.yaml"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         PlanError: unknown; the message names those that are known.
     """
-    table = _read("gpus.yaml")
+    table = yaml.safe_load(_GPUS.read_text(encoding="utf-8"))
     known = {gpu.lower(): gpu for gpu in table["gpus"]}
     spelled = known.get(name.lower().replace(" ", "-"))
     if spelled is None:
@@ -72,16 +72,10 @@ def find_config(name: str) -> Qwen2VLConfig:
     if local is not None:
         refuse_foreign(local.folder)
         return Qwen2VLConfig.from_folder(local.folder)
-    table = _read("models.yaml")
-    raw = table["models"].get(published_name(name))
-    if raw is None:
+    published = published_name(name)
+    if published is None:
         raise PlanError(
-            f"unknown model {name!r}; known: {TINY}, {', '.join(table['models'])}, and any checkpoint folder (its"
-            " config.json is enough)"
+            f"unknown model {name!r}; known: {TINY}, {', '.join(SHAPES)}, and any checkpoint folder (its config.json is"
+            " enough)"
         )
-    vision = table["shared"]["vision_config"] | raw["vision_config"]
-    return Qwen2VLConfig.from_dict(table["shared"] | raw | {"vision_config": vision})
-
-
-def _read(name: str) -> dict[str, Any]:
-    return yaml.safe_load((_FOLDER / name).read_text(encoding="utf-8"))
+    return Qwen2VLConfig.from_dict(published_config(published))

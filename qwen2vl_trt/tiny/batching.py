@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.mrope import rope_index
+from qwen2vl_trt.runtime.preprocessing.settings import smart_resize
 from qwen2vl_trt.windows import Grid, UnpaddedLayout, unpad, window_layout
 
 from .scenes import Pixels, Scene
@@ -63,20 +64,6 @@ class Batch:
     target_rows: Tensor
 
 
-def target_size(height: int, width: int, factor: int = 28) -> tuple[int, int]:
-    """Qwen2.5-VL's smart resize: sides to multiples of ``factor``, the area within the checkpoint's limits."""
-    rows, columns = round(height / factor) * factor, round(width / factor) * factor
-    if rows * columns > MAX_PIXELS:
-        shrink = math.sqrt(height * width / MAX_PIXELS)
-        rows = max(factor, math.floor(height / shrink / factor) * factor)
-        columns = max(factor, math.floor(width / shrink / factor) * factor)
-    elif rows * columns < MIN_PIXELS:
-        grow = math.sqrt(MIN_PIXELS / (height * width))
-        rows = math.ceil(height * grow / factor) * factor
-        columns = math.ceil(width * grow / factor) * factor
-    return rows, columns
-
-
 class Collator:
     """Turns scenes into batches with the checkpoint's tokenizer and chat template."""
 
@@ -101,7 +88,7 @@ class Collator:
         vision = self.config.vision
         size, temporal = vision.patch_size, vision.temporal_patch_size
         pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)  # [frames, 3, height, width]
-        height, width = target_size(pixels.shape[2], pixels.shape[3], vision.image_factor)
+        height, width = smart_resize(*pixels.shape[2:], vision.image_factor, MIN_PIXELS, MAX_PIXELS)
         if pixels.shape[2:] != (height, width):
             pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
         if len(frames) % temporal:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 ADAM_BETAS = (0.9, 0.98)
@@ -69,11 +68,8 @@ class MasterWeights:
 
     @torch.no_grad()
     def step(self, learning_rate: float, clip: float, step: int) -> float:
-        """Apply the gradients, averaged over all processes, and clear them; returns their norm before clipping."""
+        """Apply the gradients and clear them; returns their norm before clipping."""
         gradient: Tensor = self.gradients.float()
-        if dist.is_initialized():
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
         norm = float(gradient.norm())
         gradient *= min(1.0, clip / (norm + 1e-6))
         for matrix, part in zip(self._matrices, self._slices, strict=False):

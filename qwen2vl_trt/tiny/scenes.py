@@ -1,10 +1,12 @@
 """Random scenes of handwritten digits: images or a video, a question and its answer.
 
-Every random choice comes from the generator that is passed in, so a seed reproduces a scene.
+Every random choice comes from the generator that is passed in, so a seed reproduces a scene. Training shows single
+digits, black on white and then in colours, then rows, then everything.
 """
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .digits import Digits
+from .digits import Digits, load_split
 
 Pixels = NDArray[np.uint8]
 """``[height, width, 3]``"""
@@ -342,3 +344,46 @@ def evaluation_scene(rng: np.random.Generator, digits: Digits, task: str, number
     if task == "video":
         return video_scene(rng, digits, PLAIN)
     raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
+
+
+def held_out_scenes(task: str, cases: int, seed: int) -> list[Scene]:
+    """Draw ``cases`` scenes of held-out digits; the first n of them do not depend on ``cases``."""
+    digits = load_split()[1]
+    rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
+    return [evaluation_scene(rng, digits, task, number) for number in range(cases)]
+
+
+BLACK_ON_WHITE_UNTIL = 600
+SINGLE_DIGITS_UNTIL = 1000
+ROWS_UNTIL = 1800
+
+
+SIZE_CLASSES = ((0.65, 12, 40), (0.23, 24, 28), (0.12, 48, 20))
+"""Probability, merge groups, scenes of a batch: like sizes share one, so that little of it is padding."""
+TASK_MIX = {"read": 0.62, "count": 0.04, "two_images": 0.2, "video": 0.12, "chat": 0.02}
+
+
+def training_scenes(seed: int, step: int) -> list[Scene]:
+    """The scenes of a training step, which depend on these two numbers alone."""
+    digits = load_split()[0]
+    rng = np.random.default_rng([seed, step, 0])
+    if step < SINGLE_DIGITS_UNTIL:
+        look = BLACK_ON_WHITE if step < BLACK_ON_WHITE_UNTIL else None
+        return [read_scene(rng, digits, PLAIN, most=1, max_area=6 * MERGE_GROUP, look=look) for _ in range(48)]
+    if step < ROWS_UNTIL:
+        return [
+            read_scene(rng, digits, AUGMENTED, canonical=False, most=3, max_area=12 * MERGE_GROUP) for _ in range(64)
+        ]
+    shared = np.random.default_rng([seed, step])
+    _, groups, batch = SIZE_CLASSES[shared.choice(len(SIZE_CLASSES), p=[chance for chance, *_ in SIZE_CLASSES])]
+    tasks = rng.choice(list(TASK_MIX), batch, p=list(TASK_MIX.values()))
+    return [_training_scene(rng, digits, str(task), groups * MERGE_GROUP) for task in tasks]
+
+
+def _training_scene(rng: np.random.Generator, digits: Digits, task: str, max_area: int) -> Scene:
+    if task == "chat":
+        return chat_scene(rng)
+    if task == "video":
+        return video_scene(rng, digits, AUGMENTED, canonical=False)
+    draw = {"read": read_scene, "count": count_scene, "two_images": two_images_scene}[task]
+    return draw(rng, digits, AUGMENTED, canonical=False, max_area=max_area)

@@ -10,12 +10,13 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
+from qwen2vl_trt.runtime.preprocessing.settings import PixelSettings
+
 from . import scenes
 
 MERGES = 320
 VOCABULARY_MULTIPLE = 64
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGE_MEAN, IMAGE_STD = PixelSettings().image_mean, PixelSettings().image_std  # of the published checkpoints
 MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 64 * 28 * 28
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

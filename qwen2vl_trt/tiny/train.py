@@ -9,15 +9,14 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
-import tempfile
+import math
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -25,18 +24,37 @@ from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.files import replacement
 
 from .batching import Batch, Collator
-from .card import write_card
-from .curriculum import TrainingBatches
-from .evaluation import Score, evaluate, held_out_scenes
 from .model import TinyModel, config_dict, save_checkpoint
 from .optimizer import MasterWeights
-from .recipe import Recipe
-from .scenes import TASKS, Scene
+from .scenes import TASKS, Scene, held_out_scenes, training_scenes
 from .tokenizer import train_tokenizer, write_processor_files
 
 LOGGER = logging.getLogger("qwen2vl_trt.tiny.train")
 CHECKPOINT_FOLDER = Path(__file__).parent / "checkpoint"
 MONITOR_SEED = 1234
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the outcome of a training run, besides the code."""
+
+    steps: int = 11000
+    seed: int = 1
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-5
+    warmup: int = 1500
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    average: float = 0.999
+    batch_limit: int | None = None
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, long because a rate of 1e-3 at once never leaves the first plateau; then half a cosine."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        swing = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * swing
 
 
 class Trainer:
@@ -52,6 +70,14 @@ class Trainer:
         self.weights = MasterWeights(self.model, dtype, recipe.weight_decay, recipe.average)
         self.step = 0
         self.seconds = 0.0
+
+    def next_batch(self) -> Batch:
+        """The step's batch, which depends on the seed and the step alone."""
+        seed = self.recipe.seed
+        chosen = training_scenes(seed, self.step)[: self.recipe.batch_limit]
+        # Transformers 5 places the text after a long video differently: show the model both.
+        reaching = np.random.default_rng([seed, self.step, 0, 1]).random(len(chosen)) < 0.7
+        return self.collator(chosen, reaching=reaching.tolist())
 
     def train_step(self, batch: Batch) -> tuple[float, float]:
         """One update; returns the loss and the gradient's norm."""
@@ -71,7 +97,7 @@ class Trainer:
             torch.save(state, temporary)
 
     def resume(self, path: Path) -> bool:
-        """Continue from a saved state, if there is one. Batches depend on the step alone, so nothing else is needed."""
+        """Continue from a saved state, if there is one."""
         if not path.exists():
             return False
         state = torch.load(path, weights_only=True)
@@ -100,38 +126,6 @@ class Trainer:
             save_checkpoint(self.model, self.config, folder)
 
 
-def greedy(model: TinyModel, collator: Collator, scenes: Sequence[Scene], max_tokens: int = 40) -> list[str]:
-    """Answer scenes greedily."""
-    return [collator.tokenizer.decode(ids) for ids in greedy_ids(model, collator, scenes, max_tokens)]
-
-
-@torch.no_grad()
-def greedy_ids(model: TinyModel, collator: Collator, scenes: Sequence[Scene], max_tokens: int) -> list[list[int]]:
-    """Token ids of the answers, recomputing everything for each: slow, simple, and independent of the runtime."""
-    answers: list[list[int]] = [[] for _ in scenes]
-    open_rows = list(range(len(scenes)))
-    while open_rows and len(answers[open_rows[0]]) < max_tokens:
-        # The padding token stands for the one to be predicted.
-        batch = collator([scenes[i] for i in open_rows], answers=[[*answers[i], collator.padding] for i in open_rows])
-        predicted = model(batch).argmax(-1)
-        last = batch.target_rows.diff(append=torch.tensor([-1])).nonzero().squeeze(1)
-        still_open = []
-        for row, token in zip(open_rows, predicted[last].tolist(), strict=True):
-            if token != collator.end:
-                answers[row].append(token)
-                still_open.append(row)
-        open_rows = still_open
-    return answers
-
-
-def measure(trainer: Trainer, cases: int, seed: int) -> dict[str, Score]:
-    """Held-out accuracy of the averaged weights, rounded to BF16 as they are saved, computed in FP32."""
-    model = TinyModel(trainer.model.config)
-    with trainer.weights.averaged():
-        model.load_state_dict({name: tensor.bfloat16().float() for name, tensor in trainer.model.state_dict().items()})
-    return evaluate(lambda scenes: greedy(model, trainer.collator, scenes), cases=cases, seed=seed, batch_size=50)
-
-
 def _append(path: Path, row: dict[str, Any]) -> None:
     fresh = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -149,8 +143,6 @@ def train(
     monitor_every: int = 500,
     monitor_cases: int = 100,
     save_minutes: float = 2,
-    export_minutes: float = 15,
-    export_folder: Path | None = None,
 ) -> None:
     """Run the recipe to its end, or for ``stop_after`` steps.
 
@@ -161,21 +153,15 @@ def train(
         monitor_every: steps between two looks at held-out scenes.
         monitor_cases: scenes a task of such a look.
         save_minutes: minutes between two saved states.
-        export_minutes: minutes between two early checkpoints, written once half of the rows are read right.
-        export_folder: where these go.
     """
     recipe = trainer.recipe
     end = recipe.steps if stop_after is None else min(recipe.steps, trainer.step + stop_after)
-    process, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batches = TrainingBatches(recipe.seed, recipe.batch_limit, process, processes)
     asked = {task: held_out_scenes(task, monitor_cases, MONITOR_SEED) for task in TASKS}
     started = last_saved = time.monotonic()
-    last_export, spent = started, trainer.seconds
+    spent = trainer.seconds
     losses: list[float] = []
     while trainer.step < end:
-        loss, norm = trainer.train_step(batches[trainer.step])
-        if process:
-            continue
+        loss, norm = trainer.train_step(trainer.next_batch())
         losses.append(loss)
         now = time.monotonic()
         trainer.seconds = spent + now - started
@@ -191,14 +177,10 @@ def train(
             work_dir.mkdir(parents=True, exist_ok=True)
             _append(work_dir / "curve.csv", row)
             LOGGER.info("held out, exact: %s", ", ".join(f"{task} {value:.0f}%" for task, value in exact.items()))
-            if export_folder and exact["read"] >= 50 and now - last_export > 60 * export_minutes:
-                trainer.export(export_folder)
-                last_export = now
         if now - last_saved > 60 * save_minutes:
             trainer.save(work_dir / "state.pt")
             last_saved = now
-    if not process:
-        trainer.save(work_dir / "state.pt")
+    trainer.save(work_dir / "state.pt")
 
 
 def main() -> None:
@@ -210,41 +192,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=recipe.steps)
     parser.add_argument("--seed", type=int, default=recipe.seed)
     parser.add_argument("--learning-rate", type=float, default=recipe.learning_rate)
-    parser.add_argument("--processes", type=int, default=2, help="processes of one thread each that share a batch")
-    parser.add_argument("--export-minutes", type=float, default=15, help="minutes between early checkpoints")
-    parser.add_argument("--cases", type=int, default=1000, help="held-out cases a task at the end")
     arguments = parser.parse_args()
-    if arguments.processes == 1:
-        _run(0, arguments, None)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (arguments, f"file://{folder}/rendezvous"), nprocs=arguments.processes)
-
-
-def _run(process: int, arguments: argparse.Namespace, rendezvous: str | None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    # One thread a process: threads that wait for each other in every small operation crawl on a busy machine.
-    torch.set_num_threads(1)
-    if rendezvous:
-        dist.init_process_group("gloo", init_method=rendezvous, rank=process, world_size=arguments.processes)
-    recipe = Recipe(
-        steps=arguments.steps,
-        seed=arguments.seed,
-        learning_rate=arguments.learning_rate,
-        processes=arguments.processes,
-    )
-    trainer = Trainer(recipe)
+    trainer = Trainer(Recipe(steps=arguments.steps, seed=arguments.seed, learning_rate=arguments.learning_rate))
     if trainer.resume(arguments.work_dir / "state.pt"):
-        LOGGER.info("process %d resumes at step %d", process, trainer.step)
-    train(trainer, arguments.work_dir, export_minutes=arguments.export_minutes, export_folder=arguments.output)
-    if process:
-        return
+        LOGGER.info("resumes at step %d", trainer.step)
+    train(trainer, arguments.work_dir)
     trainer.export(arguments.output)
-    scores = measure(trainer, arguments.cases, seed=0)
-    for task, score in scores.items():
-        LOGGER.info("%s: %.1f%% exact, %.1f%% by digit, %d cases", task, score.exact, score.per_digit, score.cases)
-    curve, notes = arguments.work_dir / "curve.csv", arguments.work_dir / "notes.md"
-    write_card(arguments.output, recipe, trainer.seconds, trainer.model, scores, curve, notes)
+    LOGGER.info("measure it with: python run.py eval --model %s", arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How runners are run: one at a time, on the reference's tokens, over Polygraphy's Comparator."""
+"""How runners are run: one at a time, on the reference's tokens."""
 
 import numpy as np
 import pytest

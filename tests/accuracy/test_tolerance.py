@@ -57,15 +57,15 @@ def test_the_coarser_precision_sets_the_limits():
     assert tolerance_of("fp32") is TOLERANCES["fp32"]
 
 
-def test_a_rounded_reference_makes_no_yardstick():
+def test_a_rounded_reference_makes_no_baseline():
     limits = tolerance_of("fp32", "bf16")
     assert limits == tolerance_of("bf16", "bf16")
-    assert (limits.yardstick, limits.vision_cosine, limits.decoder_cosine) == (None, 0.9999, 0.999)
+    assert (limits.baseline, limits.vision_cosine, limits.decoder_cosine) == (None, 0.9999, 0.999)
 
 
 def test_limits_can_be_changed_and_lifted():
-    changed = TOLERANCES["bf16"].override(["yardstick=none", "vision-cosine=0.9", "logits=1e-2"])
-    assert changed == replace(TOLERANCES["bf16"], yardstick=None, vision_cosine=0.9, logits=0.01)
+    changed = TOLERANCES["bf16"].override(["baseline=none", "vision-cosine=0.9", "logits=1e-2"])
+    assert changed == replace(TOLERANCES["bf16"], baseline=None, vision_cosine=0.9, logits=0.01)
 
 
 @pytest.mark.parametrize(

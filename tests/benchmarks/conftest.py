@@ -4,15 +4,13 @@ import pickle
 
 import pytest
 
-import qwen2vl_trt.benchmarks.bench.operators
-import qwen2vl_trt.benchmarks.bench.run
-import qwen2vl_trt.benchmarks.comparisons.contenders
+import qwen2vl_trt.benchmarks.bench
+import qwen2vl_trt.benchmarks.comparisons
+import qwen2vl_trt.benchmarks.operators
 
 
 class WorkerHere:
     """In the place of :class:`qwen2vl_trt.benchmarks.workers.Worker`, whose own tests start real processes."""
-
-    alive = True
 
     def __init__(self, name, setup):
         self.name, self._target = name, pickle.loads(pickle.dumps(setup))()
@@ -32,9 +30,9 @@ class WorkerHere:
 def no_processes(monkeypatch):
     """Each costs seconds of imports."""
     for module in (
-        qwen2vl_trt.benchmarks.bench.run,
-        qwen2vl_trt.benchmarks.bench.operators,
-        qwen2vl_trt.benchmarks.comparisons.contenders,
+        qwen2vl_trt.benchmarks.bench,
+        qwen2vl_trt.benchmarks.operators,
+        qwen2vl_trt.benchmarks.comparisons,
     ):
         monkeypatch.setattr(module, "Worker", WorkerHere)
 
@@ -42,5 +40,5 @@ def no_processes(monkeypatch):
 @pytest.fixture
 def small_rates(monkeypatch):
     """Of small matrices: no test compares a rate with anything but another of its run."""
-    monkeypatch.setattr("qwen2vl_trt.benchmarks.floors.rates._SIZES", (1 << 20, 1 << 22))
-    monkeypatch.setattr("qwen2vl_trt.benchmarks.floors.rates._PRODUCTS", ((64, 256, 256),))
+    monkeypatch.setattr("qwen2vl_trt.benchmarks.roofline._SIZES", (1 << 20, 1 << 22))
+    monkeypatch.setattr("qwen2vl_trt.benchmarks.roofline._PRODUCTS", ((64, 256, 256),))

@@ -9,12 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 import run
-from qwen2vl_trt.benchmarks.bench import run as run_bench
+from qwen2vl_trt.benchmarks import bench as run_bench
 from qwen2vl_trt.commands import process as engines_command
 from qwen2vl_trt.commands.process import run_command
 from qwen2vl_trt.engines.backends import find_backend
@@ -22,6 +24,7 @@ from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import BenchmarkError, BuildError
 from qwen2vl_trt.hub import resolve_model
+from qwen2vl_trt.plots import color_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_input_len=100, max_seq_len=140)
@@ -82,9 +85,9 @@ def check_consistent(result, found):
 def test_all_stages_are_measured(no_processes, bench, engines, backend, tmp_path):
     """Transformers takes part once. Real processes are those of the tests that stream and that interrupt."""
     traces = ("--trace", "trace.json", "--trace-plot", "trace.png")
-    rival = ("--against", "transformers", "--plot", "p.png") if backend == "torch" else traces
+    baseline = ("--against", "transformers", "--plot", "p.png") if backend == "torch" else traces
     code, out, errors = bench(
-        "--engine-dir", engines / backend, *FEW, *SHAPES, *rival, "--json", "--export-times", "t.json"
+        "--engine-dir", engines / backend, *FEW, *SHAPES, *baseline, "--json", "--export-times", "t.json"
     )
     assert (code, errors) == (0, "")
     report = json.loads(out)
@@ -118,11 +121,11 @@ def test_all_stages_are_measured(no_processes, bench, engines, backend, tmp_path
     assert min(shares.values()) > 0
 
     for result, figures in ((vision, {"latency"}), (decoder, {"prefill", "time_between_tokens"}), (pipeline, set())):
-        assert set(result["floors"]) == figures
-        for figure, floor in result["floors"].items():
+        assert set(result["roofline"]) == figures
+        for figure, bound in result["roofline"].items():
             median = result["ours"]["milliseconds"][figure]["median"]
-            assert floor["reached"] == pytest.approx(floor["ms"] / median)
-            assert min(floor["flops"], floor["bytes"]) > 0
+            assert bound["reached"] == pytest.approx(bound["ms"] / median)
+            assert min(bound["flops"], bound["bytes"]) > 0
 
     exported = json.loads((tmp_path / "t.json").read_text())
     ours = [case for case in exported if not case["name"].startswith("Transformers")]
@@ -136,24 +139,25 @@ def test_all_stages_are_measured(no_processes, bench, engines, backend, tmp_path
         titles = [event["name"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
         assert {"load", "preprocess", "vision", "prefill chunk", "decode step", "sample", "request 2"} < set(titles)
         assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
-        assert [result["rival"] for result in report["results"]] == [None] * 4
+        assert [result["baseline"] for result in report["results"]] == [None] * 4
         return
     assert report["machine"]["transformers"]
     assert len(exported) == 8
     for result in report["results"]:
-        check_rival(result)
+        check_baseline(result)
     assert {"time_between_tokens", "time_to_first_token"} < set(decoder["ratios"])
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    pixels = set(map(tuple, np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).reshape(-1, 3).tolist()))
+    assert {tuple(bytes.fromhex(color_of(name)[1:])) for name in ("torch", "Transformers")} < pixels
 
 
-def check_rival(result):
-    ours, rival = result["ours"], result["rival"]
-    check_consistent(result, rival)
-    assert rival["name"] == "Transformers fp32"
-    assert rival["how"] in ("batched", "one at a time", "one request")
+def check_baseline(result):
+    ours, baseline = result["ours"], result["baseline"]
+    check_consistent(result, baseline)
+    assert baseline["name"] == "Transformers fp32"
+    assert baseline["how"] in ("batched", "one at a time", "one request")
     unit = next(iter(ours["throughput"]))
-    assert result["ratios"][unit] == pytest.approx(ours["throughput"][unit] / rival["throughput"][unit])
-    theirs, median = (each["milliseconds"]["latency"]["median"] for each in (rival, ours))
+    assert result["ratios"][unit] == pytest.approx(ours["throughput"][unit] / baseline["throughput"][unit])
+    theirs, median = (each["milliseconds"]["latency"]["median"] for each in (baseline, ours))
     assert result["ratios"]["latency"] == pytest.approx(theirs / median)
 
 
@@ -195,7 +199,7 @@ def test_what_was_measured_is_not_lost(no_processes, bench, engines, monkeypatch
     assert [result["stage"] for result in report["results"]] == ["vision", "decoder"]
     for result in report["results"]:
         check_consistent(result, result["ours"])
-        assert not result["floors"]  # they take a graph, and somebody waits
+        assert not result["roofline"]  # the rates were not measured again
     assert [case["stage"] for case in json.loads((tmp_path / "t.json").read_text())] == ["vision", "decoder"]
     assert (tmp_path / "p.png").exists()
     assert not list(tmp_path.glob("t*.png")) + list(tmp_path.glob("trace*"))
@@ -321,7 +325,7 @@ def test_an_interrupt_ends_the_workers_too(engines, tmp_path):
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=60)
-    assert (process.returncode, out, errors.decode()) == (130, b"", "interrupted\n")
+    assert (process.returncode, out, errors.decode().splitlines()[-1]) == (130, b"", "interrupted")  # after progress
     psutil.wait_procs(children, timeout=30)
     assert not any(child.is_running() for child in children)
     assert list(tmp_path.iterdir()) == []
@@ -354,7 +358,7 @@ def test_the_preprocessor_is_measured_where_it_is_named(no_processes, bench, eng
         assert images == pytest.approx(
             len(result["shape"].split(",")) * queries if "," in result["shape"] else 3 * queries
         )
-        check_rival(result)
-        floor = result["floors"]["latency"]
-        assert floor["bound"] == "memory"
-    assert results[1]["floors"]["latency"]["bytes"] == 3 * (3 * 56 * 84 + 24 * 1176 * 4)
+        check_baseline(result)
+        bound = result["roofline"]["latency"]
+        assert bound["limit"] == "memory"
+    assert results[1]["roofline"]["latency"]["bytes"] == 3 * (3 * 56 * 84 + 24 * 1176 * 4)

@@ -5,7 +5,7 @@ from importlib import import_module
 import psutil
 import pytest
 
-from qwen2vl_trt.benchmarks.workers import Worker, forget_peak, peak_bytes
+from qwen2vl_trt.benchmarks.workers import Worker, peak_bytes, reset_peak
 from qwen2vl_trt.errors import BenchmarkError, EngineError, MissingDependencyError
 
 
@@ -36,8 +36,10 @@ def test_an_error_of_this_project_arrives_as_it_is(tmp_path):
 
 def test_a_setup_that_fails_leaves_no_process():
     before = children()
-    with pytest.raises(MissingDependencyError, match="the package no_such_package is not installed"):
-        module("no_such_package")
+    with module("no_such_package") as worker:
+        for _ in range(2):  # it is not tried again
+            with pytest.raises(MissingDependencyError, match="the package no_such_package is not installed"):
+                worker.call("anything")
     assert children() <= before
 
 
@@ -46,6 +48,13 @@ def test_a_process_that_dies():
         worker.call("abort")
     with module("os") as worker, pytest.raises(BenchmarkError, match="ended with code 3"):
         worker.call("_exit", 3)
+
+
+def test_a_process_that_died_begins_again():
+    with module("os") as worker:
+        with pytest.raises(BenchmarkError, match="killed by signal 6"):
+            worker.call("abort")
+        assert worker.call("getpid") in children()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak begins anew on Linux alone")
@@ -57,5 +66,5 @@ def test_the_peak_of_memory():
     del taken
     assert with_it >= before - 20_000_000
     assert peak_bytes() > with_it - 20_000_000  # the system counts in batches
-    forget_peak()
+    reset_peak()
     assert peak_bytes() < with_it - 100_000_000

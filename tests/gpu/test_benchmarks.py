@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-import qwen2vl_trt.benchmarks.bench.operators
-import qwen2vl_trt.benchmarks.bench.run
-from qwen2vl_trt.benchmarks.floors.rates import measure_rates
-from qwen2vl_trt.benchmarks.subjects.timeline import CALLERS_STREAM, SIDE_STREAM
+import qwen2vl_trt.benchmarks.bench
+import qwen2vl_trt.benchmarks.operators
+from qwen2vl_trt.benchmarks.roofline import measure_rates
+from qwen2vl_trt.benchmarks.timeline import CALLERS_STREAM, SIDE_STREAM
 from qwen2vl_trt.commands import call
 from qwen2vl_trt.engines.backends import find_backend
 from qwen2vl_trt.engines.build import build_engines
@@ -49,7 +49,7 @@ def engines(tmp_path_factory):
 def bench(engines, monkeypatch, capsys, tmp_path):
     """Runs a command in a folder of its own; gives its JSON."""
     monkeypatch.chdir(tmp_path)
-    for module in (qwen2vl_trt.benchmarks.bench.run, qwen2vl_trt.benchmarks.bench.operators):
+    for module in (qwen2vl_trt.benchmarks.bench, qwen2vl_trt.benchmarks.operators):
         monkeypatch.setattr(module, "Worker", Here)
 
     def run(*arguments):

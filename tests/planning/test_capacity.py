@@ -9,15 +9,15 @@ from qwen2vl_trt.errors import CheckpointError, PlanError
 from qwen2vl_trt.planning.capacity import Assumptions, Load, plan
 from qwen2vl_trt.planning.tables import find_config, find_gpu
 
-FLOORS = Assumptions(vision=1, prefill=1, decode=1, tp=1, reserve=0)
+FULL = Assumptions(vision=1, prefill=1, decode=1, tp=1, reserve=0)
 LOAD = Load(rows=32, columns=32, text_tokens=30, output_tokens=128, images_per_second=100)
 
 
-def of(model, gpu="H200", load=LOAD, assumptions=FLOORS, **options):
+def of(model, gpu="H200", load=LOAD, assumptions=FULL, **options):
     return plan(find_config(f"Qwen2.5-VL-{model}"), find_gpu(gpu), load, assumptions=assumptions, **options)
 
 
-def test_the_floors_of_an_h200():
+def test_the_bounds_of_an_h200():
     """790 TFLOP/s and 4.3 TB/s: an image in 1.70 ms, a token of 7B in 3.29 ms (304 a second)."""
     features = of("3B", load=dataclasses.replace(LOAD, output_tokens=0))
     assert features.vision_seconds == pytest.approx(1.342911e12 / 790e12, rel=1e-6)
@@ -55,12 +55,12 @@ def test_7b_by_hand():
     assert found.images_per_second == pytest.approx(found.groups / each)
 
 
-def test_fractions_divide_the_floors():
-    floor = of("72B", tp_size=4)
+def test_fractions_divide_the_rates():
+    full = of("72B", tp_size=4)
     found = of("72B", tp_size=4, assumptions=Assumptions(vision=0.5, prefill=0.25, decode=0.8, tp=0.9, reserve=0.1))
-    assert found.vision_seconds == pytest.approx(floor.vision_seconds / 0.5)
-    assert found.prefill_seconds == pytest.approx(floor.prefill_seconds / 0.25 / 0.9**2)
-    assert floor.kv_room - found.kv_room == pytest.approx(14.1e9)
+    assert found.vision_seconds == pytest.approx(full.vision_seconds / 0.5)
+    assert found.prefill_seconds == pytest.approx(full.prefill_seconds / 0.25 / 0.9**2)
+    assert full.kv_available - found.kv_available == pytest.approx(14.1e9)
     one = dataclasses.replace(LOAD, max_batch_size=1)
     reading = of("72B", tp_size=4, load=one).step_seconds
     assert of("72B", tp_size=4, load=one, assumptions=Assumptions()).step_seconds == pytest.approx(reading / 0.8 / 0.81)
@@ -72,7 +72,7 @@ def test_the_batch_is_what_the_memory_holds():
     assert found.weight_bytes == 2 * (36 * 77_070_336 + 151_936 * 2048 + 668_170_240) == 7_507_734_528
     assert found.kv_bytes_per_slot == 32_768 * 36_864
     assert found.batch == int((24e9 - 7_507_734_528) / (32_768 * 36_864)) == 13
-    assert found.kv_bytes <= found.kv_room
+    assert found.kv_bytes <= found.kv_available
 
 
 def test_more_gpus_than_key_value_heads_keep_copies():

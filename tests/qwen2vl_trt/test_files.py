@@ -1,12 +1,14 @@
 """Files that appear whole or not at all."""
 
+import json
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from qwen2vl_trt.files import replacement, write_whole
+from qwen2vl_trt.errors import FileError
+from qwen2vl_trt.files import check_target, replacement, write_json, write_whole
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
@@ -49,3 +51,23 @@ def test_a_device_or_a_pipe_stays_what_it_is(tmp_path):
         with pytest.raises(OSError, match="No space left"):
             write_whole(Path("/dev/full"), b"content")
         assert Path("/dev/full").is_char_device()
+
+
+def test_a_target_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    check_target(tmp_path / "new.json")
+    for path, message in ((tmp_path, "is a folder; give a file"), (tmp_path / "no" / "a.json", "there is no folder")):
+        with pytest.raises(FileError, match=message):
+            check_target(path)
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append(path))  # root may write everywhere
+    for path in (tmp_path / "new.json", Path(os.devnull)):  # a file is replaced, a device written itself
+        with pytest.raises(FileError, match="no permission"):
+            check_target(path)
+    assert asked == [tmp_path, Path(os.devnull)]
+
+
+def test_json_is_whole_or_an_error(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [1, None]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None]}
+    with pytest.raises(FileError, match=r"no/a\.json: No such file"):
+        write_json(tmp_path / "no" / "a.json", {})

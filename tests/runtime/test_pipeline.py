@@ -17,9 +17,8 @@ from PIL import Image
 from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams, Video, VideoOptions
 from qwen2vl_trt.errors import CheckpointError, EngineError, LimitError, MediaError, PromptError, SamplingError
 from qwen2vl_trt.hub import resolve_model
-from qwen2vl_trt.tiny.evaluation import held_out_scenes
-from qwen2vl_trt.tiny.report import answer_scenes
-from qwen2vl_trt.tiny.scenes import TASKS
+from qwen2vl_trt.tiny.evaluation import answer_scenes
+from qwen2vl_trt.tiny.scenes import TASKS, held_out_scenes
 from tests.support.bounds import FP32, FP32_BEHIND_BOTH
 from tests.support.engine_folders import BUILDS, PROFILE, build
 from tests.support.models import relative_error

@@ -10,9 +10,8 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.profile import BuildConfig, BuildProfile
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.runtime.backends.runners import open_engines
-from qwen2vl_trt.tiny.evaluation import held_out_scenes, score
-from qwen2vl_trt.tiny.report import answer_scenes
-from qwen2vl_trt.tiny.scenes import TASKS
+from qwen2vl_trt.tiny.evaluation import answer_scenes, score
+from qwen2vl_trt.tiny.scenes import TASKS, held_out_scenes
 from qwen2vl_trt.windows import window_layout
 from tests.support.bounds import E4M3_NOISE
 from tests.support.engine_folders import build

@@ -54,7 +54,7 @@ SMALL_SHAPE = {
     "video_token_id": 511,
     "tie_word_embeddings": True,
 }
-"""An entry of ``qwen2vl_trt.benchmarks.random_model.SHAPES`` of a size that a test can write."""
+"""An entry of ``qwen2vl_trt.published.SHAPES`` of a size that a test can write."""
 
 
 def model_config(tied=True, text=None, vision=None, rope_theta=100.0):

@@ -1,11 +1,14 @@
-"""Scoring, on hand-made answers."""
+"""Scoring, on hand-made answers, and what `eval` prints."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from qwen2vl_trt.tiny.evaluation import evaluate, held_out_scenes, score
-from qwen2vl_trt.tiny.scenes import Scene
+from qwen2vl_trt.tiny import evaluation
+from qwen2vl_trt.tiny.evaluation import evaluate, score
+from qwen2vl_trt.tiny.scenes import Scene, held_out_scenes
 
 
 @pytest.mark.parametrize(
@@ -59,3 +62,25 @@ def test_evaluate_asks_every_task_in_batches() -> None:
 def test_cases_do_not_depend_on_their_number() -> None:
     few, many = held_out_scenes("read", 3, seed=1), held_out_scenes("read", 6, seed=1)
     assert [scene.answer for scene in few] == [scene.answer for scene in many[:3]]
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_part_of_the_tasks_does_not_look_whole(monkeypatch, capsys, as_json):
+    """Ctrl-C in the second task of four."""
+
+    def answer(pipeline, scenes):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(scenes)
+        return [""] * len(scenes)
+
+    asked: list[object] = []
+    monkeypatch.setattr(evaluation, "answer_scenes", answer)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.print_accuracy(None, 2, 0, as_json)
+    out = capsys.readouterr().out
+    if as_json:
+        found = json.loads(out)
+        assert (set(found), found["interrupted"]) == ({"read", "interrupted"}, True)
+    else:
+        assert "held-out digits, interrupted" in out

@@ -1,4 +1,4 @@
-"""Training: the packed form of the tower, greedy answers, and continuing after an interruption."""
+"""Training: the packed form of the tower, and continuing after an interruption."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from qwen2vl_trt.config import Qwen2VLConfig
-from qwen2vl_trt.tiny.batching import Collator, target_size
-from qwen2vl_trt.tiny.evaluation import held_out_scenes
+from qwen2vl_trt.tiny.batching import Collator
 from qwen2vl_trt.tiny.model import TinyModel, checkpoint_tensors
-from qwen2vl_trt.tiny.recipe import Recipe
-from qwen2vl_trt.tiny.scenes import FPS, TASKS
+from qwen2vl_trt.tiny.scenes import FPS, TASKS, held_out_scenes
 from qwen2vl_trt.tiny.tokenizer import IMAGE_MEAN, IMAGE_STD
-from qwen2vl_trt.tiny.train import Trainer, greedy_ids, train
+from qwen2vl_trt.tiny.train import Recipe, Trainer, train
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.windows import window_layout
 
@@ -80,17 +78,6 @@ def test_packed_patches_give_the_towers_embeddings(trainer: Trainer) -> None:
         torch.testing.assert_close(model.embed(batch.patches), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_greedy_agrees_with_teacher_forcing(trainer: Trainer) -> None:
-    """Whatever an untrained model answers, giving it its own answer predicts that answer again."""
-    scenes = held_out_scenes("two_images", 4, seed=2)
-    answers = greedy_ids(trainer.model, trainer.collator, scenes, max_tokens=5)
-    assert any(answers)
-    for scene, ids in zip(scenes, answers, strict=True):
-        batch = trainer.collator([scene], answers=[ids])
-        with torch.no_grad():
-            assert trainer.model(batch).argmax(-1).tolist() == ids
-
-
 def test_the_checkpoint_has_the_published_names(trainer: Trainer) -> None:
     tensors = checkpoint_tensors(trainer.model, torch.bfloat16)
     assert tensors["visual.patch_embed.proj.weight"].shape == (128, 3, 2, 14, 14)
@@ -125,14 +112,6 @@ def test_transformers_predicts_the_same(trainer: Trainer, tmp_path: Path) -> Non
         with torch.no_grad():
             expected = theirs(**inputs).logits[0][batch.predict_index]
             torch.testing.assert_close(ours(batch), expected, rtol=0, atol=0.05)
-
-
-def test_sizes_follow_transformers() -> None:
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-    for height, width in [(20, 20), (28, 400), (56, 56), (99, 101), (300, 300), (700, 33), (42, 70)]:
-        expected = smart_resize(height, width, 28, 4 * 784, 64 * 784)
-        assert target_size(height, width) == expected
 
 
 def test_text_after_a_video_resumes_in_both_ways(trainer: Trainer) -> None:

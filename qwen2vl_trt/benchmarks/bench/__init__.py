@@ -1,1 +1,0 @@
-"""``run.py bench``: any engine folder, in trtexec's figures."""

@@ -1,1 +1,0 @@
-"""``run.py bench comparisons``: a fixed list of cases, ours beside Transformers, on this machine."""

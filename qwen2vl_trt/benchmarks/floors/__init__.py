@@ -1,1 +1,0 @@
-"""What a device could do at best: operations and bytes counted from a graph, over rates measured in the same run."""
