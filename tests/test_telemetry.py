@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen2vl_trt.telemetry import opt_out
+from tests.support.engine_folders import write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = (
@@ -19,7 +20,7 @@ VARIABLES = (
     "HF_HUB_OFFLINE",  # as users have it: not set
     "XDG_CACHE_HOME",
 )
-ANSWER = [ROOT / "run.py", "--model", "tiny", "--image", ROOT / "docs/digits.png", "--prompt", "What digits?"]
+ANSWER = [ROOT / "run.py", "--image", ROOT / "docs/digits.png", "--prompt", "What digits?", "--max-tokens", "3"]
 OF_THE_LIBRARY = """
 import pathlib, time
 from {module} import onnxruntime_runner
@@ -110,7 +111,8 @@ def watched(tmp_path, refusing) -> Watched:
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
 def test_a_command_reports_nothing(watched, backend):
-    assert watched.run(*ANSWER, "--backend", backend, "--precision", "fp32")
+    model = write_checkpoint(watched.folder / "model")
+    assert watched.run(*ANSWER, "--model", model, "--backend", backend, "--precision", "fp32")
     assert watched.traces() == []
 
 

@@ -21,7 +21,6 @@ _BATCH_SIZE = 100
 _MAX_TOKENS = 64  # the longest reference has 40
 
 _TITLES = {"read": "read an image", "count": "count the digits", "two_images": "two images", "video": "read a video"}
-_CALIBRATION_SEED = 0
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from qwen2vl_trt.accuracy import report as report_module
 from qwen2vl_trt.accuracy.report import is_block
 from qwen2vl_trt.accuracy.transformers_runner import TransformersRunner
 from qwen2vl_trt.commands import call

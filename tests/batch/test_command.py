@@ -194,7 +194,7 @@ def test_what_is_refused_before_the_work(batch, images, tmp_path, monkeypatch):
         ((*given, "--gpus-per-worker", 1.5), BatchError, "give a share of one GPU, up to 1, or a whole number"),
         ((*given, "--gpus-per-worker", -1), BatchError, "give a share of one GPU"),
         ((*given, "--max-retries", -1), BatchError, "--max-retries -1: give 0 or more"),
-        ((*given, "--layer", 9), BatchError, "has layers 1 to 4"),
+        ((*given, "--layer", 9), BatchError, "has layers 1 to 2"),
     ):
         with pytest.raises(error, match=message):
             batch(*options)

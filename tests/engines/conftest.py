@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.engine_folders import build, write_checkpoint
+from tests.support.shared import shared
 
 
 @pytest.fixture(scope="session")
@@ -16,19 +17,16 @@ def trt():
 
 
 @pytest.fixture(scope="session")
-def rtx_checkpoint(tmp_path_factory) -> Path:
+def rtx_checkpoint() -> Path:
     """Random weights in the tiny model's shape. Do not write into it."""
-    return write_checkpoint(tmp_path_factory.mktemp("rtx") / "checkpoint")
+    return shared("rtx-checkpoint", write_checkpoint)
 
 
 @pytest.fixture(scope="session")
-def rtx_engines(trt, rtx_checkpoint, tmp_path_factory) -> SimpleNamespace:
+def rtx_engines(trt, rtx_checkpoint) -> SimpleNamespace:
     """Folders of engines by precision, built when asked for. Do not write into them."""
-    parent, built = tmp_path_factory.mktemp("engines"), {}
 
     def folder(precision: str) -> Path:
-        if precision not in built:
-            built[precision] = build(rtx_checkpoint, parent / precision, "tensorrt-rtx", precision)
-        return built[precision]
+        return shared(f"rtx-{precision}", lambda where: build(rtx_checkpoint, where, "tensorrt-rtx", precision))
 
-    return SimpleNamespace(folder=folder, parent=parent)
+    return SimpleNamespace(folder=folder)

@@ -1,9 +1,8 @@
 """``run.py inspect``: what it says is what was built, for every backend."""
 
 import os
+import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -22,8 +21,6 @@ from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.runtime.preprocessing.settings import PreprocessorSettings
 from qwen2vl_trt.runtime.preprocessing.sizes import SizeRules
 from tests.support.engine_folders import PROFILE, build
-
-ROOT = Path(__file__).parents[2]
 
 
 def printed(folder, layers=False):
@@ -89,13 +86,13 @@ def test_a_graphs_inputs_are_shown_where_there_is_one(folder, rtx_checkpoint):
     dtype = manifest.precision.upper()
     capacity = PROFILE.max_seq_len if manifest.backend == "tensorrt-rtx" else "max_seq_len"
     cache = f"{dtype} batch x {text.num_key_value_heads} x {capacity} x {text.head_dim}"
-    assert f"in k_cache_0..3 {cache}" in lines
-    assert f"out new_v_cache_0..3 {cache}" in lines
+    assert f"in k_cache_0..1 {cache}" in lines
+    assert f"out new_v_cache_0..1 {cache}" in lines
     assert f"in pixel_values {dtype} windows x slots x 1176" in lines
     assert f"out logits FP32 batch x {text.vocab_size}" in lines
-    assert f"Attention {dtype} 4" in lines
-    assert "RotaryEmbedding FP32 8" in lines
-    assert f"model.layers.3.mlp.down_proj.MatMul MatMul {dtype}" in printed(folder, layers=True)
+    assert f"Attention {dtype} 2" in lines
+    assert "RotaryEmbedding FP32 4" in lines
+    assert f"model.layers.1.mlp.down_proj.MatMul MatMul {dtype}" in printed(folder, layers=True)
 
 
 def test_profiles_are_those_of_the_build(folder, rtx_checkpoint):
@@ -142,37 +139,31 @@ def test_a_damaged_graph(to_damage):
         inspect_folder(to_damage)
 
 
-def test_every_byte_is_read_when_asked(to_damage):
+def test_every_byte_is_read_when_asked(to_damage, command):
     path = to_damage / "vision.onnx"
     stat, content = path.stat(), bytearray(path.read_bytes())
-    command = [sys.executable, "run.py", "inspect", to_damage, "--verify"]
-    sound = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     said = "as built: every byte of decoder.onnx, vision.onnx; of the weights the header and both ends of every tensor"
-    assert sound.stdout.splitlines()[-1] == said
+    assert command("inspect", to_damage, "--verify")[1].splitlines()[-1] == said
     content[-9] ^= 4
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == f"error: {path} is not the file that was built (SHA-256 differs). Rebuild.\n"
+    said = f"error: {path} is not the file that was built (SHA-256 differs). Rebuild.\n"
+    assert command("inspect", to_damage, "--verify")[::2] == (2, said)
 
 
-def test_the_command_prints_a_report_or_one_line(folder):
-    command = [sys.executable, "run.py", "inspect"]
-    done = subprocess.run([*command, folder], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "largest image" in done.stdout
-    done = subprocess.run([*command, "nowhere"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: there is no folder nowhere. Build one with python build_engines.py.\n"
+def test_the_command_prints_a_report_or_one_line(folder, command):
+    code, out, errors = command("inspect", folder)
+    assert (code, errors) == (0, "")
+    assert "largest image" in out
+    code, out, errors = command("inspect", "nowhere")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"error: there is no folder nowhere. Build one with \S.*build\S*\.\n", errors)
 
 
-def test_the_checkpoints_own_limit_of_pixels_bounds_the_largest_photo(tmp_path):
+def test_the_checkpoints_own_limit_of_pixels_bounds_the_largest_photo(tmp_path, command):
     """Tiny's, of 50,176 pixels, is smaller than that of its engines."""
     folder = build(resolve_model("tiny").folder, tmp_path / "engines", "torch", profile=usual_profile("tiny"))
-    command = [sys.executable, "run.py", "inspect", folder]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    (line,) = [line.split() for line in done.stdout.splitlines() if "unshrunk" in line]
+    (line,) = [line.split() for line in command("inspect", folder)[1].splitlines() if "unshrunk" in line]
     assert " ".join(line) == "largest photo unshrunk 224 x 168 (4:3), 280 x 168 (16:9)"
     rules = SizeRules(Checkpoint(folder).config.vision, PreprocessorSettings.from_folder(folder))
     for width, height in ((224, 168), (280, 168)):

@@ -25,7 +25,7 @@ def exported(trt, tmp_path_factory, request):
     """A small random model in FP32 as TensorRT gets it, its cache of a static length."""
     folder = tmp_path_factory.mktemp("meaning")
     (folder / "graphs").mkdir()
-    checkpoint = Checkpoint(save_model(random_model(model_config(), seed=3), folder / "checkpoint"))
+    checkpoint = Checkpoint(save_model(random_model(model_config(vision={"depth": 2}), seed=3), folder / "checkpoint"))
     if request.param == "yarn":  # cosines and sines have a factor of their own
         scaling = YarnScaling(factor=4.0, original_max_position_embeddings=8)
         checkpoint.config = replace(checkpoint.config, text=replace(checkpoint.config.text, rope_scaling=scaling))

@@ -163,7 +163,7 @@ class TestLowered:
         dtype = {"bf16": trt.bfloat16, "fp32": trt.float32}[precision]
         products = layers(trt, network, "MATRIX_MULTIPLY")
         wide = [p for p in products if len(p.get_input(0).shape) == 3]
-        assert len(wide) >= 16
+        assert len(wide) >= 8
         for product in products:
             assert {product.get_input(0).dtype, product.get_input(1).dtype, product.get_output(0).dtype} == {dtype}
         for inside in (*layers(trt, network, "ROTARY_EMBEDDING"), *layers(trt, network, "REDUCE")):  # REDUCE: norms
@@ -213,7 +213,7 @@ class TestAnUndoneRepairIsFound:
         found = attentions(trt, lowered.network)
         full, windowed = (
             next(
-                found[f"blocks.{i}.attn.Attention"] for i in range(4) if (i in config.vision.fullatt_block_indexes) == f
+                found[f"blocks.{i}.attn.Attention"] for i in range(2) if (i in config.vision.fullatt_block_indexes) == f
             )
             for f in (True, False)
         )
@@ -254,11 +254,11 @@ class TestAnUndoneRepairIsFound:
         path = rtx_engines.folder("bf16") / "decoder.onnx"
         lowered = parse(trt, path)
         network = lowered.network
-        output = next(t for t in map(network.get_output, range(network.num_outputs)) if t.name == "new_v_cache_2")
+        output = next(t for t in map(network.get_output, range(network.num_outputs)) if t.name == "new_v_cache_1")
         network.unmark_output(output)
         (fault,) = find_faults(trt, network, path)
         assert (
-            fault == "cache update model.layers.2.self_attn.TensorScatter_2 is not aliased from an input to its output"
+            fault == "cache update model.layers.1.self_attn.TensorScatter_2 is not aliased from an input to its output"
         )
 
     def test_logits_in_a_smaller_type(self, trt, rtx_engines):

@@ -23,7 +23,7 @@ from tests.support.models import model_config, random_model, save_model
 REPOSITORY = Path(__file__).parents[2]
 SHAPE = model_config(text={"num_hidden_layers": 1}, vision={"depth": 1, "fullatt_block_indexes": [0]})
 KILLED = """
-import os, signal, sys
+import os, signal, sys, tempfile
 from pathlib import Path
 from qwen2vl_trt.engines import staging
 from qwen2vl_trt.engines.backends import find_backend
@@ -45,6 +45,8 @@ def count(event, arguments):  # every call that changes the file system
 
 model, folder = ResolvedModel("random", Path(sys.argv[2])), Path(sys.argv[3])
 backend, precision = find_backend("torch", "fp32")
+with tempfile.TemporaryDirectory() as other:  # what a build imports, once for all
+    build_engines(model, backend, precision, BuildProfile(), Path(other))
 sys.addaudithook(count)
 for last in range(last, last + 1000):
     pid = os.fork()

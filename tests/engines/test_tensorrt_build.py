@@ -25,7 +25,7 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.backends import TENSORRT, TENSORRT_RTX, BuildJob, find_backend
 from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.manifest import Manifest
-from qwen2vl_trt.engines.options import ATTENTION_MASKS, TensorRTOptions
+from qwen2vl_trt.engines.options import TensorRTOptions
 from qwen2vl_trt.engines.precision import BF16
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.engines.progress import BuildSteps, progress_bar
@@ -41,6 +41,7 @@ from qwen2vl_trt.errors import BuildError, EngineError, MissingDependencyError
 from qwen2vl_trt.files import replacement
 from qwen2vl_trt.hub import resolve_model
 from tests.support.engine_folders import PROFILE, build
+from tests.support.thorough import THOROUGH
 
 ROOT = Path(__file__).parents[2]
 ONNX_BF16 = onnx.TensorProto.BFLOAT16
@@ -131,7 +132,7 @@ OF_72B = {"hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads"
 WIDTHS = {"3B": (OF_3B, 3420, True), "7B": (OF_7B, 3420, False), "72B": (OF_72B, 3456, False)}
 
 
-@pytest.mark.parametrize("size", WIDTHS)
+@pytest.mark.parametrize("size", WIDTHS if THOROUGH else ["7B"])
 def test_a_block_of_each_size(trt, tmp_path, size):
     """One decoder layer, a windowed and a full vision block, a small vocabulary; weights are holes in a sparse file."""
     text, intermediate, tied = WIDTHS[size]
@@ -188,16 +189,16 @@ class TestOptions:
         assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         assert not config.get_flag(trt.BuilderFlag.TF32)
 
-    def test_attention_with_lengths(self, trt, rtx_checkpoint, tmp_path):
+    def test_attention_with_lengths(self, trt, rtx_engines, rtx_checkpoint, tmp_path):
         """The same fused kernels, and no mask that a decode step would write and read."""
-        config, masks = Checkpoint(rtx_checkpoint).config, {}
-        for kind in ATTENTION_MASKS:
-            (tmp_path / kind).mkdir()
-            build_rtx(Checkpoint(rtx_checkpoint), tmp_path / kind, attention_mask=kind)
-            assert_fused(tmp_path / kind, config)
-            steps = (tmp_path / kind / "decoder.layers").read_text().splitlines()
-            masks[kind] = sum("gemv_mha" in line and f",{PROFILE.max_seq_len}]," in line for line in steps)
-        assert masks == {"explicit": config.text.num_hidden_layers, "lengths": 0}
+        config = Checkpoint(rtx_checkpoint).config
+        build_rtx(Checkpoint(rtx_checkpoint), tmp_path, attention_mask="lengths")
+        assert_fused(tmp_path, config)
+        masks = []
+        for folder in (rtx_engines.folder("bf16"), tmp_path):  # explicit masks, which are the default, and lengths
+            steps = (folder / "decoder.layers").read_text().splitlines()
+            masks.append(sum("gemv_mha" in line and f",{PROFILE.max_seq_len}]," in line for line in steps))
+        assert masks == [config.text.num_hidden_layers, 0]
 
     def test_they_are_in_the_manifest_by_name(self):
         assert TensorRTOptions().as_dict() == {}
@@ -239,14 +240,11 @@ class TestOptions:
             (("--backend", "tensorrt-rtx", "--builder-optimization-level", "9"), "--builder-optimization-level is 9"),
         ],
     )
-    def test_on_the_command_line(self, trt, arguments, said):
-        done = subprocess.run(
-            [sys.executable, "build_engines.py", "--model", "tiny", *arguments],
-            cwd=ROOT, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 2
-        assert said in done.stderr
-        assert done.stderr.count("\n") == 1
+    def test_on_the_command_line(self, trt, arguments, said, command):
+        code, _, errors = command("build", "--model", "tiny", *arguments)
+        assert code == 2
+        assert said in errors
+        assert errors.count("\n") == 1
 
 
 class TestWhatTensorRTRefuses:

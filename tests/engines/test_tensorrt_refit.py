@@ -5,9 +5,6 @@ TensorRT for RTX builds no refittable plan without a GPU; its parsed network kno
 
 import ctypes
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +23,6 @@ from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.weights import checkpoint_names
 from tests.support.engine_folders import PROFILE
 
-ROOT = Path(__file__).parents[2]
 PREFIX = {"vision": "visual.", "decoder": ""}
 
 
@@ -83,18 +79,11 @@ def test_tensorrt_for_rtx_refuses_with_the_reason():
         tensorrt_build._check_machine(TENSORRT_RTX, TensorRTOptions(strip_weights=True))
 
 
-def test_the_command_refuses_it_in_one_line(trt, tmp_path):
-    command = [
-        "build_engines.py",
-        "--backend",
-        "tensorrt-rtx",
-        "--strip-weights",
-        "--engine-dir",
-        str(tmp_path / "new"),
-    ]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: --strip-weights is not for tensorrt-rtx")
+def test_the_command_refuses_it_in_one_line(trt, tmp_path, command):
+    options = ("--backend", "tensorrt-rtx", "--strip-weights", "--engine-dir", tmp_path / "new")
+    code, _, errors = command("build", *options)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert errors.startswith("error: --strip-weights is not for tensorrt-rtx")
     assert not list((tmp_path / "new").glob("*.onnx"))
 
 

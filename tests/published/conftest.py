@@ -13,6 +13,7 @@ from qwen2vl_trt import Pipeline, PipelineOptions
 from qwen2vl_trt.engines.profile import BuildProfile
 from tests.support.engine_folders import build
 from tests.support.published import VOCABULARY, write_processor_files, write_published
+from tests.support.shared import shared
 
 PROFILE = BuildProfile(min_hw_dims=16, max_hw_dims=1024, max_batch_size=2, max_input_len=900, max_seq_len=1100)
 BACKENDS = ("torch", "onnxruntime")
@@ -26,9 +27,9 @@ def vocabulary() -> None:
 
 
 @pytest.fixture(scope="session")
-def processor_folder(vocabulary: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def processor_folder(vocabulary: None) -> Path:
     """The published files but for the weights. Do not write into it."""
-    return write_processor_files(tmp_path_factory.mktemp("published") / "files")
+    return shared("published-files", write_processor_files)
 
 
 @pytest.fixture(scope="session")
@@ -46,10 +47,10 @@ class Published:
 
 
 @pytest.fixture(scope="session")
-def published(vocabulary: None, tmp_path_factory: pytest.TempPathFactory) -> Published:
+def published(processor_folder: Path) -> Published:
     """A 3B of two layers and two blocks. Do not write into it."""
-    cache = tmp_path_factory.mktemp("hub")
-    return Published(cache, write_published(cache))
+    cache = shared("published-hub", lambda folder: write_published(folder, processor_folder))
+    return Published(cache, next(cache.glob("*/snapshots/*")))
 
 
 @pytest.fixture(scope="session")

@@ -70,8 +70,12 @@ class Session:
 @pytest.fixture(scope="module", params=MODELS)
 def pair(request, tmp_path_factory):
     """A model of Transformers and ours, from one checkpoint."""
-    model = random_model(model_config(**MODELS[request.param]))
-    checkpoint = Checkpoint(save_model(model, tmp_path_factory.mktemp("decoder")))
+    return both(tmp_path_factory.mktemp("decoder"), **MODELS[request.param])
+
+
+def both(folder, **config):
+    model = random_model(model_config(**config))
+    checkpoint = Checkpoint(save_model(model, folder))
     with torch.device("meta"):
         decoder = Decoder(checkpoint.config.text).eval()
     load_weights(decoder, checkpoint)
@@ -106,6 +110,11 @@ def test_prefill_equals_transformers(pair):
         embeds, positions, _ = random_prompt(length, model, seed=length)
         states, logits = transformers_states(model, embeds, positions)
         check(Session(decoder, 1).step(embeds, positions, [0]), states, logits[:, -1])
+
+
+def test_a_layer_of_3b_equals_transformers(tmp_path):
+    text = {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_hidden_layers": 1}
+    test_prefill_equals_transformers(both(tmp_path, text=text))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from qwen2vl_trt.errors import PromptError
 from qwen2vl_trt.inert_text import InertText, _characters
 from qwen2vl_trt.prompts import PromptBuilder
 from tests.support.chat import text, user
+from tests.support.thorough import often
 
 TINY = Path(__file__).parents[2] / "qwen2vl_trt" / "tiny" / "checkpoint"
 MANY = {
@@ -40,7 +41,7 @@ def special(builder):
 
 def test_ordinary_texts_are_tokenized_as_by_transformers(builder):
     rng = random.Random(0)
-    for _ in range(4000):
+    for _ in range(often(1000, 4000)):
         messages = [
             {"role": rng.choice(["system", "user", "assistant", "tool"]), "content": word(rng)}
             for _ in range(rng.randrange(1, 4))
@@ -56,7 +57,7 @@ def test_texts_cannot_make_control_tokens(builder):
     specials = special(builder)
     frame = [token for token in builder.build("x").token_ids if token in specials]
     start = builder.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    for _ in range(2000):
+    for _ in range(often(500, 2000)):
         spellings = list(specials.values())
         pieces = [word(rng), *spellings, "<tool_call>", "</think>", rng.choice(spellings)[: rng.randrange(1, 12)]]
         said = "x" + "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 8)))
@@ -107,7 +108,7 @@ def test_templates_that_look_into_texts(builder, monkeypatch, template):
     monkeypatch.setattr(builder, "_template", ChatTemplate(template, {}, 100_000, 900))
     rng = random.Random(2)
     specials = special(builder)
-    for _ in range(200):
+    for _ in range(often(100, 200)):
         said = (
             rng.choice(["", "  ", "<tool_response>", "<think>", "a|b"])
             + word(rng)

@@ -69,6 +69,13 @@ SHAPES = {
     "no block full": {"fullatt_block_indexes": []},
     "full first and last": {"fullatt_block_indexes": [0, 4], "depth": 5, "num_heads": 8},
     "other patches and windows": {"patch_size": 7, "window_size": 42, "temporal_patch_size": 3, "in_channels": 1},
+    "3B, 7B": {
+        "hidden_size": 1280,
+        "num_heads": 16,
+        "intermediate_size": 3420,
+        "depth": 2,
+        "fullatt_block_indexes": [1],
+    },
     "merge 3": {"spatial_merge_size": 3, "window_size": 84, "patch_size": 14},
 }
 

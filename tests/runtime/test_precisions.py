@@ -15,8 +15,9 @@ from qwen2vl_trt.tiny.scenes import TASKS, held_out_scenes
 from qwen2vl_trt.windows import window_layout
 from tests.support.bounds import E4M3_NOISE
 from tests.support.engine_folders import build
+from tests.support.thorough import often
 
-CASES = 75  # a task
+CASES = often(40, 75)  # a task
 PROFILE = BuildProfile.from_dict(BuildConfig.from_yaml(Path(__file__).parents[2] / "configs" / "tiny.yaml").limits)
 
 
@@ -97,5 +98,5 @@ def test_fp8_reads_held_out_digits_as_well(folders):
     scores = [score(given, [scene.answer for scene in scenes]) for given in answers]
     equal = sum(a == b for a, b in zip(*answers))
     assert scores[0].per_digit > scores[1].per_digit - 1, scores
-    assert scores[0].exact > scores[1].exact - 1.5, scores  # 1 case in 300 is a third of a point
+    assert scores[0].exact > scores[1].exact - 1.5, scores  # 1 case in 160 is 0.6 of a point
     assert equal >= 0.95 * len(scenes), equal

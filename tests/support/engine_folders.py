@@ -16,7 +16,7 @@ from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.manifest import BuiltFile, Manifest
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.engines.tensorrt_profiles import decoder_ranges, vision_ranges
-from qwen2vl_trt.export.onnx_model import export_onnx
+from qwen2vl_trt.export import onnx_model
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.tiny.model import config_dict
 from qwen2vl_trt.tiny.tokenizer import write_processor_files
@@ -33,8 +33,9 @@ def installed_backends() -> list[Backend]:
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """The tiny model's tokenizer, template, processor and shape; its weights are random, in BF16."""
-    config = config_dict(write_processor_files(folder))
+    """The tiny model's tokenizer, template, processor and widths, and half its depth; weights are random, in BF16."""
+    config = config_dict(write_processor_files(folder)) | {"num_hidden_layers": 2, "max_window_layers": 2}
+    config["vision_config"] |= {"depth": 2, "fullatt_block_indexes": [1]}
     model = random_model(Qwen2_5_VLConfig(**config))
     save_model(model, folder, torch.bfloat16, "published")
     (folder / "config.json").write_text(json.dumps(config))
@@ -52,7 +53,7 @@ def build_fake_tensorrt(checkpoint: Path, folder: Path) -> Path:
     """As the backend tensorrt leaves it, with plans for the fake runtime; in FP32, which it computes in."""
     folder.mkdir()
     opened = Checkpoint(checkpoint)
-    export_onnx(opened, folder, torch.float32, PROFILE.max_seq_len)
+    onnx_model.export_onnx(opened, folder, torch.float32, PROFILE.max_seq_len)
     manifest = Manifest(
         model="random",
         model_hash=opened.hash,

@@ -1,7 +1,7 @@
 """The file set of the published Qwen2.5-VL checkpoints, as a download leaves it in the cache of huggingface_hub.
 
 Configuration, file names, tensor names, types and the tokenizer are those of Qwen/Qwen2.5-VL-*-Instruct; weights are
-random, and there are few layers. The chat template is written here: it renders what the published one does. The
+random, few and narrow. The chat template is written here: it renders what the published one does. The
 vocabulary comes from the package dashscope, which ships it as ``qwen.tiktoken`` (``make .venv/vocabulary``).
 """
 
@@ -9,6 +9,7 @@ import base64
 import hashlib
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -113,6 +114,10 @@ _GENERATION = {
         "transformers_version": "4.37.0",
     },
 }
+
+
+_NARROW = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 2, "num_key_value_heads": 1}
+_NARROW_VISION = {"hidden_size": 160, "intermediate_size": 428, "num_heads": 2, "out_hidden_size": 256}
 
 
 def config_json(size: str) -> dict:
@@ -288,21 +293,22 @@ def write_processor_files(folder: Path, size: str = "3B") -> Path:
     return folder
 
 
-def write_published(cache: Path, size: str = "3B", layers: int = 2, blocks: int = 2, seed: int = 0) -> Path:
+def write_published(cache: Path, files: Path, size: str = "3B") -> Path:
     """Write the checkpoint into a cache of huggingface_hub and return its snapshot, a folder of links to ``blobs/``.
 
-    Real widths, ``layers`` decoder layers and ``blocks`` vision blocks, the last of them with full attention.
+    The real vocabulary and sizes of heads, but fewer of them: two decoder layers, a vision block with windows, one
+    without. ``tests/qwen2vl_trt`` has blocks of the real widths. ``files`` are those of :func:`write_processor_files`.
     """
-    config = config_json(size) | {"num_hidden_layers": layers}
-    config["vision_config"] |= {"depth": blocks, "fullatt_block_indexes": [blocks - 1]}
+    config = config_json(size) | _NARROW | {"num_hidden_layers": 2}
+    config["vision_config"] |= _NARROW_VISION | {"depth": 2, "fullatt_block_indexes": [1]}
     repository = cache / f"models--Qwen--Qwen2.5-VL-{size}-Instruct"
     blobs = repository / "blobs"
     blobs.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(REVISION)
-    snapshot = write_processor_files(repository / "snapshots" / REVISION, size)
+    snapshot = Path(shutil.copytree(files, repository / "snapshots" / REVISION))
     (snapshot / "config.json").write_text(json.dumps(config, indent=2))
-    _write_weights(snapshot, config, seed)
+    _write_weights(snapshot, config)
     for path in sorted(snapshot.iterdir()):
         blob = blobs / hashlib.sha256(path.name.encode()).hexdigest()
         path.rename(blob)
@@ -311,8 +317,8 @@ def write_published(cache: Path, size: str = "3B", layers: int = 2, blocks: int 
     return snapshot
 
 
-def _write_weights(folder: Path, config: dict, seed: int) -> None:
-    state = random_model(Qwen2_5_VLConfig(**config), seed).state_dict()
+def _write_weights(folder: Path, config: dict) -> None:
+    state = random_model(Qwen2_5_VLConfig(**config)).state_dict()
     tensors = published_names({name: tensor.to(torch.bfloat16) for name, tensor in state.items()})
     if config["tie_word_embeddings"]:
         del tensors["lm_head.weight"]

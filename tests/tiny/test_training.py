@@ -17,7 +17,7 @@ from qwen2vl_trt.tiny.train import Recipe, Trainer, train
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.windows import window_layout
 
-RECIPE = Recipe(steps=4, warmup=2, batch_limit=6)
+RECIPE = Recipe(steps=2, warmup=1, batch_limit=6)
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,13 @@ def run(folder: Path, stops: list[int | None]) -> Trainer:
     for stop in stops:
         result = Trainer(RECIPE)
         result.resume(folder / "state.pt")
-        train(result, folder, stop_after=stop, monitor_cases=1, monitor_every=2)
+        train(result, folder, stop_after=stop, monitor_cases=1, monitor_every=1)
     return result
 
 
 def test_an_interrupted_run_equals_a_straight_one(tmp_path: Path) -> None:
-    straight, interrupted = run(tmp_path / "a", [None]), run(tmp_path / "b", [2, None])
-    assert straight.step == interrupted.step == 4
+    straight, interrupted = run(tmp_path / "a", [None]), run(tmp_path / "b", [1, None])
+    assert straight.step == interrupted.step == 2
     torch.testing.assert_close(interrupted.weights.master, straight.weights.master, rtol=0, atol=1e-6)
     torch.testing.assert_close(interrupted.weights.moving, straight.weights.moving, rtol=0, atol=1e-6)
     curve = (tmp_path / "b" / "curve.csv").read_text().splitlines()

@@ -132,18 +132,18 @@ def own_pipeline(engine_dirs):
     return Pipeline.from_engine_dir(engine_dirs["torch"], "cpu")
 
 
-@pytest.mark.parametrize("layer", [1, 2, 3, 4])
+@pytest.mark.parametrize("layer", [1, 2])
 def test_states_after_a_decoder_layer(own_pipeline, reference, images, folder, tmp_path, layer):
     options = ("--source", "decoder", "--prompt", PROMPT, "--layer", layer)
     extract(own_pipeline, "--input", folder, "--output", tmp_path / "out", *options)
     path = images["0001.png"]
     with torch.no_grad():
         states = reference[0](**reference_inputs(reference, path, PROMPT), output_hidden_states=True).hidden_states
-    assert len(states) == 5
+    assert len(states) == 3
     assert relative_error(stored(tmp_path / "out")["0001.png"], states[layer][0]) < FP32_BEHIND_BOTH
 
 
-@pytest.mark.parametrize("layer", [1, 3, 4])
+@pytest.mark.parametrize("layer", [1, 2])
 def test_patches_after_a_vision_block(own_pipeline, reference, images, folder, tmp_path, layer):
     extract(own_pipeline, "--input", folder, "--output", tmp_path / "out", "--layer", layer)
     tower = reference[0].model.visual
@@ -299,8 +299,8 @@ def test_what_is_refused_before_the_work(pipelines, folder, tmp_path, monkeypatc
         (("--output", tmp_path / "folder.safetensors"), FeaturesError, "is a folder; a name that ends in"),
         (("--output", tmp_path / "out", "--prompt", "x"), FeaturesError, "--source decoder needs a --prompt"),
         (("--output", tmp_path / "out", "--source", "decoder"), FeaturesError, "--source decoder needs a --prompt"),
-        (("--output", tmp_path / "out", "--layer", 5), FeaturesError, "--layer 5: the vision has layers 1 to 4"),
-        (("--output", tmp_path / "out", "--layer", 0), FeaturesError, "--layer 0: the vision has layers 1 to 4"),
+        (("--output", tmp_path / "out", "--layer", 5), FeaturesError, "--layer 5: the vision has layers 1 to 2"),
+        (("--output", tmp_path / "out", "--layer", 0), FeaturesError, "--layer 0: the vision has layers 1 to 2"),
         (("--output", tmp_path / "out", "--min-pixels", 9, "--max-pixels", 8), LimitError, "min_pixels 9"),
     ):
         with pytest.raises(error, match=message):
@@ -449,10 +449,10 @@ def test_an_interrupted_run_goes_on_where_it_was(engine_dirs, many, tmp_path, nu
 
 @needs_fork
 def test_memory_does_not_grow_with_the_number_of_images(engine_dirs, tmp_path):
-    """600 images more: 141 MB of pixels, 14 MB of features."""
+    """300 images more: 70 MB of pixels, 7 MB of features."""
     image = save_images(tmp_path / "one", 1, [(280, 280)]) / "0000.png"
     peaks = []
-    for count in (150, 750):
+    for count in (100, 400):
         folder = tmp_path / str(count)
         folder.mkdir()
         for number in range(count):
@@ -465,4 +465,4 @@ def test_memory_does_not_grow_with_the_number_of_images(engine_dirs, tmp_path):
         assert len((tmp_path / f"{count}-out" / "index.jsonl").read_text().splitlines()) == count
         peaks.append(int(Path(f"{log}.peak").read_text()))
         shutil.rmtree(tmp_path / f"{count}-out")
-    assert peaks[1] < peaks[0] + 8_000  # kilobytes
+    assert peaks[1] < peaks[0] + 5_000  # kilobytes
