@@ -1,4 +1,4 @@
-"""What the pipeline asks of a backend, and how an engine folder becomes one."""
+"""The interface of a backend, and opening an engine folder."""
 
 from __future__ import annotations
 
@@ -28,14 +28,12 @@ class VisionRunner(Protocol):
 
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
         """Embed one packed batch: ``[W, S, qwen2_vl_dim]`` on the runner's device to ``[T, C]``."""
-        ...
 
 
 class Step(NamedTuple):
-    """``logits [B, V]`` FP32 of each row's last token; ``hidden_states [B, S, C]`` where asked for.
+    """``logits [B, V]`` FP32 of each row's last token, and ``hidden_states [B, S, C]`` if requested.
 
-    ``greedy [B]`` int64 are the likeliest tokens, on the logits' device, where the backend computed them with the step.
-    All may be buffers that the next step overwrites.
+    ``greedy [B]`` int64 is their argmax where the backend computes it within the step. The next step may overwrite all.
     """
 
     logits: Tensor
@@ -44,14 +42,13 @@ class Step(NamedTuple):
 
 
 class DecoderRunner(Protocol):
-    """Runs the decoder engine over its own cache."""
+    """Runs the decoder engine and owns its key-value cache."""
 
     slots: int
     cache: KVCache
 
     def embed(self, token_ids: list[int]) -> Tensor:
         """Text embeddings ``[n, C]``."""
-        ...
 
     def step(
         self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], hidden: bool = False
@@ -62,31 +59,27 @@ class DecoderRunner(Protocol):
             first_slot: the first of the B slots.
             inputs_embeds: ``[B, S, C]``.
             position_ids: ``[3, B, S]`` int64, on the host.
-            starts: B numbers of tokens that the slots hold so far.
+            starts: tokens that each slot holds so far.
             hidden: return the hidden states too.
         """
-        ...
 
     def reset(self) -> None:
-        """Release the cache's memory; only while no slot is in use."""
-        ...
+        """Release the cache's memory; no slot may be in use."""
 
     def warm_up(self, chunk: int, longest: int) -> None:
-        """Make ready for steps to come, CUDA graphs included; only while no slot is in use, and then :meth:`reset`.
+        """Allocate, and capture CUDA graphs, before the first request. Call :meth:`reset` afterwards.
 
         Args:
-            chunk: tokens of a prompt that a step will read.
-            longest: most tokens that a slot will hold.
+            chunk: prompt tokens of a step.
+            longest: most tokens of a slot.
         """
-        ...
 
 
 class RunnerModule(Protocol):
     """What :attr:`qwen2vl_trt.engines.backends.Backend.runner` names."""
 
     def default_device(self) -> str:
-        """Raises EngineError where the backend runs on no device of this machine."""
-        ...
+        """Raises EngineError if the backend runs on no device of this machine."""
 
     def load_vision(self, engines: Engines) -> VisionRunner: ...
 
@@ -95,7 +88,7 @@ class RunnerModule(Protocol):
 
 @dataclass(frozen=True)
 class Engines:
-    """An opened engine folder. Each engine is loaded when it is first used: features of images need no decoder."""
+    """An opened engine folder. Each engine is loaded at its first use: image features need no decoder."""
 
     folder: Path
     manifest: Manifest
@@ -107,33 +100,29 @@ class Engines:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of pixels, and of all that the vision engine computes; the decoder's is ``precision.decoder``."""
+        """Of pixels and the vision engine; the decoder's is ``precision.decoder``."""
         return self.precision.vision
 
     @cached_property
     def vision(self) -> VisionRunner:
-        """Raises EngineError where the engine does not load."""
+        """Raises EngineError if the engine does not load."""
         self._check_unchanged()
         return self.runner.load_vision(self)
 
     @cached_property
     def decoder(self) -> DecoderRunner:
-        """Raises EngineError where the engine does not load."""
+        """Raises EngineError if the engine does not load."""
         self._check_unchanged()
         return self.runner.load_decoder(self)
 
     def _check_unchanged(self) -> None:
-        """One engine may be loaded long after the other: not from another build."""
+        """The folder may have been rebuilt since it was opened."""
         if Manifest.read(self.folder) != self.manifest:
             raise EngineError(f"{self.folder} was built again since it was opened; open it again")
 
 
 def parse_device(name: str) -> torch.device:
-    """A device by its name.
-
-    Raises:
-        EngineError: unknown, or a GPU that is not there.
-    """
+    """``cpu``, ``cuda`` or ``cuda:1``. Raises EngineError for another, or a GPU that does not exist."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -151,11 +140,11 @@ def runner_module(backend: Backend) -> RunnerModule:
 
 
 def open_engines(folder: str | Path, device: str | None = None) -> Engines:
-    """Check an engine folder against its manifest and load it.
+    """Open an engine folder, after checking it against its manifest.
 
     Args:
         folder: as a build wrote it.
-        device: ``cpu``, ``cuda``, ``cuda:1``; by default a GPU where the backend can use one here.
+        device: see :func:`parse_device`; by default the backend's.
 
     Raises:
         EngineError: no engine, damaged, of another format, or not runnable here.
@@ -187,15 +176,9 @@ def open_engines(folder: str | Path, device: str | None = None) -> Engines:
 
 
 def run_steps(decoder: DecoderRunner, chunk: int, rows: Collection[int], lengths: Collection[int] = (1,)) -> None:
-    """A chunk of a prompt in the first slot, then one token in each number of rows at each length.
+    """Warm up: one prompt chunk, then a decode step for every batch size in ``rows`` and every length.
 
-    Writes over the first slots' rows of the cache.
-
-    Args:
-        decoder: no slot of which is in use.
-        chunk: tokens of the prompt.
-        rows: numbers of slots that decode together.
-        lengths: tokens that each of them then holds, the new one included.
+    Overwrites the first slots; none may be in use. ``lengths`` count the new token.
     """
     shapes = [(1, chunk, 0), *((count, 1, length - 1) for count in rows for length in lengths)]
     for count, tokens, start in shapes:

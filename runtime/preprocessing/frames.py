@@ -1,6 +1,6 @@
-"""One frame and the windows that it fills: the geometry that every way of writing patches shares.
+"""The geometry of patches in windows, and the frame writer for the CPU: PyTorch's uint8 resize and NumPy.
 
-Letters: n frames, S slots of a window, D values of a patch; H and W after a 3 are the sides in pixels.
+Letters: n frames, S slots of a window, W windows, D values of a patch; H and W after a 3 are the sides in pixels.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from qwen2vl_trt.config import VisionConfig
 
 from .settings import PixelSettings
 
+_CHUNK = 1 << 18
+"""Values that one thread normalises at a time: they fit into its cache."""
+
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """An image, or one frame of a video, on its way into the windows.
+    """An image, or one frame of a video.
 
     Attributes:
-        pixels: ``[3, H, W]``, uint8 or float32 in 0..1, on whatever device and of whatever strides.
+        pixels: ``[3, H, W]``, uint8 or float32 in 0..1, on any device, with any strides.
         size: rows and columns of pixels after resizing, multiples of ``image_factor``.
         first: its first window in the batch.
-        times: which of a patch's temporal places it fills: all for an image, one for a frame of a video.
+        times: the temporal positions of a patch that it fills: all for an image, one for a video frame.
         settings: its normalisation.
     """
 
@@ -41,24 +44,21 @@ class Frame:
 
 
 class FrameWriter(Protocol):
-    """Resizes, normalises and patchifies: the host's threads, PyTorch's operations or Triton's kernels."""
+    """Resizes, normalises and patchifies frames."""
 
     def write(self, frames: Sequence[Frame], pixel_values: Tensor) -> None:
-        """Fill ``pixel_values [W, S, D]``, empty slots included, with frames that together cover it."""
+        """Fill ``pixel_values [W, S, D]``, empty slots included; the frames together cover all windows."""
 
 
-def chunks(frames: Sequence[Frame], limit: int, most: int) -> Iterator[Sequence[Frame]]:
-    """Cut a batch, in order, into parts of at most ``most`` frames and about ``limit`` bytes of 8-bit pixels.
-
-    What counts are the pixels to bring and those between the two passes of a resize. A part has at least one frame.
-    """
+def chunks(frames: Sequence[Frame], max_bytes: int, max_frames: int) -> Iterator[Sequence[Frame]]:
+    """Split a batch, in order, by frames and by bytes of source and half-resized pixels; at least one frame each."""
     start, size = 0, 0
     for number, frame in enumerate(frames):
-        own = frame.pixels.nbytes + 3 * frame.pixels.shape[1] * frame.size[1]
-        if number > start and (size + own > limit or number - start == most):
+        nbytes = frame.pixels.nbytes + 3 * frame.pixels.shape[1] * frame.size[1]
+        if number > start and (size + nbytes > max_bytes or number - start == max_frames):
             yield frames[start:number]
             start, size = number, 0
-        size += own
+        size += nbytes
     yield frames[start:]
 
 
@@ -81,13 +81,13 @@ def window_rows_and_columns(size: tuple[int, int], config: VisionConfig) -> tupl
 
 
 def regions(size: tuple[int, int], config: VisionConfig) -> list[Region]:
-    """Up to four: a strided copy of each fills all windows of a frame."""
+    """Up to four; one strided copy each fills all windows of a frame."""
     rows, columns = (_spans(side // config.image_factor, config.window_groups) for side in size)
     return [Region(*vertical, *horizontal) for vertical in rows for horizontal in columns]
 
 
 def _spans(groups: int, side: int) -> list[tuple[int, int, int]]:
-    """Cut a row of merge groups into windows: ``(first window, windows, groups in each)``, full ones and the rest."""
+    """Merge groups in a row as ``(first window, windows, groups in each)``: full windows and the rest."""
     full, rest = divmod(groups, side)
     return [(0, full, side)] * (full > 0) + [(full, 1, rest)] * (rest > 0)
 
@@ -104,11 +104,7 @@ def region_patches(pixels: Tensor, region: Region, config: VisionConfig) -> Tens
 
 
 def region_slots(windows: Tensor, region: Region, config: VisionConfig) -> tuple[Tensor, Tensor]:
-    """The slots that a region's patches fill and the empty ones behind them, views of its windows.
-
-    Args:
-        windows: ``[n, rows, columns, S, ...]`` of a frame.
-    """
+    """Filled and empty slots of a region, as views of a frame's windows ``[n, rows, columns, S, ...]``."""
     windows = windows[:, region.top : region.top + region.down, region.left : region.left + region.across]
     slots = region.group_rows * region.group_columns * config.merge_unit
     return windows[:, :, :, :slots], windows[:, :, :, slots:]
@@ -116,23 +112,17 @@ def region_slots(windows: Tensor, region: Region, config: VisionConfig) -> tuple
 
 @lru_cache(maxsize=16)
 def mean_and_std(settings: PixelSettings, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``[3, 1]`` each; for uint8 the scaling to 0..1 is folded in, as Transformers does, bit for bit."""
+    """``[3, 1]`` each; for uint8 they include the scaling to 0..1, bit for bit as in Transformers."""
     scale = 1.0 / settings.rescale_factor if dtype == torch.uint8 else 1.0
     mean, std = torch.tensor(settings.image_mean) * scale, torch.tensor(settings.image_std) * scale
     return mean.view(-1, 1), std.view(-1, 1)
 
 
-# MERGED runtime/preprocessing/frames.py: """Frames into windows on the CPU: PyTorch's uint8 resize and NumPy's loops, a thread a frame."""
-_CHUNK = 1 << 18
-"""Values normalised at a time by one thread: they stay in its cache on the way to the output."""
+class CpuWriter:
+    """A :class:`FrameWriter` for the CPU.
 
-
-class HostWriter:
-    """A :class:`~qwen2vl_trt.runtime.preprocessing.frames.FrameWriter` for the CPU.
-
-    A thread a frame, and nothing within it that would start threads of its own: PyTorch's arithmetic splits each
-    operation over all cores and waits for the slowest, and beside another busy process an image took 30 ms instead
-    of 1. Its uint8 resize and NumPy's loops stay on the thread that calls them and let go of the interpreter.
+    Within a frame nothing starts further threads: PyTorch's arithmetic would split each operation over all cores and
+    wait for the slowest, which beside another busy process took 30 ms an image instead of 1.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -164,11 +154,11 @@ class HostWriter:
 
 
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize ``[3, H, W]``, uint8 with the kernel that Transformers reaches through torchvision; none if it fits."""
+    """Resize ``[3, H, W]`` if needed, uint8 with the kernel that Transformers reaches through torchvision."""
     if tuple(pixels.shape[1:]) == size:
         return pixels
-    # Pixels with their channels side by side (every decoded file) resize twice as fast if the kernel can see that
-    # they are, which it does by the stride of the batch dimension that indexing with None gets wrong.
+    # Interleaved channels (every decoded file) resize twice as fast if the kernel recognises them. It looks at the
+    # stride of the batch dimension, which indexing with None gets wrong.
     batch = pixels.as_strided((1, *pixels.shape), (pixels.numel(), *pixels.stride()))
     return functional.interpolate(batch, size, mode="bicubic", antialias=True)[0]
 
@@ -176,7 +166,7 @@ def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 def _normalise(source: np.ndarray, target: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
     """Copy patches ``[down, across, ..., 3, patch, patch]`` into windows ``[down, across, slots, 3, times, pixels]``.
 
-    Bit for bit what PyTorch computes; patches are gathered before they become floats of four times the size.
+    Bit for bit what PyTorch computes. Patches are gathered as bytes, before they become floats.
     """
     rows = max(1, _CHUNK // source[0].size)
     gathered = np.empty((min(rows, len(source)), *source.shape[1:]), source.dtype)
@@ -191,7 +181,8 @@ def _normalise(source: np.ndarray, target: np.ndarray, mean: np.ndarray, std: np
         values /= std
         if target.dtype == np.int16:
             _round_to_bfloat16(values)
-        target[start : start + count] = (values.view(np.int32) if target.dtype == np.int16 else values)[..., None, :]
+            values = values.view(np.int32)
+        target[start : start + count] = values[..., None, :]
 
 
 def _round_to_bfloat16(values: np.ndarray) -> None:

@@ -129,7 +129,6 @@ def test_a_warm_up_captures_all_graphs(engines, monkeypatch):
     assert sorted(graphs) == [1, 2, 4]
     assert all("replay" in graph.replay.__name__ for graph in graphs.values())
     monkeypatch.setattr(CudaDevice, "capture", None)
-    monkeypatch.setattr("qwen2vl_trt.runtime.backends.tensorrt_decode_graphs.ExecutionContext", None)
     monkeypatch.setattr("qwen2vl_trt.runtime.backends.tensorrt_runner.ExecutionContext", None)
     image = np.random.default_rng(0).integers(0, 256, (84, 112, 3), dtype=np.uint8)
     asked = [Request("What digits are in the image? " * (1 + n), [image]) for n in range(8)]

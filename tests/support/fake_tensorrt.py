@@ -334,7 +334,7 @@ class CpuDevice:
     def free_memory(self):
         return self.free
 
-    def staged(self, tensor):
+    def pinned(self, tensor):
         return tensor.contiguous()
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What an engine is compared with, and which profile a batch runs in."""
+"""What an engine is compared with, which profile a batch runs in, and whether the cache fits."""
 
 from __future__ import annotations
 
@@ -117,8 +117,7 @@ def test_an_engine_of_another_folder(name, changes, said):
         check_tensors(found, TENSORS, "decoder.engine")
 
 
-# MERGED tests/runtime/backends/test_tensorrt_tensors.py: """What the cache needs, said before it is taken; the numbers are Qwen2.5-VL-7B's."""
-OF_7B = SimpleNamespace(num_hidden_layers=28, num_key_value_heads=4, head_dim=128)
+OF_7B = SimpleNamespace(num_hidden_layers=28, num_key_value_heads=4, head_dim=128)  # Qwen2.5-VL-7B
 PROFILE = BuildProfile()  # 8 requests of 8,192 tokens
 NEEDED = 8 * 8192 * 57344
 
