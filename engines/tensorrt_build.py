@@ -12,7 +12,7 @@ import torch
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError
-from qwen2vl_trt.files import replacement, write_whole
+from qwen2vl_trt.files import atomic_file, atomic_write
 
 from .attention_mask import ATTENTION_MASKS
 from .interrupts import deferred_interrupt
@@ -160,7 +160,7 @@ def _build_plan(
             cache = timing_cache_path(engine_dir, trt.__version__, torch.cuda.get_device_name())
             load_timing_cache(config, cache)
         log.clear()
-        with replacement(path.with_suffix(".engine")) as temporary, temporary.open("wb") as file:
+        with atomic_file(path.with_suffix(".engine")) as temporary, temporary.open("wb") as file:
             writer = stream_writer(trt, file)
             built = parsed.builder.build_serialized_network_to_stream(parsed.network, config, writer)
             if writer.error is not None:
@@ -174,7 +174,7 @@ def _build_plan(
         del monitor  # alive until here
         if cache is not None:
             save_timing_cache(config, cache)
-        write_whole(path.with_suffix(".layers"), log.layers.encode())
+        atomic_write(path.with_suffix(".layers"), log.layers.encode())
     return [path.with_suffix(".engine"), path.with_suffix(".layers")]
 
 

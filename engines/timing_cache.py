@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qwen2vl_trt.files import write_whole
+from qwen2vl_trt.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,6 @@ def load_timing_cache(config: Any, path: Path) -> None:
 def save_timing_cache(config: Any, path: Path) -> None:
     """Write it back, atomically. A cache that cannot be written costs the next build time, not this one its engine."""
     try:
-        write_whole(path, memoryview(config.get_timing_cache().serialize()))
+        atomic_write(path, memoryview(config.get_timing_cache().serialize()))
     except OSError as error:
         logger.warning("%s cannot be written: %s", path, error.strerror or error)

@@ -16,8 +16,7 @@ from msgspec import Meta
 
 from qwen2vl_trt.config import read_json
 from qwen2vl_trt.errors import CheckpointError
-from qwen2vl_trt.known_fields import GENERATION_FIELDS, Harmless
-from qwen2vl_trt.schema import checked, reject_unknown
+from qwen2vl_trt.schema import GENERATION_FIELDS, IgnoredFields, convert, forbid_unknown_fields
 
 from .sampler import PENALTIES, SamplingParams
 
@@ -52,7 +51,7 @@ class _Sampling:
         )
 
 
-_NEUTRAL: Harmless = {
+_NEUTRAL: IgnoredFields = {
     "bad_words_ids": (None, []),
     "begin_suppress_tokens": (None, []),
     "constraints": (None, []),
@@ -85,7 +84,7 @@ _NEUTRAL: Harmless = {
 }
 """Fields that are not implemented, with the values that turn them off."""
 
-_HARMLESS: Harmless = _NEUTRAL | dict.fromkeys(
+_HARMLESS: IgnoredFields = _NEUTRAL | dict.fromkeys(
     [
         "_commit_hash",
         "_from_model_config",
@@ -184,8 +183,8 @@ class GenerationConfig:
 
 def _defaults(raw: dict[str, Any], place: str) -> SamplingParams:
     try:
-        reject_unknown(raw, [each.name for each in fields(_Sampling)], _HARMLESS, place)
-        return checked(raw, _Sampling, place).params()
+        forbid_unknown_fields(raw, [each.name for each in fields(_Sampling)], _HARMLESS, place)
+        return convert(raw, _Sampling, place).params()
     except CheckpointError as error:
         raise CheckpointError(f"{error}. --generation-config none leaves the checkpoint's sampling out") from None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2vl_trt.errors import CompareError
-from qwen2vl_trt.files import replacement
+from qwen2vl_trt.files import atomic_file
 
 from .comparison import Row
 from .report import Report, is_input
@@ -64,7 +64,7 @@ def plot(report: Report, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     try:
-        with replacement(path) as temporary:
+        with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
     except OSError as error:
         raise CompareError(f"{path} cannot be written: {error.strerror or error}") from None

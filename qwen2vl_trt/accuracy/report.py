@@ -12,7 +12,7 @@ from typing import Any
 
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.errors import CompareError
-from qwen2vl_trt.files import write_whole
+from qwen2vl_trt.files import atomic_write
 
 from .cases import Case
 from .comparison import Row
@@ -145,7 +145,7 @@ class Report:
             CompareError: the file cannot be written.
         """
         try:
-            write_whole(path, json.dumps(_finite(self.as_dict()), indent=2, allow_nan=False).encode())
+            atomic_write(path, json.dumps(_finite(self.as_dict()), indent=2, allow_nan=False).encode())
         except OSError as error:
             raise CompareError(f"{path} cannot be written: {error.strerror or error}") from None
 

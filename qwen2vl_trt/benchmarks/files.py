@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2vl_trt.errors import BenchmarkError, MissingDependencyError
-from qwen2vl_trt.files import replacement, write_whole
+from qwen2vl_trt.files import atomic_file, atomic_write
 
 
 def check_target(path: Path) -> None:
@@ -55,7 +55,7 @@ def write_json(path: Path, content: Any) -> None:
         BenchmarkError: the disk is full, or the file cannot be written.
     """
     try:
-        write_whole(path, json.dumps(content, indent=1).encode())
+        atomic_write(path, json.dumps(content, indent=1).encode())
     except OSError as error:
         raise BenchmarkError(f"{path}: {error.strerror or error}") from None
 
@@ -67,7 +67,7 @@ def write_plot(path: Path, figure: Any) -> None:
         BenchmarkError: the file cannot be written.
     """
     try:
-        with replacement(path) as temporary:
+        with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix("."))
     except OSError as error:
         raise BenchmarkError(f"{path}: {error.strerror or error}") from None

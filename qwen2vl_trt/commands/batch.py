@@ -181,7 +181,7 @@ def _opened(
     """The output's partitions and a fresh folder for attempts; no other run can use the output while it lasts."""
     from filelock import FileLock, Timeout
 
-    from qwen2vl_trt.files import write_whole
+    from qwen2vl_trt.files import atomic_write
     from qwen2vl_trt.fleet.inputs import divide, read_partitions
     from qwen2vl_trt.fleet.partition_file import DATA, ERRORS
     from qwen2vl_trt.runtime.features.shards import writing
@@ -213,7 +213,7 @@ def _opened(
                 passed_over = divide(given, arguments.partition_rows, output / _INPUT)
                 if passed_over:
                     print(f"passed over: {counted(passed_over)}", file=sys.stderr)
-                write_whole(output / _SETTINGS, json.dumps(settings, indent=2).encode())  # last: the run has begun
+                atomic_write(output / _SETTINGS, json.dumps(settings, indent=2).encode())  # last: the run has begun
         yield read_partitions(output / _INPUT), work
     finally:
         shutil.rmtree(output / _WORK, ignore_errors=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qwen2vl_trt.engines.command import path_name, positive_number
 from qwen2vl_trt.engines.interrupts import deferred_interrupt
 from qwen2vl_trt.errors import FeaturesError, MediaError
-from qwen2vl_trt.media_urls import file_path
+from qwen2vl_trt.messages import file_path
 
 from .model import add_model_arguments, open_pipeline
 

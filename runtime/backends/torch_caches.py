@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen2vl_trt.decoder import Places
+from qwen2vl_trt.decoder import SlotMapping
 from qwen2vl_trt.ops import full_attention
-from qwen2vl_trt.varlen import CacheBounds, cached_attention, chunk_attention
+from qwen2vl_trt.varlen import CuSeqlens, decode_attention, prefill_attention
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Chunk:
     Attributes:
         first: the first of B neighbouring slots.
         end: tokens in each afterwards.
-        fused: use :func:`qwen2vl_trt.varlen.chunk_attention`.
-        places: of the B * S new tokens, on the cache's device.
+        fused: use :func:`qwen2vl_trt.varlen.prefill_attention`.
+        slot_mapping: of the B * S new tokens, on the cache's device.
     """
 
     first: int
     end: int
     fused: bool
-    places: Places
+    slot_mapping: SlotMapping
 
 
 class ChunkCache(NamedTuple):
@@ -42,8 +42,8 @@ class ChunkCache(NamedTuple):
     chunk: Chunk
 
     @property
-    def places(self) -> Places:
-        return self.chunk.places
+    def slot_mapping(self) -> SlotMapping:
+        return self.chunk.slot_mapping
 
     def append(self, k: Tensor, v: Tensor) -> ChunkCache:
         return _append(self, k, v)
@@ -52,7 +52,7 @@ class ChunkCache(NamedTuple):
         chunk = self.chunk
         k, v = (cache[chunk.first : chunk.first + len(q), :, : chunk.end] for cache in (self.k, self.v))
         if chunk.fused:
-            return chunk_attention(q, k, v)
+            return prefill_attention(q, k, v)
         return full_attention(q, k, v, causal=True)
 
 
@@ -61,35 +61,35 @@ class NewTokens:
     """One new token in each of the first B slots: what all layers share, made once a step.
 
     Attributes:
-        places: of the B new tokens.
+        slot_mapping: of the B new tokens.
         longest: keys that are read at most; every row's tokens and its new one fit.
         fused: lengths ``[B]`` int32 and bounds for the fused kernel; None without it.
         mask: ``[B, 1, 1, longest]`` added to scores where there is no fused kernel.
     """
 
-    places: Places
+    slot_mapping: SlotMapping
     longest: int
-    fused: tuple[Tensor, CacheBounds] | None
+    fused: tuple[Tensor, CuSeqlens] | None
     mask: Tensor | None
 
     @classmethod
     def of(
-        cls, places: Places, lengths: Tensor, longest: int, dtype: torch.dtype, bounds: CacheBounds | None
+        cls, slot_mapping: SlotMapping, lengths: Tensor, longest: int, dtype: torch.dtype, bounds: CuSeqlens | None
     ) -> NewTokens:
         """What a step needs.
 
         Args:
-            places: rows are 0 to B - 1.
+            slot_mapping: rows are 0 to B - 1.
             lengths: ``[B]`` int64 keys that each row attends to.
             longest: no less than any length.
             dtype: of queries and keys.
-            bounds: of B rows, for :func:`qwen2vl_trt.varlen.cached_attention`; None without the fused kernel.
+            bounds: of B rows, for :func:`qwen2vl_trt.varlen.decode_attention`; None without the fused kernel.
         """
         if bounds is not None:
-            return cls(places, longest, (lengths.int(), bounds), None)
+            return cls(slot_mapping, longest, (lengths.int(), bounds), None)
         beyond = torch.arange(longest, device=lengths.device) >= lengths[:, None]
         mask = torch.zeros(beyond.shape, dtype=dtype, device=lengths.device).masked_fill(beyond, -torch.inf)
-        return cls(places, longest, None, mask[:, None, None])
+        return cls(slot_mapping, longest, None, mask[:, None, None])
 
 
 class NewTokenCache(NamedTuple):
@@ -100,8 +100,8 @@ class NewTokenCache(NamedTuple):
     new: NewTokens
 
     @property
-    def places(self) -> Places:
-        return self.new.places
+    def slot_mapping(self) -> SlotMapping:
+        return self.new.slot_mapping
 
     def append(self, k: Tensor, v: Tensor) -> NewTokenCache:
         return _append(self, k, v)
@@ -110,7 +110,7 @@ class NewTokenCache(NamedTuple):
         new, k, v = self.new, self.k[: len(q)], self.v[: len(q)]
         if new.fused is not None:
             lengths, bounds = new.fused
-            return cached_attention(q[:, :, 0], k, v, lengths, new.longest, bounds)[:, :, None]
+            return decode_attention(q[:, :, 0], k, v, lengths, new.longest, bounds)[:, :, None]
         assert new.mask is not None
         # The query heads that share a key-value head become its queries: each key is read once, not once a head.
         shared = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
@@ -123,7 +123,7 @@ _Placed = TypeVar("_Placed", ChunkCache, NewTokenCache)
 
 
 def _append(cache: _Placed, k: Tensor, v: Tensor) -> _Placed:
-    rows, positions = cache.places
+    rows, positions = cache.slot_mapping
     for whole, new in ((cache.k, k), (cache.v, v)):
         whole[rows, :, positions] = new.transpose(1, 2).flatten(0, 1)
     return cache

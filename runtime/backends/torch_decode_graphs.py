@@ -15,8 +15,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from qwen2vl_trt.decoder import Decoder, Places
-from qwen2vl_trt.varlen import CacheBounds
+from qwen2vl_trt.decoder import Decoder, SlotMapping
+from qwen2vl_trt.varlen import CuSeqlens
 
 from ..sending import send
 from .decode_buckets import graph_length, graph_rows, graph_size
@@ -61,7 +61,7 @@ class DecodeGraphs:
         dtype: of activations and cache.
         device: of both.
         capture: None runs every step as it is.
-        fused: use :func:`qwen2vl_trt.varlen.cached_attention`.
+        fused: use :func:`qwen2vl_trt.varlen.decode_attention`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class DecodeGraphs:
     ) -> None:
         self._module, self._cache, self._capture = module, cache, capture
         config, slots = module.config, cache.slots
-        self._bounds = CacheBounds.of(slots, cache.k[0]) if fused else None
+        self._bounds = CuSeqlens.of(slots, cache.k[0]) if fused else None
         self._replays: dict[tuple[int, int], Callable[[], None]] = {}
         self._rows = torch.arange(slots, device=device)
         self._numbers = torch.zeros(5 * slots, dtype=torch.int64, device=device)  # 3 positions, start, length
@@ -127,9 +127,11 @@ class DecodeGraphs:
     def _run(self, size: int, longest: int) -> None:
         """The first ``size`` slots over their first ``longest`` keys, from the buffers to the buffers."""
         numbers = self._numbers[: 5 * size].view(5, size)
-        bounds = self._bounds and CacheBounds(*(bound[: size + 1] for bound in self._bounds))
-        places = Places(self._rows[:size], numbers[3].clone())  # compiled functions want it at the begin of its memory
-        new = NewTokens.of(places, numbers[4], longest, self._inputs_embeds.dtype, bounds)
+        bounds = self._bounds and CuSeqlens(*(bound[: size + 1] for bound in self._bounds))
+        slot_mapping = SlotMapping(
+            self._rows[:size], numbers[3].clone()
+        )  # compiled functions want it at the begin of its memory
+        new = NewTokens.of(slot_mapping, numbers[4], longest, self._inputs_embeds.dtype, bounds)
         caches = [NewTokenCache(k, v, new) for k, v in zip(self._cache.k, self._cache.v)]
         hidden_states, _ = self._module.model(self._inputs_embeds[:size], numbers[:3, :, None], caches)
         self._hidden_states[:size].copy_(hidden_states)

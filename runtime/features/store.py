@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.errors import FeaturesError
-from qwen2vl_trt.files import replacement, write_whole
+from qwen2vl_trt.files import atomic_file, atomic_write
 from qwen2vl_trt.windows import Grid
 
 from ..options import PipelineOptions
@@ -179,7 +179,7 @@ class FeatureStore:
         """Write the index anew from the shards' headers, and return their keys' digests, sorted."""
         digests = bytearray()  # 16 bytes an image: a set of their names would take ten times that
         whole = self.folder / _INDEX
-        with writing(whole), replacement(whole) as temporary, temporary.open("w", encoding="utf-8") as index:
+        with writing(whole), atomic_file(whole) as temporary, temporary.open("w", encoding="utf-8") as index:
             for path in paths:
                 tensors, grids, _ = read_header(path)
                 for key, grid in grids.items():
@@ -223,7 +223,7 @@ def open_store(
             if if_exists == "overwrite":
                 clear(folder)
             if not holds_features(folder):
-                write_whole(folder / _SETTINGS, json.dumps(settings, indent=2).encode())
+                atomic_write(folder / _SETTINGS, json.dumps(settings, indent=2).encode())
         check_settings(folder, settings)
         store = FeatureStore(folder, shard_size)
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qwen2vl_trt.errors import MediaError
-from qwen2vl_trt.media_urls import file_path
+from qwen2vl_trt.messages import file_path
 
 MAX_FILE_BYTES = 1 << 30
 """Of an image: more than 100 megapixels take uncompressed in 8 bits with transparency, or 16 bits a colour in all but

@@ -35,7 +35,7 @@ from qwen2vl_trt.engines.tensorrt_module import TENSORRT, TENSORRT_RTX, load_ten
 from qwen2vl_trt.engines.tensorrt_options import TensorRTOptions
 from qwen2vl_trt.engines.timing_cache import load_timing_cache, save_timing_cache, timing_cache_path
 from qwen2vl_trt.errors import BuildError, MissingDependencyError
-from qwen2vl_trt.files import replacement
+from qwen2vl_trt.files import atomic_file
 from qwen2vl_trt.hub import resolve_model
 from tests.support.engine_folders import PROFILE, build
 
@@ -300,13 +300,13 @@ class TestWritingAPlan:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr("qwen2vl_trt.files.os.fsync", full)
-        with pytest.raises(OSError, match="No space left on device"), replacement(path) as file:
+        with pytest.raises(OSError, match="No space left on device"), atomic_file(path) as file:
             file.write_bytes(b"newer")
         assert [file.name for file in tmp_path.iterdir()] == ["vision.engine"]
         assert path.read_bytes() == b"older"
 
     def test_an_interrupt(self, tmp_path):
-        with pytest.raises(KeyboardInterrupt), replacement(tmp_path / "vision.engine"):
+        with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "vision.engine"):
             raise KeyboardInterrupt
         assert not list(tmp_path.iterdir())
 

@@ -96,11 +96,11 @@ def device(request, monkeypatch):
     device = Device()
     for module in (torch_runner, torch_decode_graphs, token_embedding):
         monkeypatch.setattr(module, "send", device.send)
-    for question in ("can_pack", "can_read_cache"):
+    for question in ("has_packed_attention", "has_cache_attention"):
         monkeypatch.setattr(torch_runner, question, lambda *args: request.param != "masked")
     monkeypatch.setattr(torch_runner, "load_weights", device.load_weights)
     monkeypatch.setattr(torch_runner, "_release", lambda device: None)
-    monkeypatch.setattr(ops, "has_fp8_product", lambda device: True)
+    monkeypatch.setattr(ops, "has_scaled_mm", lambda device: True)
     monkeypatch.setattr(torch, "equal", lambda one, other: True)  # of scales, when layers are joined
     layers = frozenset()
     if request.param == "fp8":
