@@ -17,8 +17,8 @@ import msgspec
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError, program, reason
-from qwen2vl_trt.files import write_whole
-from qwen2vl_trt.schema import checked, reject_unknown
+from qwen2vl_trt.files import atomic_write
+from qwen2vl_trt.schema import convert, forbid_unknown_fields
 
 from .profile import BuildProfile
 from .staging import MANIFEST_FILE, finish
@@ -81,7 +81,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest; the folder is an engine from here on."""
-        write_whole(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=2).encode())
+        atomic_write(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=2).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -117,8 +117,8 @@ class Manifest:
                 f" Rebuild with {program('build_engines.py')}."
             )
         try:
-            manifest = checked(raw, cls, MANIFEST_FILE)
-            reject_unknown(raw, [each.name for each in fields(cls)], {}, MANIFEST_FILE)
+            manifest = convert(raw, cls, MANIFEST_FILE)
+            forbid_unknown_fields(raw, [each.name for each in fields(cls)], {}, MANIFEST_FILE)
             for name in manifest.files:
                 if Path(name).name != name or not name.isprintable():
                     raise CheckpointError(f"{MANIFEST_FILE}: {name!r} is no name of a file")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qwen2vl_trt.files import flush, write_whole
+from qwen2vl_trt.files import atomic_write, fsync
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,9 @@ def staged(folder: Path) -> Iterator[Path]:
         for name in names:
             if (folder / name).is_dir():
                 raise IsADirectoryError(errno.EISDIR, f"{name} is a folder there, and a file of the engines")
-        write_whole(building / _NAMES, "\n".join(names).encode())
+        atomic_write(building / _NAMES, "\n".join(names).encode())
         building.rename(folder / _BUILT)
-        flush(folder)
+        fsync(folder)
     finally:
         _remove(building)
     _move(folder)

@@ -13,7 +13,7 @@ import torch
 
 from qwen2vl_trt.errors import BuildError, reason
 from qwen2vl_trt.export.onnx_model import export_onnx
-from qwen2vl_trt.files import replacement, write_whole
+from qwen2vl_trt.files import atomic_file, atomic_write
 
 from .backends import Backend, BuildJob
 from .interrupts import deferred_interrupt
@@ -160,7 +160,7 @@ def _build_plan(
             cache = timing_cache_path(engine_dir, trt.__version__, torch.cuda.get_device_name())
             load_timing_cache(config, cache)
         log.clear()
-        with replacement(path.with_suffix(".engine")) as temporary, temporary.open("wb") as file:
+        with atomic_file(path.with_suffix(".engine")) as temporary, temporary.open("wb") as file:
             writer = stream_writer(trt, file)
             built = parsed.builder.build_serialized_network_to_stream(parsed.network, config, writer)
             if writer.error is not None:
@@ -174,7 +174,7 @@ def _build_plan(
         del monitor  # alive until here
         if cache is not None:
             save_timing_cache(config, cache)
-        write_whole(path.with_suffix(".layers"), log.layers.encode())
+        atomic_write(path.with_suffix(".layers"), log.layers.encode())
     return [path.with_suffix(".engine"), path.with_suffix(".layers")]
 
 
@@ -239,6 +239,6 @@ def load_timing_cache(config: Any, path: Path) -> None:
 def save_timing_cache(config: Any, path: Path) -> None:
     """Write it back, atomically. A cache that cannot be written costs the next build time, not this one its engine."""
     try:
-        write_whole(path, memoryview(config.get_timing_cache().serialize()))
+        atomic_write(path, memoryview(config.get_timing_cache().serialize()))
     except OSError as error:
         logger.warning("%s cannot be written: %s", path, reason(error))

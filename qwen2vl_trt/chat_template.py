@@ -1,8 +1,4 @@
-"""The checkpoint's chat template: Transformers' text, within bounds.
-
-A template is a program that comes with a checkpoint. Jinja's sandbox keeps it from files, from Python's own objects and
-from changing what it is given; here it also has a deadline and a longest text, and whatever it raises is a PromptError.
-"""
+"""The checkpoint's chat template, with Transformers' result, in Jinja's sandbox with a deadline and a longest text."""
 
 from __future__ import annotations
 
@@ -26,20 +22,17 @@ T = TypeVar("T")
 
 SECONDS = 5.0
 _SHOWN = 300  # characters of a template's own message
-_WIDE = re.compile(r"%(\([^)]*\))?[^%a-zA-Z]*(\d{5}|\*)")  # a width or a precision, or one that the arguments give
+_WIDE = re.compile(r"%(\([^)]*\))?[^%a-zA-Z]*(\d{5}|\*)")  # a width or precision, or one from the arguments
 
 
 class ChatTemplate:
-    """A compiled template.
-
-    The memory of one operation that has written nothing yet is not bounded, and some (``|format`` with a wide field)
-    go on past the deadline.
+    """A compiled template. Not bounded: the memory of a single operation, and the time of some (``|format``).
 
     Args:
         source: Jinja, as in ``chat_template.jinja``.
-        variables: what it is given besides the messages; Transformers gives ``eos_token`` and the like.
+        variables: besides the messages, as Transformers gives ``eos_token`` and the like.
         characters: longest text.
-        tokens: most of a prompt, which no longer text can have; for the message.
+        tokens: the prompt limit that ``characters`` follows from; for the message.
         seconds: for compiling, and for each text.
 
     Raises:
@@ -53,7 +46,7 @@ class ChatTemplate:
         self._template = self._bounded(lambda: _environment().from_string(source), "cannot be compiled")
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Write a conversation, and the beginning of the answer.
+        """The text of a conversation, up to the beginning of the answer.
 
         Raises:
             PromptError: the template refuses the messages, fails, or takes too long.
@@ -76,7 +69,7 @@ class ChatTemplate:
 
     def _bounded(self, work: Callable[[], T], failing: str) -> T:
         try:
-            return _within(self._seconds, work)
+            return _call_with_timeout(self._seconds, work)
         except (PromptError, LimitError):
             raise
         except Exception as error:  # a template may raise whatever Python's operators and methods do
@@ -86,7 +79,7 @@ class ChatTemplate:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Without the operations on numbers and repeated texts that go on for ever in one step, which no deadline ends."""
+    """Refuses huge powers, products, repetitions and paddings: single steps that no deadline can end."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
 
@@ -106,7 +99,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """``{% generation %}`` marks what an assistant said, for training; here it is the text that it is."""
+    """``{% generation %}``, which marks an assistant's text for training; without effect."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -117,7 +110,7 @@ class _Generation(Extension):
 
 
 def _environment() -> _Environment:
-    """What Transformers offers to templates (``transformers.utils.chat_template_utils``)."""
+    """The environment of ``transformers.utils.chat_template_utils``."""
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
@@ -139,11 +132,8 @@ def _raise_exception(message: str) -> None:
     raise TemplateError(message)
 
 
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """Call a function on a thread of its own, which is told to end when its time is over.
-
-    On a thread, because an exception can be sent there at any point of a loop without hitting any other code.
-    """
+def _call_with_timeout(seconds: float, work: Callable[[], T]) -> T:
+    """Call a function on its own thread, where an exception can end it at any point when its time is over."""
     results: list[T] = []
     errors: list[Exception] = []
 

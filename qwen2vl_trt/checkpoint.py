@@ -1,10 +1,9 @@
 """Lazy access to a Hugging Face checkpoint folder.
 
-Only the headers of the safetensors files are read when a folder is opened. A tensor is read when it is asked
-for, or not at all: export needs no more than where its bytes lie (``Checkpoint.locate``).
+Opening one reads the headers of its safetensors files. Export needs only where a tensor's bytes lie (``locate``).
 
-File format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, a JSON header,
-then the tensors' bytes without gaps).
+File format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, a JSON header, then the
+tensors' bytes without gaps).
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +29,7 @@ INDEX_FILE = "model.safetensors.index.json"
 RECORD = "calibration.json"
 """What a quantised checkpoint was made from, where it was quantised here."""
 
-# Everything beside the weights that changes an answer. Files that a checkpoint lacks are left out of the hash.
+# What changes an answer beside the weights.
 _HASHED_FILES = (
     "config.json",
     QUANTIZATION_FILE,
@@ -66,7 +64,7 @@ _DTYPES = {
 
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _MAX_RANK = 64  # torch's own limit
-_LFS_POINTER = b"version "  # how such a file begins, what `git clone` leaves where git-lfs is not installed
+_LFS_POINTER = b"version "  # begins the files that `git clone` leaves without git-lfs
 _SAMPLE = 4096  # bytes hashed at each end of a tensor
 
 
@@ -74,8 +72,10 @@ _SAMPLE = 4096  # bytes hashed at each end of a tensor
 class TensorLocation:
     """Where the bytes of one tensor lie: row-major, little-endian, contiguous.
 
-    ``path`` is the real file (symbolic links of the hub's cache resolved, because a hard link to a symbolic
-    link stays a symbolic link); ``offset`` and ``length`` are bytes, counted from the start of that file.
+    Attributes:
+        path: the real file; a hard link to a symbolic link of the hub's cache would stay a symbolic link.
+        offset: bytes from the start of the file.
+        length: bytes.
     """
 
     path: Path
@@ -86,14 +86,11 @@ class TensorLocation:
 
 
 class Checkpoint:
-    """A checkpoint folder: configuration, tensor index, lazy tensors.
-
-    Opening one checks that the folder is complete: every file that the index names exists, has a sound header
-    and the size which that header promises.
+    """A checkpoint folder: configuration, tensor index, lazy tensors. Opening one checks headers and file sizes.
 
     Raises:
         CheckpointError: no such folder, no ``config.json``, not a Qwen2.5-VL, no safetensors, a shard missing,
-            truncated or corrupt, a download cut short, or a tensor of a type that torch cannot hold.
+            truncated or corrupt, an incomplete download, or a tensor of a type that torch lacks.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -108,12 +105,12 @@ class Checkpoint:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors' names as the checkpoint writes them, sorted."""
+        """The tensors' names, sorted."""
         return tuple(sorted(self._locations))
 
     @property
     def companions(self) -> tuple[Path, ...]:
-        """The files beside the weights that belong to the model: configuration, tokenizer, templates, index, record."""
+        """The model's files beside the weights: configuration, tokenizer, templates, index, record."""
         return tuple(path for name in (*_HASHED_FILES, INDEX_FILE, RECORD) if (path := self.folder / name).is_file())
 
     def __contains__(self, name: str) -> bool:
@@ -131,9 +128,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: there is no tensor {name!r}") from None
 
     def load(self, name: str) -> Tensor:
-        """Read one tensor, on the CPU, in its own type and shape.
-
-        The result may be backed by a memory map of the file: copy it to keep it beyond the file's life.
+        """Read one tensor, on the CPU, in its own type and shape; it may be a memory map of the file.
 
         Raises:
             CheckpointError: no such tensor, or the file changed since the folder was opened.
@@ -149,33 +144,35 @@ class Checkpoint:
     def hash(self) -> str:
         """SHA-256 that identifies the model, in hex.
 
-        It covers config, tokenizer, preprocessor and template files, every shard's header, and the first and
-        last 4 KiB of every tensor. Not every byte: 15 GB would be read at each start to find what the sample
-        finds, because training moves all weights of a tensor. A checkpoint edited by hand in the middle of a
-        large tensor keeps its hash.
+        It covers config, tokenizer, preprocessor and template files, every shard's header, and the first and last
+        4 KiB of every tensor; all of it would be 15 GB to read at each start, and training moves all weights of a
+        tensor. An edit in the middle of a large tensor goes unseen.
         """
         digest = hashlib.sha256()
+
+        def add(data: bytes) -> None:
+            """With its length, so that two fields cannot trade bytes."""
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+
         for name in _HASHED_FILES:
             path = self.folder / name
             if path.is_file():
-                _add(digest, name.encode())
-                _add(digest, path.read_bytes())
+                add(name.encode())
+                add(path.read_bytes())
         for name, path in self._shards.items():
-            _add(digest, name.encode())
+            add(name.encode())
+            here = (location for location in self._locations.values() if location.path == path)
             with path.open("rb") as file:
-                _add(digest, file.read(_header_length(file.read(8))))
-                for location in self._of_file(path):
+                add(file.read(int.from_bytes(file.read(8), "little")))
+                for location in sorted(here, key=lambda location: location.offset):
                     head = min(location.length, _SAMPLE)
                     tail = min(location.length - head, _SAMPLE)
                     file.seek(location.offset)
-                    _add(digest, file.read(head))
+                    add(file.read(head))
                     file.seek(location.offset + location.length - tail)
-                    _add(digest, file.read(tail))
+                    add(file.read(tail))
         return digest.hexdigest()
-
-    def _of_file(self, path: Path) -> Iterator[TensorLocation]:
-        here = (location for location in self._locations.values() if location.path == path)
-        return iter(sorted(here, key=lambda location: location.offset))
 
 
 def _read_index(folder: Path) -> tuple[dict[str, Path], dict[str, TensorLocation]]:
@@ -191,7 +188,9 @@ def _read_index(folder: Path) -> tuple[dict[str, Path], dict[str, TensorLocation
             )
         raise lacking(folder, f"has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
 
-    weight_map = _read_weight_map(folder / INDEX_FILE)
+    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+    if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX_FILE}: weight_map does not map tensor names to file names")
     named = sorted(set(weight_map.values()))
     there = {path.name for path in folder.iterdir() if path.is_file()}
     for shard in named:
@@ -201,12 +200,8 @@ def _read_index(folder: Path) -> tuple[dict[str, Path], dict[str, TensorLocation
     if missing:
         part = f"{len(named) - len(missing)} of the {len(named)} shards that {INDEX_FILE} names"
         raise lacking(folder, f"has {part}; {missing[0]} is missing")
-    shards: dict[str, Path] = {}
-    headers: dict[str, dict[str, TensorLocation]] = {}
-    for shard in named:
-        shards[shard] = (folder / shard).resolve()
-        headers[shard] = read_header(folder / shard)
-
+    shards = {shard: (folder / shard).resolve() for shard in named}
+    headers = {shard: read_header(folder / shard) for shard in named}
     locations = {}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
@@ -215,19 +210,8 @@ def _read_index(folder: Path) -> tuple[dict[str, Path], dict[str, TensorLocation
     return shards, locations
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
-    weight_map = read_json(path).get("weight_map")
-    sound = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
-    if not sound or not weight_map:
-        raise CheckpointError(f"{path}: weight_map does not map tensor names to file names")
-    return weight_map
-
-
 def read_header(path: Path) -> dict[str, TensorLocation]:
-    """Read and check the header of one safetensors file.
-
-    Returns:
-        Tensor name to location.
+    """Read and check the header of one safetensors file: tensor name to location.
 
     Raises:
         CheckpointError: the file is truncated, longer than its header says, or not safetensors.
@@ -238,7 +222,7 @@ def read_header(path: Path) -> dict[str, TensorLocation]:
             prefix = file.read(8)
             if prefix == _LFS_POINTER:
                 raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; `git lfs pull` fetches them")
-            header_length = _header_length(prefix) if len(prefix) == 8 else -1
+            header_length = int.from_bytes(prefix, "little") if len(prefix) == 8 else -1
             if not 0 < header_length <= min(size - 8, _MAX_HEADER):
                 raise CheckpointError(f"{path} is truncated or no safetensors file ({size:,} bytes)")
             raw = json.loads(file.read(header_length))
@@ -279,8 +263,7 @@ def _location(path: Path, real: Path, start: int, name: str, entry: Any) -> Tens
         raise CheckpointError(f"{path} is corrupt: the header's entry for tensor {name!r} makes no sense")
     dtype = _DTYPES.get(dtype_name)
     if dtype is None:
-        known = ", ".join(_DTYPES)
-        raise CheckpointError(f"{path}: tensor {name!r} has type {dtype_name!r}; supported are {known}")
+        raise CheckpointError(f"{path}: tensor {name!r} has type {dtype_name!r}; supported are {', '.join(_DTYPES)}")
     length = math.prod(shape) * dtype.itemsize
     if end - begin != length:
         raise CheckpointError(
@@ -288,16 +271,6 @@ def _location(path: Path, real: Path, start: int, name: str, entry: Any) -> Tens
             f" its header gives it {end - begin:,}"
         )
     return TensorLocation(real, start + begin, length, dtype, shape)
-
-
-def _header_length(prefix: bytes) -> int:
-    return int.from_bytes(prefix, "little")
-
-
-def _add(digest: Any, data: bytes) -> None:
-    """Hash a field with its length, so that two fields cannot trade bytes."""
-    digest.update(len(data).to_bytes(8, "little"))
-    digest.update(data)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,8 +1,6 @@
-"""Model configuration, read from a checkpoint's ``config.json``.
+"""Model configuration, read from a checkpoint's ``config.json`` as Transformers 4 or 5 writes it.
 
-Transformers 4 wrote the decoder's fields at the top level, Transformers 5 writes them under ``text_config``;
-both are read. Nothing about a model's shape is written anywhere else in the project. A field that nobody reads is an
-error, unless :mod:`qwen2vl_trt.known_fields` has it.
+A field that is neither read nor ignored (:data:`~qwen2vl_trt.schema.IGNORED_FIELDS`) is an error.
 """
 
 from __future__ import annotations
@@ -16,14 +14,13 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from . import known_fields
 from .errors import CheckpointError
 from .rope_scaling import TABLES, LinearScaling, Positions, Section, Theta, YarnScaling, read_rope
-from .schema import checked, inside, reject_unknown
+from .schema import IGNORED_FIELDS, convert, field_path, forbid_unknown_fields
 
 FILE = "config.json"
 
-# Ranges far beyond every published model, so that a size without meaning is an error and no allocation.
+# Ranges far beyond every published model, so that a wrong size is an error and no allocation.
 Layers = Annotated[int, Meta(ge=1, le=1 << 10)]
 Heads = Annotated[int, Meta(ge=1, le=1 << 10)]
 Width = Annotated[int, Meta(ge=1, le=1 << 20)]
@@ -36,10 +33,7 @@ TokenId = Annotated[int, Meta(ge=0, lt=1 << 24)]
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Shape of the vision tower; field names are those of ``vision_config``.
-
-    The defaults are Transformers': some of its releases write only what differs from them.
-    """
+    """``vision_config``; defaults are Transformers', some releases of which write only what differs from them."""
 
     depth: Layers = 32
     hidden_size: Width = 3584
@@ -61,7 +55,7 @@ class VisionConfig:
 
     @property
     def qwen2_vl_dim(self) -> int:
-        """Values in one flattened patch, the width of the vision graph's input (1176 for every published size)."""
+        """Values in one flattened patch; 1176 for every published size."""
         return self.in_chans * self.patch_size**2 * self.temporal_patch_size
 
     @property
@@ -87,7 +81,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Shape of the decoder; field names are those of ``text_config``."""
+    """``text_config``."""
 
     hidden_size: Width
     num_hidden_layers: Layers
@@ -126,26 +120,22 @@ class Qwen2VLConfig:
             raise CheckpointError(
                 f"{FILE}: model_type is {shown(raw.get('model_type'))}; only Qwen2.5-VL ('qwen2_5_vl') is supported"
             )
-        tokens = checked(raw, _Tokens, FILE)
+        tokens = convert(raw, _Tokens, FILE)
         config = cls(_vision_config(raw), _text_config(raw), **asdict(tokens))
-        consumed = {*(field.name for field in fields(_Tokens)), "text_config", "vision_config", *_TEXT_FIELDS}
-        reject_unknown(raw, consumed, known_fields.OUTER, FILE)
-        config._check()
-        return config
-
-    def _check(self) -> None:
-        """Refuse sizes that contradict each other."""
-        if self.vision.out_hidden_size != self.text.hidden_size:
+        read = {*_TOKENS, "text_config", "vision_config", "quantization_config", *_TEXT_FIELDS}
+        forbid_unknown_fields(raw, read, IGNORED_FIELDS | {"vision_token_id": None}, FILE)
+        vision, text = config.vision, config.text
+        if vision.out_hidden_size != text.hidden_size:
             raise CheckpointError(
-                f"{FILE}: the vision tower's out_hidden_size {self.vision.out_hidden_size} is not the decoder's"
-                f" hidden_size {self.text.hidden_size}"
+                f"{FILE}: the vision tower's out_hidden_size {vision.out_hidden_size} is not the decoder's"
+                f" hidden_size {text.hidden_size}"
             )
-        if self.image_token_id == self.video_token_id:
-            raise CheckpointError(f"{FILE}: image_token_id and video_token_id are both {self.image_token_id}")
-        for name in (field.name for field in fields(_Tokens)):
-            token = getattr(self, name)
-            if token is not None and token >= self.text.vocab_size:
-                raise CheckpointError(f"{FILE}: {name} is {token}; the vocabulary has {self.text.vocab_size} tokens")
+        if config.image_token_id == config.video_token_id:
+            raise CheckpointError(f"{FILE}: image_token_id and video_token_id are both {config.image_token_id}")
+        for name, token in asdict(tokens).items():
+            if token is not None and token >= text.vocab_size:
+                raise CheckpointError(f"{FILE}: {name} is {token}; the vocabulary has {text.vocab_size} tokens")
+        return config
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Qwen2VLConfig:
@@ -191,23 +181,28 @@ class _Tokens:
     vision_end_token_id: TokenId | None = None
 
 
+_TOKENS = [field.name for field in fields(_Tokens)]
+
+
 def _vision_config(raw: Mapping[str, Any]) -> VisionConfig:
     if "vision_config" not in raw:
         raise CheckpointError(f"{FILE}: field 'vision_config' is missing")
-    place = inside(FILE, ".vision_config")
-    vision = checked(raw["vision_config"], dict[str, Any], place)
+    place = field_path(FILE, ".vision_config")
+    vision = convert(raw["vision_config"], dict[str, Any], place)
     names = {field.name for field in fields(VisionConfig)} - {"rope_theta"}
-    reject_unknown(vision, {*names, "in_channels", "rope_parameters"}, known_fields.VISION, place)
+    read = {*names, "in_channels", "rope_parameters"}
+    forbid_unknown_fields(vision, read, IGNORED_FIELDS | {"spatial_patch_size": None}, place)
     if vision.get("in_chans", vision.get("in_channels")) != vision.get("in_channels", vision.get("in_chans")):
         raise CheckpointError(f"{place}: in_channels and in_chans differ; keep one of them")
-    rope = checked(vision.get("rope_parameters") or {}, dict[str, Any], f"{place}.rope_parameters")
-    reject_unknown(rope, {"rope_theta"}, dict.fromkeys(("rope_type", "type"), _AXIAL), f"{place}.rope_parameters")
+    rope_place, rope_type = f"{place}.rope_parameters", ("axial", "default")
+    rope = convert(vision.get("rope_parameters") or {}, dict[str, Any], rope_place)
+    forbid_unknown_fields(rope, {"rope_theta"}, {"rope_type": rope_type, "type": rope_type}, rope_place)
     given = {name: vision[name] for name in names if name in vision} | {
         name: value
         for name, value in (("in_chans", vision.get("in_channels")), ("rope_theta", rope.get("rope_theta")))
         if value is not None
     }
-    config = checked(given, VisionConfig, place)
+    config = convert(given, VisionConfig, place)
     beyond = [index for index in config.fullatt_block_indexes if index >= config.depth]
     if beyond and "fullatt_block_indexes" in given:  # Transformers' default is for its own depth
         raise CheckpointError(f"{place}: fullatt_block_indexes has {beyond[0]}; there are {config.depth} blocks")
@@ -224,12 +219,9 @@ def _vision_config(raw: Mapping[str, Any]) -> VisionConfig:
     return config
 
 
-_AXIAL = ("axial", "default")
-
-
 @dataclass(frozen=True)
-class _Windows:
-    """Transformers' fields of sliding windows, with its defaults."""
+class _SlidingWindow:
+    """Transformers' fields and defaults."""
 
     use_sliding_window: bool | None = False
     sliding_window: Annotated[int, Meta(ge=0)] | None = 4096
@@ -246,17 +238,17 @@ class _Attention:
 
 
 _OF_TEXT = {field.name for field in fields(TextConfig)} - {"mrope_section", "rope_scaling"}
-_TEXT_FIELDS = {*_OF_TEXT, *TABLES, *(field.name for field in fields(_Windows))}
+_TEXT_FIELDS = {*_OF_TEXT, *TABLES, *(field.name for field in fields(_SlidingWindow))}
 
 
 def _text_config(raw: Mapping[str, Any]) -> TextConfig:
     if raw.get("text_config") in (None, {}):
         return _read_text(raw, FILE)
-    place = inside(FILE, ".text_config")
-    text = checked(raw["text_config"], dict[str, Any], place)
-    reject_unknown(text, _TEXT_FIELDS, known_fields.TEXT, place)
+    place = field_path(FILE, ".text_config")
+    text = convert(raw["text_config"], dict[str, Any], place)
+    forbid_unknown_fields(text, _TEXT_FIELDS, IGNORED_FIELDS | dict.fromkeys([*_TOKENS, "vision_token_id"]), place)
     # Transformers 4 wrote the flag outside, some releases of 5 inside; either one ties, as in its own loader.
-    tied = checked(raw.get("tie_word_embeddings"), bool | None, inside(FILE, ".tie_word_embeddings"))  # type: ignore[arg-type]
+    tied = convert(raw.get("tie_word_embeddings"), bool | None, field_path(FILE, ".tie_word_embeddings"))  # type: ignore[arg-type]
     text |= {"tie_word_embeddings": True} if tied else {}
     config = _read_text(text, place)
     # Some releases of Transformers 4 wrote the decoder's fields in both places, and releases differ in which they read.
@@ -267,8 +259,8 @@ def _text_config(raw: Mapping[str, Any]) -> TextConfig:
 
 
 def _read_text(text: Mapping[str, Any], place: str) -> TextConfig:
-    _refuse_windows(text, place)
-    attention, rope = checked(text, _Attention, place), read_rope(text, place)
+    _refuse_sliding_window(text, place)
+    attention, rope = convert(text, _Attention, place), read_rope(text, place)
     heads = attention.num_attention_heads
     head_dim = attention.head_dim or attention.hidden_size // heads
     given = {name: text[name] for name in _OF_TEXT if text.get(name) is not None} | {
@@ -278,7 +270,7 @@ def _read_text(text: Mapping[str, Any], place: str) -> TextConfig:
         "rope_theta": rope.rope_theta,
         "mrope_section": rope.mrope_section,
     }
-    config = replace(checked(given, TextConfig, place), rope_scaling=rope.scaling)
+    config = replace(convert(given, TextConfig, place), rope_scaling=rope.scaling)
     if attention.head_dim is None and attention.hidden_size % heads:
         raise CheckpointError(f"{place}: hidden_size {attention.hidden_size} does not split into {heads} heads")
     if heads % config.num_key_value_heads:
@@ -292,18 +284,17 @@ def _read_text(text: Mapping[str, Any], place: str) -> TextConfig:
     return config
 
 
-def _refuse_windows(text: Mapping[str, Any], place: str) -> None:
-    """Sliding windows, in which a token sees only so many before it: the graph has full attention alone."""
-    windows = checked(text, _Windows, place)
-    layers = text.get("num_hidden_layers")
-    if windows.layer_types is not None:
-        other = next((kind for kind in windows.layer_types if kind != "full_attention"), None)
+def _refuse_sliding_window(text: Mapping[str, Any], place: str) -> None:
+    """Refuse sliding-window attention, which the graph does not have."""
+    window = convert(text, _SlidingWindow, place)
+    if window.layer_types is not None:
+        other = next((kind for kind in window.layer_types if kind != "full_attention"), None)
         if other is not None:
             raise CheckpointError(f"{place}: layer_types has {shown(other)}; only 'full_attention' is supported")
-    elif windows.use_sliding_window and windows.sliding_window is not None:
-        first = windows.max_window_layers or 0
+    elif window.use_sliding_window and window.sliding_window is not None:
+        first, layers = window.max_window_layers or 0, text.get("num_hidden_layers")
         if isinstance(layers, int) and first < layers:
             raise CheckpointError(
-                f"{place}: use_sliding_window is true, with a sliding_window of {windows.sliding_window} from layer"
+                f"{place}: use_sliding_window is true, with a sliding_window of {window.sliding_window} from layer"
                 f" {first} on; only full attention is supported"
             )

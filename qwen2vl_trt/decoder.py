@@ -19,7 +19,7 @@ from .ops import ragged_attention, rotate, update_cache
 
 
 class DecoderOutput(NamedTuple):
-    """``logits [B, V]`` FP32 of each row's last token, ``hidden_states [B, S, C]`` after the final norm, caches."""
+    """``logits [B, V]`` FP32 of each row's last token, ``hidden_states [B, S, C]`` after the final norm, the caches."""
 
     logits: Tensor
     hidden_states: Tensor
@@ -27,7 +27,7 @@ class DecoderOutput(NamedTuple):
     v_caches: list[Tensor]
 
 
-class Places(NamedTuple):
+class SlotMapping(NamedTuple):
     """Where T new tokens go in a cache ``[slots, Hkv, M, D]``: ``rows [T]`` and ``positions [T]``, int64."""
 
     rows: Tensor
@@ -44,21 +44,21 @@ class LayerCache(Protocol):
     def v(self) -> Tensor: ...
 
     @property
-    def places(self) -> Places | None:
-        """Where in ``k`` and ``v`` the step's tokens go, for who writes there itself; None leaves it to ``append``."""
+    def slot_mapping(self) -> SlotMapping | None:
+        """Where the step's tokens go, for a kernel that writes to the cache itself; None: use ``append``."""
         ...
 
     def append(self, k: Tensor, v: Tensor) -> LayerCache:
-        """Add the keys and values ``[B, Hkv, S, D]`` of the step's tokens; gives the cache that has them."""
+        """The cache with the keys and values ``[B, Hkv, S, D]`` of the step's tokens."""
         ...
 
     def attend(self, q: Tensor) -> Tensor:
-        """What the step's tokens ``[B, H, S, D]`` see: all up to themselves."""
+        """Causal attention of the step's queries ``[B, H, S, D]``."""
         ...
 
 
 class CacheView(NamedTuple):
-    """The cache as engines know it: see :meth:`Decoder.forward`."""
+    """The cache of the graph: see :meth:`Decoder.forward`."""
 
     k: Tensor
     v: Tensor
@@ -66,7 +66,7 @@ class CacheView(NamedTuple):
     kv_lengths: Tensor
 
     @property
-    def places(self) -> None:
+    def slot_mapping(self) -> None:
         return None
 
     def append(self, k: Tensor, v: Tensor) -> CacheView:
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make ``lm_head`` share the embedding's storage where the configuration says so; again after loading."""
+        """Share the embedding's weight with ``lm_head`` where the configuration says so; again after loading."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -101,19 +101,18 @@ class Decoder(nn.Module):
         k_caches: Sequence[Tensor],
         v_caches: Sequence[Tensor],
     ) -> DecoderOutput:
-        """Append S tokens to every row and give the logits of each row's last one.
+        """Append S tokens to every row; logits of each row's last one.
 
-        A row with fewer than S new tokens is padded on the right: what the padding writes lies beyond the row's
-        length and is overwritten by its next step.
+        A row with fewer new tokens is padded on the right: padding is written beyond the row's length and overwritten
+        by its next step.
 
         Args:
             inputs_embeds: ``[B, S, C]``.
             position_ids: ``[3, B, S]`` int64, M-RoPE positions.
-            cache_start: ``[B]`` int64, tokens already in the cache, where the new ones are written.
+            cache_start: ``[B]`` int64, tokens already in the cache.
             kv_lengths: ``[B]`` int64, ``cache_start + S``.
             last_token: ``[B]`` int64, index in S of each row's last real token.
-            k_caches: one ``[B, Hkv, M, D]`` a layer; updated in place when run eagerly.
-            v_caches: likewise.
+            k_caches: one ``[B, Hkv, M, D]`` a layer, as ``v_caches``; updated in place when run eagerly.
         """
         views = [CacheView(k, v, cache_start, kv_lengths) for k, v in zip(k_caches, v_caches)]
         hidden_states, caches = self.model(inputs_embeds, position_ids, views)
@@ -139,7 +138,7 @@ class DecoderStack(nn.Module):
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, caches: Sequence[LayerCache] | None = None
     ) -> tuple[Tensor, list[LayerCache]]:
-        """``[B, S, C]`` to hidden states ``[B, S, C]`` and the updated caches; without caches rows are whole."""
+        """``[B, S, C]`` to hidden states ``[B, S, C]`` and the updated caches; without caches, whole prompts."""
         cos, sin = rotary_cos_sin(position_ids, self.inv_freq, self.config.mrope_section, self.rotary_scale)
         x, updated = inputs_embeds, []
         for index, layer in enumerate(self.layers):

@@ -28,13 +28,13 @@ def check_target(path: Path) -> None:
 
 
 def write_result(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` fill the :func:`replacement` of a file that a user named.
+    """Have ``write`` fill the :func:`atomic_file` of a file that a user named.
 
     Raises:
         FileError: it cannot be written.
     """
     try:
-        with replacement(path) as temporary:
+        with atomic_file(path) as temporary:
             write(temporary)
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or error}") from None
@@ -47,16 +47,16 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def replacement(path: Path, check: Callable[[Path], object] | None = None) -> Iterator[Path]:
-    """The name of a file to write, which takes the name ``path`` when the ``with`` ends well, and is removed otherwise.
+def atomic_file(path: Path, check: Callable[[Path], object] | None = None) -> Iterator[Path]:
+    """Give the name of a temporary file to write, and rename it to ``path`` where the ``with`` ends well.
 
     A device or a pipe, which cannot be replaced, is written itself.
 
     Args:
-        check: is given the file once it is on the disk, and raises what speaks against it.
+        check: is given the file once it is on the disk; what it raises prevents the renaming.
 
     Raises:
-        OSError: it was not written, the disk is full, or the folder cannot be written.
+        OSError: nothing was written, the disk is full, or the folder cannot be written.
     """
     if path.exists() and not path.is_file():
         yield path
@@ -64,23 +64,23 @@ def replacement(path: Path, check: Callable[[Path], object] | None = None) -> It
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        flush(temporary)
+        fsync(temporary)
         if check is not None:
             check(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    flush(path.parent)
+    fsync(path.parent)
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """:func:`replacement` with this content."""
-    with replacement(path) as temporary:
+def atomic_write(path: Path, content: bytes | memoryview) -> None:
+    """Write a whole file by :func:`atomic_file`."""
+    with atomic_file(path) as temporary:
         temporary.write_bytes(content)
 
 
-def flush(path: Path) -> None:
-    """Put a file's content, or a folder's names, on the disk; the latter where the system can."""
+def fsync(path: Path) -> None:
+    """Put a file's content on the disk, or a folder's names where the system can."""
     if os.name != "posix" and path.is_dir():
         return
     opened = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""What the vision tower and the decoder share."""
+"""Layers that the vision tower and the decoder share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))``. Its product overflows FP16 in the vision tower; BF16 or FP32 only there."""
+    """``down(silu(gate(x)) * up(x))``. Overflows FP16 in the vision tower, where only BF16 and FP32 serve."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool) -> None:
         super().__init__()
@@ -37,10 +37,10 @@ class SwiGLU(nn.Module):
 
 
 class FP8Linear(nn.Module):
-    """A linear layer over FP8 (E4M3) numbers, with one scale for its weight and a static one for its input.
+    """A linear layer over FP8 (E4M3), with a scale per tensor for its weight and a static one for its input.
 
     ``y = (q(x / input_scale) @ weight.T) * input_scale * weight_scale + bias``, where ``q`` rounds to E4M3 and
-    saturates. Parameters are named as NVIDIA Model Optimizer names them; all but the bias keep their types.
+    saturates. Parameters have NVIDIA Model Optimizer's names.
     """
 
     SCALES = ("weight_scale", "input_scale")
@@ -56,7 +56,7 @@ class FP8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
-            # As engines know it: both operands dequantised in front of a plain linear layer, which they fuse again.
+            # Both operands dequantised before a linear layer, a pattern that engines fuse.
             return F.linear(
                 round_to_fp8(x, self.input_scale), dequantize_fp8(self.weight, self.weight_scale, x), self.bias
             )
@@ -66,6 +66,6 @@ class FP8Linear(nn.Module):
 def inverse_frequencies(dim: int, theta: float) -> Tensor:
     """Rotary frequencies ``theta ** (-2i / dim)`` for i in 0 .. dim / 2: ``[dim / 2]`` FP32.
 
-    Always real and on the CPU, also while a module is built on the meta device: no checkpoint brings them.
+    On the CPU also while a module is built on the meta device, since no checkpoint has them.
     """
     return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))

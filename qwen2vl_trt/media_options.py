@@ -1,4 +1,4 @@
-"""What a message's part says about its own image or video; names and meaning are those of qwen-vl-utils.
+"""Options of one image or video, with qwen-vl-utils' names and meanings.
 
 Source: https://github.com/QwenLM/Qwen2.5-VL, ``qwen-vl-utils/src/qwen_vl_utils/vision_process.py``.
 """
@@ -14,16 +14,15 @@ from .errors import MediaError
 
 _Options = TypeVar("_Options", bound="ImageOptions")
 
-_REAL_NUMBERS = ("fps", "sample_fps", "video_start", "video_end")
+_FLOATS = ("fps", "sample_fps", "video_start", "video_end")
 _FROM_ZERO = ("video_start", "video_end")
 _RANGES = (("min_pixels", "max_pixels"), ("min_frames", "max_frames"), ("video_start", "video_end"))
 _EITHER = (
     (("resized_height", "resized_width"), ("min_pixels", "max_pixels", "total_pixels"), "how large it becomes"),
     (("nframes",), ("fps", "min_frames", "max_frames"), "how many frames to keep"),
 )
-"""What is exact, and what leaves a choice: never both."""
-_MOST = 10**12
-"""Of any number: the arithmetic with it stays exact."""
+"""(exact values, limits, what both determine): never both."""
+_MOST = 10**12  # arithmetic with it stays exact
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,8 @@ class ImageOptions:
     Attributes:
         min_pixels: smallest area; a smaller image is enlarged.
         max_pixels: largest area; a larger image is shrunk.
-        resized_height: this height, with ``resized_width``, instead of one that follows from the area, which is then
-            not given; both are rounded to multiples of 28.
-        resized_width: likewise.
+        resized_height: with ``resized_width``, instead of an area; both are rounded to multiples of 28.
+        resized_width: see ``resized_height``.
 
     Raises:
         MediaError: a value out of its range, or two that contradict each other.
@@ -63,10 +61,10 @@ class ImageOptions:
             raise MediaError("resized_height and resized_width go together; give both or neither")
 
     def over(self: _Options, others: _Options) -> _Options:
-        """These, and of the others what these leave open and do not contradict.
+        """These, completed by those of the others that do not contradict them.
 
-        A size here takes the place of limits of the area there, a number of frames that of a rate and its limits, and
-        the other way round.
+        A size here replaces limits of the area there, a number of frames a rate and its limits, and the other way
+        round.
         """
         own, added = _given(self), _given(others)
         for exact, loose, _ in _EITHER:
@@ -83,17 +81,17 @@ class ImageOptions:
 
 @dataclass(frozen=True)
 class VideoOptions(ImageOptions):
-    """Besides the size of its frames, which frames of a video are kept; None is the pipeline's own setting.
+    """Size and sampling of a video's frames; None is the pipeline's own setting.
 
     Attributes:
-        fps: of a file, frames to keep of each second; of frames in memory, the rate that they have.
-        nframes: frames to keep, instead of a rate and its limits.
-        min_frames: fewest frames to keep.
-        max_frames: most frames to keep.
-        total_pixels: largest area of all kept frames together.
-        video_start: seconds from the beginning, before which nothing is kept.
-        video_end: seconds from the beginning, after which nothing is kept.
-        sample_fps: the rate of frames in memory.
+        fps: of a file, frames to sample a second; of frames in memory, their rate.
+        nframes: frames to sample, instead of a rate and its limits.
+        min_frames: fewest frames to sample.
+        max_frames: most frames to sample.
+        total_pixels: largest area of all sampled frames together.
+        video_start: sample from this second on.
+        video_end: sample up to this second.
+        sample_fps: rate of frames in memory.
     """
 
     fps: float | None = None
@@ -113,10 +111,10 @@ def _given(options: ImageOptions) -> dict[str, Any]:
 
 def _checked(name: str, value: Any) -> float:
     """A number of any library as Python's own."""
-    kind, least = (Real, "above 0") if name in _REAL_NUMBERS else (Integral, "of at least 1")
+    kind: type = Real if name in _FLOATS else Integral
+    what, least = ("a number", "above 0") if kind is Real else ("a whole number", "of at least 1")
     least = "of at least 0" if name in _FROM_ZERO else least
     number = isinstance(value, kind) and not isinstance(value, bool)
     if not number or not 0 <= value <= _MOST or (value == 0 and name not in _FROM_ZERO):
-        what = "a number" if kind is Real else "a whole number"
         raise MediaError(f"{name} is {value!r:.80}; it must be {what} {least} and at most {_MOST:,}")
     return float(value) if kind is Real else int(value)

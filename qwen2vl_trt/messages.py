@@ -1,26 +1,23 @@
-"""What a user asks, read into one form: messages whose parts are texts, images and videos.
+"""A request's prompt: a string, or messages as OpenAI, Qwen or Transformers write them (docs/guide/inputs.md).
 
-A request is a plain string or a list of messages as OpenAI, Qwen or Transformers write them.
-
-- In a plain string ``<image>`` and ``<video>`` mark the places of what comes beside it; without a mark the images come
-  first, then the videos, then the text.
-- In messages the parts are the places, and ``<image>`` in a text is text.
-
-Every key of a message or a part is used, refused by name, or known to leave the answer alone. None says nothing.
+In a string ``<image>`` and ``<video>`` are placeholders; without one the images come first, then the videos, then the
+text. In messages ``<image>`` is text. A key that is neither used nor ignored is an error; a value of None is no value.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from reprlib import repr as shown
 from typing import Any, Literal
+from urllib.parse import unquote_to_bytes
+from urllib.request import url2pathname
 
 from .errors import MediaError, PromptError
 from .media_options import ImageOptions, VideoOptions
-from .media_urls import local
 
 Message = Mapping[str, Any]
 Kind = Literal["text", "image", "video"]
@@ -42,16 +39,10 @@ _CONTENT_KEYS = {
     "image": ("image", "image_url", "url", "path"),
     "video": ("video", "video_url", "url", "path"),
 }
-_UNTYPED: dict[str, Kind] = {
-    "text": "text",
-    "image": "image",
-    "image_url": "image",
-    "video": "video",
-    "video_url": "video",
-}
+_UNTYPED = ("text", "image", "image_url", "video", "video_url")  # keys that tell the type of a part without one
 _OPTIONS = {"image": ImageOptions, "video": VideoOptions}
 _OPTION_NAMES = {kind: [one.name for one in fields(options)] for kind, options in _OPTIONS.items()}
-_HARMLESS = ("cache_control", "uuid")  # they name or keep a part for later requests; here contents are recognised
+_IGNORED = ("cache_control", "uuid")  # for caches; here media are recognised by their content
 _TEMPLATE_KEYS = {  # of a message, for the chat template
     "system": ("name",),
     "developer": ("name",),
@@ -60,13 +51,14 @@ _TEMPLATE_KEYS = {  # of a message, for the chat template
     "tool": ("name", "tool_call_id"),
 }
 _LOW_DETAIL = 256 * 28 * 28  # pixels; 256 tokens
+_FRAME_LISTS = ("video/jpeg", "video/png")
 _PLACEHOLDER = re.compile(r"<(image|video)>")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Media:
-    """The images and videos of messages, in the order of their tokens, and what their parts say about each."""
+    """The images and videos of messages, in order, and the options of each."""
 
     images: list[Any] = field(default_factory=list)
     videos: list[Any] = field(default_factory=list)
@@ -75,25 +67,23 @@ class Media:
 
 
 def to_messages(prompt: str | Sequence[Message], images: int = 0, videos: int = 0) -> list[dict[str, Any]]:
-    """Bring a request into the form that chat templates take, with the media left out.
+    """A prompt in the form that chat templates take, without the media.
 
     Args:
-        prompt: a string, or messages.
-        images: number of images that come with it (those inside the messages included).
-        videos: number of videos.
+        images: number of images, those inside the messages included; ``videos`` likewise.
 
     Returns:
-        ``[{"role": ..., "content": [{"type": "text", "text": ...} | {"type": "image"} | {"type": "video"}]}]``, with
+        ``[{"role": ..., "content": [{"type": "text", "text": ...} | {"type": "image"} | {"type": "video"}]}]``, and
         what else a message has for the template (``tool_calls``).
 
     Raises:
-        PromptError: the places do not match the media, the prompt is empty, or something in it is unknown or wrong.
+        PromptError: placeholders do not match the media, the prompt is empty, or something in it is unknown or wrong.
     """
     if isinstance(prompt, str):
         parts = _split(_checked_text(prompt, "the prompt"))
-        if not any(part.kind != "text" for part in parts):
+        if all(part.kind == "text" for part in parts):
             parts = [_Part("image")] * images + [_Part("video")] * videos + parts
-        messages = [_Read("user", parts, {})]
+        messages = [_Message("user", parts, {})]
     else:
         messages = _read(prompt)
     for kind, given in (("image", images), ("video", videos)):
@@ -105,20 +95,20 @@ def to_messages(prompt: str | Sequence[Message], images: int = 0, videos: int = 
     if only and not only.fields and not any(part.kind != "text" or part.text.strip() for part in only.parts):
         raise PromptError("the prompt is empty: it has neither text nor images nor videos")
     return [
-        {"role": message.role, "content": [_for_template(part) for part in message.parts], **message.fields}
+        {"role": message.role, "content": [part.for_template for part in message.parts], **message.fields}
         for message in messages
     ]
 
 
 def extract_media(messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Media:
-    """Collect the images and videos of messages, in order.
+    """The images and videos of messages, in order.
 
-    A part may carry its own (``{"type": "image", "image": ...}``, ``{"type": "image_url", "image_url": {"url": ...}}``,
-    ``{"type": "video", "video": ..., "fps": ...}``): a path, ``file://`` or ``data:`` URL, or any object that the
-    preprocessor takes. A part without takes the next of ``images`` or ``videos``.
+    A part has its own (``{"type": "image", "image": ...}``, ``{"type": "image_url", "image_url": {"url": ...}}``,
+    ``{"type": "video", "video": ..., "fps": ...}``) as a path, ``file://`` or ``data:`` URL or any object that the
+    preprocessor takes; if not, it takes the next of ``images`` or ``videos``.
 
     Raises:
-        PromptError: parts without media and media without a part, a remote URL, or something unknown or wrong.
+        PromptError: too few or too many media, a remote URL, or something unknown or wrong.
     """
     pools = {"image": list(images), "video": list(videos)}
     given = {kind: len(pool) for kind, pool in pools.items()}
@@ -128,7 +118,7 @@ def extract_media(messages: Sequence[Message], images: Sequence[Any] = (), video
         for part in message.parts:
             if part.kind == "text":
                 continue
-            found = local(part.media, part.where)
+            found = resolve_url(part.media, part.where)
             if found is None:
                 empty[part.kind] += 1
                 found = pools[part.kind].pop(0) if pools[part.kind] else None
@@ -149,7 +139,7 @@ def extract_media(messages: Sequence[Message], images: Sequence[Any] = (), video
 
 @dataclass(frozen=True)
 class _Part:
-    """A part; ``where`` names it, and ``media`` is None where it only marks a place."""
+    """A part; ``media`` is None in a placeholder, ``where`` is for messages."""
 
     kind: Kind
     text: str = ""
@@ -157,17 +147,21 @@ class _Part:
     options: Any = None
     where: str = ""
 
+    @property
+    def for_template(self) -> dict[str, str]:
+        return {"type": self.kind, "text": self.text} if self.kind == "text" else {"type": self.kind}
+
 
 @dataclass(frozen=True)
-class _Read:
-    """A message; ``fields`` has what the template is given besides role and content."""
+class _Message:
+    """A message; ``fields`` is for the template, besides role and content."""
 
     role: str
     parts: list[_Part]
     fields: dict[str, Any]
 
 
-def _read(messages: Any) -> list[_Read]:
+def _read(messages: Any) -> list[_Message]:
     if not isinstance(messages, Sequence) or isinstance(messages, (bytes, bytearray)):
         raise PromptError(f"a prompt is a string or a list of messages, not {type(messages).__name__}")
     if not messages:
@@ -175,7 +169,7 @@ def _read(messages: Any) -> list[_Read]:
     return [_message(f"message {number}", message) for number, message in enumerate(messages, start=1)]
 
 
-def _message(where: str, message: Any) -> _Read:
+def _message(where: str, message: Any) -> _Message:
     if not isinstance(message, Mapping) or "role" not in message:
         raise PromptError(f"{where} is not a dictionary with 'role' and 'content'")
     role = message["role"]
@@ -202,7 +196,7 @@ def _message(where: str, message: Any) -> _Read:
         parts = [_part(f"{where}, part {number}", part) for number, part in enumerate(content, start=1)]
     else:
         raise PromptError(f"{where}: content is a string or a list of parts, not {shown(content)}")
-    return _Read(role, parts, {key: value for key, value in extra.items() if value})
+    return _Message(role, parts, {key: value for key, value in extra.items() if value})
 
 
 def _part(where: str, part: Any) -> _Part:
@@ -240,10 +234,7 @@ def _part(where: str, part: Any) -> _Part:
 
 
 def _kind(where: str, part: Mapping[str, Any]) -> Kind:
-    """Of a part, by its type or, where it has none, by the one key that carries something.
-
-    That may be ``None`` where it is the only one: a place whose image or video the request brings apart.
-    """
+    """Of a part, by its type or else by its one key; that key's value may be None, as in a placeholder."""
     name = part.get("type")
     if name is not None:
         if not isinstance(name, str) or name not in _TYPES:
@@ -255,11 +246,10 @@ def _kind(where: str, part: Mapping[str, Any]) -> Kind:
         raise PromptError(f"{where} has both {keys[0]!r} and {keys[1]!r}; give one of them")
     if not keys:
         raise PromptError(f"{where} has neither 'type' nor any of {', '.join(map(repr, _UNTYPED))}")
-    return _UNTYPED[keys[0]]
+    return _TYPES[keys[0]]
 
 
 def _apply_detail(where: str, detail: Any, options: dict[str, Any]) -> None:
-    """OpenAI's ``detail``: ``low`` is a smaller image, the others are the pipeline's own size."""
     if not isinstance(detail, str) or detail not in ("auto", "high", "low"):
         raise PromptError(f"{where}: detail is {shown(detail)}; known are auto, high and low")
     if detail == "low":
@@ -269,7 +259,7 @@ def _apply_detail(where: str, detail: Any, options: dict[str, Any]) -> None:
 
 
 def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
-    """OpenAI's calls with their arguments as objects, as templates want them; OpenAI writes them as JSON."""
+    """OpenAI's calls with their arguments, which OpenAI writes as a JSON string, as objects."""
     if not isinstance(calls, Sequence) or isinstance(calls, (str, bytes)):
         raise PromptError(f"{where}: tool_calls is {shown(calls)}, not a list")
     read = []
@@ -303,7 +293,7 @@ def _tool_call(where: str, call: Any) -> dict[str, Any]:
 def _reject_unknown(where: str, given: Mapping[Any, Any], known: Collection[str]) -> None:
     for key, value in given.items():
         says_nothing = value is None or (isinstance(value, (list, tuple, dict)) and not value)
-        if key not in known and key not in _HARMLESS and not says_nothing:
+        if key not in known and key not in _IGNORED and not says_nothing:
             raise PromptError(f"{where} has the unknown key {shown(key)}; known are {', '.join(known)}")
 
 
@@ -318,16 +308,71 @@ def _checked_text(text: str, where: str) -> str:
 
 
 def _split(text: str) -> list[_Part]:
-    """Cut a string at its placeholders."""
+    """Split a string at its placeholders."""
     pieces = _PLACEHOLDER.split(text)  # text, kind, text, kind, ..., text
-    parts: list[_Part] = []
-    for number, piece in enumerate(pieces):
-        if number % 2:
-            parts.append(_Part("image" if piece == "image" else "video"))
-        elif piece:
-            parts.append(_Part("text", piece))
-    return parts
+    return [
+        _Part(_TYPES[piece]) if number % 2 else _Part("text", piece)
+        for number, piece in enumerate(pieces)
+        if number % 2 or piece
+    ]
 
 
-def _for_template(part: _Part) -> dict[str, str]:
-    return {"type": part.kind, "text": part.text} if part.kind == "text" else {"type": part.kind}
+def resolve_url(media: Any, where: str) -> Any:
+    """The path of a ``file://`` URL, the bytes of a ``data:`` URL, anything else as it is; a list item by item.
+
+    ``data:video/jpeg;base64,A,B,...`` (or ``video/png``) is vLLM's form of a list of frames.
+
+    Raises:
+        PromptError: naming ``where`` it is: a remote URL, or a ``data:`` URL that cannot be decoded.
+    """
+    if isinstance(media, (list, tuple)):
+        return [_resolve_url(frame, where) for frame in media]
+    return _resolve_url(media, where)
+
+
+def file_path(name: str) -> str:
+    """The path of a ``file://`` URL; any other name is one already."""
+    if name[:7].lower() != "file://":
+        return name
+    path = name[len("file://") :]
+    return url2pathname(path.removeprefix("localhost") if path.startswith("localhost/") else path)
+
+
+def _resolve_url(media: Any, where: str) -> Any:
+    if not isinstance(media, str):
+        return media
+    scheme = media[:8].lower()
+    if scheme.startswith(("http://", "https://")):
+        raise PromptError(f"{where}: {shown(media)} is remote; download it and give the file")
+    if scheme.startswith("data:"):
+        return _decoded(media, where)
+    return file_path(media)
+
+
+def _decoded(url: str, where: str) -> bytes | list[bytes]:
+    header, comma, payload = url[len("data:") :].partition(",")
+    if not comma:
+        raise PromptError(f"{where}: the data: URL has no comma, after which its data begins")
+    kind, *parameters = (field.strip().lower() for field in header.split(";"))
+    try:
+        if "base64" not in parameters:
+            return unquote_to_bytes(payload)
+        if kind in _FRAME_LISTS:
+            return [_from_base64(frame) for frame in payload.split(",")]
+        if "," in payload:
+            raise PromptError(
+                f"{where}: the data: URL of type {shown(kind)} is a list;"
+                f" only {' and '.join(_FRAME_LISTS)} may be, of frames"
+            )
+        return _from_base64(payload)
+    except ValueError:
+        form = "base64" if "base64" in parameters else "valid text"
+        raise PromptError(f"{where}: the data: URL is not {form}") from None
+
+
+def _from_base64(text: str) -> bytes:
+    """As browsers take it: spaces and a missing end are allowed."""
+    if "%" in text:
+        text = unquote_to_bytes(text).decode("ascii")
+    text = "".join(text.split()).rstrip("=")
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)

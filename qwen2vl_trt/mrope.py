@@ -1,10 +1,8 @@
-"""M-RoPE: three position axes (time, height, width) for text, images and videos.
+"""M-RoPE: positions on three axes (time, height, width).
 
-Positions follow Qwen2.5-VL's own definition: text counts on all three axes at once; a vision item starts one past
-everything before it, its time axis advances by ``tokens_per_second * second_per_grid`` a frame (rounded down after
-the multiplication), and what follows it resumes one past the largest position it used. Transformers 5 resumes
-after ``max(h, w)`` even where a video's time axis reaches further, so long videos differ there from what the
-published weights were trained with (and from Transformers 4, vLLM and TensorRT-LLM).
+Text counts on all axes at once. An image or video starts one past everything before it; its time axis advances by
+``tokens_per_second * second_per_grid`` a frame (product rounded down); what follows resumes one past its largest
+position, as in training, Transformers 4, vLLM and TensorRT-LLM; Transformers 5 takes ``max(h, w)``, in long videos too.
 """
 
 from __future__ import annotations
@@ -29,16 +27,16 @@ def rope_index(
     video_grids: Sequence[Grid] = (),
     second_per_grid_ts: Sequence[float] = (),
 ) -> tuple[Tensor, int]:
-    """Positions of one prompt whose vision placeholders are already expanded.
+    """Positions of one prompt.
 
     Args:
-        token_ids: the prompt, S tokens.
+        token_ids: the prompt, S tokens, image and video tokens repeated.
         image_grids: ``(t, h, w)`` in patches of each image, in order of appearance.
         video_grids: the same of each video.
-        second_per_grid_ts: seconds between two temporal grid rows of each video; 1.0 where not given.
+        second_per_grid_ts: seconds between two temporal grid rows of each video, by default 1.0.
 
     Returns:
-        ``position_ids [3, S]`` int64, and the delta to add to a token's index to get its position from S on.
+        ``position_ids [3, S]`` int64, and the delta from a later token's index to its position.
 
     Raises:
         PromptError: the placeholders do not add up to the grids, or there is no token.
@@ -54,7 +52,7 @@ def rope_index(
             parts.append(torch.arange(position, position + count).expand(3, -1))
             position += count
             continue
-        while count > 0:  # two items with nothing between them form one run of placeholders
+        while count > 0:  # two adjacent items are one run of placeholders
             grid, seconds = (next(images, None), 0.0) if token == config.image_token_id else next(videos, (None, 0.0))
             if grid is None:
                 raise PromptError("the prompt has more vision placeholders than images and videos")
@@ -83,7 +81,7 @@ def rotary_frequencies(config: TextConfig) -> tuple[Tensor, float]:
         return plain, 1.0
     if isinstance(scaling, LinearScaling):
         return plain / scaling.factor, 1.0
-    # To the last bit as Transformers has it: at position 100,000 the last bit of a frequency is a visible angle.
+    # Transformers' frequencies to the last bit, which is a visible angle at position 100,000.
     divided = 1.0 / (
         scaling.resolved_factor(positions) * theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     )
@@ -100,8 +98,8 @@ def rotary_cos_sin(
     Args:
         position_ids: ``[3, B, S]`` time, height, width.
         inv_freq: ``[D / 2]`` FP32; this and ``scale`` are :func:`rotary_frequencies`'.
-        sections: how many frequencies follow each axis (``mrope_section``).
-        scale: of both.
+        sections: ``mrope_section``, frequencies of each axis.
+        scale: of cosines and sines.
     """
     parts = (position_ids[..., None].float() * inv_freq).split(list(sections), dim=-1)  # [3, B, S, section] each
     angles = torch.cat([section[axis] for axis, section in enumerate(parts)], dim=-1)
@@ -110,17 +108,16 @@ def rotary_cos_sin(
 
 
 def mrope_config(position_ids: Tensor, delta: int, config: TextConfig | None = None) -> dict[str, Tensor]:
-    """TensorRT-LLM's ``mrope_config`` of one request, from the same positions.
+    """TensorRT-LLM's ``mrope_config`` of one request.
 
     Args:
-        position_ids: ``[3, S]`` of the prompt.
-        delta: as :func:`rope_index` returns it.
-        config: for the table that releases before 1.1 take; the later ones compute it on the GPU.
+        position_ids: ``[3, S]`` of the prompt; this and ``delta`` are :func:`rope_index`'s.
+        config: for the table that releases before 1.1 need.
 
     Returns:
         ``mrope_position_ids [3, 1, S]`` int64 and ``mrope_position_deltas [1, 1]`` int32. With ``config`` also
-        ``mrope_rotary_cos_sin [1, max_position_embeddings * D]`` FP32: for each position the cosine and sine of
-        every frequency, interleaved (cos, sin); positions beyond the prompt continue with the delta.
+        ``mrope_rotary_cos_sin [1, max_position_embeddings * D]`` FP32, cosine and sine of every frequency interleaved
+        for each position, those beyond the prompt included.
     """
     found = {
         "mrope_position_ids": position_ids[:, None],

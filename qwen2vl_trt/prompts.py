@@ -1,15 +1,15 @@
-"""From messages to token ids.
+"""From messages to token ids, as ``Qwen2_5_VLProcessor`` of Transformers: template, tokenizer, image tokens repeated.
 
-The checkpoint's own chat template and tokenizer turn messages into tokens, and each image or video token is repeated
-once for every merged patch, as Transformers' ``Qwen2_5_VLProcessor`` does. Unlike there, a text is only text: special
-tokens that it spells are read as ordinary characters, see :mod:`qwen2vl_trt.inert_text`.
+Unlike there, special tokens that a text spells are ordinary characters (:mod:`qwen2vl_trt.special_tokens`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +17,38 @@ from .chat_template import ChatTemplate
 from .config import Qwen2VLConfig, read_json
 from .errors import CheckpointError, LimitError, PromptError
 from .foreign import lacking
-from .inert_text import InertText
 from .messages import Message, to_messages
+from .special_tokens import SpecialTokenEscaper
 
 Grid = Sequence[int]
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _NO_TEMPLATE = "has no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
-_FEWEST_CHARACTERS = 65_536  # a template may always write so many: some have long system messages
+_FEWEST_CHARACTERS = 65_536  # lower bound of a text's limit: some templates have long system messages
 _CALL = {"type": "function", "function": {"name": "b", "arguments": {"c": "d"}}}
 _SAMPLES = {"name": "b", "tool_calls": [_CALL], "reasoning_content": "b"}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt ready for the decoder.
-
-    Attributes:
-        token_ids: with image and video tokens repeated, one for each row of the vision output.
-        text: the rendered chat template, before the repetition; for people to read.
-    """
+    """Token ids, with an image or video token for each row of the vision output, and the rendered template."""
 
     token_ids: list[int]
     text: str
 
 
 class PromptBuilder:
-    """The prompts of one checkpoint; one thread at a time may build them.
+    """The prompts of one checkpoint; not thread-safe.
 
     Args:
         folder: checkpoint with tokenizer files and a chat template.
         config: its configuration.
-        allow_special_tokens: special tokens that texts spell are taken as such, as in Transformers.
-        max_input_len: most tokens of a prompt, by default the model's; no text is tokenized that has more for certain.
+        allow_special_tokens: special tokens that texts spell are such, as in Transformers.
+        max_input_len: most tokens of a prompt, by default the model's; a text that must have more is not tokenized.
 
     Raises:
-        CheckpointError: no readable tokenizer, a tokenizer of another model, or a chat template that is missing or does
-            not write the simplest conversations.
+        CheckpointError: no readable tokenizer, one of another model, or no chat template that writes a text, an image
+            and a video.
     """
 
     def __init__(
@@ -65,26 +60,22 @@ class PromptBuilder:
     ) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(folder)
-        self._inert = InertText(self.tokenizer)
+        self._escaper = SpecialTokenEscaper(self.tokenizer)
         self._allow_special_tokens = allow_special_tokens
         self._written: dict[tuple[str, str], bool] = {}
-        self._media_tokens = set()
         ids = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
-        for token_id in ids:
-            token = None if token_id is None else self.tokenizer.convert_ids_to_tokens(token_id)
-            if token is not None:
-                self._media_tokens.add(token)
+        tokens = {self.tokenizer.convert_ids_to_tokens(token_id) for token_id in ids if token_id is not None}
+        self._media_tokens = sorted(tokens - {None})
         media = {"image": config.image_token_id, "video": config.video_token_id}
         for name, token_id in media.items():
             if self.tokenizer.convert_ids_to_tokens(token_id) is None:
                 raise CheckpointError(f"{folder}: the tokenizer lacks the {name} token {token_id} of config.json")
         # A token is some bytes of the text; composed (NFC), a text has more bytes than half its characters.
-        longest = 2 * max(map(len, self.tokenizer.get_vocab()))
-        tokens = max_input_len or config.text.max_position_embeddings
-        characters = max(_FEWEST_CHARACTERS, longest * tokens)
+        most_tokens = max_input_len or config.text.max_position_embeddings
+        characters = max(_FEWEST_CHARACTERS, 2 * max(map(len, self.tokenizer.get_vocab())) * most_tokens)
         try:
             source = self.tokenizer.get_chat_template()
-            self._template = ChatTemplate(source, self.tokenizer.special_tokens_map, characters, tokens)
+            self._template = ChatTemplate(source, self.tokenizer.special_tokens_map, characters, most_tokens)
             self._dry_run({"type": "text", "text": "a"})
             nothing = self._dry_run({"type": "text", "text": ""})
             written = {name: self._dry_run({"type": name}) for name in media}
@@ -104,16 +95,10 @@ class PromptBuilder:
         image_grids: Sequence[Grid] = (),
         video_grids: Sequence[Grid] = (),
     ) -> Prompt:
-        """Turn a request into token ids.
-
-        Args:
-            prompt: a string, or messages.
-            image_grids: ``(t, h, w)`` of each image, in patches, in the order of their places.
-            video_grids: the same of each video.
+        """Token ids of a prompt; grids are ``(t, h, w)`` in patches, in order of appearance.
 
         Raises:
-            PromptError: images or videos do not match their places, an empty prompt, something unknown or wrong in the
-                messages, or a chat template that refuses them.
+            PromptError: as :func:`~qwen2vl_trt.messages.to_messages`, or the chat template refuses the messages.
             LimitError: more text than ``max_input_len`` tokens stand for.
         """
         messages = to_messages(prompt, len(image_grids), len(video_grids))
@@ -122,20 +107,20 @@ class PromptBuilder:
             if self._allow_special_tokens:
                 self._check_media_tokens(messages)
             else:
-                messages = self._inert.mark(messages)
+                messages = self._escaper.escape(messages)
         except RecursionError:
             raise PromptError("the arguments of a tool call are nested too deeply") from None
         try:
-            marked = self._render(messages)
+            escaped = self._render(messages)
         except PromptError as error:  # it may quote a text
-            raise PromptError(self._inert.unmark_message(str(error))) from None
-        text, ids = self._inert.unmark(marked), self._inert.encode(marked)
+            raise PromptError(self._escaper.unescape_message(str(error))) from None
+        text, ids = self._escaper.unescape(escaped), self._escaper.encode(escaped)
         ids = self._repeat(ids, self.config.image_token_id, "image", image_grids)
         ids = self._repeat(ids, self.config.video_token_id, "video", video_grids)
         return Prompt(ids, text)
 
     def _dry_run(self, part: dict[str, str]) -> list[int]:
-        return self._inert.encode_plain(self._render([{"role": "user", "content": [part]}]))
+        return self._escaper.encode_plain(self._render([{"role": "user", "content": [part]}]))
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         # A message of nothing but text goes in as a string: every chat template takes that.
@@ -151,7 +136,7 @@ class PromptBuilder:
         """An image token that no pixels belong to would shift every position after it."""
         texts = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
         texts += [json.dumps({**message, "content": None}, ensure_ascii=False) for message in messages]
-        for token in sorted(self._media_tokens):
+        for token in self._media_tokens:
             if any(token in text for text in texts):
                 raise PromptError(
                     f"the text contains {token!r}, which only the chat template may write;"
@@ -159,7 +144,7 @@ class PromptBuilder:
                 )
 
     def _check_written(self, messages: list[dict[str, Any]]) -> None:
-        """See that the template writes what not every template does; else it would be dropped without a word."""
+        """Refuse roles and keys that the template does not write; they would be dropped without a word."""
         for number, message in enumerate(messages, start=1):
             role = message["role"]
             if role in ("developer", "tool") and not self._writes(role, "role"):
@@ -188,19 +173,12 @@ class PromptBuilder:
         found = ids.count(token_id)
         if found != len(grids):
             raise PromptError(f"the chat template made {found} {kind} tokens of {len(grids)} {kind}s")
-        lengths = iter(grids)
-        repeated: list[int] = []
-        for token in ids:
-            if token == token_id:
-                t, h, w = (int(size) for size in next(lengths))
-                repeated += [token_id] * (t * h * w // self.config.vision.merge_unit)
-            else:
-                repeated.append(token)
-        return repeated
+        counts = (math.prod(map(int, grid)) // self.config.vision.merge_unit for grid in grids)
+        return [each for token in ids for each in [token] * (next(counts) if token == token_id else 1)]
 
 
 def check_tokenizer_files(folder: str | Path) -> None:
-    """Check that a checkpoint has a tokenizer and a chat template, without reading either: see :func:`load_tokenizer`.
+    """Check that a checkpoint has a tokenizer and a chat template, without reading either.
 
     Raises:
         CheckpointError: one of them is missing, or ``tokenizer_config.json`` cannot be read.
@@ -214,7 +192,7 @@ def check_tokenizer_files(folder: str | Path) -> None:
 
 
 def _template_file(folder: Path) -> Path:
-    """Where the chat template lies, if anywhere: the first that is there, as in Transformers."""
+    """The chat template's file, if any: the first that exists, as in Transformers."""
     files = (folder / name for name in ("chat_template.jinja", "chat_template.json"))
     return next((file for file in files if file.is_file()), folder / _TOKENIZER_CONFIG)
 
@@ -222,16 +200,12 @@ def _template_file(folder: Path) -> Path:
 def load_tokenizer(folder: str | Path) -> Any:
     """The checkpoint's tokenizer (Transformers), with the chat template that its processor would use.
 
-    The template lies in ``chat_template.jinja`` (newer), ``chat_template.json`` (older processors) or
-    ``tokenizer_config.json``; the first of these wins, as in Transformers.
-
     Raises:
         CheckpointError: no tokenizer, or no chat template.
     """
     folder = Path(folder)
     check_tokenizer_files(folder)
     load: Any
-    options = {}
     file = folder / "tokenizer.json"
     if file.is_file():  # complete in itself; AutoTokenizer takes two seconds more to import
         from transformers import PreTrainedTokenizerFast
@@ -241,15 +215,12 @@ def load_tokenizer(folder: str | Path) -> Any:
         from transformers import AutoTokenizer
 
         file = folder / "vocab.json"
-        load, options = (
-            AutoTokenizer.from_pretrained,
-            {"trust_remote_code": False},
-        )  # by default it asks on the terminal
+        load = partial(AutoTokenizer.from_pretrained, trust_remote_code=False)  # by default it asks on the terminal
     try:
-        tokenizer = load(folder, local_files_only=True, **options)
+        tokenizer = load(folder, local_files_only=True)
     except Exception as error:  # corrupt files raise anything, even bare Exception from the Rust side
         for name in (_TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"):
-            read_json(folder / name)  # names the one that is no JSON
+            read_json(folder / name)  # its error names the file that is no JSON
         raise CheckpointError(f"{file}: the tokenizer cannot be read: {' '.join(str(error).split())}") from None
     tokenizer.model_max_length = int(1e30)  # the engines have the limit; this one would only warn
     legacy = _template_file(folder)

@@ -1,9 +1,7 @@
-"""FP8 checkpoints as NVIDIA Model Optimizer writes them: which layers are quantised, and their scales.
+"""FP8 checkpoints of NVIDIA Model Optimizer. Source: ``modelopt/torch/export`` (0.47).
 
-Such a checkpoint is an ordinary one whose quantised linear layers hold a weight in FP8 (E4M3) and two FP32 scalars,
-``weight_scale`` and ``input_scale``; see :class:`qwen2vl_trt.layers.FP8Linear` for what they mean.
-``hf_quant_config.json``, or ``quantization_config`` in ``config.json``, names the method; the tensors' types say which
-layers are quantised. Source: ``modelopt/torch/export`` (0.47).
+``hf_quant_config.json`` or ``quantization_config`` in ``config.json`` names the method. Which layers are quantised is
+known by their tensors: an E4M3 weight and two FP32 scalars, see :class:`qwen2vl_trt.layers.FP8Linear`.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Set
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,13 +27,11 @@ _SHOWN = 5  # names in an error message; the rest is counted
 
 
 def fp8_layers(checkpoint: Checkpoint) -> frozenset[str]:
-    """The quantised linear layers of a checkpoint, by our names without ``.weight``; empty where none is.
-
-    Reads the scales, a few bytes each, and no weight.
+    """The quantised linear layers of a checkpoint, by our names without ``.weight``. Reads no weight, only scales.
 
     Raises:
-        CheckpointError: another method or algorithm of quantisation than Model Optimizer's FP8; a layer without a
-            scale, or with one that is zero, negative, infinite, not a number or not one for the whole tensor.
+        CheckpointError: another quantisation than Model Optimizer's FP8, or a layer without two positive, finite scales
+            of the whole tensor.
     """
     stated, names = _stated(checkpoint), checkpoint_names(checkpoint)
     weights = {ours: checkpoint.locate(theirs) for ours, theirs in names.items()}
@@ -77,15 +72,12 @@ def use_fp8(module: nn.Module, prefix: str, layers: Set[str]) -> nn.Module:
     """Replace the linear layers that a checkpoint holds in FP8; their values are loaded afterwards.
 
     Args:
-        module: with parameters named ``prefix + name``; changed in place. May lie on the meta device.
+        module: with parameters named ``prefix + name``; changed in place and returned. May be on the meta device.
         prefix: ``"visual."`` for the vision tower, ``""`` for the decoder.
-        layers: see :func:`fp8_layers`; those of the other module are left out.
-
-    Returns:
-        The module.
+        layers: :func:`fp8_layers`, the other half's too.
 
     Raises:
-        CheckpointError: a quantised layer that is not linear, for example a norm.
+        CheckpointError: a quantised layer that is not linear, a norm say.
     """
     for name, child in list(module.named_modules()):
         if prefix + name in layers:
@@ -113,18 +105,11 @@ def _stated(checkpoint: Checkpoint) -> bool:
             " supported is FP8 by NVIDIA Model Optimizer (modelopt). Take the unquantised checkpoint: --precision fp8"
             " quantises it"
         )
-    _mention_cache(checkpoint, stated)
-    return True
-
-
-def _mention_cache(checkpoint: Checkpoint, raw: dict[str, Any]) -> None:
-    cache = raw.get("kv_cache_quant_algo") or raw.get("kv_cache_scheme")
+    cache = stated.get("kv_cache_quant_algo") or stated.get("kv_cache_scheme")
     if cache:
-        logger.warning(
-            "%s asks for a quantised key-value cache (%s); here it stays in the decoder's type",
-            checkpoint.folder,
-            cache,
-        )
+        message = "%s asks for a quantised key-value cache (%s); here it stays in the decoder's type"
+        logger.warning(message, checkpoint.folder, cache)
+    return True
 
 
 def _wrong_scale(checkpoint: Checkpoint, name: str) -> list[str]:

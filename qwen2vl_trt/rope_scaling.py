@@ -1,7 +1,6 @@
-"""How rotary frequencies are stretched for prompts longer than those of the training: ``rope_scaling``.
+"""``rope_scaling`` (Transformers 4) or ``rope_parameters`` (5): rotary frequencies for longer prompts.
 
-Transformers 4 wrote ``rope_scaling`` with ``type``, Transformers 5 writes ``rope_parameters`` with ``rope_type`` and
-``rope_theta``. Meanings are those of Transformers 5 (``modeling_rope_utils``): ``factor`` counts, not the ratio of
+Meanings are those of Transformers 5 (``modeling_rope_utils``): ``factor`` counts, not the ratio of
 ``max_position_embeddings`` to ``original_max_position_embeddings``, which release 4.52 takes instead.
 """
 
@@ -16,7 +15,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from .errors import CheckpointError
-from .schema import checked, inside, reject_unknown
+from .schema import convert, field_path, forbid_unknown_fields
 
 Factor = Annotated[float, Meta(gt=0, le=1e6)]
 Theta = Annotated[float, Meta(gt=1, le=1e15)]
@@ -38,14 +37,13 @@ class YarnScaling(Struct, frozen=True, tag_field="rope_type", tag="yarn"):
     """YaRN (https://arxiv.org/abs/2309.00071): slow frequencies are divided by ``factor``, fast ones stay.
 
     Attributes:
-        factor: how many times longer prompts may be; None takes the ratio of the two numbers of positions.
-        original_max_position_embeddings: positions of the training; None takes ``max_position_embeddings``.
-        attention_factor: of all cosines and sines; None derives it from ``factor``.
-        beta_fast: frequencies of so many rotations in the training's positions, or more, stay; None is 32.
-        beta_slow: those of so many or fewer are divided; None is 1.
-        mscale: of the logarithm in ``attention_factor``, if ``mscale_all_dim`` is given too.
-        mscale_all_dim: likewise, in its denominator.
-        truncate: the range between the two is widened to whole numbers.
+        factor: None is ``max_position_embeddings / original_max_position_embeddings``.
+        original_max_position_embeddings: positions of the training; None is ``max_position_embeddings``.
+        attention_factor: multiplies cosines and sines; None derives it from ``factor``.
+        beta_fast: frequencies of at least so many rotations in the training's positions stay; None is 32.
+        beta_slow: those of at most so many are divided; None is 1.
+        mscale: with ``mscale_all_dim``, weights of ``log(factor)`` in the attention factor's numerator and denominator.
+        truncate: round the ends of the ramp outwards to whole indices.
     """
 
     factor: Factor | None
@@ -64,7 +62,6 @@ class YarnScaling(Struct, frozen=True, tag_field="rope_type", tag="yarn"):
         return self.original_max_position_embeddings or max_position_embeddings
 
     def resolved_attention_factor(self, max_position_embeddings: int) -> float:
-        """What cosines and sines are multiplied by."""
         if self.attention_factor is not None:
             return self.attention_factor
         factor = self.resolved_factor(max_position_embeddings)
@@ -73,10 +70,9 @@ class YarnScaling(Struct, frozen=True, tag_field="rope_type", tag="yarn"):
         return _mscale(factor, 1)
 
     def ramp(self, head_dim: int, theta: float, max_position_embeddings: int) -> tuple[float, float]:
-        """Frequencies up to the first index stay, those from the last on are divided; between them it passes over."""
+        """(first, last): frequencies up to index ``first`` stay, those from ``last`` on are divided, linear between."""
 
-        def index(rotations: float) -> float:
-            """Of the frequency that makes so many rotations in the training's positions."""
+        def index(rotations: float) -> float:  # of the frequency that makes so many in the training's positions
             positions = self.original_positions(max_position_embeddings)
             return head_dim * math.log(positions / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
@@ -93,13 +89,7 @@ def _mscale(factor: float, weight: float) -> float:
 
 @dataclass(frozen=True)
 class Rope:
-    """The decoder's rotary embedding; the defaults are Transformers'.
-
-    Attributes:
-        rope_theta: base of the frequencies.
-        mrope_section: how many frequencies follow each axis.
-        scaling: None leaves the frequencies as they are.
-    """
+    """The decoder's rotary embedding, with Transformers' defaults; ``mrope_section`` is frequencies of each axis."""
 
     rope_theta: Theta = 1e6
     mrope_section: tuple[Section, Section, Section] = (16, 24, 24)
@@ -121,15 +111,10 @@ _COMMON = ("rope_type", "type", "rope_theta", "mrope_section")
 
 
 def read_rope(text: Mapping[str, Any], place: str) -> Rope:
-    """The rotary embedding that ``text_config`` (or the top level, where Transformers 4 wrote it) describes.
-
-    Args:
-        text: the object.
-        place: where it stands, for messages.
+    """The rotary embedding of a ``text_config`` at ``place``, which is for messages.
 
     Raises:
-        CheckpointError: a type that is not known, a value of no meaning, a field that this type does not have, or
-            two tables that differ.
+        CheckpointError: an unknown type or field, a wrong value, or two tables that differ.
     """
     found = {name: _read_table(text, name, place) for name in TABLES if text.get(name) not in (None, {})}
     if len(set(found.values())) > 1:
@@ -138,9 +123,9 @@ def read_rope(text: Mapping[str, Any], place: str) -> Rope:
 
 
 def _read_table(text: Mapping[str, Any], name: str, place: str) -> Rope:
-    place = inside(place, f".{name}")
-    table = checked(text[name], dict[str, Any], place)
-    types = checked(table, _Types, place)
+    place = field_path(place, f".{name}")
+    table = convert(text[name], dict[str, Any], place)
+    types = convert(table, _Types, place)
     named = {_TYPES.get(kind, kind) for kind in (types.rope_type, types.type) if kind is not None} or {"default"}
     if len(named) > 1:
         raise CheckpointError(
@@ -150,15 +135,15 @@ def _read_table(text: Mapping[str, Any], name: str, place: str) -> Rope:
     if kind not in _SCALINGS:
         raise CheckpointError(f"{place}: rope_type is {shown(kind)}; {', '.join(_SCALINGS)} are supported")
     scaling = _SCALINGS[kind]
-    consumed = (*_COMMON, *scaling.__struct_fields__) if scaling else _COMMON
-    reject_unknown(table, consumed, {"partial_rotary_factor": (1, None)}, place)
+    read = (*_COMMON, *scaling.__struct_fields__) if scaling else _COMMON
+    forbid_unknown_fields(table, read, {"partial_rotary_factor": (1, None)}, place)
     outer, inner = text.get("rope_theta"), table.get("rope_theta")
     if None not in (outer, inner) and outer != inner:
         raise CheckpointError(
             f"{place}: rope_theta is {shown(inner)} in it and {shown(outer)} beside it; keep one of them"
         )
     given = {"rope_theta": outer if inner is None else inner, "mrope_section": table.get("mrope_section")}
-    rope = checked({field: value for field, value in given.items() if value is not None}, Rope, place)
+    rope = convert({field: value for field, value in given.items() if value is not None}, Rope, place)
     return Rope(
-        rope.rope_theta, rope.mrope_section, checked({**table, "rope_type": kind}, scaling, place) if scaling else None
+        rope.rope_theta, rope.mrope_section, convert({**table, "rope_type": kind}, scaling, place) if scaling else None
     )

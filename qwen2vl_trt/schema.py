@@ -1,6 +1,6 @@
-"""A checkpoint's JSON against declared types: a wrong value is an error that names field, value and range.
+"""A checkpoint's JSON against declared types, and the fields of ``config.json`` that are ignored.
 
-The types are annotations: of a dataclass's fields, or one alone, with ``msgspec.Meta`` for a range.
+A wrong value is an error that names field, value and range. Types are annotations, with ``msgspec.Meta`` for a range.
 """
 
 from __future__ import annotations
@@ -19,17 +19,56 @@ T = TypeVar("T")
 _MISSING = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
 _SHOWN = 60  # characters of a field's name in a message
 
+IgnoredFields = dict[str, tuple[Any, ...] | None]
+"""Fields that need not be read because they leave the answer alone, with the values for which they do; None: any."""
 
-def checked(raw: Any, kind: type[T], place: str) -> T:
-    """A value read from JSON, as its declared type; fields that the type does not have are passed over.
+# fmt: off
+GENERATION_FIELDS = frozenset((
+    "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "max_length", "max_new_tokens", "min_length", "no_repeat_ngram_size", "num_beam_groups",
+    "num_beams", "num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty",
+    "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
+))
+"""Transformers 4 took these from ``config.json`` too; they count where there is no ``generation_config.json``."""
 
-    Args:
-        raw: what JSON held.
-        kind: a dataclass or another type that msgspec can check.
-        place: where the value stands, for the message: ``config.json: vision_config``.
+# Of published checkpoints, Transformers 4.49 to 5.17, and fine-tuning tools. tie_word_embeddings is read apart.
+_IGNORED = (
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_commit_hash",
+    "_name_or_path", "architectures", "attn_implementation", "bos_token_id", "chunk_size_feed_forward",
+    "decoder_start_token_id", "eos_token_id", "finetuning_task", "id2label", "initializer_range",
+    "keys_to_ignore_at_inference", "label2id", "model_type", "name_or_path", "output_attentions",
+    "output_hidden_states", "pad_token_id", "prefix", "problem_type", "return_dict", "sep_token_id",
+    "task_specific_params", "tf_legacy_loss", "tie_word_embeddings", "tokenizer_class", "torchscript",
+    "transformers_version", "use_bfloat16", "use_cache",
+    "attention_dropout", "gradient_checkpointing", "hidden_dropout",  # for training alone
+    "unsloth_fixed", "unsloth_version",
+)
+# fmt: on
+
+_DTYPES = (None, "auto", "bfloat16", "float16", "float32", "float64")
+"""The weights' type, which the safetensors say themselves; another one, FP8 say, would be a way of computing."""
+
+IGNORED_FIELDS: IgnoredFields = dict.fromkeys((*_IGNORED, *GENERATION_FIELDS)) | {
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "dtype": _DTYPES,
+    "hidden_act": ("silu", "swish"),
+    "is_decoder": (False,),
+    "is_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "tie_encoder_decoder": (False,),
+    "torch_dtype": _DTYPES,
+}
+"""Of ``config.json``, at any level."""
+
+
+def convert(raw: Any, kind: type[T], place: str) -> T:
+    """A value of JSON as its declared type; fields that the type lacks are passed over.
 
     Raises:
-        CheckpointError: of another type, outside its range, or a field is missing.
+        CheckpointError: another type, outside its range, or a field is missing; ``place`` is for the message, as
+            ``config.json: vision_config``.
     """
     try:
         return msgspec.convert(raw, kind)
@@ -38,39 +77,32 @@ def checked(raw: Any, kind: type[T], place: str) -> T:
         path = path.removesuffix("`")
         missing = _MISSING.fullmatch(what)
         if missing:
-            raise CheckpointError(f"{inside(place, path)}: field {missing[1]!r} is missing") from None
+            raise CheckpointError(f"{field_path(place, path)}: field {missing[1]!r} is missing") from None
         value = shown(_at(raw, path))
-        raise CheckpointError(f"{inside(place, path)} is {value}; {what[:1].lower()}{what[1:]}") from None
+        raise CheckpointError(f"{field_path(place, path)} is {value}; {what[:1].lower()}{what[1:]}") from None
 
 
-def reject_unknown(
-    raw: Mapping[str, Any], consumed: Collection[str], harmless: Mapping[str, tuple[Any, ...] | None], place: str
-) -> None:
-    """Refuse fields that nobody reads, unless they are known to leave the answer alone.
-
-    Args:
-        raw: an object of JSON.
-        consumed: names of the fields that are read.
-        harmless: names of fields that need not be read, with the values that are harmless; None allows any.
-        place: where the object stands, for the message.
+def forbid_unknown_fields(raw: Mapping[str, Any], read: Collection[str], ignored: IgnoredFields, place: str) -> None:
+    """Refuse the fields of a JSON object at ``place`` that are neither read nor ignored.
 
     Raises:
-        CheckpointError: another field, or one of these with another value.
+        CheckpointError: such a field, or an ignored one with a value that may change the answer.
     """
     for name, value in raw.items():
-        if name in consumed:
+        if name in read:
             continue
-        if name not in harmless:
+        if name not in ignored:
             raise CheckpointError(
-                f"{inside(place, '.' + name[:_SHOWN])} is not known and may change the answer; remove it if it does not"
+                f"{field_path(place, '.' + name[:_SHOWN])} is not known and may change the answer;"
+                " remove it if it does not"
             )
-        allowed = harmless[name]
+        allowed = ignored[name]
         if allowed is not None and value not in allowed:
             only = " or ".join(map(repr, allowed))
-            raise CheckpointError(f"{inside(place, '.' + name)} is {shown(value)}; only {only} is supported")
+            raise CheckpointError(f"{field_path(place, '.' + name)} is {shown(value)}; only {only} is supported")
 
 
-def inside(place: str, path: str) -> str:
+def field_path(place: str, path: str) -> str:
     """``config.json`` and ``.depth`` to ``config.json: depth``; ``config.json: a`` and ``.b[0]`` to ``... a.b[0]``."""
     return f"{place}: {path[1:]}" if path.startswith(".") and ": " not in place else place + path
 

@@ -1,10 +1,7 @@
-"""FlashAttention as PyTorch brings it: sequences of different lengths in one call, and keys where a cache holds them.
+"""PyTorch's own FlashAttention operator, ``aten::_flash_attention_forward``, for packed sequences and for the cache.
 
-One operator, ``aten::_flash_attention_forward``, which is beneath both ``scaled_dot_product_attention`` and
-``torch.nn.attention.varlen.varlen_attn``. The former prefers cuDNN on Hopper and Blackwell, which builds a plan for
-every new length of a prompt; the latter takes neither a cache's lengths nor grouped queries in PyTorch 2.11. The
-operator needs an NVIDIA GPU from Ampere on, FP16 or BF16, and a head size that is a multiple of 8. PyTorch does not
-promise to keep it, so whether a machine has it is found out by asking for something small, whose answer is known.
+It needs an NVIDIA GPU from Ampere on, FP16 or BF16, and a head size that is a multiple of 8. PyTorch does not promise
+to keep it, so it is tried on small tensors first. Why not ``varlen_attn`` or SDPA: docs/design/torch.md.
 
 Letters: P tokens of all sequences, B sequences, S new tokens, M cache capacity, N keys, H query heads, Hkv key-value
 heads, D head size.
@@ -24,111 +21,88 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-def flash(
+def flash_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bounds: tuple[Tensor, Tensor] | None,
-    longest: tuple[int, int],
+    cu_seqlens: tuple[Tensor, Tensor] | None,
+    max_seqlen: tuple[int, int],
     causal: bool = False,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """The operator.
+    """The operator. Only the last dimension must be contiguous.
 
     Args:
-        q: ``[P, H, D]`` with bounds, else ``[B, S, H, D]``; of any stride but the last.
-        k: ``[tokens, Hkv, D]`` or ``[B, N, Hkv, D]``; H is a multiple of Hkv.
-        v: as ``k``.
-        bounds: ``[B + 1]`` int32 each, where each sequence of q and of k begins, and their ends.
-        longest: tokens of the longest sequence of q and of k.
+        q: ``[P, H, D]`` with ``cu_seqlens``, else ``[B, S, H, D]``, as the result.
+        k: ``[tokens, Hkv, D]`` or ``[B, N, Hkv, D]``, as ``v``.
+        cu_seqlens: of q and of k, ``[B + 1]`` int32 each.
+        max_seqlen: of q and of k.
         causal: lower-right: the last query of a sequence sees all its keys.
         lengths: ``[B]`` int32, keys of each sequence, from its beginning; by default all.
-
-    Returns:
-        As ``q``.
     """
     return torch.ops.aten._flash_attention_forward(
-        q, k, v, *(bounds or (None, None)), *longest, 0.0, causal, False, seqused_k=lengths
+        q, k, v, *(cu_seqlens or (None, None)), *max_seqlen, 0.0, causal, False, seqused_k=lengths
     )[0]
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
-    """Attention within sequences that lie one behind another; every token sees its whole sequence.
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Bidirectional attention within packed sequences: q, k, v and the result are ``[P, H, D]``.
 
     Args:
-        q: ``[P, H, D]``; as k and v, of any stride between tokens and heads.
-        k: ``[P, H, D]``.
-        v: ``[P, H, D]``.
-        bounds: ``[B + 1]`` int32, where each sequence begins, and P.
-        longest: tokens of the longest one.
-
-    Returns:
-        ``[P, H, D]``.
+        cu_seqlens: ``[B + 1]`` int32, where each sequence begins, and P.
+        max_seqlen: tokens of the longest one.
     """
-    return flash(q, k, v, (bounds, bounds), (longest, longest))
+    return flash_attention(q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen))
 
 
-def chunk_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of a chunk of every row to all its keys up to itself.
-
-    Args:
-        q: ``[B, H, S, D]``, the last tokens of each row.
-        k: ``[B, Hkv, N, D]``; as q and v, of any stride but the last.
-        v: as ``k``.
-
-    Returns:
-        ``[B, H, S, D]``.
-    """
+def prefill_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last S tokens of each row: q ``[B, H, S, D]`` to k and v ``[B, Hkv, N, D]``."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return flash(q, k, v, None, (q.shape[1], k.shape[1]), causal=True).transpose(1, 2)
+    return flash_attention(q, k, v, None, (q.shape[1], k.shape[1]), causal=True).transpose(1, 2)
 
 
-class CacheBounds(NamedTuple):
-    """Where each row's query and its keys begin, ``[B + 1]`` int32 both; the same for every layer and every step."""
+class CuSeqlens(NamedTuple):
+    """Where each row's query and its keys begin, ``[B + 1]`` int32; the same for every layer and step."""
 
     queries: Tensor
     keys: Tensor
 
     @classmethod
-    def of(cls, rows: int, k: Tensor) -> CacheBounds:
-        """For so many rows of caches ``[>= B, Hkv, M, D]`` such as ``k``."""
+    def of(cls, rows: int, k: Tensor) -> CuSeqlens:
+        """Of a cache ``[>= rows, Hkv, M, D]`` like ``k``."""
         queries = torch.arange(rows + 1, dtype=torch.int32, device=k.device)
         return cls(queries, queries * (k.shape[1] * k.shape[2]))
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, bounds: CacheBounds) -> Tensor:
-    """Attention of one new token a row to the first keys of its row of a cache; reads no others.
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, max_seqlen: int, cu_seqlens: CuSeqlens
+) -> Tensor:
+    """Attention of one new token a row, ``q [B, H, D]``, to the valid keys of the cache ``[B, Hkv, M, D]``, contiguous.
 
-    The kernel takes keys as ``[tokens, Hkv, D]``, and a row of the cache is ``[Hkv, M, D]``. Strides make it fit: a
-    token is D numbers from the next, a head M * D, and row b begins at token b * Hkv * M.
+    The kernel takes keys as ``[tokens, Hkv, D]``; strides give the cache ``[B, Hkv, M, D]`` that shape: tokens are D
+    apart, heads M * D, and row b begins at token b * Hkv * M.
 
     Args:
-        q: ``[B, H, D]``.
-        k: ``[B, Hkv, M, D]``, contiguous; H is a multiple of Hkv.
-        v: as ``k``.
-        lengths: ``[B]`` int32, valid keys of each row.
-        longest: no row has more; the kernel shares its work out by this number.
-        bounds: of B rows of ``k``.
-
-    Returns:
-        ``[B, H, D]``.
+        lengths: ``[B]`` int32, valid keys of each row; no others are read.
+        max_seqlen: no length is greater; the kernel splits its work by it.
+        cu_seqlens: of B rows of ``k``.
     """
     batch, heads, capacity, size = k.shape
     shape = ((batch - 1) * heads * capacity + capacity, heads, size)
     keys, values = (t.as_strided(shape, (size, capacity * size, 1)) for t in (k, v))
-    return flash(q, keys, values, bounds, (1, longest), lengths=lengths)
+    return flash_attention(q, keys, values, cu_seqlens, (1, max_seqlen), lengths=lengths)
 
 
 @lru_cache(maxsize=64)
-def can_pack(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> bool:
-    """Whether :func:`packed_attention` runs here, and right."""
+def has_packed_attention(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> bool:
+    """Whether :func:`packed_attention` runs here and is right."""
     if not _fits(dtype, head_dim):
         return False
 
     def differs() -> Tensor:
         q, k, v = _noise((3, 5, heads, head_dim), dtype, device).unbind(0)
-        bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
-        found = packed_attention(q, k, v, bounds, 3)
+        cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+        found = packed_attention(q, k, v, cu_seqlens, 3)
         expected = []
         for part in (slice(0, 2), slice(2, 5)):
             queries, keys, values = (t[part].transpose(0, 1).float() for t in (q, k, v))
@@ -139,8 +113,8 @@ def can_pack(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int
 
 
 @lru_cache(maxsize=64)
-def can_read_cache(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
-    """Whether :func:`cached_attention` and :func:`chunk_attention` run here, and right."""
+def has_cache_attention(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
+    """Whether :func:`decode_attention` and :func:`prefill_attention` run here and are right."""
     if not _fits(dtype, head_dim):
         return False
 
@@ -149,7 +123,7 @@ def can_read_cache(device: torch.device, dtype: torch.dtype, heads: int, kv_head
         q = _noise((2, heads, 3, head_dim), dtype, device)
         lengths = (3, 129)
         counts = torch.tensor(lengths, dtype=torch.int32, device=device)
-        step = cached_attention(q[:, :, 2], k, v, counts, 130, CacheBounds.of(2, k))
+        step = decode_attention(q[:, :, 2], k, v, counts, 130, CuSeqlens.of(2, k))
         errors = []
         for row, length in enumerate(lengths):
             query, key, value = q[row : row + 1], k[row : row + 1, :, :length], v[row : row + 1, :, :length]
@@ -157,7 +131,7 @@ def can_read_cache(device: torch.device, dtype: torch.dtype, heads: int, kv_head
             expected = F.scaled_dot_product_attention(
                 query.float(), key.float(), value.float(), attn_mask=mask, enable_gqa=heads != kv_heads
             )
-            errors += [chunk_attention(query, key, value) - expected, (step[row] - expected[0, :, 2])]
+            errors += [prefill_attention(query, key, value) - expected, (step[row] - expected[0, :, 2])]
         return torch.stack([error.abs().max() for error in errors]).max()
 
     return _holds("attention to the cache", device, differs)
@@ -172,7 +146,7 @@ def _noise(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 _TOLERANCE = 0.05
-"""Of values around 1 in BF16; a wrong key or a wrong length differs by several times that."""
+"""Of values around 1 in BF16; a wrong key or length differs by several times that."""
 
 
 def _holds(what: str, device: torch.device, differs: Callable[[], Tensor]) -> bool:

@@ -1,9 +1,7 @@
-"""The vision tower over packed windows: any mix of image sizes in one call.
+"""The vision tower over windows of any mix of image sizes.
 
-Most blocks attend within windows and run as one dense batch ``[W, S, C]``. The blocks named by
-``fullatt_block_indexes`` attend within a whole image (or video frame): they gather queries, keys and values to
-``[B, N]``, attend with a length per sequence, and gather back. The index tensors come from
-:func:`qwen2vl_trt.windows.window_layout`.
+Most blocks attend within windows, one dense batch ``[W, S, C]``. Those of ``fullatt_block_indexes`` attend within an
+image (or video frame): they gather q, k and v to ``[B, N]``, attend with a length per sequence, and gather back.
 """
 
 from __future__ import annotations
@@ -14,12 +12,12 @@ from .config import VisionConfig
 from .layers import RMSNorm, SwiGLU, inverse_frequencies
 from .ops import ragged_attention, rotate
 from .varlen import packed_attention
-from .windows import Gathering, PackedSequences
+from .windows import PackedSequences, PaddedSequences
 
 _NORM_EPS = 1e-6  # no field of vision_config: the published tower fixes it
 
-Sequences = Gathering | PackedSequences
-"""What attends together; :class:`~qwen2vl_trt.windows.PackedSequences` where :mod:`qwen2vl_trt.varlen` can run."""
+Sequences = PaddedSequences | PackedSequences
+"""Which patches attend to each other; packed where :mod:`qwen2vl_trt.varlen` runs."""
 
 
 class VisionTransformer(nn.Module):
@@ -48,26 +46,20 @@ class VisionTransformer(nn.Module):
         """Embed a batch of images and video frames.
 
         Args:
-            pixel_values: ``[W, S, qwen2_vl_dim]`` patches in window order.
-            window_lengths: ``[W]``; this and the rest are the fields of
-                :class:`~qwen2vl_trt.windows.WindowLayout`, on the tower's device.
-            position_ids: ``[W, S, 2]``.
-            sequence_index: ``[B, N]``.
-            sequence_lengths: ``[B]``.
-            sequence_position: ``[W, S]``.
-            merge_index: ``[T]``.
+            pixel_values: ``[W, S, qwen2_vl_dim]`` patches in window order; the rest is a
+                :class:`~qwen2vl_trt.windows.WindowLayout`.
 
         Returns:
-            ``[T, out_hidden_size]`` image embeddings, items in order, each in raster order.
+            ``[T, out_hidden_size]`` image embeddings, each image's in raster order.
         """
-        windows = Gathering(window_lengths)
-        frames = Gathering(sequence_lengths, sequence_index, sequence_position)
+        windows = PaddedSequences(window_lengths)
+        frames = PaddedSequences(sequence_lengths, sequence_index, sequence_position)
         return self.encode(pixel_values, position_ids, windows, frames, merge_index)
 
     def encode(
         self, pixel_values: Tensor, position_ids: Tensor, windows: Sequences, frames: Sequences, merge_index: Tensor
     ) -> Tensor:
-        """The tower over patches ``[W, S, qwen2_vl_dim]`` that lie in any way that windows and frames know of."""
+        """:meth:`forward` for padded or packed patches ``[W, S, qwen2_vl_dim]``."""
         cos, sin = self.angles(position_ids)
         x = self.patch_embed(pixel_values)  # [W, S, C]
         for index, block in enumerate(self.blocks):
@@ -75,7 +67,7 @@ class VisionTransformer(nn.Module):
         return self.merger(x)[merge_index]
 
     def angles(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary cosines and sines ``[W, S, D / 2]`` FP32 of ``[W, S, 2]``: a row's, then a column's."""
+        """Rotary cosines and sines ``[W, S, D / 2]`` FP32 of ``[W, S, 2]``: half follows the row, half the column."""
         angles = (position_ids[..., None].float() * self.inv_freq).flatten(2)
         return angles.cos(), angles.sin()
 
@@ -118,30 +110,30 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sequences: Sequences) -> Tensor:
         if isinstance(sequences, PackedSequences):
             return self._packed(x, cos, sin, sequences)
-        return self._gathered(x, cos, sin, sequences)
+        return self._padded(x, cos, sin, sequences)
 
     def _packed(self, x: Tensor, cos: Tensor, sin: Tensor, sequences: PackedSequences) -> Tensor:
         qkv = self.qkv(x).view(1, x.shape[1], 3 * self.heads, self.head_dim)
         rotated = rotate(qkv[:, :, : 2 * self.heads].transpose(1, 2), cos, sin).transpose(1, 2)[0]  # [P, 2 H, D]
         q, k = rotated.chunk(2, dim=1)
-        y = packed_attention(q, k, qkv[0, :, 2 * self.heads :], sequences.bounds, sequences.longest)
+        y = packed_attention(q, k, qkv[0, :, 2 * self.heads :], sequences.cu_seqlens, sequences.max_seqlen)
         return self.proj(y.reshape(x.shape))
 
-    def _gathered(self, x: Tensor, cos: Tensor, sin: Tensor, gathering: Gathering) -> Tensor:
+    def _padded(self, x: Tensor, cos: Tensor, sin: Tensor, sequences: PaddedSequences) -> Tensor:
         windows, slots, width = x.shape
         q, k, v = (
             t.view(windows, slots, self.heads, self.head_dim).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1)
         )  # each [W, H, S, D]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        index, position = gathering.index, gathering.position
+        index, position = sequences.index, sequences.position
         if index is None or position is None:
-            y = ragged_attention(q, k, v, gathering.lengths, causal=False)
+            y = ragged_attention(q, k, v, sequences.lengths, causal=False)
             return self.proj(y.transpose(1, 2).reshape(windows, slots, width))
         q, k, v = (
             t.transpose(1, 2).reshape(windows * slots, self.heads, self.head_dim)[index].transpose(1, 2)
             for t in (q, k, v)
         )  # each [B, H, N, D]
-        y = ragged_attention(q, k, v, gathering.lengths, causal=False)
+        y = ragged_attention(q, k, v, sequences.lengths, causal=False)
         return self.proj(y.transpose(1, 2).reshape(-1, width)[position])
 
 

@@ -1,18 +1,8 @@
-"""From a checkpoint's tensor names to ours, and from its tensors into our modules.
+"""A checkpoint's tensors into modules, which have the published checkpoints' names (``visual.*``, ``model.*``).
 
-Our modules use the names of the published checkpoints: ``visual.*``, ``model.*`` and ``lm_head.weight``.
-Transformers since 4.52 also writes ``model.visual.*`` and ``model.language_model.*``; both dialects load.
-
-Rules, besides the names:
-
-- Tied embeddings: whichever of ``lm_head.weight`` and ``model.embed_tokens.weight`` the checkpoint lacks is
-  read from the other. Where it has both, each is read from its own tensor, as in Transformers 5.
-- Rotary frequencies (``*.rotary_emb.inv_freq`` and the like) are computed, not learned. Old releases saved
-  them; such tensors are ignored. Every other tensor that no module takes is an error.
-- Scales of a quantised key-value cache (``*.k_scale``, ``*.v_scale``) are ignored: the cache is not quantised here.
-- FP8 weights and their scales keep their types, whatever type the rest is loaded in.
-- The vision patch embedding is stored as a convolution ``[C, in, t, p, p]`` and used as a linear layer
-  ``[C, in*t*p*p]``: the same bytes. It is the only tensor whose shape may differ.
+- Transformers since 4.52 also writes ``model.visual.*`` and ``model.language_model.*``.
+- Tied embeddings: of ``lm_head.weight`` and ``model.embed_tokens.weight``, one that is missing is read from the other.
+- The vision patch embedding is stored as a convolution ``[C, in, t, p, p]`` and used as a linear layer: the same bytes.
 """
 
 from __future__ import annotations
@@ -37,23 +27,18 @@ EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 
+# Ignored: rotary frequencies, which old releases saved, and scales of a quantised cache, which is not quantised here.
 _UNUSED = re.compile(r"(^|\.)rotary(_pos)?_emb\.(original_)?inv_freq$|\.[kv]_scale$")
 _TOP_LEVEL = ("visual", "model", "lm_head")
 _SHOWN = 5  # names in an error message; the rest is counted
 
 
 def map_names(names: Iterable[str], tied: bool = False) -> dict[str, str]:
-    """Map tensor names of a checkpoint of either dialect to ours.
-
-    Goes through TensorRT-LLM's ``Qwen2VLHfWeightMapper`` where ``tensorrt_llm`` is installed, so that a newer
-    dialect that it learns is learned here too; otherwise through the same rules written here.
+    """Our name to the checkpoint's, through TensorRT-LLM's weight mapper where it is installed.
 
     Args:
-        names: names as the checkpoint writes them.
-        tied: whether the output projection shares the embedding's weight (``tie_word_embeddings``).
-
-    Returns:
-        Our name to the checkpoint's name. Names of neither dialect stay as they are.
+        names: the checkpoint's; unknown ones stay as they are.
+        tied: ``tie_word_embeddings``.
 
     Raises:
         CheckpointError: two tensors mean the same weight.
@@ -75,11 +60,7 @@ def map_names(names: Iterable[str], tied: bool = False) -> dict[str, str]:
 
 
 def checkpoint_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """``map_names`` of a whole checkpoint: our name to its name.
-
-    Raises:
-        CheckpointError: two tensors mean the same weight.
-    """
+    """:func:`map_names` of a whole checkpoint."""
     try:
         return map_names(checkpoint.names, tied=checkpoint.config.text.tie_word_embeddings)
     except CheckpointError as error:
@@ -90,8 +71,8 @@ def check_weights(checkpoint: Checkpoint, modules: Mapping[str, nn.Module]) -> N
     """Check that a checkpoint and a whole model fit, without reading a tensor.
 
     Args:
-        modules: name prefix to module, for example ``{"visual.": tower, "": decoder}``. Together they must take
-            every tensor of the checkpoint. The modules may lie on the meta device.
+        modules: prefix to module, as ``{"visual.": tower, "": decoder}``, which together take every tensor; may be on
+            the meta device.
 
     Raises:
         CheckpointError: tensors missing, left over, of another shape or of whole numbers, named.
@@ -110,24 +91,19 @@ def load_weights(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Fill a module from a checkpoint, in place, one tensor at a time.
+    """Fill a module from a checkpoint, one tensor at a time, to a GPU without a copy on the host.
 
-    Peak memory is the module plus one tensor, on the device; the host holds no tensor that goes to a GPU. Parameters
-    are replaced, not written into, so the module may lie on the meta device; they come out as copies (nothing stays
-    mapped to the file) that need no gradient. Two parameters with one source (tied embeddings) become one parameter.
-    Buffers that a checkpoint never holds (``persistent=False``) are left as they are.
+    Parameters are replaced, so the module may be on the meta device; they need no gradient and nothing stays mapped to
+    the file. Two parameters of one tensor (tied embeddings) become one.
 
     Args:
-        module: its parameters and persistent buffers are named ``prefix + name`` in our names.
-        prefix: ``"visual."`` for the vision tower, ``""`` for a decoder of ``model.*`` and ``lm_head.*``.
-            A checkpoint's tensor counts as left over when it lies under a top-level name that the module uses,
-            so either half of a model loads without the other.
-        dtype: of floating-point tensors, FP8 weights and their scales apart; None keeps the checkpoint's.
-        device: where the tensors go.
+        module: its parameters and persistent buffers are named ``prefix + name``.
+        prefix: ``"visual."`` for the vision tower, ``""`` for the decoder. The other half's tensors are not looked at.
+        dtype: of floating-point tensors but FP8 weights and their scales; None keeps the checkpoint's.
+        device: of the loaded tensors.
 
     Raises:
-        CheckpointError: tensors missing, left over, of another shape or of whole numbers, named; nothing is loaded
-            then.
+        CheckpointError: tensors missing, left over, of another shape or of whole numbers, named; nothing is loaded.
     """
     names = checkpoint_names(checkpoint)
     wanted = _wanted(module, prefix)
@@ -144,24 +120,20 @@ def load_weights(
         if theirs not in loaded:
             kept = keeps_type(owner, leaf)
             tensor = checkpoint.load(theirs) if reader is None else reader.read(checkpoint.locate(theirs))
-            tensor = _converted(tensor.reshape(shape), None if kept else dtype, device)
+            wanted_type = dtype if tensor.is_floating_point() and not kept else None
+            # A copy even where nothing changes: a memory map lacks the allocator's alignment.
+            tensor = tensor.reshape(shape).to(device=device, dtype=wanted_type, copy=tensor.device.type == "cpu")
             loaded[theirs] = tensor if ours in buffers else nn.Parameter(tensor, requires_grad=False)
         setattr(owner, leaf, loaded[theirs])
 
 
 def keeps_type(owner: nn.Module, leaf: str) -> bool:
-    """Whether a parameter is part of a quantisation, and so of one type whatever the model computes in."""
+    """Whether a parameter is an FP8 weight or a scale, whose type does not depend on the model's."""
     return isinstance(owner, FP8Linear) and leaf != "bias"
 
 
-def _converted(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
-    # A copy even where nothing changes: what comes from the file is a memory map without the allocator's alignment.
-    mapped = tensor.device.type == "cpu"
-    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, copy=mapped)
-
-
 def _wanted(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Our name to shape of everything that a module takes from a checkpoint."""
+    """Name to shape of what a module takes from a checkpoint."""
     return {prefix + name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
@@ -218,11 +190,10 @@ def _our_name(name: str) -> str:
 
 
 def _tensorrt_llm_names(names: list[str]) -> dict[str, str] | None:
-    """The checkpoint's name to ours by TensorRT-LLM's mapper, or None where it is not installed.
+    """The checkpoint's name to ours by TensorRT-LLM's mapper; None where it is not installed.
 
-    ``filter_weights(prefix, weights)`` renames the keys of a dictionary, keeps those that start with the prefix
-    and cuts it off; its values travel untouched, so names can travel as values. It has no rule for
-    ``model.visual.``: TensorRT-LLM's vision loader strips that itself.
+    ``filter_weights(prefix, weights)`` renames a dictionary's keys and cuts the prefix off those that have it; here the
+    values are the names. It has no rule for ``model.visual.``, which TensorRT-LLM's vision loader strips itself.
     Source: tensorrt_llm/_torch/models/checkpoints/hf/qwen2vl_weight_mapper.py.
     """
     if importlib.util.find_spec("tensorrt_llm") is None:

@@ -1,9 +1,7 @@
-"""Window layout: where every patch of a mixed batch lies in the packed tensor of windows.
+"""Window layout: the index tensors that put every patch of a mixed batch into windows (docs/design/graphs.md).
 
-The vision tower attends within windows of ``window_size`` pixels in most blocks and within a whole image (or
-video frame) in a few. All windows of all images stack into one tensor ``[W, S, C]``; a window on the right or
-lower border holds fewer patches, as a prefix of its S slots. Everything here depends on the grids alone, is
-computed on the host, and is cached per grid.
+All windows of all images are one tensor ``[W, S, C]``; a window at a border has fewer patches, in its first slots.
+Depends on the grids alone; computed on the host.
 
 Letters: W windows, S slots of a window, B attention sequences (one per image, or per temporal frame of a video),
 N tokens of the longest sequence, T merged tokens.
@@ -28,7 +26,7 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """Index tensors of one batch, all int64 on the CPU; together with the patches they are the graph's inputs.
+    """Index tensors of one batch, int64 on the CPU: the vision graph's inputs besides the patches.
 
     Attributes:
         window_lengths: ``[W]`` patches in each window; they fill the first slots.
@@ -50,18 +48,18 @@ class WindowLayout:
 
     @property
     def index_tensors(self) -> dict[str, Tensor]:
-        """Those that the graph takes, by name, in the order of its inputs after the patches."""
+        """The graph's inputs after the patches, by name, in order."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
-class Gathering:
-    """How patches gather into attention sequences.
+class PaddedSequences:
+    """Attention sequences padded to the longest.
 
     Attributes:
-        lengths: ``[sequences]`` patches in each.
-        index: ``[sequences, longest]`` the slot of each of its patches; None where the patches already lie so.
-        position: shape of the slots, where in ``sequences * longest`` each slot's patch stands; None likewise.
+        lengths: ``[B]`` patches in each.
+        index: ``[B, N]`` slot of each patch, to gather; None where patches already are ``[B, N]``.
+        position: in the slots' shape, where in ``[B * N]`` each slot's patch is, to gather back; None likewise.
     """
 
     lengths: Tensor
@@ -71,55 +69,53 @@ class Gathering:
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """Attention sequences whose patches lie one sequence behind another in a row, in any order within each.
+    """Attention sequences one behind another in a row, without padding, as FlashAttention takes them.
 
-    Patches in window order without empty slots lie so for windows, and for whole images and frames as well.
+    Patches in window order are both packed windows and packed images: without a mask, order within one has no effect.
 
     Attributes:
-        bounds: ``[sequences + 1]`` int32, where each begins, and the number of patches.
-        longest: patches of the longest.
+        cu_seqlens: ``[B + 1]`` int32, where each begins, and the number of patches.
+        max_seqlen: patches of the longest.
     """
 
-    bounds: Tensor
-    longest: int
+    cu_seqlens: Tensor
+    max_seqlen: int
 
     @classmethod
     def of(cls, lengths: Tensor) -> PackedSequences:
-        """From the lengths ``[sequences]`` of all, at least 1 each."""
-        bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
-        bounds[1:] = lengths.cumsum(0)
-        return cls(bounds, int(lengths.max()))
+        """From the lengths ``[B]``, at least 1 each."""
+        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
+        cu_seqlens[1:] = lengths.cumsum(0)
+        return cls(cu_seqlens, int(lengths.max()))
 
 
 @dataclass(frozen=True)
 class UnpaddedLayout:
-    """A layout without empty slots: the P patches of a batch in window order, as one row.
+    """The P patches of a batch in window order as one row, without empty slots.
 
     Attributes:
         filled: ``[P]`` slot of each patch in the padded layout.
         position_ids: ``[1, P, 2]``.
-        windows: gathering into windows.
-        frames: gathering into whole images and frames.
         merge_index: ``[T]`` merge group, of P / merge unit, of each output token in raster order.
     """
 
     filled: Tensor
     position_ids: Tensor
-    windows: Gathering
-    frames: Gathering
+    windows: PaddedSequences
+    frames: PaddedSequences
     merge_index: Tensor
 
 
 def unpad(layout: WindowLayout, config: VisionConfig) -> UnpaddedLayout:
-    """Leave the empty slots of a layout out: linear layers then see patches alone, attention gathers them."""
+    """Leave out a layout's empty slots."""
     filled = torch.arange(layout.sequence_position.shape[1]) < layout.window_lengths[:, None]  # [W, S]
     packed = (filled.flatten().cumsum(0) - 1).clamp(min=0)  # [W * S] patch in each filled slot
     slots = filled.flatten().nonzero().squeeze(1)
     return UnpaddedLayout(
         filled=slots,
         position_ids=layout.position_ids[filled][None],
-        windows=Gathering(layout.window_lengths, packed.view_as(filled), slots[None]),
-        frames=Gathering(
+        windows=PaddedSequences(layout.window_lengths, packed.view_as(filled), slots[None]),
+        frames=PaddedSequences(
             layout.sequence_lengths, packed[layout.sequence_index], layout.sequence_position[filled][None]
         ),
         merge_index=packed[layout.merge_index * config.merge_unit] // config.merge_unit,
@@ -128,12 +124,11 @@ def unpad(layout: WindowLayout, config: VisionConfig) -> UnpaddedLayout:
 
 @dataclass(frozen=True)
 class FrameWindows:
-    """One frame cut into windows; a slot is ``window * S + place``.
+    """One frame cut into windows; all orders are raster orders: of windows, of a window's merge groups, of patches.
 
     Attributes:
-        lengths: ``[W]`` patches in each window, windows in raster order.
-        patch_slots: ``[h * w]`` slot of each patch, patches in raster order. Inside a window merge groups stand in
-            raster order, and so do the patches of a group.
+        lengths: ``[W]`` patches in each window.
+        patch_slots: ``[h * w]`` slot ``window * S + index`` of each patch.
         group_slots: ``[h * w / merge unit]`` likewise of each merge group, counted in groups.
     """
 
@@ -196,6 +191,6 @@ def window_layout(grids: tuple[Grid, ...], config: VisionConfig, slots: int | No
 
 
 def grids_of(image_grid_thw: Sequence[Sequence[int]] | Tensor) -> tuple[Grid, ...]:
-    """Turn ``image_grid_thw`` into the tuple that :func:`window_layout` caches on."""
+    """``image_grid_thw`` as the tuple that :func:`window_layout` takes."""
     rows = image_grid_thw.tolist() if isinstance(image_grid_thw, Tensor) else image_grid_thw
     return tuple((int(t), int(h), int(w)) for t, h, w in rows)

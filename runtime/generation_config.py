@@ -16,8 +16,7 @@ from msgspec import Meta
 
 from qwen2vl_trt.config import read_json
 from qwen2vl_trt.errors import CheckpointError
-from qwen2vl_trt.known_fields import GENERATION_FIELDS, Harmless
-from qwen2vl_trt.schema import checked, reject_unknown
+from qwen2vl_trt.schema import GENERATION_FIELDS, IgnoredFields, convert, forbid_unknown_fields
 
 from .sampling_params import PENALTIES, SamplingParams
 
@@ -50,7 +49,7 @@ class _Sampling:
         )
 
 
-_NEUTRAL: Harmless = {
+_NEUTRAL: IgnoredFields = {
     "bad_words_ids": (None, []),
     "begin_suppress_tokens": (None, []),
     "constraints": (None, []),
@@ -83,7 +82,7 @@ _NEUTRAL: Harmless = {
 }
 """Fields that are not implemented, with the values that disable them."""
 
-_HARMLESS: Harmless = _NEUTRAL | dict.fromkeys(
+_HARMLESS: IgnoredFields = _NEUTRAL | dict.fromkeys(
     """
     _commit_hash _from_model_config _name_or_path assistant_confidence_threshold assistant_early_exit
     assistant_ensemble_weight assistant_lookbehind bos_token_id cache_config cache_implementation compile_config
@@ -151,8 +150,8 @@ class GenerationConfig:
 
 def _defaults(raw: dict[str, Any], place: str) -> SamplingParams:
     try:
-        reject_unknown(raw, [each.name for each in fields(_Sampling)], _HARMLESS, place)
-        return checked(raw, _Sampling, place).params()
+        forbid_unknown_fields(raw, [each.name for each in fields(_Sampling)], _HARMLESS, place)
+        return convert(raw, _Sampling, place).params()
     except CheckpointError as error:
         raise CheckpointError(f"{error}. --generation-config none leaves the checkpoint's sampling out") from None
 

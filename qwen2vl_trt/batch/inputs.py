@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwen2vl_trt.errors import BatchError, MediaError
-from qwen2vl_trt.files import replacement
+from qwen2vl_trt.files import atomic_file
 from qwen2vl_trt.runtime.features.output_folder import writing
 from qwen2vl_trt.runtime.features.shards import as_unicode
 from qwen2vl_trt.runtime.inputs.image_formats import image_suffixes
@@ -129,7 +129,7 @@ def divide(given: Input, rows: int, folder: Path) -> Counter[str]:
     if not partitions:
         raise BatchError(f"{given.source} has no rows")
     _refuse_duplicates(tables, root, given.columns, digests)
-    with writing(folder / PARTITIONS), replacement(folder / PARTITIONS) as temporary:
+    with writing(folder / PARTITIONS), atomic_file(folder / PARTITIONS) as temporary:
         listed = [asdict(partition) | {"path": os.fsencode(partition.path)} for partition in partitions]
         pq.write_table(pa.Table.from_pylist(listed), temporary)  # a path as its bytes: it need not be Unicode
     return passed_over
@@ -194,7 +194,7 @@ def _listed(source: str, passed_over: Counter[str]) -> Iterator[tuple[str, str]]
 def _write_listing(source: str, path: Path, rows: int, passed_over: Counter[str]) -> None:
     # Paths as their bytes, which need not be Unicode as a string must.
     schema = pa.schema([("id", pa.binary()), ("image", pa.struct([("path", pa.binary())]))])
-    with replacement(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         group: list[dict[str, Any]] = []
         for key, image in _listed(source, passed_over):
             group.append({"id": os.fsencode(key), "image": {"path": os.fsencode(image)}})

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl_trt.errors import BatchError
-from qwen2vl_trt.files import flush, write_whole
+from qwen2vl_trt.files import atomic_write, fsync
 from qwen2vl_trt.runtime.features.extraction import Store
 from qwen2vl_trt.runtime.features.output_folder import writing
 from qwen2vl_trt.runtime.features.shards import as_unicode
@@ -99,7 +99,7 @@ def read_done(output: Path, number: int) -> Done | None:
         with writing(errors):
             # Attempts that overlap write the same under names of their own.
             temporary = errors.with_name(f".{errors.name}.{uuid.uuid4().hex}")
-            write_whole(temporary, content.encode())
+            atomic_write(temporary, content.encode())
             temporary.replace(errors)
     return Done(metadata.num_rows, failures)
 
@@ -151,7 +151,7 @@ class PartitionWriter(Store):
         self.failures.append({"id": key, "error": as_unicode(reason)})
         self.journal.finish(key)
 
-    def flush(self) -> None:
+    def fsync(self) -> None:
         """Write a row group."""
         if self._group:
             with writing(self._path, _WAY_OUT):
@@ -164,14 +164,14 @@ class PartitionWriter(Store):
         with writing(self._path, _WAY_OUT):
             self._writer.add_key_value_metadata({"failures": json.dumps(self.failures)})
             self._writer.close()
-            flush(self._temporary)
+            fsync(self._temporary)
             try:
                 os.link(self._temporary, self._path)
             except FileExistsError:
                 pass
             except OSError:  # no hard links there, or the attempt is gone, which the renaming finds too
                 self._temporary.replace(self._path)
-            flush(self._path.parent)
+            fsync(self._path.parent)
         self.discard()
 
     def discard(self) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen2vl_trt.engines.interrupts import deferred_interrupt
 from qwen2vl_trt.errors import FeaturesError, MediaError
-from qwen2vl_trt.media_urls import file_path
+from qwen2vl_trt.messages import file_path
 
 from .job import add_feature_arguments, add_output_arguments, if_exists, progress, saying_what_is_saved
 from .model import open_pipeline

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.decoder import Decoder
-from qwen2vl_trt.files import replacement, write_whole
+from qwen2vl_trt.files import atomic_file, atomic_write
 from qwen2vl_trt.vision import VisionTransformer
 
 from .batching import Batch, Patches
@@ -126,7 +126,7 @@ def checkpoint_tensors(model: TinyModel, dtype: torch.dtype) -> dict[str, Tensor
 
 def save_checkpoint(model: TinyModel, config: dict[str, Any], folder: Path) -> None:
     """Write ``config.json`` and ``model.safetensors`` (BF16); each appears whole or not at all."""
-    with replacement(folder / "model.safetensors") as temporary:
+    with atomic_file(folder / "model.safetensors") as temporary:
         save_file(checkpoint_tensors(model, torch.bfloat16), temporary, metadata={"format": "pt"})
         temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
-    write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    atomic_write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())

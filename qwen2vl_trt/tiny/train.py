@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen2vl_trt.config import Qwen2VLConfig
-from qwen2vl_trt.files import replacement
+from qwen2vl_trt.files import atomic_file
 
 from .batching import Batch, Collator
 from .model import TinyModel, config_dict, save_checkpoint
@@ -93,7 +93,7 @@ class Trainer:
         """Write the state for :meth:`resume`; whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {"weights": self.weights.state_dict(), "step": self.step, "seconds": self.seconds}
-        with replacement(path) as temporary:
+        with atomic_file(path) as temporary:
             torch.save(state, temporary)
 
     def resume(self, path: Path) -> bool:

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen2vl_trt.decoder import Decoder, Places
+from qwen2vl_trt.decoder import Decoder, SlotMapping
 from qwen2vl_trt.ops import full_attention
 from qwen2vl_trt.transfer import to_device
-from qwen2vl_trt.varlen import CacheBounds, cached_attention, chunk_attention
+from qwen2vl_trt.varlen import CuSeqlens, decode_attention, prefill_attention
 
 from .common import KVCache, padded_batch, padded_length, padded_step
 from .runners import Step
@@ -43,14 +43,14 @@ class Chunk:
     Attributes:
         first: the first slot.
         end: tokens in each slot after the step.
-        fused: use :func:`qwen2vl_trt.varlen.chunk_attention`.
-        places: of the B * S new tokens, on the cache's device.
+        fused: use :func:`qwen2vl_trt.varlen.prefill_attention`.
+        slot_mapping: of the B * S new tokens, on the cache's device.
     """
 
     first: int
     end: int
     fused: bool
-    places: Places
+    slot_mapping: SlotMapping
 
 
 class ChunkCache(NamedTuple):
@@ -61,8 +61,8 @@ class ChunkCache(NamedTuple):
     chunk: Chunk
 
     @property
-    def places(self) -> Places:
-        return self.chunk.places
+    def slot_mapping(self) -> SlotMapping:
+        return self.chunk.slot_mapping
 
     def append(self, k: Tensor, v: Tensor) -> ChunkCache:
         return _append(self, k, v)
@@ -70,7 +70,7 @@ class ChunkCache(NamedTuple):
     def attend(self, q: Tensor) -> Tensor:
         chunk = self.chunk
         k, v = (cache[chunk.first : chunk.first + len(q), :, : chunk.end] for cache in (self.k, self.v))
-        return chunk_attention(q, k, v) if chunk.fused else full_attention(q, k, v, causal=True)
+        return prefill_attention(q, k, v) if chunk.fused else full_attention(q, k, v, causal=True)
 
 
 @dataclass(frozen=True)
@@ -78,30 +78,30 @@ class NewTokens:
     """A decode step over the first B slots: what all layers share.
 
     Attributes:
-        places: of the B new tokens.
+        slot_mapping: of the B new tokens.
         longest: keys that are read of each slot.
-        fused: lengths ``[B]`` int32 and bounds for :func:`qwen2vl_trt.varlen.cached_attention`; None without it.
+        fused: lengths ``[B]`` int32 and bounds for :func:`qwen2vl_trt.varlen.decode_attention`; None without it.
         mask: ``[B, 1, 1, longest]`` added to scores without the fused kernel.
     """
 
-    places: Places
+    slot_mapping: SlotMapping
     longest: int
-    fused: tuple[Tensor, CacheBounds] | None
+    fused: tuple[Tensor, CuSeqlens] | None
     mask: Tensor | None
 
     @classmethod
     def of(
-        cls, places: Places, lengths: Tensor, longest: int, dtype: torch.dtype, bounds: CacheBounds | None
+        cls, slot_mapping: SlotMapping, lengths: Tensor, longest: int, dtype: torch.dtype, bounds: CuSeqlens | None
     ) -> NewTokens:
         """Prepare a step of slots 0 to B - 1, which attend to ``lengths [B]`` int64 keys.
 
         ``dtype`` is that of queries and keys; ``bounds``, of B slots, are None without the fused kernel.
         """
         if bounds is not None:
-            return cls(places, longest, (lengths.int(), bounds), None)
+            return cls(slot_mapping, longest, (lengths.int(), bounds), None)
         beyond = torch.arange(longest, device=lengths.device) >= lengths[:, None]
         mask = torch.zeros(beyond.shape, dtype=dtype, device=lengths.device).masked_fill(beyond, -torch.inf)
-        return cls(places, longest, None, mask[:, None, None])
+        return cls(slot_mapping, longest, None, mask[:, None, None])
 
 
 class NewTokenCache(NamedTuple):
@@ -112,8 +112,8 @@ class NewTokenCache(NamedTuple):
     new: NewTokens
 
     @property
-    def places(self) -> Places:
-        return self.new.places
+    def slot_mapping(self) -> SlotMapping:
+        return self.new.slot_mapping
 
     def append(self, k: Tensor, v: Tensor) -> NewTokenCache:
         return _append(self, k, v)
@@ -122,7 +122,7 @@ class NewTokenCache(NamedTuple):
         new, k, v = self.new, self.k[: len(q)], self.v[: len(q)]
         if new.fused is not None:
             lengths, bounds = new.fused
-            return cached_attention(q[:, :, 0], k, v, lengths, new.longest, bounds)[:, :, None]
+            return decode_attention(q[:, :, 0], k, v, lengths, new.longest, bounds)[:, :, None]
         assert new.mask is not None
         # Query heads that share a key-value head become its queries: each key is read once, not once a head.
         shared = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
@@ -135,7 +135,7 @@ _Cache = TypeVar("_Cache", ChunkCache, NewTokenCache)
 
 
 def _append(cache: _Cache, k: Tensor, v: Tensor) -> _Cache:
-    rows, positions = cache.places
+    rows, positions = cache.slot_mapping
     for whole, new in ((cache.k, k), (cache.v, v)):
         whole[rows, :, positions] = new.transpose(1, 2).flatten(0, 1)
     return cache
@@ -168,7 +168,7 @@ class DecodeGraphs:
         dtype: of activations and cache.
         device: of both.
         capture: None runs every step without a graph.
-        fused: use :func:`qwen2vl_trt.varlen.cached_attention`.
+        fused: use :func:`qwen2vl_trt.varlen.decode_attention`.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class DecodeGraphs:
     ) -> None:
         self._module, self._cache, self._capture = module, cache, capture
         config, slots = module.config, cache.slots
-        self._bounds = CacheBounds.of(slots, cache.k[0]) if fused else None
+        self._bounds = CuSeqlens.of(slots, cache.k[0]) if fused else None
         self._replays: dict[tuple[int, int], Callable[[], None]] = {}
         self._rows = torch.arange(slots, device=device)
         self._numbers = torch.zeros(5 * slots, dtype=torch.int64, device=device)  # 3 positions, start, length
@@ -234,9 +234,11 @@ class DecodeGraphs:
     def _run(self, batch: int, longest: int) -> None:
         """The first ``batch`` slots over their first ``longest`` keys, from buffers to buffers."""
         numbers = self._numbers[: 5 * batch].view(5, batch)
-        bounds = self._bounds and CacheBounds(*(bound[: batch + 1] for bound in self._bounds))
-        places = Places(self._rows[:batch], numbers[3].clone())  # compiled functions expect a storage offset of 0
-        new = NewTokens.of(places, numbers[4], longest, self._inputs_embeds.dtype, bounds)
+        bounds = self._bounds and CuSeqlens(*(bound[: batch + 1] for bound in self._bounds))
+        slot_mapping = SlotMapping(
+            self._rows[:batch], numbers[3].clone()
+        )  # compiled functions expect a storage offset of 0
+        new = NewTokens.of(slot_mapping, numbers[4], longest, self._inputs_embeds.dtype, bounds)
         caches = [NewTokenCache(k, v, new) for k, v in zip(self._cache.k, self._cache.v)]
         hidden_states, _ = self._module.model(self._inputs_embeds[:batch], numbers[:3, :, None], caches)
         self._hidden_states[:batch].copy_(hidden_states)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.config import VisionConfig
-from qwen2vl_trt.decoder import Decoder, Places
+from qwen2vl_trt.decoder import Decoder, SlotMapping
 from qwen2vl_trt.engines.profile import BuildProfile
-from qwen2vl_trt.fused import fuse_decoder, fuse_vision
+from qwen2vl_trt.fused_modules import fuse_decoder, fuse_vision
 from qwen2vl_trt.quantization import fp8_layers, use_fp8
 from qwen2vl_trt.transfer import to_device
-from qwen2vl_trt.varlen import can_pack, can_read_cache
+from qwen2vl_trt.varlen import has_cache_attention, has_packed_attention
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import PackedSequences, WindowLayout, unpad, window_layout
@@ -86,20 +86,20 @@ class CudaVision(TorchVision):
         checkpoint: has the weights.
         dtype: of activations.
         device: a GPU.
-        compiled: compile pointwise operations (:mod:`qwen2vl_trt.pointwise`), which takes seconds.
+        compiled: compile pointwise operations (:mod:`qwen2vl_trt.fused_ops`), which takes seconds.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, compiled: bool = True) -> None:
         super().__init__(checkpoint, dtype, device)
         config = self.module.config
-        self._packs = can_pack(device, dtype, config.num_heads, config.head_dim)
+        self._packs = has_packed_attention(device, dtype, config.num_heads, config.head_dim)
         indices = _packed_indices if self._packs else _padded_indices
         self._indices = cached_layouts(partial(indices, config=config, device=device))
         if compiled:
             side = 8 * config.spatial_merge_size
             layout = window_layout(((1, side, side),), config)
             pixel_values = _random((*layout.sequence_position.shape, config.qwen2_vl_dim), dtype, device)
-            self._pointwise.compile([lambda: self(pixel_values, layout)])
+            self._ops.compile([lambda: self(pixel_values, layout)])
 
     @torch.inference_mode(False)  # in the caller's inference mode, compiled functions would be compiled again
     @torch.no_grad()
@@ -111,7 +111,7 @@ class CudaVision(TorchVision):
         return self.module.encode((patches if filled is None else patches[filled])[None], *indices)
 
     def _optimize(self, dtype: torch.dtype) -> None:
-        self.module, self._pointwise = fuse_vision(self.module, dtype)
+        self.module, self._ops = fuse_vision(self.module, dtype)
         _free_memory(self.device)
 
 
@@ -174,7 +174,7 @@ class CudaDecoder(TorchDecoder):
         device: a GPU.
         cuda_graphs: decode under CUDA graphs.
         capture: captures a graph; by default :class:`GraphCapture`.
-        compiled: compile pointwise operations (:mod:`qwen2vl_trt.pointwise`), which takes seconds.
+        compiled: compile pointwise operations (:mod:`qwen2vl_trt.fused_ops`), which takes seconds.
     """
 
     fixed_cache = True
@@ -192,7 +192,9 @@ class CudaDecoder(TorchDecoder):
         super().__init__(checkpoint, profile, dtype, device)
         self._slot_lengths = [0] * self.slots
         text = checkpoint.config.text
-        self._fused = can_read_cache(device, dtype, text.num_attention_heads, text.num_key_value_heads, text.head_dim)
+        self._fused = has_cache_attention(
+            device, dtype, text.num_attention_heads, text.num_key_value_heads, text.head_dim
+        )
         capture = (capture or GraphCapture(device)) if cuda_graphs else None
         self._graphs = DecodeGraphs(self.module, self.cache, dtype, device, capture, self._fused)
         if compiled:
@@ -219,7 +221,7 @@ class CudaDecoder(TorchDecoder):
         batch, length, _ = inputs_embeds.shape
         rows = torch.arange(first_slot, first_slot + batch, device=self.device).repeat_interleave(length)
         positions = torch.arange(start, start + length, device=self.device).repeat(batch)
-        chunk = Chunk(first_slot, start + length, self._fused, Places(rows, positions))
+        chunk = Chunk(first_slot, start + length, self._fused, SlotMapping(rows, positions))
         caches = [ChunkCache(k, v, chunk) for k, v in zip(self.cache.k, self.cache.v)]
         hidden_states, _ = self.module.model(inputs_embeds, to_device(position_ids, self.device), caches)
         logits = self.module.lm_head(hidden_states[:, -1]).float()
@@ -241,12 +243,12 @@ class CudaDecoder(TorchDecoder):
             self._chunk(0, embeds, torch.arange(tokens).expand(3, 1, -1), 0)
 
         tokens = min(_COMPILE_TOKENS, self.cache.capacity)
-        self._pointwise.compile([partial(run, 1), partial(run, tokens)])
+        self._ops.compile([partial(run, 1), partial(run, tokens)])
         for cache in (*self.cache.k, *self.cache.v):
             cache[0, :, :tokens] = 0
 
     def _optimize(self, dtype: torch.dtype) -> None:
-        self._pointwise = fuse_decoder(self.module, dtype)
+        self._ops = fuse_decoder(self.module, dtype)
         _free_memory(self.device)
 
 
@@ -259,7 +261,7 @@ def _packed_indices(layout: WindowLayout, config: VisionConfig, device: torch.de
     """Of :func:`~qwen2vl_trt.windows.unpad`, on the device: filled slots (None if all are), then ``encode``'s."""
     unpadded = unpad(layout, config)
     windows, frames = (
-        PackedSequences(to_device(sequences.bounds, device), sequences.longest)
+        PackedSequences(to_device(sequences.cu_seqlens, device), sequences.max_seqlen)
         for sequences in (PackedSequences.of(layout.window_lengths), PackedSequences.of(layout.sequence_lengths))
     )
     filled = to_device(unpadded.filled, device) if _padding(layout) else None

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.errors import FeaturesError
-from qwen2vl_trt.files import write_whole
+from qwen2vl_trt.files import atomic_write
 
 from ..options import PipelineOptions
 from ..preprocessing.settings import PreprocessorSettings
@@ -88,7 +88,7 @@ class OutputFolder:
                 if self.if_exists == "overwrite" or not self.in_use:
                     self._clear()
                     start()
-                    write_whole(self.path / SETTINGS, json.dumps(settings, indent=2).encode())
+                    atomic_write(self.path / SETTINGS, json.dumps(settings, indent=2).encode())
             self._check_settings(settings)
             yield
         finally:

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from qwen2vl_trt.errors import FeaturesError
-from qwen2vl_trt.files import replacement
+from qwen2vl_trt.files import atomic_file
 from qwen2vl_trt.windows import Grid
 
 from .output_folder import writing
@@ -134,7 +134,7 @@ def _write_durably(
 ) -> None:
     """With ``shapes``, of tensors by key, what was written must read back as a shard of these."""
     check = None if shapes is None else partial(_read_back, shapes=shapes)
-    with replacement(path, check) as temporary, temporary.open("wb") as file:
+    with atomic_file(path, check) as temporary, temporary.open("wb") as file:
         write(file)
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen2vl_trt.errors import FeaturesError
-from qwen2vl_trt.files import replacement
+from qwen2vl_trt.files import atomic_file
 from qwen2vl_trt.windows import Grid
 
 from .extraction import Store
@@ -105,7 +105,7 @@ class FeatureStore(Store):
         self.failed += 1
         self.first_failure = self.first_failure or reason
 
-    def flush(self) -> None:
+    def fsync(self) -> None:
         if self._shard.tensors:
             self._hand_over()
         self._wait()
@@ -151,7 +151,7 @@ class FeatureStore(Store):
         """Write the index anew from the shards' headers, and return their keys' digests, sorted."""
         digests = bytearray()  # 16 bytes an image: a set of their names would take ten times that
         whole = self.folder / _INDEX
-        with writing(whole), replacement(whole) as temporary, temporary.open("w", encoding="utf-8") as index:
+        with writing(whole), atomic_file(whole) as temporary, temporary.open("w", encoding="utf-8") as index:
             for path in paths:
                 tensors, grids, _ = read_header(path)
                 for key, grid in grids.items():

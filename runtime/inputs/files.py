@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwen2vl_trt.errors import MediaError
-from qwen2vl_trt.media_urls import file_path
+from qwen2vl_trt.messages import file_path
 
 MAX_FILE_BYTES = 1 << 30
 """Of an image: more than 100 megapixels take, uncompressed, in 8 bits with transparency."""

@@ -12,8 +12,7 @@ from msgspec import Meta
 from qwen2vl_trt.config import Qwen2VLConfig, VisionConfig, read_json
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import CheckpointError, LimitError, MediaError
-from qwen2vl_trt.known_fields import Harmless
-from qwen2vl_trt.schema import checked, inside, reject_unknown
+from qwen2vl_trt.schema import IgnoredFields, convert, field_path, forbid_unknown_fields
 
 from ..inputs.video import FrameSampling
 
@@ -120,7 +119,7 @@ class PreprocessorSettings:
         folder = Path(folder)
         path = folder / "processor_config.json"
         nested = read_json(path)
-        reject_unknown(nested, ("image_processor", "video_processor"), _NESTED, str(path))
+        forbid_unknown_fields(nested, ("image_processor", "video_processor"), _NESTED, str(path))
         image, image_place = _find(folder, nested, "image_processor", "preprocessor_config.json")
         own, video_place = _find(folder, nested, "video_processor", "video_preprocessor_config.json")
         video, video_place = (own, video_place) if own else (image, image_place)
@@ -196,12 +195,14 @@ class _Processor:
     @classmethod
     def read(cls, raw: Any, place: str) -> _Processor:
         """Raises CheckpointError for an invalid value, or a field that changes pixels and is not implemented."""
-        raw = checked(raw, dict[str, Any], place)
-        reject_unknown(raw, [each.name for each in fields(cls)], _HARMLESS, place)
-        found = checked(raw, cls, place)
+        raw = convert(raw, dict[str, Any], place)
+        forbid_unknown_fields(raw, [each.name for each in fields(cls)], _HARMLESS, place)
+        found = convert(raw, cls, place)
         if found.size is not None:
             names = [each.name for each in fields(_Size)]
-            reject_unknown(raw["size"], names, dict.fromkeys(("height", "width"), (None,)), inside(place, ".size"))
+            forbid_unknown_fields(
+                raw["size"], names, dict.fromkeys(("height", "width"), (None,)), field_path(place, ".size")
+            )
         return found
 
     def pixels(self, default: PixelSettings, place: str) -> PixelSettings:
@@ -234,7 +235,7 @@ class _Processor:
                 raise CheckpointError(f"{place}: {name} is {found}; the model's, in config.json, is {own}")
 
 
-_HARMLESS: Harmless = {
+_HARMLESS: IgnoredFields = {
     "cap_pixels_per_frame": (None, False),  # True bounds a video's pixels by max_video_tokens
     "crop_size": None,
     "do_center_crop": (None, False),
@@ -255,7 +256,7 @@ _HARMLESS: Harmless = {
 )
 """Fields that are not read, with the values that do not change pixels; None allows any."""
 
-_NESTED: Harmless = dict.fromkeys(
+_NESTED: IgnoredFields = dict.fromkeys(
     ["chat_template", "feature_extractor", "image_token", "processor_class", "tokenizer", "video_token"]
 )
 
@@ -263,7 +264,7 @@ _NESTED: Harmless = dict.fromkeys(
 def _find(folder: Path, nested: dict[str, Any], name: str, file: str) -> tuple[Any, str]:
     """A processor's JSON object, empty if there is none, and its place in the files."""
     if nested.get(name) not in (None, {}):
-        return nested[name], inside(str(folder / "processor_config.json"), f".{name}")
+        return nested[name], field_path(str(folder / "processor_config.json"), f".{name}")
     return read_json(folder / file), str(folder / file)
 
 

@@ -15,8 +15,7 @@ from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.engines.profile import BuildProfile, flag
 from qwen2vl_trt.errors import LimitError, MediaError
 from qwen2vl_trt.media_options import VideoOptions
-from qwen2vl_trt.media_urls import local
-from qwen2vl_trt.messages import Media, extract_media
+from qwen2vl_trt.messages import Media, extract_media, resolve_url
 from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import Prompt, PromptBuilder
 from qwen2vl_trt.windows import Grid
@@ -249,7 +248,7 @@ def listed(media: Any, name: str, dimensions: int) -> list[Any]:
     if not stacked and (not isinstance(media, Sequence) or isinstance(media, (str, bytes, bytearray))):
         raise MediaError(f"{name} is a {type(media).__name__}, not a list; give {name}=[...] even for one")
     plain = (bytes(item) if isinstance(item, (bytearray, memoryview)) else item for item in media)
-    return [local(item, f"{name[:-1]} {number}") for number, item in enumerate(plain, start=1)]
+    return [resolve_url(item, f"{name[:-1]} {number}") for number, item in enumerate(plain, start=1)]
 
 
 def loading_bytes(found: Media) -> int | None:

@@ -38,7 +38,7 @@ from qwen2vl_trt.engines.tensorrt_build import (
 )
 from qwen2vl_trt.engines.tensorrt_callbacks import tensorrt_log
 from qwen2vl_trt.errors import BuildError, EngineError, MissingDependencyError
-from qwen2vl_trt.files import replacement
+from qwen2vl_trt.files import atomic_file
 from qwen2vl_trt.hub import resolve_model
 from tests.support.engine_folders import PROFILE, build
 from tests.support.thorough import THOROUGH
@@ -301,13 +301,13 @@ class TestWritingAPlan:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr("qwen2vl_trt.files.os.fsync", full)
-        with pytest.raises(OSError, match="No space left on device"), replacement(path) as file:
+        with pytest.raises(OSError, match="No space left on device"), atomic_file(path) as file:
             file.write_bytes(b"newer")
         assert [file.name for file in tmp_path.iterdir()] == ["vision.engine"]
         assert path.read_bytes() == b"older"
 
     def test_an_interrupt(self, tmp_path):
-        with pytest.raises(KeyboardInterrupt), replacement(tmp_path / "vision.engine"):
+        with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "vision.engine"):
             raise KeyboardInterrupt
         assert not list(tmp_path.iterdir())
 

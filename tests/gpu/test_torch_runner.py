@@ -10,11 +10,11 @@ from torch._inductor import config, metrics
 from qwen2vl_trt import varlen
 from qwen2vl_trt.benchmarks.random_model import random_checkpoint
 from qwen2vl_trt.checkpoint import Checkpoint, read_header
-from qwen2vl_trt.decoder import Places
+from qwen2vl_trt.decoder import SlotMapping
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.layers import FP8Linear
-from qwen2vl_trt.ops import has_fp8_product
+from qwen2vl_trt.ops import has_scaled_mm
 from qwen2vl_trt.runtime.backends.torch_decode_graphs import Chunk, ChunkCache, NewTokenCache, NewTokens
 from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
 from qwen2vl_trt.transfer import PinnedReader
@@ -46,11 +46,11 @@ def ampere():
 @pytest.mark.skipif(not ampere(), reason="FlashAttention needs Ampere or later")
 def test_the_published_sizes_have_kernels(caplog):
     caplog.set_level("INFO")  # why not
-    for question in (varlen.can_pack, varlen.can_read_cache):
+    for question in (varlen.has_packed_attention, varlen.has_cache_attention):
         question.cache_clear()
-    assert varlen.can_pack(GPU, torch.bfloat16, 16, 80), caplog.text  # the vision tower's
+    assert varlen.has_packed_attention(GPU, torch.bfloat16, 16, 80), caplog.text  # the vision tower's
     for heads, kv_heads in ((16, 2), (28, 4)):
-        assert varlen.can_read_cache(GPU, torch.bfloat16, heads, kv_heads, 128), caplog.text
+        assert varlen.has_cache_attention(GPU, torch.bfloat16, heads, kv_heads, 128), caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -108,10 +108,10 @@ def test_the_fused_kernel_equals_the_masked_one(heads, kv_heads):
     q, k, v = noise(3, heads, 1, 128), noise(3, kv_heads, 1000, 128), noise(3, kv_heads, 1000, 128)
     q, k, v = (t.bfloat16() for t in (q, k, v))
     lengths = torch.tensor([1, 700, 512], device=GPU)
-    places = Places(torch.arange(3, device=GPU), lengths - 1)
+    slot_mapping = SlotMapping(torch.arange(3, device=GPU), lengths - 1)
     fused, masked = (
-        NewTokenCache(k, v, NewTokens.of(places, lengths, 1000, q.dtype, bounds)).attend(q)
-        for bounds in (varlen.CacheBounds.of(3, k), None)
+        NewTokenCache(k, v, NewTokens.of(slot_mapping, lengths, 1000, q.dtype, cu_seqlens)).attend(q)
+        for cu_seqlens in (varlen.CuSeqlens.of(3, k), None)
     )
     assert relative_error(fused, masked) < 2e-2
 
@@ -122,9 +122,9 @@ def test_the_fused_kernel_equals_the_masked_one(heads, kv_heads):
 def test_the_fused_chunk_equals_the_masked_one(heads, kv_heads, start):
     q, k, v = noise(1, heads, 200, 128), noise(1, kv_heads, 1000, 128), noise(1, kv_heads, 1000, 128)
     end = start + q.shape[2]
-    places = Places(torch.zeros(200, dtype=torch.int64, device=GPU), torch.arange(start, end, device=GPU))
-    fused = ChunkCache(k.bfloat16(), v.bfloat16(), Chunk(0, end, True, places)).attend(q.bfloat16())
-    assert relative_error(fused, ChunkCache(k, v, Chunk(0, end, False, places)).attend(q)) < 2e-2
+    slot_mapping = SlotMapping(torch.zeros(200, dtype=torch.int64, device=GPU), torch.arange(start, end, device=GPU))
+    fused = ChunkCache(k.bfloat16(), v.bfloat16(), Chunk(0, end, True, slot_mapping)).attend(q.bfloat16())
+    assert relative_error(fused, ChunkCache(k, v, Chunk(0, end, False, slot_mapping)).attend(q)) < 2e-2
 
 
 def test_a_step_never_waits_for_the_gpu(checkpoint):
@@ -152,7 +152,7 @@ def test_each_step_between_products_is_one_kernel(checkpoint, dtype):
     before = metrics.generated_kernel_count
     with config.patch(force_disable_caches=True):
         vision, decoder = CudaVision(checkpoint, dtype, GPU), CudaDecoder(checkpoint, PROFILE, dtype, GPU)
-    packs = varlen.can_pack(GPU, dtype, vision.module.config.num_heads, vision.module.config.head_dim)
+    packs = varlen.has_packed_attention(GPU, dtype, vision.module.config.num_heads, vision.module.config.head_dim)
     assert metrics.generated_kernel_count - before == (4 if packs else 3) + 2 * 5
     assert decoder._pointwise.compiled
     assert vision._pointwise.compiled
@@ -174,9 +174,7 @@ def test_serving_compiles_nothing(checkpoint):
     assert not graph_breaks()
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and not has_fp8_product(GPU), reason="FP8 products need Ada (8.9) or later"
-)
+@pytest.mark.skipif(torch.cuda.is_available() and not has_scaled_mm(GPU), reason="FP8 products need Ada (8.9) or later")
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_fp8_products_equal_dequantised_ones(monkeypatch, bias):
@@ -188,13 +186,11 @@ def test_fp8_products_equal_dequantised_ones(monkeypatch, bias):
     layer.input_scale.fill_(0.01)
     x = noise(3, 7, 256, dtype=torch.bfloat16)
     found = layer(x)
-    monkeypatch.setattr("qwen2vl_trt.ops.has_fp8_product", lambda device: False)
+    monkeypatch.setattr("qwen2vl_trt.ops.has_scaled_mm", lambda device: False)
     assert relative_error(found, layer(x)) < 2e-2
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and not has_fp8_product(GPU), reason="FP8 products need Ada (8.9) or later"
-)
+@pytest.mark.skipif(torch.cuda.is_available() and not has_scaled_mm(GPU), reason="FP8 products need Ada (8.9) or later")
 def test_fp8_engines_equal_dequantised_ones(tmp_path, monkeypatch, caplog):
     """Both of the tiny model, its layers joined and, where a side is no multiple of 16, padded; under CUDA graphs."""
     folder = shutil.copytree(resolve_model("tiny").folder, tmp_path / "tiny-fp8")
@@ -205,7 +201,7 @@ def test_fp8_engines_equal_dequantised_ones(tmp_path, monkeypatch, caplog):
     pixels = noise(*layout.sequence_position.shape, checkpoint.config.vision.qwen2_vl_dim, dtype=torch.bfloat16)
     found = []
     for product in (True, False):
-        monkeypatch.setattr("qwen2vl_trt.ops.has_fp8_product", lambda device, product=product: product)
+        monkeypatch.setattr("qwen2vl_trt.ops.has_scaled_mm", lambda device, product=product: product)
         decoder = CudaDecoder(checkpoint, PROFILE, torch.bfloat16, GPU)
         steps = [decoder.step(0, decoder.embed([5, 6, 7])[None], torch.arange(3).expand(3, 1, -1), [0]).logits]
         for start in range(3, 7):

@@ -8,26 +8,26 @@ from pathlib import Path
 import pytest
 
 from qwen2vl_trt.errors import FileError
-from qwen2vl_trt.files import check_target, replacement, write_json, write_whole
+from qwen2vl_trt.files import atomic_file, atomic_write, check_target, write_json
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     path = tmp_path / "a.json"
-    write_whole(path, b"old")
+    atomic_write(path, b"old")
     with pytest.raises(KeyboardInterrupt):
         _break_off(path)
-    with pytest.raises(OSError, match="nothing written"), replacement(path, _refuse) as temporary:
+    with pytest.raises(OSError, match="nothing written"), atomic_file(path, _refuse) as temporary:
         temporary.write_bytes(b"new")
-    with pytest.raises(FileNotFoundError), replacement(path):
+    with pytest.raises(FileNotFoundError), atomic_file(path):
         pass  # nothing is written
     assert path.read_bytes() == b"old"
-    write_whole(path, memoryview(b"new"))
+    atomic_write(path, memoryview(b"new"))
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def _break_off(path):
-    with replacement(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_bytes(b"ne")
         raise KeyboardInterrupt
 
@@ -42,14 +42,14 @@ def test_a_device_or_a_pipe_stays_what_it_is(tmp_path):
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        write_whole(pipe, b"content")
+        atomic_write(pipe, b"content")
         assert os.read(reader, 100) == b"content"
     finally:
         os.close(reader)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     if Path("/dev/full").is_char_device():
         with pytest.raises(OSError, match="No space left"):
-            write_whole(Path("/dev/full"), b"content")
+            atomic_write(Path("/dev/full"), b"content")
         assert Path("/dev/full").is_char_device()
 
 

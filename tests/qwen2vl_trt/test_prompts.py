@@ -166,7 +166,7 @@ def test_text_with_null_characters_is_text(builder, processor):
 def test_a_text_that_cannot_fit_is_not_tokenized(folder, config, length, monkeypatch):
     builder = PromptBuilder(folder, config, max_input_len=100)
     monkeypatch.setattr(builder, "tokenizer", None)
-    monkeypatch.setattr(builder._inert, "_tokenizer", None)
+    monkeypatch.setattr(builder._escaper, "_tokenizer", None)
     with pytest.raises(LimitError, match=r"over 65,536 characters, more than 100 tokens \(--max-input-len\)"):
         builder.build("x" * length)
 

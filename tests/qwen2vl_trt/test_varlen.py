@@ -15,10 +15,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _forget():
-    for question in (varlen.can_pack, varlen.can_read_cache):
+    for question in (varlen.has_packed_attention, varlen.has_cache_attention):
         question.cache_clear()
     yield
-    for question in (varlen.can_pack, varlen.can_read_cache):
+    for question in (varlen.has_packed_attention, varlen.has_cache_attention):
         question.cache_clear()
 
 
@@ -28,18 +28,18 @@ def noise(*shape):
 
 def test_bounds_are_running_sums_of_lengths():
     packed = PackedSequences.of(torch.tensor([4, 64, 16]))
-    assert packed.bounds.tolist() == [0, 4, 68, 84]
-    assert packed.bounds.dtype == torch.int32
-    assert packed.longest == 64
+    assert packed.cu_seqlens.tolist() == [0, 4, 68, 84]
+    assert packed.cu_seqlens.dtype == torch.int32
+    assert packed.max_seqlen == 64
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 1), (3, 3)])
 def test_a_cache_is_read_through_its_strides(monkeypatch, heads, kv_heads):
-    monkeypatch.setattr(varlen, "flash", varlen_reference.flash)
+    monkeypatch.setattr(varlen, "flash_attention", varlen_reference.flash_attention)
     q, k, v = noise(3, heads, 16), noise(3, kv_heads, 10, 16), noise(4, kv_heads, 10, 16)[1:]
     k[1, :, 4:] = torch.nan  # not to be read
     lengths = torch.tensor([10, 4, 1], dtype=torch.int32)
-    found = varlen.cached_attention(q, k, v, lengths, 10, varlen.CacheBounds.of(3, k))
+    found = varlen.decode_attention(q, k, v, lengths, 10, varlen.CuSeqlens.of(3, k))
     for row, length in enumerate(lengths):
         expected = F.scaled_dot_product_attention(
             q[row, :, None], k[row, :, :length], v[row, :, :length], enable_gqa=True
@@ -50,10 +50,10 @@ def test_a_cache_is_read_through_its_strides(monkeypatch, heads, kv_heads):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 1), (3, 3)])
 @pytest.mark.parametrize("chunk", [1, 4, 10])
 def test_a_chunk_sees_its_row_up_to_itself(monkeypatch, heads, kv_heads, chunk):
-    monkeypatch.setattr(varlen, "flash", varlen_reference.flash)
+    monkeypatch.setattr(varlen, "flash_attention", varlen_reference.flash_attention)
     q, k, v = noise(2, heads, 10, 16), noise(2, kv_heads, 10, 16), noise(3, kv_heads, 10, 16)[1:]
     whole = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    assert torch.allclose(varlen.chunk_attention(q[:, :, -chunk:], k, v), whole[:, :, -chunk:], atol=FP32)
+    assert torch.allclose(varlen.prefill_attention(q[:, :, -chunk:], k, v), whole[:, :, -chunk:], atol=FP32)
 
 
 def test_pytorch_has_the_operator():
@@ -62,48 +62,50 @@ def test_pytorch_has_the_operator():
         q, k = (torch.empty(3, heads, 128, dtype=torch.bfloat16, device="cuda") for heads in (16, 2))
         cache = torch.empty(3, 2, 1000, 128, dtype=torch.bfloat16, device="cuda")
         lengths = torch.ones(3, dtype=torch.int32, device="cuda")
-        assert varlen.cached_attention(q, cache, cache, lengths, 512, varlen.CacheBounds.of(3, cache)).shape == q.shape
+        assert varlen.decode_attention(q, cache, cache, lengths, 512, varlen.CuSeqlens.of(3, cache)).shape == q.shape
         chunk = torch.empty(3, 16, 7, 128, dtype=torch.bfloat16, device="cuda")
-        assert varlen.chunk_attention(chunk, cache, cache).shape == chunk.shape
+        assert varlen.prefill_attention(chunk, cache, cache).shape == chunk.shape
         assert varlen.packed_attention(k, k, k, torch.arange(3, dtype=torch.int32, device="cuda"), 2).shape == k.shape
 
 
 def test_no_kernel_here():
     """PyTorch has the operator; on a CPU it raises, and that is an answer."""
-    assert not varlen.can_pack(CPU, torch.bfloat16, 4, 32)
-    assert not varlen.can_read_cache(CPU, torch.bfloat16, 4, 2, 32)
+    assert not varlen.has_packed_attention(CPU, torch.bfloat16, 4, 32)
+    assert not varlen.has_cache_attention(CPU, torch.bfloat16, 4, 2, 32)
 
 
 def test_what_a_kernel_can(monkeypatch):
-    monkeypatch.setattr(varlen, "flash", varlen_reference.flash)
-    assert varlen.can_pack(CPU, torch.bfloat16, 16, 80)
-    assert varlen.can_read_cache(CPU, torch.float16, 28, 4, 128)
-    assert not varlen.can_pack(CPU, torch.float32, 16, 80), "FlashAttention has no FP32"
-    assert not varlen.can_pack(CPU, torch.bfloat16, 16, 84), "its head sizes are multiples of 8"
+    monkeypatch.setattr(varlen, "flash_attention", varlen_reference.flash_attention)
+    assert varlen.has_packed_attention(CPU, torch.bfloat16, 16, 80)
+    assert varlen.has_cache_attention(CPU, torch.float16, 28, 4, 128)
+    assert not varlen.has_packed_attention(CPU, torch.float32, 16, 80), "FlashAttention has no FP32"
+    assert not varlen.has_packed_attention(CPU, torch.bfloat16, 16, 84), "its head sizes are multiples of 8"
 
 
 def test_an_operator_of_another_signature_is_not_used(monkeypatch):
-    def flash(*args):
+    def flash_attention(*args):
         return torch.ops.aten._flash_attention_forward(*args, a_later_argument=1)
 
-    monkeypatch.setattr(varlen, "flash", flash)
-    assert not varlen.can_pack(CPU, torch.bfloat16, 4, 32)
-    assert not varlen.can_read_cache(CPU, torch.bfloat16, 4, 2, 32)
+    monkeypatch.setattr(varlen, "flash_attention", flash_attention)
+    assert not varlen.has_packed_attention(CPU, torch.bfloat16, 4, 32)
+    assert not varlen.has_cache_attention(CPU, torch.bfloat16, 4, 2, 32)
 
 
 @pytest.mark.parametrize("wrong", ["ignores lengths", "mixes heads", "sees too much", "leaves rows out"])
 def test_a_wrong_kernel_is_left_out(monkeypatch, caplog, wrong):
-    def flash(q, k, v, bounds, longest, causal=False, lengths=None):
+    def flash_attention(q, k, v, cu_seqlens, max_seqlen, causal=False, lengths=None):
         if wrong == "ignores lengths" and lengths is not None:
             lengths = torch.full_like(lengths, 130)
         if wrong == "mixes heads":
             v = v.flip(1)
-        out = varlen_reference.flash(q, k, v, bounds, longest, causal and wrong != "sees too much", lengths)
+        out = varlen_reference.flash_attention(
+            q, k, v, cu_seqlens, max_seqlen, causal and wrong != "sees too much", lengths
+        )
         if wrong == "leaves rows out" and lengths is not None:
             out[-1] = torch.nan
         return out
 
-    monkeypatch.setattr(varlen, "flash", flash)
-    assert not varlen.can_read_cache(CPU, torch.bfloat16, 4, 2, 32)
+    monkeypatch.setattr(varlen, "flash_attention", flash_attention)
+    assert not varlen.has_cache_attention(CPU, torch.bfloat16, 4, 2, 32)
     assert "is wrong by" in caplog.text
-    assert varlen.can_pack(CPU, torch.bfloat16, 4, 32) == (wrong != "mixes heads")
+    assert varlen.has_packed_attention(CPU, torch.bfloat16, 4, 32) == (wrong != "mixes heads")

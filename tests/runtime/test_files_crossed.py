@@ -6,7 +6,7 @@ from PIL import Image
 
 from qwen2vl_trt import Pipeline, Request, SamplingParams, varlen
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.pointwise import Pointwise
+from qwen2vl_trt.fused_ops import FusedOps
 from qwen2vl_trt.runtime.backends import torch_runner
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision
@@ -25,9 +25,9 @@ def on_torch(checkpoint, folder, monkeypatch):
 
 def on_torch_as_on_cuda(checkpoint, folder, monkeypatch):
     monkeypatch.setattr(varlen, "flash", flash)
-    monkeypatch.setattr(torch_runner, "can_pack", lambda *args: True)
-    monkeypatch.setattr(torch_runner, "can_read_cache", lambda *args: True)
-    monkeypatch.setattr(Pointwise, "compile", lambda self, runs: None)
+    monkeypatch.setattr(torch_runner, "has_packed_attention", lambda *args: True)
+    monkeypatch.setattr(torch_runner, "has_cache_attention", lambda *args: True)
+    monkeypatch.setattr(FusedOps, "compile", lambda self, runs: None)
     engines, cpu = open_engines(build(checkpoint, folder, "torch"), "cpu"), torch.device("cpu")
     opened = Checkpoint(checkpoint)
     engines.__dict__["vision"] = CudaVision(opened, torch.float32, cpu)

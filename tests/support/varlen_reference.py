@@ -1,24 +1,24 @@
-"""What :func:`qwen2vl_trt.varlen.flash` computes, on any device and type: stands in for PyTorch's kernel on the CPU."""
+"""What :func:`qwen2vl_trt.varlen.flash_attention` computes, on any device and type: PyTorch's kernel needs a GPU."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def flash(q, k, v, bounds, longest, causal=False, lengths=None):
+def flash_attention(q, k, v, cu_seqlens, max_seqlen, causal=False, lengths=None):
     """Queries to keys, by rows or packed; refuses what the CUDA kernel refuses."""
     assert all(t.stride(-1) == 1 for t in (q, k, v))
-    if bounds is None:
-        assert longest == (q.shape[1], k.shape[1])
+    if cu_seqlens is None:
+        assert max_seqlen == (q.shape[1], k.shape[1])
         assert lengths is None
         rows = [torch.arange(len(t) + 1, dtype=torch.int32) * t.shape[1] for t in (q, k)]
-        return _attend(*(t.flatten(0, 1) for t in (q, k, v)), *rows, *longest, causal, None).view(q.shape)
-    assert all(t.dtype == torch.int32 and t.is_contiguous() for t in bounds)
+        return _attend(*(t.flatten(0, 1) for t in (q, k, v)), *rows, *max_seqlen, causal, None).view(q.shape)
+    assert all(t.dtype == torch.int32 and t.is_contiguous() for t in cu_seqlens)
     assert lengths is None or lengths.dtype == torch.int32
-    return _attend(q, k, v, *bounds, *longest, causal, lengths)
+    return _attend(q, k, v, *cu_seqlens, *max_seqlen, causal, lengths)
 
 
-@torch.library.custom_op("qwen2vl_trt_tests::flash", mutates_args=())
+@torch.library.custom_op("qwen2vl_trt_tests::flash_attention", mutates_args=())
 def _attend(
     query: Tensor,
     key: Tensor,

@@ -96,7 +96,7 @@ def device(request, monkeypatch):
     device = Device()
     for module in (torch_runner, torch_decode_graphs, common):
         monkeypatch.setattr(module, "to_device", device.send)
-    for question in ("can_pack", "can_read_cache"):
+    for question in ("has_packed_attention", "has_cache_attention"):
         monkeypatch.setattr(torch_runner, question, lambda *args: request.param != "masked")
     monkeypatch.setattr(torch_runner, "load_weights", device.load_weights)
     monkeypatch.setattr(torch_runner, "_free_memory", lambda device: None)

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qwen2vl_trt import Pipeline, Request, SamplingParams, ops, pointwise, varlen
+from qwen2vl_trt import Pipeline, Request, SamplingParams, fused_ops, ops, varlen
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.fused import FusedSwiGLU
-from qwen2vl_trt.pointwise import Pointwise
+from qwen2vl_trt.fused_modules import FusedSwiGLU
+from qwen2vl_trt.fused_ops import FusedOps
 from qwen2vl_trt.runtime.backends import torch_runner
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
@@ -22,7 +22,7 @@ from tests.support.compiled_steps import compilations, graph_breaks, need_a_comp
 from tests.support.engine_folders import PROFILE, build
 from tests.support.models import edit_checkpoint, in_fp8_as_shared, relative_error, write_quantization
 from tests.support.recorded_graph import RecordedGraphs, opaque
-from tests.support.varlen_reference import flash
+from tests.support.varlen_reference import flash_attention
 
 CPU = torch.device("cpu")
 MIXES = [((1, 2, 2),), ((1, 4, 10), (3, 6, 4), (1, 10, 18), (1, 2, 30)), ((1, 8, 8), (1, 8, 16)), ((2, 8, 8),)]
@@ -31,20 +31,20 @@ MIXES = [((1, 2, 2),), ((1, 4, 10), (3, 6, 4), (1, 10, 18), (1, 2, 30)), ((1, 8,
 @pytest.fixture
 def kernels(monkeypatch):
     """The fused kernels, in FP32 as well: rounding would hide small errors."""
-    monkeypatch.setattr(varlen, "flash", flash)
-    monkeypatch.setattr(torch_runner, "can_pack", lambda *args: True)
-    monkeypatch.setattr(torch_runner, "can_read_cache", lambda *args: True)
+    monkeypatch.setattr(varlen, "flash_attention", flash_attention)
+    monkeypatch.setattr(torch_runner, "has_packed_attention", lambda *args: True)
+    monkeypatch.setattr(torch_runner, "has_cache_attention", lambda *args: True)
 
 
 @pytest.fixture(autouse=True)
 def steps(request, monkeypatch):
     """Plain steps between products, for compiling takes seconds; compiled ones where a test is parametrised so."""
     if getattr(request, "param", "plain") == "plain":
-        monkeypatch.setattr(Pointwise, "compile", lambda self, runs: None)
+        monkeypatch.setattr(FusedOps, "compile", lambda self, runs: None)
         return
     need_a_compiler()
-    compile_one = pointwise._compiled
-    monkeypatch.setattr(pointwise, "_compiled", lambda function: opaque(compile_one(function)))
+    compile_one = fused_ops._compiled
+    monkeypatch.setattr(fused_ops, "_compiled", lambda function: opaque(compile_one(function)))
 
 
 COMPILED = pytest.mark.parametrize("steps", ["compiled"], indirect=True)
@@ -281,7 +281,7 @@ class TestCompiled:
     @COMPILED
     def test_fp8(self, fp8_checkpoint, kernels, monkeypatch):
         """Products of FP8 numbers, which PyTorch has on the CPU too: steps give them FP8, and BF16 is never stored."""
-        monkeypatch.setattr(ops, "has_fp8_product", lambda device: True)
+        monkeypatch.setattr(ops, "has_scaled_mm", lambda device: True)
         opened, capture, dtype = Checkpoint(fp8_checkpoint), RecordedGraphs(), torch.bfloat16
         layout = window_layout(MIXES[1], opened.config.vision)
         plain, packed = (kind(opened, dtype, CPU) for kind in (TorchVision, CudaVision))
@@ -306,7 +306,7 @@ class TestCompiled:
         def refuse(*args):
             raise RuntimeError("Cannot find a working triton installation.\n  More information on installing")
 
-        monkeypatch.setattr(pointwise, "_compiled", lambda function: refuse)
+        monkeypatch.setattr(fused_ops, "_compiled", lambda function: refuse)
         opened = Checkpoint(checkpoint)
         plain = TorchDecoder(opened, PROFILE, torch.float32, CPU)
         fast = CudaDecoder(opened, PROFILE, torch.float32, CPU, True, RecordedGraphs())

@@ -8,9 +8,9 @@ from torch import nn
 
 from qwen2vl_trt import ops
 from qwen2vl_trt.decoder import Decoder, DecoderAttention
-from qwen2vl_trt.fused import FusedAttention, FusedSwiGLU, fuse_attention, fuse_decoder, fuse_mlp, join
+from qwen2vl_trt.fused_modules import FusedAttention, FusedSwiGLU, fuse_attention, fuse_decoder, fuse_mlp, join
+from qwen2vl_trt.fused_ops import FusedOps
 from qwen2vl_trt.layers import FP8Linear, SwiGLU
-from qwen2vl_trt.pointwise import Pointwise
 from qwen2vl_trt.rope_scaling import YarnScaling
 from tests.support.bounds import BF16_STEP, FP32
 from tests.support.models import model_config, our_config, random_model, relative_error
@@ -82,7 +82,7 @@ def test_fp8_layers_of_one_scale_join(bias, dtype):
     torch.manual_seed(0)
     mlp, x = nn.Sequential(fp8_mlp(48, 84, bias, dtype)), torch.randn(3, 7, 48, dtype=dtype)
     expected = mlp(x)
-    fuse_mlp(mlp, Pointwise())
+    fuse_mlp(mlp, FusedOps())
     assert isinstance(mlp[0], FusedSwiGLU)
     assert mlp[0].gate_up_proj.weight.shape == (2 * 96, 48)
     assert mlp[0].down_proj.weight.shape == (48, 96)
@@ -96,7 +96,7 @@ def test_channels_of_zeros_fill_up_other_layers_too(bias, dtype):
     torch.manual_seed(0)
     mlp, x = nn.Sequential(SwiGLU(48, 84, bias)).to(dtype), torch.randn(3, 7, 48, dtype=dtype)
     expected = mlp(x)
-    fuse_mlp(mlp, Pointwise())
+    fuse_mlp(mlp, FusedOps())
     assert mlp[0].gate_up_proj.weight.shape == (2 * 96, 48)
     assert mlp[0].down_proj.weight.shape == (48, 96)
     assert relative_error(mlp(x), expected) <= TOLERANCE[dtype]
@@ -108,7 +108,7 @@ def test_fp8_layers_of_different_scales_stay_apart(scale):
     mlp, x = nn.Sequential(fp8_mlp(48, 84, True, torch.float32)), torch.randn(3, 48)
     getattr(mlp[0].up_proj, scale).fill_(0.004)
     expected = mlp(x)
-    fuse_mlp(mlp, Pointwise())
+    fuse_mlp(mlp, FusedOps())
     assert isinstance(mlp[0], SwiGLU)
     assert relative_error(mlp(x), expected) <= FP32
 
@@ -120,7 +120,7 @@ def test_layers_of_different_kinds_stay_apart():
     attention = DecoderAttention(our_config(model_config()).text)
     attention.k_proj = fp8(attention.k_proj)
     holder = nn.Sequential(attention)
-    fuse_attention(holder, Pointwise())
+    fuse_attention(holder, FusedOps())
     assert holder[0] is attention
 
 
@@ -135,7 +135,7 @@ def test_fp8_products_equal_dequantised_ones(monkeypatch, dtype, bias):
     products = []
     scaled_mm = torch._scaled_mm
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **others: products.append(1) or scaled_mm(*args, **others))
-    monkeypatch.setattr(ops, "has_fp8_product", lambda device: True)
+    monkeypatch.setattr(ops, "has_scaled_mm", lambda device: True)
     assert relative_error(layer(x), expected) <= 2 * BF16_STEP  # of the product, and with the bias
     assert layer(x).shape == (2, 5, 32)
     assert products

@@ -1,12 +1,9 @@
-"""Texts that spell special tokens, such as ``<|im_end|>``, without becoming them.
+"""Special tokens such as ``<|im_end|>`` count only where the chat template writes them, not where a text spells them.
 
-A tokenizer takes a special token wherever it finds its spelling, so a text could end the user's turn and begin one of
-the system's. Here a special token is one only where the chat template wrote it. To tell, one character of every special
-token's spelling (``|`` for Qwen's) is exchanged in all texts for one that no text has, before the template is rendered.
-The tokenizer then finds the template's special tokens alone. What lies between them is tokenized with the characters
-put back and special tokens off, as ``split_special_tokens=True`` does in Transformers. For texts that spell no special
-token the result is Transformers'. Added tokens that the tokenizer does not call special, such as ``<tool_call>`` and
-``<|fim_prefix|>``, are tokens in texts too, as Transformers reads them.
+Before the template is rendered, one character of each special token (``|`` for Qwen's) is replaced in all texts by a
+lone surrogate. The tokenizer then finds the template's special tokens alone; what is between them is unescaped and
+tokenized with ``split_special_tokens=True``. Texts that spell no special token have Transformers' token ids, and so
+have added tokens that are not called special (``<tool_call>``).
 """
 
 from __future__ import annotations
@@ -17,16 +14,12 @@ from typing import Any
 
 from .errors import PromptError
 
-_FIRST_STAND_IN = 0xD800  # lone surrogates: Unicode has no text with one, and to_messages refuses them
-_BLANK = "\ufffd"  # takes a stand-in's place where the tokenizer looks for special tokens
+_FIRST_STAND_IN = 0xD800  # lone surrogates, which to_messages refuses in texts
+_BLANK = "\ufffd"  # in place of a stand-in, for the tokenizer
 
 
-class InertText:
-    """Texts for one tokenizer.
-
-    Args:
-        tokenizer: Transformers'.
-    """
+class SpecialTokenEscaper:
+    """Escapes special tokens in texts for one tokenizer of Transformers."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -37,8 +30,8 @@ class InertText:
             character: chr(_FIRST_STAND_IN + number) for number, character in enumerate(_characters(specials.values()))
         }
 
-    def mark(self, value: Any) -> Any:
-        """Exchange the characters in a text, or in all texts of lists and dictionaries.
+    def escape(self, value: Any) -> Any:
+        """Replace the characters in a text, or in all texts of lists and dictionaries.
 
         Raises:
             RecursionError: they are nested too deeply.
@@ -48,28 +41,28 @@ class InertText:
                 value = value.replace(character, stand_in)
             return value
         if isinstance(value, dict):
-            return {self.mark(key): self.mark(item) for key, item in value.items()}
-        return [self.mark(item) for item in value] if isinstance(value, list) else value
+            return {self.escape(key): self.escape(item) for key, item in value.items()}
+        return [self.escape(item) for item in value] if isinstance(value, list) else value
 
-    def unmark(self, text: str) -> str:
-        """Put them back."""
+    def unescape(self, text: str) -> str:
+        """Undo :meth:`escape`."""
         for character, stand_in in self._stand_ins.items():
             text = text.replace(stand_in, character)
         return text
 
-    def unmark_message(self, message: str) -> str:
-        """Put them back in an error's message, which spells them out."""
+    def unescape_message(self, message: str) -> str:
+        """Undo :meth:`escape` in an error's message, where surrogates are spelled out."""
         for character, stand_in in self._stand_ins.items():
             message = message.replace(stand_in.encode("unicode_escape").decode(), character)
         return message
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a rendered template whose texts are marked.
+        """Token ids of a rendered template whose texts are escaped.
 
         Raises:
             PromptError: the tokenizer does not take it.
         """
-        plain = self.unmark(text)
+        plain = self.unescape(text)
         if self._spellings.findall(plain) == self._spellings.findall(text):
             return self.encode_plain(plain)  # no text spells one
         blank = text
@@ -85,7 +78,7 @@ class InertText:
         return ids + self._ordinary(plain[end:])
 
     def encode_plain(self, text: str) -> list[int]:
-        """Token ids as Transformers has them, every special token in the text included; raises as :meth:`encode`."""
+        """Token ids as Transformers has them, special tokens in texts included; raises as :meth:`encode`."""
         return self._call(text, split_special_tokens=False)["input_ids"]
 
     def _ordinary(self, text: str) -> list[int]:
@@ -99,7 +92,7 @@ class InertText:
 
 
 def _characters(tokens: Iterable[str]) -> list[str]:
-    """One character of each token at least; not one that templates look for in texts, as in ``</think>``."""
+    """At least one character of each token; none that templates look for in texts, as in ``</think>``."""
     chosen: list[str] = []
     for token in tokens:
         if not any(character in token for character in chosen):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from qwen2vl_trt import pointwise
+from qwen2vl_trt import fused_ops
+from qwen2vl_trt.fused_ops import FusedOps
 from qwen2vl_trt.layers import RMSNorm
 from qwen2vl_trt.mrope import rotary_cos_sin
 from qwen2vl_trt.ops import quantize_fp8, rotate
-from qwen2vl_trt.pointwise import Pointwise
 from tests.support.bounds import FP32
 from tests.support.compiled_steps import compilations, graph_breaks, need_a_compiler
 from tests.support.models import relative_error
@@ -37,7 +37,7 @@ def mean_error(found, expected):
 
 
 class Steps:
-    """Every step of :class:`Pointwise` on random input of T tokens."""
+    """Every step of :class:`FusedOps` on random input of T tokens."""
 
     def __init__(self, size, dtype, functions):
         self.functions, self.dtype = functions, dtype
@@ -51,17 +51,20 @@ class Steps:
     def angles(self, tokens):
         frequencies = 1.0 / 10000 ** (torch.arange(0, self.head, 2) / self.head)
         positions = torch.randint(0, 5000, (3, 1, tokens), generator=torch.Generator().manual_seed(2))
-        return self.functions.angles(positions, frequencies, SECTIONS[self.head], 1.0), (positions, frequencies)
+        return self.functions.rotary_cos_sin(positions, frequencies, SECTIONS[self.head], 1.0), (positions, frequencies)
 
     def run(self, tokens, batch=1):
         """All results by name; caches as they are afterwards."""
         x, y = self.tensor(batch, tokens, self.width), self.tensor(batch, tokens, self.width, seed=1)
         gate_up = self.tensor(batch, tokens, 2 * self.inner)
-        found = {"norm": self.functions.norm(x, self.norm, None), "norm_fp8": self.functions.norm(x, self.norm, SCALE)}
-        found["total"], found["add_norm"] = self.functions.add_norm(x, y, self.norm, None)
-        found["total_fp8"], found["add_norm_fp8"] = self.functions.add_norm(x, y, self.norm, SCALE)
-        found["gate"], found["gate_fp8"] = (self.functions.gate(gate_up, scale) for scale in (None, SCALE))
-        found["quantize"] = self.functions.quantize(x, SCALE)
+        found = {
+            "norm": self.functions.rms_norm(x, self.norm, None),
+            "norm_fp8": self.functions.rms_norm(x, self.norm, SCALE),
+        }
+        found["total"], found["add_norm"] = self.functions.add_rms_norm(x, y, self.norm, None)
+        found["total_fp8"], found["add_norm_fp8"] = self.functions.add_rms_norm(x, y, self.norm, SCALE)
+        found["gate"], found["gate_fp8"] = (self.functions.silu_and_mul(gate_up, scale) for scale in (None, SCALE))
+        found["quantize"] = self.functions.quantize_fp8(x, SCALE)
         count = batch * tokens
         (found["cos"], found["sin"]), _ = self.angles(count)
         qkv = self.tensor(batch, tokens, (self.heads + 2 * self.kv_heads) * self.head)
@@ -69,18 +72,18 @@ class Steps:
         order = torch.randperm(7 * 40, generator=torch.Generator().manual_seed(5))[:count]
         places = order // 40, order % 40
         cos, sin = found["cos"].view(batch, tokens, -1), found["sin"].view(batch, tokens, -1)
-        found["q"] = self.functions.store(qkv, cos, sin, *caches, *places)
+        found["q"] = self.functions.reshape_and_cache(qkv, cos, sin, *caches, *places)
         found["k_cache"], found["v_cache"] = caches
         vision_cos, vision_sin = (noise(batch, tokens, self.vision_head // 2, seed=seed) for seed in (6, 7))
         vision_qkv = self.tensor(batch, tokens, 3 * self.vision_heads * self.vision_head)
-        found["rotated"] = self.functions.rotate(vision_qkv, vision_cos, vision_sin, 2 * self.vision_heads)
+        found["rotated"] = self.functions.rotary_embedding(vision_qkv, vision_cos, vision_sin, 2 * self.vision_heads)
         return found
 
 
 @cache
 def compiled(size, dtype):
     need_a_compiler()
-    functions = Pointwise()
+    functions = FusedOps()
     steps = Steps(size, dtype, functions)
     functions.compile([lambda: steps.run(1), lambda: steps.run(9)])
     assert functions.compiled
@@ -92,7 +95,7 @@ def compiled(size, dtype):
 @torch.no_grad()
 def test_fp32_equals_the_plain_functions(size, batch):
     found = compiled(size, torch.float32).run(batch[1], batch[0])
-    expected = Steps(size, torch.float32, Pointwise()).run(batch[1], batch[0])
+    expected = Steps(size, torch.float32, FusedOps()).run(batch[1], batch[0])
     for name in expected:
         assert found[name].dtype == expected[name].dtype
         assert found[name].shape == expected[name].shape
@@ -108,8 +111,8 @@ def test_fp32_equals_the_plain_functions(size, batch):
 @torch.no_grad()
 def test_bf16_is_no_further_from_fp32_than_the_plain_functions(size, batch):
     found = compiled(size, torch.bfloat16).run(batch[1], batch[0])
-    plain = Steps(size, torch.bfloat16, Pointwise())
-    exact = Steps(size, torch.float32, Pointwise())
+    plain = Steps(size, torch.bfloat16, FusedOps())
+    exact = Steps(size, torch.float32, FusedOps())
     exact.norm.weight.copy_(plain.norm.weight)
     exact.tensor = lambda *shape, seed=0: noise(*shape, dtype=torch.bfloat16, seed=seed).float()
     exact = exact.run(batch[1], batch[0])
@@ -123,7 +126,7 @@ def test_bf16_is_no_further_from_fp32_than_the_plain_functions(size, batch):
 @torch.no_grad()
 def test_the_plain_functions_are_the_modules_arithmetic():
     """What both are compared with, written once more as the modules write it."""
-    steps = Steps("small", torch.float32, Pointwise())
+    steps = Steps("small", torch.float32, FusedOps())
     found = steps.run(4, 2)
     x, y = steps.tensor(2, 4, steps.width), steps.tensor(2, 4, steps.width, seed=1)
     assert relative_error(found["add_norm"], steps.norm(x + y)) < FP32
@@ -177,7 +180,7 @@ def test_strides_compile_nothing_anew():
         noise(3, 1, width).transpose(0, 1),
         noise(1, 9, width)[:, 4:],
     ):
-        found, expected = (functions.norm(x, steps.norm, None) for functions in (steps.functions, Pointwise()))
+        found, expected = (functions.rms_norm(x, steps.norm, None) for functions in (steps.functions, FusedOps()))
         assert relative_error(found, expected) < FP32
     assert compilations() == before
 
@@ -185,21 +188,21 @@ def test_strides_compile_nothing_anew():
 def without_compiling(monkeypatch, wrong=None):
     """In place of the compiler: the function as it is, or what ``wrong`` makes of the named one."""
     changes = wrong or {}
-    monkeypatch.setattr(pointwise, "_compiled", lambda function: changes.get(function.__name__, function))
+    monkeypatch.setattr(fused_ops, "_compiled", lambda function: changes.get(function.__name__, function))
 
 
-@pytest.mark.parametrize("name", pointwise._PLAIN)
+@pytest.mark.parametrize("name", fused_ops._PLAIN)
 @torch.no_grad()
 def test_a_wrong_compiler_is_found_out(monkeypatch, caplog, name):
     """Each function in turn a tenth too large, or without what it should have written."""
 
     def larger(*args):
-        found = pointwise._PLAIN[name](*args)
+        found = fused_ops._PLAIN[name](*args)
         if isinstance(found, tuple):
             return found[0], found[1] * 1.1
         return (found.float() * 1.1).to(found.dtype)
 
-    functions = Pointwise()
+    functions = FusedOps()
     steps = Steps("small", torch.float32, functions)
     expected = steps.run(5)
     without_compiling(monkeypatch, {name: larger})
@@ -217,14 +220,14 @@ def test_what_is_not_written_is_found_out(monkeypatch, caplog, forgotten):
     def forgets(*args):
         args = list(args)
         args[3 + forgotten] = args[3 + forgotten].clone()
-        return pointwise.stored(*args)
+        return fused_ops.reshape_and_cache(*args)
 
-    functions = Pointwise()
+    functions = FusedOps()
     steps = Steps("small", torch.float32, functions)
-    without_compiling(monkeypatch, {"stored": forgets})
+    without_compiling(monkeypatch, {"reshape_and_cache": forgets})
     functions.compile([lambda: steps.run(5)])
     assert not functions.compiled
-    assert "compiled function 'stored' is wrong by 1" in caplog.text
+    assert "compiled function 'reshape_and_cache' is wrong by 1" in caplog.text
 
 
 @torch.no_grad()
@@ -233,14 +236,14 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, caplog, tmp_path):
     from torch._inductor import config
 
     need_a_compiler()
-    functions = Pointwise()
+    functions = FusedOps()
     steps = Steps("small", torch.float32, functions)
     expected = steps.run(3)
     caplog.set_level(logging.WARNING)
     with config.patch({"cpp.cxx": (str(tmp_path / "no-compiler"),), "force_disable_caches": True}):
         functions.compile([lambda: steps.run(3)])
         assert not functions.compiled
-    ours = [record for record in caplog.records if record.name == pointwise.__name__]
+    ours = [record for record in caplog.records if record.name == fused_ops.__name__]
     assert len(ours) == 1
     assert "not compiled, which costs time" in ours[0].getMessage()
     assert "\n" not in ours[0].getMessage()
@@ -254,11 +257,11 @@ def test_models_of_one_process_do_not_use_up_each_others_compilations(monkeypatc
     monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compiler(f, dynamic=dynamic, backend="eager"))
     models = []
     for number in range(torch._dynamo.config.recompile_limit + 2):
-        functions = Pointwise()
+        functions = FusedOps()
         norm = RMSNorm(8 + number, eps=1e-6)
 
         def run(tokens, functions=functions, norm=norm):
-            return functions.norm(noise(tokens, *norm.normalized_shape), norm, None)
+            return functions.rms_norm(noise(tokens, *norm.normalized_shape), norm, None)
 
         functions.compile([lambda run=run: run(1), lambda run=run: run(3)])
         assert functions.compiled

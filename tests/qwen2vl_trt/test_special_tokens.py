@@ -8,8 +8,8 @@ import pytest
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import PromptError
-from qwen2vl_trt.inert_text import InertText, _characters
 from qwen2vl_trt.prompts import PromptBuilder
+from qwen2vl_trt.special_tokens import SpecialTokenEscaper, _characters
 from tests.support.chat import text, user
 from tests.support.thorough import often
 
@@ -136,7 +136,7 @@ def test_an_error_that_quotes_a_text_quotes_it_as_it_is(builder, monkeypatch):
 
 def test_what_the_tokenizer_raises_is_a_prompt_error(builder):
     with pytest.raises(PromptError, match="cannot be tokenized"):
-        InertText(builder.tokenizer).encode_plain("\ud900")
+        SpecialTokenEscaper(builder.tokenizer).encode_plain("\ud900")
 
 
 def test_the_character_that_makes_a_special_token_is_none_that_templates_look_for():
