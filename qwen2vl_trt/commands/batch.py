@@ -100,7 +100,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     Ends with 0 even if some rows could not be used (a warning counts them).
 
-
     Raises:
         BatchError: the options do not fit, the output is in the way, a table cannot be read, Ray is not there, or no
             row could be used.
