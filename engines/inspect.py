@@ -70,7 +70,6 @@ def inspect_folder(folder: Path, verify: bool = False, max_pixels: int | None = 
     Types are read from the graphs: a strongly typed TensorRT engine and ONNX Runtime compute in them.
 
     Args:
-        folder: as a build wrote it.
         verify: read every byte that the build made and compare it with the manifest.
         max_pixels: of an image, by the checkpoint's own settings; None where they set no limit.
 

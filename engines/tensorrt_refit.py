@@ -63,7 +63,6 @@ def refit(trt: Any, engine: Any, log: Any, path: Path) -> None:
     """Give an engine the weights that its plan lacks.
 
     Args:
-        trt: the TensorRT module.
         engine: deserialised from a stripped plan.
         log: see :func:`qwen2vl_trt.engines.tensorrt_callbacks.tensorrt_log`.
         path: the ONNX file that it was built from, with the weights beside it.

@@ -33,11 +33,8 @@ class Graph:
     """One graph to export.
 
     Attributes:
-        name: of the graph and its file.
         prefix: what to put before the module's parameter names to get the checkpoint's.
         module: builds the module; called under the meta device.
-        inputs: by name, in order.
-        outputs: names, in order.
         arguments: from the inputs' tensors, in order, to the module's keyword arguments.
     """
 

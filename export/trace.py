@@ -36,15 +36,10 @@ _NOISY = ("torch.onnx._internal.exporter._registration", "onnx_ir.passes.common.
 
 
 def trace(graph: Graph, dtype: torch.dtype) -> ir.Model:
-    """Export a graph to ONNX with its weights left open.
+    """Export a graph to ONNX; ``dtype`` is of weights and activations, FP8 apart.
 
-    Args:
-        graph: what to export.
-        dtype: of weights and activations, FP8 apart.
-
-    Returns:
-        The ONNX model. Its weight initialisers carry the module's parameter names, a type and a shape, and no
-        value; :func:`qwen2vl_trt.export.weights.point_to_checkpoint` fills them in.
+    Its weight initialisers carry the module's parameter names, a type and a shape, and no value;
+    :func:`qwen2vl_trt.export.weights.point_to_checkpoint` fills them in.
     """
     module, constants = _meta_module(graph, dtype)
     tensors = [

@@ -233,11 +233,7 @@ def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
 
 
 def check_decode(decode: str, device: str | None) -> None:
-    """See before the minutes of a build whether JPEG files can be decoded as ``--decode`` says.
-
-    Args:
-        decode: the option's value.
-        device: what ``--device`` says; None is a GPU if there is one.
+    """See before the minutes of a build whether JPEG files can be decoded as ``--decode`` says; no device: any GPU.
 
     Raises:
         MediaError: ``gpu``, and the device is none.
