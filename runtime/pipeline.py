@@ -283,7 +283,7 @@ class Pipeline:
 
     @exclusive
     def step(self) -> list[NewToken]:
-        """Take in waiting requests where slots are free, then run one step of every one that runs.
+        """Start queued requests where slots are free, then run one step of every one that runs.
 
         Media that threads still load hold up nothing that can go on without them; where nothing can, it waits for the
         first that are loaded, the next deadline, or :meth:`interrupt`. Deadlines are looked at here. What goes wrong
@@ -309,7 +309,7 @@ class Pipeline:
 
     @exclusive
     def cancel(self, output: Output) -> None:
-        """End a request, waiting or running, with ``finish_reason`` ``"cancelled"``; it keeps the tokens it has."""
+        """End a request, queued or running, with ``finish_reason`` ``"cancelled"``; it keeps the tokens it has."""
         output.cancel()
         self._queue.drop_ended()
         if self._loaded_executor is not None:
@@ -317,7 +317,7 @@ class Pipeline:
 
     @exclusive
     def close(self) -> None:
-        """Cancel the waiting requests and end the threads that load media, once those have finished what they are at.
+        """Cancel the queued requests and end the threads that load media, once those have finished what they are at.
 
         What runs can be stepped on, and new requests start new threads. A pipeline that nobody holds any longer ends
         its threads as well, without waiting for them.

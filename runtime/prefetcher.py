@@ -19,8 +19,8 @@ class Job:
 
     Attributes:
         on_thread: whether a thread loads them, or :meth:`Prefetcher.result`.
-        future: of the media, where a thread loads them.
-        seconds: that loading took.
+        future: of the media.
+        seconds: that loading took, the wait for memory not included.
     """
 
     def __init__(self, load: Callable[[], list[Medium]], size: Callable[[], int | None], on_thread: bool) -> None:

@@ -82,11 +82,7 @@ class DecoderFeatures(FeatureSource):
     Args:
         pipeline: whose engines to use; with ``layer``, to be used for nothing else.
         prompt: what is asked about each image; ``<image>`` marks its place, in front without.
-        layer: of the torch backend, the layer from 1 whose output to take instead, as Transformers counts its
-            ``hidden_states``.
-
-    Raises:
-        FeaturesError: no such layer, or not of this backend.
+        layer: as Transformers counts its ``hidden_states``; see :class:`VisionFeatures`.
     """
 
     def __init__(self, pipeline: Pipeline, prompt: str, layer: int | None = None) -> None:

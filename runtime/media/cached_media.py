@@ -56,12 +56,7 @@ class CachedMedia:
     ) -> Medium:
         """The same for a video; raises as ``Preprocessor.load_video``.
 
-        Args:
-            source: see there.
-            name: what error messages call it.
-            options: of its frames and their size.
-            whole: False gives the size alone of a file that :meth:`shorten` has made shorter before: it probably will
-                again, and then not be decoded.
+        ``whole=False`` gives the size alone, undecoded, of a file that :meth:`shorten` has made shorter before.
         """
         if isinstance(source, (str, Path)):
             label = labelled(source, name)
@@ -77,10 +72,7 @@ class CachedMedia:
     def shorten(
         self, medium: Medium, tokens: int, source: VideoSource, name: str, options: VideoOptions
     ) -> Medium | None:
-        """What :meth:`load_video` gave, of at most so many tokens, by smaller frames and then by fewer.
-
-        None where neither is enough.
-        """
+        """What :meth:`load_video` gave, in so many tokens, by smaller frames and then by fewer; None if that fails."""
         shorter = self._load.sizes.video_within(tokens, medium.size, name=name, options=options)
         if shorter is None:
             return None

@@ -28,15 +28,7 @@ class StageTimes:
 
 
 class MediaEmbedder:
-    """Preprocesses and embeds, as few engine calls as the profile allows.
-
-    Args:
-        preprocessor: loads media, in sizes that the engine takes, and makes their pixels.
-        runner: the vision engine.
-        profile: its limits.
-        config: the vision tower.
-        observe: surrounds every ``preprocess`` and ``vision``.
-    """
+    """Preprocesses and embeds, in as few calls of the vision engine as its profile allows."""
 
     def __init__(
         self,
@@ -51,11 +43,7 @@ class MediaEmbedder:
         self._pixels: Tensor | None = None  # of the largest batch so far: free again once its engine call has returned
 
     def embed(self, media: Sequence[Medium]) -> tuple[list[Tensor], StageTimes]:
-        """Embed any mix of sizes by their pixels: images together, see :meth:`_groups`, and each video alone.
-
-        Returns:
-            ``[tokens, C]`` of each, and the time spent.
-        """
+        """``[tokens, C]`` of each, any mix of sizes: images together, see :meth:`_groups`, and each video alone."""
         times = StageTimes()
         found: dict[int, Tensor] = {}
         images = [number for number, medium in enumerate(media) if not medium.is_video]
@@ -69,8 +57,7 @@ class MediaEmbedder:
     def _groups(self, grids: Sequence[Grid]) -> Iterator[slice]:
         """Neighbours of one engine call: up to ``max_batch_size``, with no more pairs of patches than one image has.
 
-        Full attention takes memory for the square of the longest of them, times their number, wherever it is not one
-        fused kernel, and for its mask. Together they take no more of it than the largest image alone.
+        Full attention without a fused kernel takes memory for the square of the longest, times their number.
         """
         most, start, longest = self._profile.max_hw_dims**2, 0, 0
         for number, (_, rows, columns) in enumerate(grids):

@@ -34,18 +34,7 @@ from .sequence import RunningSequence, token_keys
 
 
 class Preparer:
-    """Prepares the requests of one pipeline.
-
-    Args:
-        media: loads and embeds.
-        prompts: tokenizes.
-        config: the model.
-        profile: the engines' limits.
-        device: of the logits.
-        eos_token_ids: that end an answer.
-        strict_size: a video is not made shorter to fit the engines.
-        observe: surrounds every ``load``.
-    """
+    """Prepares the requests of one pipeline; with ``strict_size`` a video is not made shorter to fit the engines."""
 
     def __init__(
         self,
@@ -65,13 +54,9 @@ class Preparer:
     def find_media(self, request: Request, params: Sampling | None = None) -> tuple[Media, int | None]:
         """A request's images and videos, its messages' included, each with its options.
 
-        Args:
-            request: it.
-            params: of its answer, if there will be one; where they say ``max_tokens``, these are left free.
-
         Returns:
-            Beside the media, the most tokens of all together that the text leaves; None without a video, which alone is
-            fitted to them.
+            Beside the media, the most tokens of all together that the text, and ``max_tokens`` where ``params`` say it,
+            leave; None without a video, which alone is fitted to them.
 
         Raises:
             MediaError: they are no list, or the options of a part are out of range.
@@ -166,14 +151,11 @@ class Preparer:
     def prepare(self, request: Request, params: Sampling, output: Output, media: list[Medium]) -> RunningSequence:
         """Tokenize a request's prompt around its media; now all that can be wrong with it is known.
 
-        Args:
-            request: it.
-            params: of its answer; a ``max_tokens`` that the request did not say is lowered to what the prompt leaves.
-            output: of its answer; gets the prompt's length and the sizes of the media.
-            media: see :meth:`load`.
+        A ``max_tokens`` that the request did not say is lowered to what the prompt leaves. ``output`` gets the prompt's
+        length and the sizes of the media.
 
         Raises:
-            PromptError: the prompt does not fit them.
+            PromptError: the prompt does not fit the media.
             LimitError: prompt and answer are outside the engines' profile.
         """
         prompt, grids = self._prompt(request, media)
@@ -235,14 +217,8 @@ class Preparer:
 def listed(media: Any, name: str, dimensions: int) -> list[Any]:
     """Several images or videos; a lone one would be taken for a list of its rows, a lone path for one of letters.
 
-    Args:
-        media: what is given.
-        name: ``images`` or ``videos``.
-        dimensions: of an array or a tensor that holds several.
-
-    Raises:
-        MediaError: no list.
-        PromptError: a URL in it is not of this machine.
+    ``dimensions`` are those of an array or a tensor that holds several. Raises MediaError where it is no list, and
+    PromptError where a URL in it is not of this machine.
     """
     stacked = isinstance(media, (np.ndarray, Tensor)) and media.ndim == dimensions
     if not stacked and (not isinstance(media, Sequence) or isinstance(media, (str, bytes, bytearray))):

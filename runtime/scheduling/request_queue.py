@@ -42,14 +42,7 @@ class QueuedRequest:
 
 
 class RequestQueue:
-    """Requests in the order of arrival; those in front may be prepared.
-
-    Args:
-        preparer: of the pipeline.
-        prefetcher: loads their media.
-        overlap: media may be loaded on threads.
-        clock: seconds, for deadlines.
-    """
+    """Requests in the order of arrival; those in front may be prepared. ``overlap`` lets threads load their media."""
 
     def __init__(self, preparer: Preparer, prefetcher: Prefetcher, overlap: bool, clock: Callable[[], float]) -> None:
         self._preparer, self._prefetcher, self._overlap, self._clock = preparer, prefetcher, overlap, clock

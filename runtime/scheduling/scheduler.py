@@ -38,13 +38,13 @@ _NOT_FINITE = (
 
 
 class Scheduler(Executor):
-    """Shares a decoder's slots among sequences.
+    """Shares a decoder's slots, which are its alone while it is busy, among sequences.
 
     Args:
-        decoder: its slots are this scheduler's alone while it is busy.
+        decoder: the engine.
         max_num_tokens: most prompt tokens in one step.
         reuse_prefixes: prompts share keys and values with running requests, and with ended ones whose slot is free.
-        counters: where to count; by default nowhere that can be read.
+        counters: where to count.
         observe: surrounds every ``prefill``, ``decode`` and ``sampling``.
     """
 

@@ -47,13 +47,7 @@ class TensorRTLLMExecutor(Executor):
 
     They live in an event loop on a thread of its own, which puts what they get into a queue that :meth:`step` empties.
 
-    Args:
-        llm: see :func:`qwen2vl_trt.engines.tensorrt_llm_api.make_llm`; this executor's alone.
-        config: the model.
-        ends: its end-of-sequence and padding tokens.
-        slots: most requests together.
-        embeds_dtype: of the vision embeddings to hand over; None where TensorRT-LLM runs its own tower.
-        counters: where to count.
+    ``embeds_dtype`` is that of the vision embeddings to hand over; None where TensorRT-LLM runs its own tower.
     """
 
     def __init__(
@@ -204,11 +198,7 @@ class TensorRTLLMExecutor(Executor):
 
 
 def check_sampling(params: Sampling) -> None:
-    """Refuse settings that TensorRT-LLM does not follow as they are meant here.
-
-    Raises:
-        SamplingError: one of them, by name.
-    """
+    """Raise SamplingError for settings that TensorRT-LLM does not follow as they are meant here."""
     if params.penalised:
         # Its sampler has penalties in some releases alone, and leaves them out without a word in the others.
         raise SamplingError(
