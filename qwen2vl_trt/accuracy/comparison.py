@@ -26,13 +26,7 @@ Measured = Figures | Agreement
 
 @dataclass(frozen=True)
 class Row:
-    """One runner against the reference.
-
-    Attributes:
-        name: the runner's.
-        cases: figures by output, a case each, in the cases' order; tokens under ``greedy_ids``.
-        seconds: that it took over all cases.
-    """
+    """One runner against the reference: figures by output of each case, tokens under ``greedy_ids``."""
 
     name: str
     cases: tuple[dict[str, Measured], ...]
@@ -60,15 +54,9 @@ class Row:
 def compare_runners(
     reference: BaseRunner, others: Sequence[BaseRunner], feeds: Sequence[Feed], on_case: Callable[[str], None]
 ) -> Iterator[Row]:
-    """Let the reference answer every case greedily, the others the same tokens, and compare every output.
+    """Let the reference answer every case greedily, the others take its ``greedy_ids``, and compare every output.
 
-    Yields a row of each of the others, once it has answered all cases.
-
-    Args:
-        reference: gives ``greedy_ids``, which the others are forced to take.
-        others: compared with it, one after another.
-        feeds: a case each.
-        on_case: told a runner's name before each case.
+    Yields a row of each of the others, once it has answered all cases; ``on_case`` gets a runner's name before each.
     """
     with tempfile.TemporaryDirectory(prefix="qwen2vl-compare-") as folder, G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         stored, forced = [], []
