@@ -59,7 +59,8 @@ def compare_runners(
     Yields a row of each of the others, once it has answered all cases; ``on_case`` gets a runner's name before each.
     """
     with tempfile.TemporaryDirectory(prefix="qwen2vl-compare-") as folder, G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        stored, forced = [], []
+        stored: list[Path] = []
+        forced: list[Feed] = []
         for (outputs, _), feed in zip(_answers(reference, feeds, on_case), feeds):
             stored.append(Path(folder) / f"{len(stored)}.safetensors")
             save_file({name: np.ascontiguousarray(array) for name, array in outputs.items()}, stored[-1])
@@ -75,7 +76,7 @@ def compare_runners(
 def compare_inputs(expected: Iterable[Feed], found: Iterable[Feed]) -> Row:
     """The same of what is made before the model, case by case."""
     began = time.perf_counter()
-    cases = [
+    cases: list[dict[str, Measured]] = [
         {name: measure(array, reference[name], name) for name, array in ours.items()}
         for reference, ours in zip(expected, found)
     ]
