@@ -26,13 +26,7 @@ Measured = Figures | Agreement
 
 @dataclass(frozen=True)
 class Row:
-    """One runner against the reference.
-
-    Attributes:
-        name: the runner's.
-        cases: figures by output, a case each, in the cases' order; tokens under ``greedy_ids``.
-        seconds: that it took over all cases.
-    """
+    """One runner against the reference: figures by output of each case, tokens under ``greedy_ids``."""
 
     name: str
     cases: tuple[dict[str, Measured], ...]
@@ -60,18 +54,13 @@ class Row:
 def compare_runners(
     reference: BaseRunner, others: Sequence[BaseRunner], feeds: Sequence[Feed], on_case: Callable[[str], None]
 ) -> Iterator[Row]:
-    """Let the reference answer every case greedily, the others the same tokens, and compare every output.
+    """Let the reference answer every case greedily, the others take its ``greedy_ids``, and compare every output.
 
-    Yields a row of each of the others, once it has answered all cases.
-
-    Args:
-        reference: gives ``greedy_ids``, which the others are forced to take.
-        others: compared with it, one after another.
-        feeds: a case each.
-        on_case: told a runner's name before each case.
+    Yields a row of each of the others, once it has answered all cases; ``on_case`` gets a runner's name before each.
     """
     with tempfile.TemporaryDirectory(prefix="qwen2vl-compare-") as folder, G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        stored, forced = [], []
+        stored: list[Path] = []
+        forced: list[Feed] = []
         for (outputs, _), feed in zip(_answers(reference, feeds, on_case), feeds):
             stored.append(Path(folder) / f"{len(stored)}.safetensors")
             save_file({name: np.ascontiguousarray(array) for name, array in outputs.items()}, stored[-1])
@@ -87,7 +76,7 @@ def compare_runners(
 def compare_inputs(expected: Iterable[Feed], found: Iterable[Feed]) -> Row:
     """The same of what is made before the model, case by case."""
     began = time.perf_counter()
-    cases = [
+    cases: list[dict[str, Measured]] = [
         {name: measure(array, reference[name], name) for name, array in ours.items()}
         for reference, ours in zip(expected, found)
     ]

@@ -31,7 +31,7 @@ from .recorder import Recorder, RecordingSession, decoder_modules, in_patch_orde
 from .tolerance import DECODE_LOGITS, GREEDY, HIDDEN_STATES, IMAGE_EMBEDS, LOGITS, PIXELS, TOKENS, VISION_PREFIX
 
 OnGraphInput = Callable[[str, dict[str, Tensor]], None]
-"""Told the inputs of a graph, ``vision`` or ``decoder``, before it runs."""
+"""Called with ``vision`` or ``decoder`` and the inputs of that graph before it runs."""
 
 
 class EngineRunner(BaseRunner):
@@ -39,13 +39,7 @@ class EngineRunner(BaseRunner):
 
     It is fed what :func:`qwen2vl_trt.accuracy.inputs.input_metadata` describes and gives ``image_embeds [T, C]``,
     ``hidden_states [S, C]``, ``logits [1, V]``, ``decode_logits [n - 1, V]``, ``greedy_ids [n]`` and, where asked for,
-    every block, all in FP32 and in Transformers' order.
-
-    Args:
-        name: in the report.
-        engines: the opened folder; engines load when the runner is activated and are let go of when it is deactivated.
-        layers: record every block too.
-        on_graph_input: for who wants to keep what the graphs are given.
+    every block (``layers``), all in FP32 and in Transformers' order. Engines are loaded while it is active.
     """
 
     def __init__(
@@ -185,15 +179,7 @@ class EngineRunner(BaseRunner):
 
 
 class ModulesRunner(EngineRunner):
-    """Our PyTorch modules in FP32, with the limits of an engine.
-
-    Args:
-        name: in the report.
-        engines: whose limits.
-        checkpoint: whose weights.
-        device: where to run.
-        layers: record every block too.
-    """
+    """Our PyTorch modules in FP32, with the limits of ``engines``."""
 
     def __init__(
         self, name: str, engines: Engines, checkpoint: Checkpoint, device: torch.device, layers: bool = False

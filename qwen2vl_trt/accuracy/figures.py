@@ -20,14 +20,8 @@ from qwen2vl_trt.errors import EngineError
 class Figures:
     """One output of one case, or of several.
 
-    Attributes:
-        max_absolute: largest difference.
-        mean_absolute: mean difference.
-        max_relative: see the module; of several cases the largest.
-        mean_relative: see the module; of several cases over all their values.
-        cosine: of several cases the smallest.
-        scale: mean of the reference's absolute values, which ``mean_relative`` is relative to.
-        values: how many were compared.
+    Of several cases ``max_relative`` is the largest, ``mean_relative`` over all values, ``cosine`` the smallest;
+    ``scale`` is the mean of the reference's absolute values, ``values`` how many were compared.
     """
 
     max_absolute: float

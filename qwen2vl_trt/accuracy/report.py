@@ -31,19 +31,13 @@ class Report:
     """What was compared with what, and how far apart they are.
 
     Attributes:
-        folder: of the engine.
-        manifest: its manifest.
-        reference: the reference's name.
-        tolerance: what the engine is held to.
         cases: what was asked, and the number of prompt tokens of each.
         inputs: our preprocessor and prompt builder against Transformers' processor.
         engine: the engine against the reference.
-        baseline: Transformers in BF16 against it; None where Ctrl-C or an error was before it.
+        baseline: Transformers in BF16 against it; None, and no verdict, where ``ended_by`` was before it.
         others: further runners, for information.
         notes: what could not be compared.
-        machine: see :func:`qwen2vl_trt.machine.machine`.
-        command: as it was typed.
-        ended_by: the Ctrl-C or the error; without a baseline there is no verdict.
+        ended_by: the Ctrl-C or the error.
     """
 
     folder: Path

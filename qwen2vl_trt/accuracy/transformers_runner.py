@@ -39,14 +39,7 @@ _NORM = DECODER_PREFIX + "norm"
 class TransformersRunner(BaseRunner):
     """``Qwen2_5_VLForConditionalGeneration.generate``, greedy or forced to take an answer; outputs are read by hooks.
 
-    It is fed and answers as :class:`qwen2vl_trt.accuracy.engine_runner.EngineRunner`; ``greedy_ids [n]`` besides.
-
-    Args:
-        name: in the report.
-        checkpoint: what to load.
-        dtype: of weights and activations.
-        device: where to.
-        layers: record every block too.
+    It is fed and answers as :class:`qwen2vl_trt.accuracy.engine_runner.EngineRunner`.
     """
 
     def __init__(

@@ -145,4 +145,5 @@ def _measure(
             given = (engines.checkpoint.folder, against, PRECISIONS[against], str(engines.device))
             workers.append(stack.enter_context(Worker("Transformers", partial(TransformersSystem, *given))))
         for case in of_stage:
-            yield Result(case, *measure(case, workers, until), streams=options.streams)
+            ours, *others = measure(case, workers, until)
+            yield Result(case, ours, others[0] if others else None, streams=options.streams)

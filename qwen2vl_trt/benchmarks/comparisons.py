@@ -206,7 +206,7 @@ def _measure_ours(
     on_row: Callable[[str], None],
 ) -> None:
     profile = BuildProfile(4, 16384, plan.slots, 4096, 8192)
-    folder = root / f"{model.name}-comparisons-{plan.slots}"
+    folder = root / f"{model.name}-{precision.name}-comparisons-{plan.slots}"
     build_engines(ResolvedModel(model.name, checkpoint), *find_backend("torch", precision.name), profile, folder)
     system = partial(EngineSystem, EngineOptions(folder, device), preload=True)
     with Worker(f"our {model.name}", system) as worker:

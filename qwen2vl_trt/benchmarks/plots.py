@@ -54,7 +54,7 @@ def save_latencies(report: Report, path: Path) -> None:
         for stage, figure in _PANELS
     }
     panels = {panel: shown for panel, shown in panels.items() if shown}
-    rows = [sum(1.6 + (r.baseline is not None) for r in shown) + 1.8 for shown in panels.values()]
+    rows = [sum(1.7 + (r.baseline is not None) for r in shown) + 1.8 for shown in panels.values()]
     drawing, axes = new_figure(_WIDTH, 0.5 * sum(rows) + 0.7, rows)
     for axis, ((stage, figure), shown) in zip(axes, panels.items()):
         _draw_latencies(axis, figure, shown)
@@ -68,6 +68,8 @@ def _draw_latencies(axis: Any, figure: str, results: list[Result]) -> None:
     labels, places, place = [], [], 0.0
     for result in results:
         bound = result.roofline.get(figure)
+        where = {"xycoords": axis.get_yaxis_transform(), "fontsize": NORMAL, "va": "center", "annotation_clip": False}
+        axis.annotate(result.case.label.replace(",", ", "), (0.005, place - 0.6), fontweight="bold", **where)
         for measurement in (result.ours, result.baseline):
             if measurement is None or figure not in measurement.statistics:
                 continue
@@ -84,16 +86,9 @@ def _draw_latencies(axis: Any, figure: str, results: list[Result]) -> None:
             labels.append(f"{measurement.name}{', ' * bool(measurement.how)}{measurement.how}")
             places.append(place)
             place += 1
-        at = {
-            "xycoords": axis.get_yaxis_transform(),
-            "fontsize": NORMAL,
-            "fontweight": "bold",
-            "annotation_clip": False,
-        }
-        axis.annotate(result.case.label.replace(",", ", "), (0.005, places[-1] + 0.55), va="center", **at)
-        place += 0.6
+        place += 0.7
     axis.set_yticks(places, labels, fontsize=NORMAL)
-    axis.set_ylim(place, -0.8)
+    axis.set_ylim(places[-1] + 0.5, -1)
     axis.set_xlabel("ms", fontsize=SMALL)
     _log_axis(axis)
 
@@ -119,7 +114,7 @@ def save_speedups(report: comparisons.Report, path: Path) -> None:
                     axis.annotate(f" {ratio:.2f}x", (ratio, place + offset), va="center", fontsize=SMALL)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_yticks(range(rows), [result.row.case.label for result in model.results], fontsize=NORMAL)
-        axis.invert_yaxis()
+        axis.set_ylim(rows - 0.4, -0.6)
         axis.set_title(f"{model.name}: {depth_of(model)}", loc="left", fontsize=NORMAL)
         _log_axis(axis)
     legend = [Patch(**style, label=f"against Transformers, {how}") for how, style in styles.items()]

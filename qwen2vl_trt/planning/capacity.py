@@ -49,8 +49,7 @@ class Load:
     """What has to be done.
 
     Attributes:
-        rows: patch rows of an image after resizing.
-        columns: patch columns.
+        rows, columns: patches of an image after resizing.
         text_tokens: of a prompt, the chat template's included.
         output_tokens: of an answer; 0 for vision features, which need no decoder.
         images_per_second: one image a request.
@@ -76,22 +75,13 @@ class Plan:
     """What one choice of ``tp_size`` gives. Seconds, bytes and rates are of one group unless said otherwise.
 
     Attributes:
-        tp_size: GPUs of a group.
-        groups: how many the load needs.
+        tp_size: GPUs of a group; ``groups``: how many the load needs.
         batch: answers decoded together; 0 without a decoder.
-        weight_bytes: on each GPU.
-        kv_bytes_per_slot: of one answer, on each GPU.
-        kv_bytes: of all slots, on each GPU.
+        weight_bytes: on each GPU, as ``kv_bytes_per_slot`` of one answer and ``kv_bytes`` of all slots.
         kv_available: what is left for them, on each GPU.
-        prompt_tokens: of a request.
-        slot_tokens: capacity of a slot.
-        vision_flops: of one image.
-        prefill_flops: of one prompt.
-        step_bytes: read by one decode step.
-        step_flops: of one decode step.
-        vision_seconds: of one image.
-        prefill_seconds: of one prompt.
-        step_seconds: of one decode step, a token of every answer.
+        prompt_tokens: of a request; ``slot_tokens``: capacity of a slot.
+        vision_flops: of one image; ``prefill_flops``: of one prompt.
+        step_bytes: read by one decode step, which gives every answer a token.
         images_per_second: of all groups.
     """
 

@@ -88,7 +88,7 @@ class Collator:
         vision = self.config.vision
         size, temporal = vision.patch_size, vision.temporal_patch_size
         pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)  # [frames, 3, height, width]
-        height, width = smart_resize(*pixels.shape[2:], vision.image_factor, MIN_PIXELS, MAX_PIXELS)
+        height, width = smart_resize(pixels.shape[2], pixels.shape[3], vision.image_factor, MIN_PIXELS, MAX_PIXELS)
         if pixels.shape[2:] != (height, width):
             pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
         if len(frames) % temporal:

@@ -7,6 +7,7 @@ digits, black on white and then in colours, then rows, then everything.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -385,5 +386,9 @@ def _training_scene(rng: np.random.Generator, digits: Digits, task: str, max_are
         return chat_scene(rng)
     if task == "video":
         return video_scene(rng, digits, AUGMENTED, canonical=False)
-    draw = {"read": read_scene, "count": count_scene, "two_images": two_images_scene}[task]
-    return draw(rng, digits, AUGMENTED, canonical=False, max_area=max_area)
+    draws: dict[str, Callable[..., Scene]] = {
+        "read": read_scene,
+        "count": count_scene,
+        "two_images": two_images_scene,
+    }
+    return draws[task](rng, digits, AUGMENTED, canonical=False, max_area=max_area)

@@ -147,11 +147,8 @@ def train(
     """Run the recipe to its end, or for ``stop_after`` steps.
 
     Args:
-        trainer: where to start from.
         work_dir: gets ``state.pt`` and ``curve.csv``.
-        stop_after: steps to run now; all that are left by default.
-        monitor_every: steps between two looks at held-out scenes.
-        monitor_cases: scenes a task of such a look.
+        monitor_every: steps between two looks at held-out scenes, ``monitor_cases`` of each task.
         save_minutes: minutes between two saved states.
     """
     recipe = trainer.recipe
