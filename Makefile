@@ -18,8 +18,10 @@ test: .venv/test .venv/vocabulary
 # torch==2.13.0 torchvision==0.28.0 --index-url https://download.pytorch.org/whl/cpu
 test-lowest: .venv/lowest/installed
 	.venv/lowest/bin/python -m pytest --numprocesses logical --dist loadfile tests/test_requirements.py \
-		tests/export/test_graphs.py tests/export/test_onnxruntime.py tests/qwen2vl_trt/test_prompts.py tests/qwen2vl_trt/test_hub.py tests/engines/test_inspect.py tests/fleet/test_inputs.py \
-		tests/runtime/features/test_store.py tests/runtime/inputs/test_images.py tests/runtime/preprocessing/test_preprocessor.py
+		tests/export/test_graphs.py tests/export/test_onnxruntime.py tests/qwen2vl_trt/test_prompts.py \
+		tests/qwen2vl_trt/test_hub.py tests/engines/test_inspect.py tests/fleet/test_inputs.py \
+		tests/runtime/features/test_store.py tests/runtime/inputs/test_images.py \
+		tests/runtime/preprocessing/test_preprocessor.py
 
 # The preprocessor's Triton kernels, on the CPU. Triton lies apart: PyTorch for CUDA brings the version that it needs, and
 # beside a PyTorch for the CPU this one writes to stderr whenever a process ends.
