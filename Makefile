@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: run test check test-lowest test-kernels lint docs clean
+.PHONY: run test check changed test-lowest test-kernels lint docs clean
 
 run: .venv/run
 	@echo "Building the tiny model's engines, 5 MB in artifacts/ (nothing to build when they are there), then asking:"
@@ -17,19 +17,24 @@ test: .venv/test .venv/vocabulary
 # for CUDA unless that for the CPU is there before: python3 -m venv .venv/lowest && .venv/lowest/bin/pip install
 # torch==2.13.0 torchvision==0.28.0 --index-url https://download.pytorch.org/whl/cpu
 test-lowest: .venv/lowest/installed
-	.venv/lowest/bin/python -m pytest tests/test_requirements.py tests/export/test_graphs.py tests/export/test_onnxruntime.py \
-		tests/qwen2vl_trt/test_prompts.py tests/qwen2vl_trt/test_hub.py tests/engines/test_inspect.py tests/batch/test_inputs.py \
-		tests/runtime/features/test_store.py tests/runtime/inputs/test_images.py tests/runtime/preprocessing/test_preprocessor.py
+	.venv/lowest/bin/python -m pytest --numprocesses logical --dist loadfile tests/test_requirements.py \
+		tests/export/test_graphs.py tests/export/test_onnxruntime.py tests/qwen2vl_trt/test_prompts.py \
+		tests/qwen2vl_trt/test_hub.py tests/engines/test_inspect.py tests/batch/test_inputs.py \
+		tests/runtime/features/test_store.py tests/runtime/inputs/test_images.py \
+		tests/runtime/preprocessing/test_preprocessor.py
 
 # The preprocessor's Triton kernels, on the CPU. Triton lies apart: PyTorch for CUDA brings the version that it needs, and
 # beside a PyTorch for the CPU this one writes to stderr whenever a process ends.
 test-kernels: .venv/test .venv/kernels
-	PYTHONPATH=.venv/kernels $(BIN)/python -m pytest tests/runtime/preprocessing/test_triton_writer.py
+	PYTHONPATH=.venv/kernels $(BIN)/python -m pytest --numprocesses logical tests/runtime/preprocessing/test_triton_writer.py
 
 # The fast loop: lint, types, the pages, and the tests of what git says has changed since BASE (make check BASE=main).
 BASE ?= HEAD
-check: lint
-	$(BIN)/python -m pytest --numprocesses logical --dist loadfile $$($(BIN)/python tests/changed.py $(BASE))
+check: .venv/test
+	$(MAKE) --jobs 2 lint changed
+
+changed: .venv/test
+	$(BIN)/python -m pytest $$($(BIN)/python tests/changed.py $(BASE))
 
 # docs/reference, from the code; tests/test_docs.py compares it.
 docs: .venv/test

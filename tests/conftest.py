@@ -42,11 +42,13 @@ LONGEST = (
     "test_ray.py",
     "test_commands.py",
     "test_tensorrt_build.py",
-    "test_pointwise.py",
-    "test_serving.py",
-    "test_pipeline.py",
-    "test_extraction.py",
     "test_fp8.py",
+    "test_command.py",
+    "test_serving.py",
+    "test_precisions.py",
+    "test_pipeline.py",
+    "test_telemetry.py",
+    "test_answers.py",
 )
 """Files of a minute or half of one: they come first, or one worker would still be at one when the other has ended."""
 

@@ -181,7 +181,6 @@ def test_answers_and_a_row_that_kills_its_worker(ray, engine_dir, pipeline, tmp_
     ("number", "send", "after"),
     [
         (signal.SIGTERM, os.kill, 4),
-        (signal.SIGTERM, os.killpg, 4),
         (signal.SIGINT, os.killpg, 4),
         (signal.SIGTERM, os.killpg, 0),
     ],

@@ -16,7 +16,7 @@ from qwen2vl_trt.engines.options import TensorRTOptions
 from qwen2vl_trt.engines.precision import FP8
 from qwen2vl_trt.engines.tensorrt_build import parse
 from qwen2vl_trt.errors import BuildError
-from qwen2vl_trt.export.onnx_model import export_onnx
+from qwen2vl_trt.export import onnx_model
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.quantization import fp8_layers
 from tests.engines.network_interpreter import run_network
@@ -135,7 +135,7 @@ def test_weights_are_not_copied(fp8_engines, fp8_checkpoint):
 def fp32_between(fp8_checkpoint, tmp_path_factory):
     """The FP8 graphs with FP32 between, which ONNX Runtime and the interpreter compute."""
     folder = tmp_path_factory.mktemp("fp8_meaning")
-    export_onnx(Checkpoint(fp8_checkpoint), folder, torch.float32, CAPACITY)
+    onnx_model.export_onnx(Checkpoint(fp8_checkpoint), folder, torch.float32, CAPACITY)
     return folder
 
 

@@ -20,7 +20,7 @@ from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.tiny.evaluation import answer_scenes
 from qwen2vl_trt.tiny.scenes import TASKS, held_out_scenes
 from tests.support.bounds import FP32, FP32_BEHIND_BOTH
-from tests.support.engine_folders import BUILDS, PROFILE, build
+from tests.support.engine_folders import PROFILE, build
 from tests.support.models import relative_error
 from tests.support.requests import answers, clip, picture, random_params, random_request
 
@@ -590,10 +590,10 @@ def test_many_requests_leave_nothing_behind(pipeline):
         outputs = pipeline.generate([random_request(seed) for seed in seeds], params)
         return [weakref.ref(output) for output in outputs]
 
-    run(range(60))  # oneDNN compiles a kernel for each new shape, and keeps it
+    run(range(36))  # oneDNN compiles a kernel for each new shape, and keeps it
     gc.collect()
     before = process.memory_info().rss
-    for start in range(0, 60, 12):
+    for start in range(0, 36, 12):
         references = run(range(start, start + 12))
         gc.collect()
         assert not any(reference() for reference in references)
@@ -605,21 +605,16 @@ def test_many_requests_leave_nothing_behind(pipeline):
 # Real answers
 
 
-def tiny_pipelines(folder):
-    checkpoint = resolve_model("tiny").folder
-    yield from (Pipeline.from_engine_dir(build(checkpoint, folder / name, name), "cpu") for name, _ in BUILDS)
-
-
 def test_the_tiny_model_reads_digits(tmp_path):
     try:
         resolve_model("tiny")
     except CheckpointError:
         pytest.skip("the tiny model is not there yet")
     scenes = {task: held_out_scenes(task, 20, seed=5) for task in TASKS}
-    for pipeline in tiny_pipelines(tmp_path):
-        right = {
-            task: sum(answer == scene.answer for answer, scene in zip(answer_scenes(pipeline, asked), asked))
-            for task, asked in scenes.items()
-        }
-        assert right["read"] >= 15, right
-        assert min(right.values()) >= 13, right
+    pipeline = Pipeline.from_engine_dir(build(resolve_model("tiny").folder, tmp_path / "torch", "torch"), "cpu")
+    right = {
+        task: sum(answer == scene.answer for answer, scene in zip(answer_scenes(pipeline, asked), asked))
+        for task, asked in scenes.items()
+    }
+    assert right["read"] >= 15, right
+    assert min(right.values()) >= 13, right

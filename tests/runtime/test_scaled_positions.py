@@ -8,7 +8,7 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from qwen2vl_trt import Pipeline, SamplingParams
 from tests.runtime.test_pipeline import image_first, reference_inputs
-from tests.support.engine_folders import BUILDS, build, write_checkpoint
+from tests.support.engine_folders import build, write_checkpoint
 from tests.support.models import relative_error
 
 TRAINED = 64  # positions
@@ -26,23 +26,25 @@ SCALINGS = {
 SHORT, LONG = image_first(60, images=0, words=4), image_first(61, images=2, words=60)
 
 
-@pytest.fixture(scope="module", params=SCALINGS)
-def scaled(request, tmp_path_factory):
-    """The folder of a checkpoint with scaled positions, and Transformers' model and processor."""
-    folder = write_checkpoint(tmp_path_factory.mktemp("scaled") / "model")
+@pytest.mark.parametrize(
+    ("scaling", "backend"),
+    [
+        ("yarn", "torch"),
+        ("yarn, not truncated", "torch"),
+        ("yarn, not truncated", "onnxruntime"),
+        ("linear", "onnxruntime"),
+    ],
+)
+def test_hidden_states_and_greedy_tokens_equal_transformers(scaling, backend, reference, tmp_path):
+    folder = write_checkpoint(tmp_path / "model")
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config["rope_scaling"] = SCALINGS[request.param] | {"mrope_section": config["rope_scaling"]["mrope_section"]}
+    config["rope_scaling"] = SCALINGS[scaling] | {"mrope_section": config["rope_scaling"]["mrope_section"]}
     path.write_text(json.dumps(config))
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    assert model.config.text_config.rope_parameters["rope_type"] == request.param.split(",")[0]
-    return folder, (model, AutoProcessor.from_pretrained(folder))
-
-
-@pytest.mark.parametrize(("backend", "precision"), BUILDS)
-def test_hidden_states_and_greedy_tokens_equal_transformers(backend, precision, scaled, reference, tmp_path):
-    folder, scaled_reference = scaled
-    pipeline = Pipeline.from_engine_dir(build(folder, tmp_path / "engines", backend, precision), "cpu")
+    assert model.config.text_config.rope_parameters["rope_type"] == scaling.split(",")[0]
+    scaled_reference = model, AutoProcessor.from_pretrained(folder)
+    pipeline = Pipeline.from_engine_dir(build(folder, tmp_path / "engines", backend), "cpu")
     lengths = []
     for request in (SHORT, LONG):
         inputs = reference_inputs(scaled_reference, request)

@@ -227,12 +227,12 @@ class TestDecoder:
             decoder.step(*self.random_step(decoder, torch.Generator(), 0, 1, 401, [0]))
 
     def test_not_enough_memory_for_the_cache(self, fake, folder, monkeypatch):
-        monkeypatch.setattr(fake_tensorrt.CpuDevice, "free", 4_000_000)
+        monkeypatch.setattr(fake_tensorrt.CpuDevice, "free", 2_200_000)
         with pytest.raises(EngineError) as refused:
             _ = opened(folder).decoder
         message = str(refused.value)
         assert re.search(
-            r"needs 5\.7 MB for --max-batch-size 4 x --max-seq-len 700, and [23]\.\d MB of GPU", message
+            r"needs 2\.9 MB for --max-batch-size 4 x --max-seq-len 700, and [12]\.\d MB of GPU", message
         ), message
         assert "what fits: --max-batch-size 1 at this length or --max-seq-len 256" in message
 
@@ -251,7 +251,7 @@ class TestDecoder:
 
     def needed(self, handle, folder):
         """Bytes of the cache, the text embeddings, and the activations of both profiles."""
-        cache = 2 * 4 * 4 * PROFILE.max_seq_len * 2 * 32 * 4  # k and v, layers, slots, length, heads, width, FP32
+        cache = 2 * 2 * 4 * PROFILE.max_seq_len * 2 * 32 * 4  # k and v, layers, slots, length, heads, width, FP32
         activations = sum(handle.get_device_memory_size_for_profile_v2(profile) for profile in range(2))
         return cache + activations + Checkpoint(folder).config.text.vocab_size * 128 * 4
 

@@ -26,6 +26,7 @@ from tests.support.bounds import FP32_BEHIND_BOTH
 from tests.support.engine_folders import PROFILE, build
 from tests.support.models import random_model, relative_error, save_model
 from tests.support.requests import answers, clip, picture, random_params, random_request
+from tests.support.thorough import often
 
 BACKENDS = ("torch", "onnxruntime")
 ONE_BACKEND = pytest.mark.parametrize("make", ["torch"], indirect=True)
@@ -480,8 +481,8 @@ def unshared(engines):
     return Pipeline(engines, PipelineOptions(reuse_prefixes=False, embedding_cache_bytes=0))
 
 
-def test_two_thousand_requests_leave_nothing_behind(small_engines):
-    """2,000 requests; what Python and the process hold afterwards is what they held after the first 300."""
+def test_many_requests_leave_nothing_behind(small_engines):
+    """What Python and the process hold after them is what they held after the first 300."""
     engines, process = small_engines["torch"], psutil.Process()
     expected = soak_requests(unshared(engines))
     pipeline = Pipeline(engines, PipelineOptions(max_num_tokens=64), clock=Clock())
@@ -489,7 +490,8 @@ def test_two_thousand_requests_leave_nothing_behind(small_engines):
     pipeline.clear_caches()
     gc.collect()
     resident = process.memory_info().rss
-    ends += soak(pipeline, expected, 1600, seed=2)
+    more = often(300, 1600)
+    ends += soak(pipeline, expected, more, seed=2)
     pipeline.clear_caches()
     gc.collect()
     assert process.memory_info().rss - resident < 48 << 20
@@ -502,7 +504,7 @@ def test_two_thousand_requests_leave_nothing_behind(small_engines):
     finally:
         tracemalloc.stop()
     assert traced < 1 << 18
-    check_soak(pipeline, ends, 2000)
+    check_soak(pipeline, ends, 400 + more)
 
 
 def test_soak_on_onnxruntime(small_engines):
@@ -511,7 +513,8 @@ def test_soak_on_onnxruntime(small_engines):
     pipeline = Pipeline(
         small_engines["onnxruntime"], PipelineOptions(max_num_tokens=64, embedding_cache_bytes=100_000), clock=Clock()
     )
-    check_soak(pipeline, soak(pipeline, expected, 400, seed=4), 400)
+    count = often(200, 400)
+    check_soak(pipeline, soak(pipeline, expected, count, seed=4), count)
     assert pipeline.counters().embedding_evictions > 0
 
 
