@@ -142,4 +142,4 @@ def test_messages_name_commands_that_work_where_the_user_is():
                 r"\brun\.py .|build_engines\.py .|pip install .?qwen2vl-trt", text if isinstance(text, str) else ""
             ):
                 fixed.append(f"{module}: {text}")
-    assert [found.split(":")[0] for found in fixed] == ["qwen2vl_trt.errors", "qwen2vl_trt.tiny.card"], fixed
+    assert [found.split(":")[0] for found in fixed] == ["qwen2vl_trt.errors", "qwen2vl_trt.tiny.train"], fixed
