@@ -13,7 +13,7 @@ from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision
 from tests.support.engine_folders import PROFILE, build, build_fake_tensorrt, installed_backends, use_fake_tensorrt
 from tests.support.files_crossed import files_crossed
 from tests.support.recorded_graph import RecordedGraphs
-from tests.support.varlen_reference import flash
+from tests.support.varlen_reference import flash_attention
 
 LIMITS = {"step": 19, "image": 22, "request": 47, "build": 30}
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -24,7 +24,7 @@ def on_torch(checkpoint, folder, monkeypatch):
 
 
 def on_torch_as_on_cuda(checkpoint, folder, monkeypatch):
-    monkeypatch.setattr(varlen, "flash", flash)
+    monkeypatch.setattr(varlen, "flash_attention", flash_attention)
     monkeypatch.setattr(torch_runner, "has_packed_attention", lambda *args: True)
     monkeypatch.setattr(torch_runner, "has_cache_attention", lambda *args: True)
     monkeypatch.setattr(FusedOps, "compile", lambda self, runs: None)
