@@ -1,4 +1,4 @@
-"""From a growing list of tokens to a growing text that never has to be taken back."""
+"""Streaming detokenisation, and stop strings."""
 
 from __future__ import annotations
 
@@ -9,51 +9,49 @@ from .sampler import Sampling
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 
-_INCOMPLETE = "\ufffd"  # how a decoder writes bytes that are no whole character
+_INCOMPLETE = "\ufffd"  # of bytes that are no whole character
 
 
 class Decoder(Protocol):
-    """The part of a tokenizer that is needed here; Transformers' tokenizers have it."""
+    """The part of Transformers' tokenizers that is needed here."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
 
 
 class Detokenizer:
-    """Decodes tokens one at a time, never emitting half a character.
+    """Decodes tokens one at a time, in whole characters.
 
-    Decoding everything again at each token costs the square of the answer's length, and decoding a token alone
-    is wrong (a character may span tokens; some tokenizers treat the first token of a text differently). So a
-    window slides along: it starts at the last token that completed a character, and what the window's text
-    gains is the new text. This is how vLLM and Text Generation Inference do it.
+    A character may span tokens, and some tokenizers treat the first token differently, so a token cannot be decoded
+    alone. As in vLLM, a window starts at the last token that completed a character; what its text gains is new.
     """
 
     def __init__(self, tokenizer: Decoder) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
-        self._known = ""  # the window's text that was emitted before
-        self._settled = 0  # tokens of the window that made it
+        self._known = ""  # the window's text that has been emitted
+        self._known_tokens = 0
 
     def push(self, token: int) -> str:
-        """Add a token; returns the text that it completes, often one token's, sometimes none."""
+        """Add a token; returns the text that it completes, possibly none."""
         self._window.append(token)
         text = self._decode(self._window)
-        if text == self._known:  # a special token: forget it, or a long run of them would grow the window
+        if text == self._known:  # a special token: a long run of them would grow the window
             self._window.pop()
             return ""
-        # Shorter: a decoder may still merge the window's tokens into fewer characters.
+        # Shorter, if the decoder merges tokens into fewer characters.
         if len(text) <= len(self._known) or text.endswith(_INCOMPLETE):
             return ""
         new = text[len(self._known) :]
-        del self._window[: self._settled]
-        self._settled = len(self._window)
+        del self._window[: self._known_tokens]
+        self._known_tokens = len(self._window)
         self._known = self._decode(self._window)
         return new
 
     def flush(self) -> str:
-        """The rest at the end of an answer: a character that stays incomplete comes out as U+FFFD."""
+        """The rest at the end of an answer; an incomplete character becomes U+FFFD."""
         new = self._decode(self._window)[len(self._known) :]
         self._window.clear()
-        self._known, self._settled = "", 0
+        self._known, self._known_tokens = "", 0
         return new
 
     def _decode(self, tokens: list[int]) -> str:
@@ -61,53 +59,49 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Passes text on until a stop string is complete.
+    """Passes text on up to the stop string that is complete first, without it.
 
-    Text that may be the beginning of a stop string is held back until it is decided. Where several stop strings
-    occur, the one that is complete first ends the text, so the outcome does not depend on how the text is cut
-    into pieces. Neither it nor what follows comes out.
+    A possible beginning of a stop string is buffered, so the result does not depend on how the text is split.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
-        self._held = ""
+        self._buffer = ""
         self.stopped = False
 
     def push(self, text: str) -> str:
         """Add text; returns what is safe to emit."""
         if self.stopped:
             return ""
-        self._held += text
-        found = [(start + len(stop), start) for stop in self._stop if (start := self._held.find(stop)) >= 0]
+        self._buffer += text
+        found = [(start + len(stop), start) for stop in self._stop if (start := self._buffer.find(stop)) >= 0]
         if found:
             self.stopped = True
             _, start = min(found)
-            new, self._held = self._held[:start], ""
+            new, self._buffer = self._buffer[:start], ""
             return new
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        cut = len(self._held) - keep
-        new, self._held = self._held[:cut], self._held[cut:]
+        keep = max((_overlap(self._buffer, stop) for stop in self._stop), default=0)
+        cut = len(self._buffer) - keep
+        new, self._buffer = self._buffer[:cut], self._buffer[cut:]
         return new
 
     def flush(self) -> str:
-        """What was held back in vain."""
-        new, self._held = self._held, ""
+        """The buffered text."""
+        new, self._buffer = self._buffer, ""
         return new
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest beginning of ``stop``, but not all of it, that ends ``text``."""
+    """Length of the longest proper prefix of ``stop`` that ends ``text``."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 class AnswerStream:
-    """One answer as it grows: its tokens, its text, and why it ended.
+    """Tokens and text of an answer, and why it ended.
 
-    ``finish_reason`` is None while it runs, then ``"stop"`` (an end-of-sequence token or a stop string) or
-    ``"length"`` (``max_tokens`` tokens) or what the caller of ``push`` says. ``token_ids`` has every token pushed,
-    the end-of-sequence token included, as Transformers' ``generate`` returns it. The pieces that ``push`` returns add
-    up to ``text``.
+    ``finish_reason`` is None while it runs, then ``"stop"`` (end-of-sequence token or stop string), ``"length"``
+    (``max_tokens``) or the caller's. ``token_ids`` includes the end-of-sequence token, as Transformers does.
     """
 
     def __init__(self, tokenizer: Decoder, params: Sampling, eos_token_ids: Collection[int]) -> None:
@@ -121,15 +115,11 @@ class AnswerStream:
 
     @property
     def text(self) -> str:
-        """Everything emitted so far."""
+        """All that :meth:`push` has returned."""
         return "".join(self._pieces)
 
     def push(self, token: int, reason: FinishReason | None = None) -> str:
-        """Add a token; returns the text to show now.
-
-        Args:
-            token: the next one.
-            reason: end the answer with this token for this reason, unless it ends here of itself.
+        """Add a token; returns new text. ``reason`` ends the answer here, unless it ends by itself.
 
         Raises:
             ValueError: the answer has ended.
@@ -146,7 +136,7 @@ class AnswerStream:
         else:
             self.finish_reason = reason
         if self.finish_reason is not None and not self._stop_strings.stopped:
-            # The last characters may complete a stop string: it is cut off, whatever ended the answer.
+            # The last characters may complete a stop string, which is cut off in any case.
             new += self._stop_strings.push(self._detokenizer.flush())
             new += self._stop_strings.flush()
             if self._stop_strings.stopped:

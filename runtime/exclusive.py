@@ -1,4 +1,4 @@
-"""One thread at a time, in one process."""
+"""A lock for objects that one thread at a time may use, in the process that made them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from qwen2vl_trt.errors import ExecutionError
 
 
 class Exclusive:
-    """What only one thread may be in: others wait. The thread that is in may come in again.
+    """A re-entrant lock that refuses forked processes.
 
-    A process forked from its maker's has none of its threads, PyTorch's neither, and cannot use its GPU: whatever waits
-    for them waits for ever. So it is refused there.
+    They have none of the parent's threads (PyTorch's neither) and cannot use its GPU, so they would wait for ever.
     """
 
     def __init__(self) -> None:
@@ -23,18 +22,14 @@ class Exclusive:
         self._process = os.getpid()
 
     def __enter__(self) -> None:
-        self.check_process()  # first: the lock may have been held at the fork, by a thread that is not there
+        self.check_process()  # first: the lock may have been taken at the fork, by a thread that no longer exists
         self._lock.acquire()
 
     def __exit__(self, *raised: object) -> None:
         self._lock.release()
 
     def check_process(self) -> None:
-        """See that this is the process that made it.
-
-        Raises:
-            ExecutionError: it is another, forked from that one.
-        """
+        """Raises ExecutionError in a process forked from the one that made this object."""
         if os.getpid() != self._process:
             raise ExecutionError(
                 f"this pipeline belongs to process {self._process}, from which this one was forked; make the pipeline"
@@ -54,7 +49,7 @@ _Owner = TypeVar("_Owner", bound=_HasExclusive)
 def exclusive(
     method: Callable[Concatenate[_Owner, _Parameters], _Result],
 ) -> Callable[Concatenate[_Owner, _Parameters], _Result]:
-    """Let one thread at a time run a method of an object that has an :class:`Exclusive` as ``_alone``."""
+    """Run a method inside its object's lock, the :class:`Exclusive` ``_alone``."""
 
     @wraps(method)
     def alone(self: _Owner, *args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:

@@ -1,8 +1,8 @@
-"""What a checkpoint says about answers: how they are sampled by default, and which tokens end them.
+"""A checkpoint's default sampling settings and end-of-sequence tokens.
 
-The defaults are those of Transformers' ``generate``: ``do_sample`` false or absent is greedy; ``do_sample`` true
-without a temperature is 1, without ``top_k`` 50. (vLLM looks at neither: it samples whenever a temperature is above 0,
-and leaves ``top_k`` off.) A field that changes answers and is not implemented is an error.
+Defaults are those of Transformers' ``generate``: greedy unless ``do_sample`` is true, and then temperature 1 and top-k
+50. (vLLM samples whenever a temperature is above 0, without top-k.) A field that changes answers and is not implemented
+is an error.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .sampler import PENALTIES, SamplingParams
 
 FILE = "generation_config.json"
 
-_DEFAULT_TOP_K = 50  # Transformers', where it samples
+_DEFAULT_TOP_K = 50
 
 
 @dataclass(frozen=True)
 class _Sampling:
-    """The fields that are read; names and meanings are Transformers'."""
+    """Transformers' fields that are read."""
 
     do_sample: bool | None = None
     temperature: Annotated[float, Meta(ge=0, le=1e4)] | None = None
@@ -39,16 +39,14 @@ class _Sampling:
     stop_strings: Annotated[str, Meta(min_length=1)] | list[Annotated[str, Meta(min_length=1)]] | None = None
 
     def params(self) -> SamplingParams:
-        top_k = self.top_k
-        if self.do_sample and top_k is None:
-            top_k = _DEFAULT_TOP_K
+        top_k = _DEFAULT_TOP_K if self.do_sample and self.top_k is None else self.top_k
         return SamplingParams(
             max_tokens=self.max_new_tokens,
             temperature=(1.0 if self.temperature is None else self.temperature) if self.do_sample else 0.0,
             top_p=self.top_p,
             top_k=top_k,
             repetition_penalty=self.repetition_penalty,
-            stop=self.stop_strings,  # type: ignore[arg-type]  # lists and single strings are welcome
+            stop=self.stop_strings,  # type: ignore[arg-type]  # it takes a list or a string
         )
 
 
@@ -83,57 +81,26 @@ _NEUTRAL: Harmless = {
     "typical_p": (None, 1),
     "watermarking_config": (None,),
 }
-"""Fields that are not implemented, with the values that turn them off."""
+"""Fields that are not implemented, with the values that disable them."""
 
 _HARMLESS: Harmless = _NEUTRAL | dict.fromkeys(
-    [
-        "_commit_hash",
-        "_from_model_config",
-        "_name_or_path",
-        "assistant_confidence_threshold",
-        "assistant_early_exit",
-        "assistant_ensemble_weight",
-        "assistant_lookbehind",
-        "bos_token_id",
-        "cache_config",
-        "cache_implementation",
-        "compile_config",
-        "continuous_batching_config",
-        "decoder_start_token_id",
-        "disable_compile",
-        "early_stopping",  # of beams, as length_penalty
-        "eos_token_id",
-        "is_assistant",
-        "length_penalty",
-        "low_memory",
-        "max_cache_len",
-        "max_length",  # of prompt and answer together; max_new_tokens is the one that counts here, as in vLLM
-        "max_matching_ngram_size",
-        "num_assistant_tokens",
-        "num_assistant_tokens_schedule",
-        "output_attentions",
-        "output_hidden_states",
-        "output_logits",
-        "output_scores",
-        "pad_token_id",
-        "prefill_chunk_size",
-        "prompt_lookup_num_tokens",
-        "remove_invalid_values",
-        "renormalize_logits",
-        "return_dict_in_generate",
-        "speculation_type",
-        "target_lookbehind",
-        "transformers_version",
-        "unsloth_version",
-        "use_cache",
-        "use_mtp",
-    ]
+    """
+    _commit_hash _from_model_config _name_or_path assistant_confidence_threshold assistant_early_exit
+    assistant_ensemble_weight assistant_lookbehind bos_token_id cache_config cache_implementation compile_config
+    continuous_batching_config decoder_start_token_id disable_compile early_stopping eos_token_id is_assistant
+    length_penalty low_memory max_cache_len max_length max_matching_ngram_size num_assistant_tokens
+    num_assistant_tokens_schedule output_attentions output_hidden_states output_logits output_scores
+    pad_token_id prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values renormalize_logits
+    return_dict_in_generate speculation_type target_lookbehind transformers_version unsloth_version use_cache
+    use_mtp
+    """.split()  # noqa: SIM905
 )
+"""``max_length``, of prompt and answer together, is ignored: max_new_tokens counts, as in vLLM."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Tokens that end an answer (any of them), the one that pads, and what a request does not say itself."""
+    """End-of-sequence tokens, the padding token, and default sampling settings."""
 
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
@@ -143,21 +110,21 @@ class GenerationConfig:
     def from_folder(
         cls, folder: str | Path, tokenizer: Any = None, sampling: Literal["auto", "none"] = "auto"
     ) -> GenerationConfig:
-        """Read ``generation_config.json``; its tokens else from the tokenizer, else from ``config.json``.
+        """Read ``generation_config.json``; tokens that it lacks come from the tokenizer, else from ``config.json``.
 
         Args:
             folder: a checkpoint.
-            tokenizer: anything with ``eos_token_id`` and ``pad_token_id``, as Transformers' tokenizers have.
-            sampling: ``none`` leaves out all but the tokens.
+            tokenizer: has ``eos_token_id`` and ``pad_token_id``.
+            sampling: ``none`` reads the tokens alone.
 
         Raises:
-            CheckpointError: a file is not readable, a value has no meaning, a field is not implemented, or nothing
-                names an end-of-sequence token.
+            CheckpointError: an unreadable file, an invalid value, a field that is not implemented, or no
+                end-of-sequence token.
         """
         path = Path(folder) / FILE
         generation = read_json(path)
         config = read_json(Path(folder) / "config.json")
-        text = config.get("text_config") or {}
+        text = config.get("text_config")
         text = text if isinstance(text, dict) else {}
         eos = _first(
             generation.get("eos_token_id"),
@@ -176,7 +143,7 @@ class GenerationConfig:
             raise CheckpointError(f"{path}: pad_token_id is {shown(pad)}; it must be a token")
         if sampling == "none":
             return cls(ids, pad)
-        if not path.exists():  # Transformers 4 wrote it all into config.json
+        if not path.exists():  # Transformers 4 wrote these fields into config.json
             outer = {name: value for name, value in {**text, **config}.items() if name in GENERATION_FIELDS}
             return cls(ids, pad, _defaults(outer, f"{folder}: config.json"))
         return cls(ids, pad, _defaults(generation, str(path)))

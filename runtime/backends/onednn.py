@@ -1,10 +1,8 @@
-"""Linear layers with their weights in oneDNN's own blocked layout, for the torch backend on a CPU.
+"""Linear layers with weights prepacked in oneDNN's blocked layout, for the torch backend on a CPU.
 
-A plain ``torch.nn.functional.linear`` rearranges its weight inside every call: harmless in a large matrix product,
-but decoding reads each weight once a token and then costs two to three times the memory traffic. The operators are
-those that torch's own compiler emits for frozen CPU graphs (``torch/_inductor/fx_passes/mkldnn_fusion.py``); torch
-offers them under no public name and may change them, and a CPU without AVX-512 has them in FP32 alone. So their use
-stays in this file, and :func:`available` decides by trying.
+``torch.nn.functional.linear`` reorders its weight in every call, which triples the memory traffic of decoding. The
+operators here are those of torch's compiler for frozen CPU graphs (``torch/_inductor/fx_passes/mkldnn_fusion.py``).
+They are private, and without AVX-512 exist in FP32 alone, so :func:`available` tries them first.
 """
 
 from __future__ import annotations
@@ -20,18 +18,17 @@ from qwen2vl_trt.ops import quantize_fp8, rescale
 
 logger = logging.getLogger(__name__)
 
-_TRIED_WIDTH = 32
-_TOLERANCE = 0.05
-"""Share of the largest result, several roundings to BF16; a wrong layout gives numbers that have nothing in common."""
+_TEST_WIDTH = 32
+_TOLERANCE = 0.05  # of the largest result: several roundings to BF16
 
 
 @cache
 def available(dtype: torch.dtype) -> bool:
-    """Whether packed layers of a type run here, and right: one small layer is computed both ways, once a process."""
+    """Whether packed layers of a type run correctly here: computes one small layer both ways, once a process."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):  # its own initialisation would draw from the caller's generator
-        mlp = SwiGLU(_TRIED_WIDTH, _TRIED_WIDTH, bias=True)
-    mlp, x = mlp.to_empty(device="cpu").to(dtype), torch.empty(3, _TRIED_WIDTH, dtype=dtype)
+        mlp = SwiGLU(_TEST_WIDTH, _TEST_WIDTH, bias=True)
+    mlp, x = mlp.to_empty(device="cpu").to(dtype), torch.empty(3, _TEST_WIDTH, dtype=dtype)
     try:
         with torch.no_grad():
             for tensor in (x, *mlp.parameters()):
@@ -47,7 +44,7 @@ def available(dtype: torch.dtype) -> bool:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer; ``activation`` is applied to its result in the same pass."""
+    """A linear layer with a fused ``activation``."""
 
     def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
         super().__init__()
@@ -60,12 +57,12 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], "")
 
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
-        """The layer's result multiplied by ``factor`` in the same pass."""
+        """The result times ``factor``, fused."""
         return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul")
 
 
 class PackedFP8Linear(nn.Module):
-    """:class:`~qwen2vl_trt.layers.FP8Linear`, computed in the type of its input; its weight is converted once."""
+    """:class:`~qwen2vl_trt.layers.FP8Linear`, computed in its input's type; the weight is converted once."""
 
     def __init__(self, linear: FP8Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -93,11 +90,7 @@ class PackedSwiGLU(nn.Module):
 
 
 def pack(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every linear layer inside a module, one at a time: peak memory is the module plus one layer.
-
-    Args:
-        dtype: of activations; FP8 weights are converted to it, other weights have it.
-    """
+    """Replace every linear layer of a module in place, one at a time to save memory; FP8 weights become ``dtype``."""
     for name, child in list(module.named_children()):
         if isinstance(child, SwiGLU) and all(isinstance(part, nn.Linear) for part in child.children()):
             setattr(module, name, PackedSwiGLU(child))

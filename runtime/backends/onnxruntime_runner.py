@@ -1,7 +1,6 @@
 """The ONNX Runtime backend: the exported graphs, on the CPU or through its CUDA provider.
 
-The decoder's caches are bound as input and output at once, so ``TensorScatter`` writes in place; unbound it would
-copy every cache at every step (and warn of it).
+Each cache is bound as input and output, so that ``TensorScatter`` writes in place instead of copying it every step.
 """
 
 from __future__ import annotations
@@ -27,21 +26,17 @@ _NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
 
 
 def default_device() -> str:
-    """A GPU where both ONNX Runtime and torch can use one; torch holds the tensors that are bound."""
+    """A GPU if both ONNX Runtime and torch, which holds the tensors, can use one."""
     return "cuda" if "CUDAExecutionProvider" in ort.get_available_providers() and torch.cuda.is_available() else "cpu"
 
 
 def load_vision(engines: Engines, session: ort.InferenceSession | None = None) -> OrtVision:
-    """Open the vision graph, unless a session of it is given.
-
-    Raises:
-        EngineError: it does not load, or the device is not available.
-    """
+    """Open the vision graph, unless ``session`` is given; raises as :func:`open_session`."""
     return OrtVision(session or open_session(engines.folder / "vision.onnx", engines.device), engines.device)
 
 
 def load_decoder(engines: Engines, session: ort.InferenceSession | None = None) -> OrtDecoder:
-    """Open the decoder graph, unless a session of it is given; raises as :func:`load_vision`."""
+    """Open the decoder graph, unless ``session`` is given; raises as :func:`open_session`."""
     session = session or open_session(engines.folder / "decoder.onnx", engines.device)
     return OrtDecoder(session, engines.checkpoint, engines.manifest.profile, engines.precision.decoder, engines.device)
 
@@ -49,9 +44,13 @@ def load_decoder(engines: Engines, session: ort.InferenceSession | None = None) 
 def open_session(
     path: Path, device: torch.device, model: bytes | None = None, profile: Path | None = None
 ) -> ort.InferenceSession:
-    """Open a graph; ``model`` is used instead of the file's content, with the weights that lie beside the file.
+    """Open a graph.
 
-    With ``profile``, the beginning of a file's name, ONNX Runtime writes down each operator's time.
+    Args:
+        path: the file; its weights lie beside it.
+        device: CPU or GPU.
+        model: replaces the file's content.
+        profile: prefix of the file that ONNX Runtime writes each operator's time to.
 
     Raises:
         EngineError: it does not load, the device is not available, or this ONNX Runtime is too old.
@@ -61,10 +60,9 @@ def open_session(
     options.intra_op_num_threads = torch.get_num_threads()
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    # From BF16 weights to FP32 ones once, at load, however large: by default one of over 1 GB (3B's embedding) would be
-    # converted again at every step.
+    # BF16 weights become FP32 once, at load. By default one above 1 GB (3B's embedding) would be converted every step.
     options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(2**63 - 1))
-    # Its fusions of QDQ patterns are for INT8: they turn FP8 graphs into ones that it then refuses as invalid.
+    # QDQ fusions are for INT8: they turn FP8 graphs into ones that ONNX Runtime then rejects.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     providers: list = ["CPUExecutionProvider"]
     if device.type == "cuda":
@@ -86,7 +84,7 @@ class OrtVision:
     def __init__(self, session: ort.InferenceSession, device: torch.device) -> None:
         self._session, self._device = session, device
         self._width: int = session.get_outputs()[0].shape[1]
-        self._indices = cached_layouts(self._placed)
+        self._indices = cached_layouts(self._index_tensors)
 
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
         binding = self._session.io_binding()
@@ -98,7 +96,7 @@ class OrtVision:
         self._session.run_with_iobinding(binding)
         return embeds
 
-    def _placed(self, layout: WindowLayout) -> dict[str, Tensor]:
+    def _index_tensors(self, layout: WindowLayout) -> dict[str, Tensor]:
         return {name: tensor.to(self._device).contiguous() for name, tensor in layout.index_tensors.items()}
 
 
@@ -150,7 +148,7 @@ class OrtDecoder:
         self.cache.reset()
 
     def warm_up(self, chunk: int, longest: int) -> None:
-        """There is no graph to capture, so a step of one row and of all will do, whatever they hold."""
+        """Runs the smallest and the largest batch; there are no graphs to capture."""
         run_steps(self, chunk, {1, self.slots})
 
 

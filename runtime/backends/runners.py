@@ -1,4 +1,4 @@
-"""What the pipeline asks of a backend, and how an engine folder becomes one."""
+"""The interface of a backend, and opening an engine folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BACKENDS = {
     "tensorrt-rtx": "qwen2vl_trt.runtime.backends.tensorrt_runner",
     "tensorrt-llm": "qwen2vl_trt.runtime.tensorrt_llm.runner",
 }
-"""Imported when an engine asks for it: a backend's package may not be installed."""
+"""Imported on demand: a backend's package may not be installed."""
 
 
 class VisionRunner(Protocol):
@@ -37,14 +37,12 @@ class VisionRunner(Protocol):
 
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
         """Embed one packed batch: ``[W, S, qwen2_vl_dim]`` on the runner's device to ``[T, C]``."""
-        ...
 
 
 class Step(NamedTuple):
-    """``logits [B, V]`` FP32 of each row's last token; ``hidden_states [B, S, C]`` where asked for.
+    """``logits [B, V]`` FP32 of each row's last token, and ``hidden_states [B, S, C]`` if requested.
 
-    ``greedy [B]`` int64 are the likeliest tokens, on the logits' device, where the backend computed them with the step.
-    All may be buffers that the next step overwrites.
+    ``greedy [B]`` int64 is their argmax where the backend computes it within the step. The next step may overwrite all.
     """
 
     logits: Tensor
@@ -53,14 +51,13 @@ class Step(NamedTuple):
 
 
 class DecoderRunner(Protocol):
-    """Runs the decoder engine over its own cache."""
+    """Runs the decoder engine and owns its key-value cache."""
 
     slots: int
     cache: KVCache
 
     def embed(self, token_ids: list[int]) -> Tensor:
         """Text embeddings ``[n, C]``."""
-        ...
 
     def step(
         self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], hidden: bool = False
@@ -71,31 +68,27 @@ class DecoderRunner(Protocol):
             first_slot: the first of the B slots.
             inputs_embeds: ``[B, S, C]``.
             position_ids: ``[3, B, S]`` int64, on the host.
-            starts: B numbers of tokens that the slots hold so far.
+            starts: tokens that each slot holds so far.
             hidden: return the hidden states too.
         """
-        ...
 
     def reset(self) -> None:
-        """Release the cache's memory; only while no slot is in use."""
-        ...
+        """Release the cache's memory; no slot may be in use."""
 
     def warm_up(self, chunk: int, longest: int) -> None:
-        """Make ready for steps to come, CUDA graphs included; only while no slot is in use, and then :meth:`reset`.
+        """Allocate, and capture CUDA graphs, before the first request. Call :meth:`reset` afterwards.
 
         Args:
-            chunk: tokens of a prompt that a step will read.
-            longest: most tokens that a slot will hold.
+            chunk: prompt tokens of a step.
+            longest: most tokens of a slot.
         """
-        ...
 
 
 class Backend(Protocol):
-    """A module that runs engines, ``qwen2vl_trt.runtime.backends.torch_runner`` for one."""
+    """A module such as ``qwen2vl_trt.runtime.backends.torch_runner``."""
 
     def default_device(self) -> str:
-        """Raises EngineError where the backend runs on no device of this machine."""
-        ...
+        """Raises EngineError if the backend runs on no device of this machine."""
 
     def load_vision(self, engines: Engines) -> VisionRunner: ...
 
@@ -104,7 +97,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Engines:
-    """An opened engine folder. Each engine is loaded when it is first used: features of images need no decoder."""
+    """An opened engine folder. Each engine is loaded at its first use: image features need no decoder."""
 
     folder: Path
     manifest: Manifest
@@ -115,33 +108,29 @@ class Engines:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of pixels, and of all that the vision engine computes; the decoder's is ``precision.decoder``."""
+        """Of pixels and the vision engine; the decoder's is ``precision.decoder``."""
         return self.precision.vision
 
     @cached_property
     def vision(self) -> VisionRunner:
-        """Raises EngineError where the engine does not load."""
+        """Raises EngineError if the engine does not load."""
         self._check_unchanged()
         return self.backend.load_vision(self)
 
     @cached_property
     def decoder(self) -> DecoderRunner:
-        """Raises EngineError where the engine does not load."""
+        """Raises EngineError if the engine does not load."""
         self._check_unchanged()
         return self.backend.load_decoder(self)
 
     def _check_unchanged(self) -> None:
-        """One engine may be loaded long after the other: not from another build."""
+        """The folder may have been rebuilt since it was opened."""
         if Manifest.read(self.folder) != self.manifest:
             raise EngineError(f"{self.folder} was built again since it was opened; open it again")
 
 
 def parse_device(name: str) -> torch.device:
-    """A device by its name.
-
-    Raises:
-        EngineError: unknown, or a GPU that is not there.
-    """
+    """``cpu``, ``cuda`` or ``cuda:1``. Raises EngineError for another, or a GPU that does not exist."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -154,23 +143,16 @@ def parse_device(name: str) -> torch.device:
 
 
 def default_device(backend: str) -> str:
-    """The device that a backend runs on unless told otherwise.
-
-    Args:
-        backend: its name; imports its package.
-
-    Raises:
-        EngineError: it runs on none of this machine.
-    """
+    """A backend's; imports its package. Raises EngineError if it runs on no device of this machine."""
     return cast(Backend, import_module(_BACKENDS[backend])).default_device()
 
 
 def open_engines(folder: str | Path, device: str | None = None) -> Engines:
-    """Check an engine folder against its manifest and load it.
+    """Open an engine folder, after checking it against its manifest.
 
     Args:
-        folder: as ``build_engines.py`` wrote it.
-        device: ``cpu``, ``cuda``, ``cuda:1``; by default a GPU where the backend can use one here.
+        folder: written by ``build_engines.py``.
+        device: see :func:`parse_device`; by default the backend's.
 
     Raises:
         EngineError: no engine, damaged, of another format, or not runnable here.
@@ -202,15 +184,9 @@ def open_engines(folder: str | Path, device: str | None = None) -> Engines:
 
 
 def run_steps(decoder: DecoderRunner, chunk: int, rows: Collection[int], lengths: Collection[int] = (1,)) -> None:
-    """A chunk of a prompt in the first slot, then one token in each number of rows at each length.
+    """Warm up: one prompt chunk, then a decode step for every batch size in ``rows`` and every length.
 
-    Writes over the first slots' rows of the cache.
-
-    Args:
-        decoder: no slot of which is in use.
-        chunk: tokens of the prompt.
-        rows: numbers of slots that decode together.
-        lengths: tokens that each of them then holds, the new one included.
+    Overwrites the first slots; none may be in use. ``lengths`` count the new token.
     """
     shapes = [(1, chunk, 0), *((count, 1, length - 1) for count in rows for length in lengths)]
     for count, tokens, start in shapes:

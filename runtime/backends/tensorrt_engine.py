@@ -1,29 +1,97 @@
-"""From a plan in an engine folder to an engine that is known to belong there and to run here."""
+"""Loading a TensorRT plan, checked against its engine folder and this GPU; the GPU and its stream."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.engines.tensorrt_log import tensorrt_log
 from qwen2vl_trt.engines.tensorrt_module import TENSORRT, TENSORRT_RTX, Variant, load_tensorrt
-from qwen2vl_trt.engines.tensorrt_profiles import Ranges, decoder_ranges, vision_ranges
+from qwen2vl_trt.engines.tensorrt_profiles import decoder_ranges, vision_ranges
 from qwen2vl_trt.engines.tensorrt_refit import refit
 from qwen2vl_trt.errors import EngineError
 
-from .tensorrt_device import CudaDevice
-from .tensorrt_tensors import EngineTensor, check_tensors, expected_tensors, in_words, streaming_budget
+from .tensorrt_tensors import ALIGNMENT, EngineTensor, check_tensors, expected_tensors, format_bytes, streaming_budget
 
 ReportLayer = Callable[[str, float], None]
 
 VARIANTS = {variant.backend: variant for variant in (TENSORRT, TENSORRT_RTX)}
+
+
+class CudaDevice:
+    """One GPU with a stream of its own: on the default stream TensorRT synchronises the whole device.
+
+    Runners enqueue on this stream alone, so that execution contexts and their memory are never used concurrently.
+    Tests replace this class by one for the CPU.
+
+    Raises:
+        EngineError: not a GPU.
+    """
+
+    alignment = ALIGNMENT
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise EngineError(
+                f"TensorRT engines run on an NVIDIA GPU, not on {device}; build for --backend onnxruntime or torch to"
+                " run there"
+            )
+        self.torch_device = device
+        self._stream = torch.cuda.Stream(device)
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.torch_device)
+
+    @property
+    def compute_capability(self) -> str:
+        """``8.9``."""
+        return "{}.{}".format(*torch.cuda.get_device_capability(self.torch_device))
+
+    def free_memory(self) -> int:
+        """Bytes that can be allocated: free on the GPU, or cached by PyTorch."""
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        cached = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return free + cached
+
+    def pinned(self, tensor: Tensor) -> Tensor:
+        """A host tensor in pinned memory, for an asynchronous copy; a GPU tensor as it is."""
+        return tensor if tensor.is_cuda else tensor.contiguous().pin_memory()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Make it the current device, on which TensorRT deserialises engines and creates contexts."""
+        with torch.cuda.device(self.torch_device):
+            yield
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """Switch to the own stream, ordered after the caller's stream on entry and before it on exit.
+
+        Yields:
+            The stream's handle. Tensors created inside belong to this stream.
+        """
+        callers = torch.cuda.current_stream(self.torch_device)
+        self._stream.wait_stream(callers)
+        with torch.cuda.stream(self._stream):
+            yield self._stream.cuda_stream
+        callers.wait_stream(self._stream)
+
+    def capture(self, enqueue: Callable[[int], None]) -> Callable[[], None]:
+        """Capture a CUDA graph inside :meth:`stream`; returns its replay. Raises RuntimeError if it cannot."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            enqueue(self._stream.cuda_stream)
+        return graph.replay
 
 
 @dataclass(frozen=True)
@@ -33,12 +101,12 @@ class Engine:
     Attributes:
         name: ``vision`` or ``decoder``.
         trt: the TensorRT module.
-        handle: its ``ICudaEngine``.
+        handle: ``ICudaEngine``.
         tensors: inputs and outputs by name.
         device: where its weights are.
-        log: what TensorRT says of it.
-        runtime: the ``Runtime``, which must outlive it.
-        report_layer: where set, told the name and the milliseconds of every layer that runs outside a CUDA graph.
+        log: collects TensorRT's errors.
+        runtime: ``Runtime``, which must outlive the engine.
+        report_layer: called with the name and the milliseconds of every layer that runs outside a CUDA graph.
     """
 
     name: str
@@ -51,35 +119,28 @@ class Engine:
     report_layer: ReportLayer | None = None
 
     def failure(self, what: str) -> EngineError:
-        """An error with TensorRT's own reason, which is then no reason of a later one."""
+        """An error with TensorRT's reason, which is then cleared from the log."""
         reason = "; ".join(self.log.errors) or "no reason given"
         self.log.clear()
         return EngineError(f"{self.name} engine: {what}: {reason}")
 
 
 def load_engine(folder: Path, name: str, manifest: Manifest, config: Qwen2VLConfig, device: CudaDevice) -> Engine:
-    """Deserialise a plan, with its weights, and check it against manifest, graph and GPU.
-
-    Args:
-        folder: of the engine; verified.
-        name: ``vision`` or ``decoder``.
-        manifest: the folder's.
-        config: the model's.
-        device: to run on.
+    """Deserialise a plan and its weights, and check it against manifest, graph and GPU.
 
     Raises:
-        EngineError: made by another release or for another GPU, truncated, not of this folder, or out of memory.
+        EngineError: built by another release or for another GPU, truncated, not of this folder, or out of memory.
         MissingDependencyError: TensorRT is not installed.
     """
     variant = VARIANTS[manifest.backend]
     trt = load_tensorrt(variant)
     check_release(manifest, variant, str(trt.__version__))
     check_gpu(manifest, device.name, device.compute_capability)
-    path, log = folder / f"{name}.engine", tensorrt_log(trt)
+    path, onnx_path, log = folder / f"{name}.engine", folder / f"{name}.onnx", tensorrt_log(trt)
     log.clear()
     with device.active():
         runtime = trt.Runtime(log)
-        # Mapped, not read: no second copy in memory, and no callback into Python as with IStreamReaderV2.
+        # Mapped: no second copy in memory, and no callback into Python as with IStreamReaderV2.
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
                 handle = runtime.deserialize_cuda_engine(plan)
@@ -91,52 +152,44 @@ def load_engine(folder: Path, name: str, manifest: Manifest, config: Qwen2VLConf
                 f" {device.compute_capability}): {'; '.join(log.errors) or 'no reason given'}. Rebuild on this machine,"
                 " or free GPU memory if it is that."
             )
-        tensors = describe(trt, handle)
-        check_tensors(tensors, expected_tensors(folder / f"{name}.onnx", _profiles(name, manifest, config)), path.name)
+        tensors, limits = describe(trt, handle), manifest.profile
+        profiles = (vision_ranges(limits, config.vision),) if name == "vision" else decoder_ranges(limits)
+        check_tensors(tensors, expected_tensors(onnx_path, profiles), path.name)
         if manifest.options.get("strip_weights"):
-            refit(trt, handle, log, folder / f"{name}.onnx")
+            refit(trt, handle, log, onnx_path)
     return Engine(name, trt, handle, tensors, device, log, runtime)
 
 
-def stream_weights(engine: Engine, others: int = 0) -> bool:
-    """Keep as many weights on the GPU as fit beside activations, where the plan was built with weight streaming.
-
-    Call it before the engine has an execution context.
+def stream_weights(engine: Engine, reserved: int = 0) -> bool:
+    """Set the weight streaming budget to what fits beside activations, if the plan was built for it.
 
     Args:
-        engine: whose contexts use one block of memory for each optimisation profile.
-        others: bytes that are needed for other things.
+        engine: not yet with an execution context.
+        reserved: bytes that other things need.
 
     Returns:
-        Whether some are streamed. Enqueueing then waits for them, which no CUDA graph can hold.
-
-    Raises:
-        EngineError: TensorRT's own reason.
+        Whether weights are streamed. An enqueue then waits for them, so no CUDA graph can be captured.
     """
     handle, streamable = engine.handle, engine.handle.streamable_weights_size
     if not streamable:
         return False
     with engine.device.active():
-        _set_budget(engine, 0)  # none on the GPU: what is free then is free for all, and activations are at their most
+        _set_budget(engine, 0)  # no weights on the GPU: free memory and activations are at their most
         profiles = range(handle.num_optimization_profiles)
         activations = sum(handle.get_device_memory_size_for_profile_v2(profile) for profile in profiles)
-        budget = streaming_budget(streamable, engine.device.free_memory(), activations + others)
+        budget = streaming_budget(streamable, engine.device.free_memory(), activations + reserved)
         _set_budget(engine, budget)
     return budget < streamable
 
 
 def _set_budget(engine: Engine, budget: int) -> None:
     engine.handle.weight_streaming_budget_v2 = budget
-    if engine.handle.weight_streaming_budget_v2 != budget:  # the bindings drop what the call returns
-        raise engine.failure(f"{in_words(budget)} of its weights cannot be kept on the GPU")
+    if engine.handle.weight_streaming_budget_v2 != budget:  # the bindings drop the call's return value
+        raise engine.failure(f"{format_bytes(budget)} of its weights cannot be kept on the GPU")
 
 
 def check_release(manifest: Manifest, variant: Variant, installed: str) -> None:
-    """A plan loads in the release that built it alone.
-
-    Raises:
-        EngineError: it is of another.
-    """
+    """Raises EngineError for a plan of another TensorRT release, which does not load."""
     built = manifest.versions.get(variant.module)
     if built != installed:
         raise EngineError(
@@ -146,11 +199,7 @@ def check_release(manifest: Manifest, variant: Variant, installed: str) -> None:
 
 
 def check_gpu(manifest: Manifest, gpu: str, compute_capability: str) -> None:
-    """See whether a plan that names its GPUs names this one.
-
-    Raises:
-        EngineError: it does not.
-    """
+    """Raises EngineError for a plan built for GPUs of other compute capabilities."""
     capabilities = manifest.options.get("compute_capabilities")
     if capabilities and compute_capability not in capabilities:
         raise EngineError(
@@ -160,7 +209,7 @@ def check_gpu(manifest: Manifest, gpu: str, compute_capability: str) -> None:
 
 
 def describe(trt: Any, handle: Any) -> dict[str, EngineTensor]:
-    """The inputs and outputs that an ``ICudaEngine`` has, by name."""
+    """Inputs and outputs of an ``ICudaEngine``, by name."""
     dtypes = {
         trt.DataType.FLOAT: torch.float32,
         trt.DataType.HALF: torch.float16,
@@ -173,18 +222,12 @@ def describe(trt: Any, handle: Any) -> dict[str, EngineTensor]:
         name = handle.get_tensor_name(index)
         is_input = handle.get_tensor_mode(name) == trt.TensorIOMode.INPUT
         profiles = range(handle.num_optimization_profiles if is_input else 0)
-        ranges = [handle.get_tensor_profile_shape(name, profile) for profile in profiles]
+        shapes = [handle.get_tensor_profile_shape(name, profile) for profile in profiles]
         tensors[name] = EngineTensor(
             tuple(handle.get_tensor_shape(name)),
             dtypes.get(handle.get_tensor_dtype(name), handle.get_tensor_dtype(name)),
             is_input,
             None if is_input else handle.get_aliased_input_tensor(name) or None,
-            tuple((tuple(least), tuple(most)) for least, _, most in ranges),
+            tuple((tuple(min_shape), tuple(max_shape)) for min_shape, _, max_shape in shapes),
         )
     return tensors
-
-
-def _profiles(name: str, manifest: Manifest, config: Qwen2VLConfig) -> tuple[Ranges, ...]:
-    if name == "vision":
-        return (vision_ranges(manifest.profile, config.vision),)
-    return decoder_ranges(manifest.profile)

@@ -1,12 +1,13 @@
 """The TensorRT backends: plans of TensorRT and of TensorRT for RTX, on a GPU.
 
-Tensors are PyTorch's, bound by address. The decoder's caches are bound as input and output at once, and TensorRT
-updates them in place.
+Tensors are PyTorch's, bound by address. Each cache is bound as input and output, and updated in place.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,22 +18,19 @@ from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.export.graphs import cache_names
 from qwen2vl_trt.windows import WindowLayout
 
-from .common import KVCache, TokenEmbedding, cached_layouts, step_inputs
-from .decode_buckets import graph_sizes
+from .common import KVCache, TokenEmbedding, cached_layouts, graph_batches, padded_batch, padded_step, step_inputs
 from .runners import Engines, Step, run_steps
-from .tensorrt_context import ExecutionContext, Scratch
-from .tensorrt_decode_graphs import DecodeGraphs
-from .tensorrt_device import CudaDevice
-from .tensorrt_engine import Engine, ReportLayer, load_engine, stream_weights
+from .tensorrt_context import ActivationMemory, ExecutionContext
+from .tensorrt_engine import CudaDevice, Engine, ReportLayer, load_engine, stream_weights
 from .tensorrt_tensors import check_cache, check_rows, choose_profile, token_bytes
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 32  # int64 numbers in 256 bytes
 
 
 def default_device() -> str:
-    """The GPU.
-
-    Raises:
-        EngineError: there is none.
-    """
+    """Raises EngineError without a GPU."""
     if not torch.cuda.is_available():
         raise EngineError(
             f"TensorRT engines run on an NVIDIA GPU, and PyTorch {torch.__version__} sees none here. Run on a machine"
@@ -42,16 +40,12 @@ def default_device() -> str:
 
 
 def load_vision(engines: Engines) -> TensorRTVision:
-    """Load the vision plan; raises as :func:`qwen2vl_trt.runtime.backends.tensorrt_engine.load_engine`."""
+    """Raises as :func:`qwen2vl_trt.runtime.backends.tensorrt_engine.load_engine`."""
     return TensorRTVision(_load(engines, "vision"))
 
 
 def load_decoder(engines: Engines) -> TensorRTDecoder:
-    """Load the decoder plan and allocate its cache.
-
-    Raises:
-        EngineError: as :func:`qwen2vl_trt.runtime.backends.tensorrt_engine.load_engine`, or the cache does not fit.
-    """
+    """Raises as :func:`qwen2vl_trt.runtime.backends.tensorrt_engine.load_engine`, or if the cache does not fit."""
     return TensorRTDecoder(_load(engines, "decoder"), engines.checkpoint, engines.manifest.profile)
 
 
@@ -61,51 +55,36 @@ def _load(engines: Engines, name: str) -> Engine:
 
 
 class _Contexts:
-    """An engine's execution contexts, one an optimisation profile, over the same memory for activations."""
+    """An engine's execution contexts, one for each optimisation profile; they share activation memory."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine, self._scratch = engine, Scratch(engine.device.torch_device)
+        self._engine, self._memory = engine, ActivationMemory(engine.device.torch_device)
         self._contexts: dict[int, ExecutionContext] = {}
 
-    def run(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor], aliased: dict[str, Tensor]) -> None:
-        """Run the engine.
-
-        Args:
-            inputs: as :meth:`place` gives them.
-            outputs: on the GPU, in the engine's types.
-            aliased: inputs that the engine also writes to, as the output ``new_`` + name.
+    def run(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor], caches: dict[str, Tensor]) -> None:
+        """Enqueue the engine; for the arguments see :meth:`ExecutionContext.prepare`.
 
         Raises:
-            LimitError: the inputs' shapes are outside every profile.
-            EngineError: TensorRT's own reason.
+            LimitError: no profile takes the inputs' shapes.
+            EngineError: with TensorRT's reason.
         """
-        engine, device = self._engine, self._engine.device
-        shapes = {name: tuple(tensor.shape) for name, tensor in (inputs | aliased).items()}
-        profile = choose_profile(engine.tensors, shapes, engine.name)
-        with device.stream() as stream:
+        shapes = {name: tuple(tensor.shape) for name, tensor in (inputs | caches).items()}
+        profile = choose_profile(self._engine.tensors, shapes, self._engine.name)
+        with self._engine.device.stream() as stream:
             if profile not in self._contexts:
-                self._contexts[profile] = ExecutionContext(engine, profile, self._scratch, stream)
-            context = self._contexts[profile]
-            context.set_shapes(shapes)
-            for name, tensor in (inputs | outputs | aliased).items():
-                context.bind(name, tensor)
-            for name, tensor in aliased.items():
-                context.bind(f"new_{name}", tensor)
-            context.enqueue(stream)
+                self._contexts[profile] = ExecutionContext(self._engine, profile, self._memory, stream)
+            self._contexts[profile].prepare(inputs, outputs, caches)
+            self._contexts[profile].enqueue(stream)
 
-    def place(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs as the engine takes them: on the GPU, in its types, aligned.
-
-        Args:
-            inputs: on the host or on the GPU, in any type that the engine's can be made from.
-        """
-        with self._engine.device.stream():
-            return {name: self._placed(name, tensor) for name, tensor in inputs.items()}
-
-    def _placed(self, name: str, tensor: Tensor) -> Tensor:
-        device, dtype = self._engine.device, self._engine.tensors[name].dtype
-        tensor = device.staged(tensor).to(device.torch_device, dtype, non_blocking=True).contiguous()
-        return tensor if tensor.data_ptr() % device.alignment == 0 else tensor.clone()
+    def to_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs on the GPU, in the engine's types, aligned."""
+        device, placed = self._engine.device, {}
+        with device.stream():
+            for name, tensor in inputs.items():
+                dtype = self._engine.tensors[name].dtype
+                tensor = device.pinned(tensor).to(device.torch_device, dtype, non_blocking=True).contiguous()
+                placed[name] = tensor if tensor.data_ptr() % device.alignment == 0 else tensor.clone()
+        return placed
 
 
 class TensorRTVision:
@@ -114,19 +93,17 @@ class TensorRTVision:
     def __init__(self, engine: Engine) -> None:
         stream_weights(engine)
         self._engine, self._contexts = engine, _Contexts(engine)
-        self._indices = cached_layouts(lambda layout: self._contexts.place(layout.index_tensors))
+        self._indices = cached_layouts(lambda layout: self._contexts.to_device(layout.index_tensors))
 
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
-        output = self._engine.tensors["image_embeds"]
-        embeds = torch.empty(
-            len(layout.merge_index), output.shape[1], dtype=output.dtype, device=self._engine.device.torch_device
-        )
-        pixels = self._contexts.place({"pixel_values": pixel_values})
+        output, device = self._engine.tensors["image_embeds"], self._engine.device.torch_device
+        embeds = torch.empty(len(layout.merge_index), output.shape[1], dtype=output.dtype, device=device)
+        pixels = self._contexts.to_device({"pixel_values": pixel_values})
         self._contexts.run(pixels | self._indices(layout), {"image_embeds": embeds}, {})
         return embeds
 
     def profile(self, report: ReportLayer) -> None:
-        """From now on tell ``report`` the name and the milliseconds of every layer; each call then takes longer."""
+        """Report the name and milliseconds of every layer from now on, which slows every call."""
         self._engine = replace(self._engine, report_layer=report)
         self._contexts = _Contexts(self._engine)
 
@@ -136,7 +113,7 @@ class TensorRTDecoder:
 
     Args:
         engine: the decoder.
-        checkpoint: has the text embeddings.
+        checkpoint: has the token embeddings.
         profile: the engine's limits.
         cuda_graphs: decode under CUDA graphs, unless weights are streamed.
 
@@ -145,59 +122,147 @@ class TensorRTDecoder:
     """
 
     def __init__(self, engine: Engine, checkpoint: Checkpoint, profile: BuildProfile, cuda_graphs: bool = True) -> None:
-        text, device, handle = checkpoint.config.text, engine.device, engine.handle
+        text, device = checkpoint.config.text, engine.device
         self._engine, self._contexts = engine, _Contexts(engine)
-        dtype, embed_dtype = engine.tensors[cache_names(1)[0][0]].dtype, engine.tensors["inputs_embeds"].dtype
+        embeds = engine.tensors["inputs_embeds"]
+        dtype = engine.tensors[cache_names(1)[0][0]].dtype
         check_rows(text, profile, dtype)
-        generation = _generation_profile(engine)
-        table = text.vocab_size * text.hidden_size * embed_dtype.itemsize
+        # The profile for decoding is the one with the smallest maximum of new tokens: 1.
+        decode_profile = min(range(len(embeds.profiles)), key=lambda index: embeds.profiles[index][1][1])
+        table = text.vocab_size * text.hidden_size * embeds.dtype.itemsize
         cache = profile.max_batch_size * profile.max_seq_len * token_bytes(text, dtype)
         streams = stream_weights(engine, table + cache)
-        activations = handle.get_device_memory_size_for_profile_v2(generation)  # more where weights are streamed
+        activations = engine.handle.get_device_memory_size_for_profile_v2(decode_profile)  # more if weights stream
         check_cache(text, profile, dtype, device.free_memory() - table - activations)
-        self.embed = TokenEmbedding(checkpoint, embed_dtype, device.torch_device)
+        self.embed = TokenEmbedding(checkpoint, embeds.dtype, device.torch_device)
         self.slots = profile.max_batch_size
         self.cache = KVCache(text, self.slots, profile.max_seq_len, dtype, device.torch_device, fixed=True)
-        self._held = [0] * self.slots  # tokens in each slot
-        self._graphs = DecodeGraphs(engine, self.cache, generation) if cuda_graphs and not streams else None
+        self._slot_lengths = [0] * self.slots
+        self._graphs = DecodeGraphs(engine, self.cache, decode_profile) if cuda_graphs and not streams else None
 
     def step(
         self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], hidden: bool = False
     ) -> Step:
         batch, length, _ = inputs_embeds.shape
         self.cache.reserve(max(starts) + length)
-        self._held[first_slot : first_slot + batch] = [start + length for start in starts]
+        self._slot_lengths[first_slot : first_slot + batch] = [start + length for start in starts]
         if self._graphs is not None and length == 1:
-            outputs = self._graphs.step(first_slot, inputs_embeds, position_ids, starts, self._held)
-            if outputs is not None:
-                return Step(outputs[0], outputs[1] if hidden else None)
-        tensors, device = self._engine.tensors, self._engine.device.torch_device
-        inputs = step_inputs(inputs_embeds, position_ids, starts)
-        logits = torch.empty(batch, tensors["logits"].shape[1], dtype=tensors["logits"].dtype, device=device)
-        states = torch.empty(inputs_embeds.shape, dtype=tensors["hidden_states"].dtype, device=device)
-        caches = {
-            name: rows
-            for names, layers in zip(cache_names(len(self.cache.k)), self.cache.rows(first_slot, batch))
-            for name, rows in zip(names, layers)
-        }
-        self._contexts.run(self._contexts.place(inputs), {"logits": logits, "hidden_states": states}, caches)
-        return Step(logits, states if hidden else None)
+            step = self._graphs.step(first_slot, inputs_embeds, position_ids, starts, self._slot_lengths)
+            if step is not None:
+                return step if hidden else step._replace(hidden_states=None)
+        outputs = _outputs(self._engine, batch, length)
+        inputs = self._contexts.to_device(step_inputs(inputs_embeds, position_ids, starts))
+        self._contexts.run(inputs, outputs, _cache_tensors(self.cache, first_slot, batch))
+        return Step(outputs["logits"], outputs["hidden_states"] if hidden else None)
 
     def profile(self, report: ReportLayer) -> None:
-        """As :meth:`TensorRTVision.profile`; decoding leaves its CUDA graphs, whose layers TensorRT cannot time."""
+        """As :meth:`TensorRTVision.profile`; without CUDA graphs, whose layers TensorRT cannot time."""
         self._engine = replace(self._engine, report_layer=report)
         self._contexts, self._graphs = _Contexts(self._engine), None
 
     def reset(self) -> None:
-        """The cache keeps its memory: TensorRT takes no other capacity."""
-        self._held = [0] * self.slots
+        """The cache stays allocated: TensorRT takes no other capacity."""
+        self._slot_lengths = [0] * self.slots
 
     def warm_up(self, chunk: int, longest: int) -> None:
-        """Makes both contexts and captures the graph of every number of slots, each over the whole cache."""
-        run_steps(self, chunk, graph_sizes(self.slots))
+        """Creates both contexts and captures the graphs of all batch sizes."""
+        run_steps(self, chunk, graph_batches(self.slots))
 
 
-def _generation_profile(engine: Engine) -> int:
-    """The one that takes a single new token a request and no more."""
-    embeds = engine.tensors["inputs_embeds"].profiles
-    return min(range(len(embeds)), key=lambda profile: embeds[profile][1][1])
+@dataclass
+class _Graph:
+    """A decode step's tensors, which must stay alive, and its CUDA graph: ``replay`` is None until it is captured."""
+
+    context: ExecutionContext
+    inputs: dict[str, Tensor]
+    lengths: Tensor  # [2, B or more]: cache_start and kv_lengths, each at an aligned address
+    outputs: dict[str, Tensor]
+    activations: Tensor
+    replay: Callable[[], None] | None = None
+
+
+class DecodeGraphs:
+    """Decode steps under CUDA graphs, one for each padded batch size.
+
+    A context's state is part of what is captured, so each graph has its own context; they share activation memory
+    (https://docs.nvidia.com/deeplearning/tensorrt/latest/performance/best-practices.html, CUDA graphs).
+
+    Args:
+        engine: the decoder.
+        cache: must never be reallocated.
+        profile: index of the optimisation profile for decoding.
+    """
+
+    def __init__(self, engine: Engine, cache: KVCache, profile: int) -> None:
+        self._engine, self._cache, self._profile = engine, cache, profile
+        self._graphs: dict[int, _Graph] = {}
+        self._memory = ActivationMemory(engine.device.torch_device)
+
+    def step(
+        self, first: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], slot_lengths: Sequence[int]
+    ) -> Step | None:
+        """One token a slot, see :meth:`qwen2vl_trt.runtime.backends.runners.DecoderRunner.step`.
+
+        ``slot_lengths`` are the tokens in every slot. Returns buffers of the graph; None if a padding slot is full.
+        """
+        last = first + len(starts)
+        batch = padded_batch(last, self._cache.slots)
+        rows = padded_step(first, starts, slot_lengths, batch, self._cache.capacity)
+        if rows is None:
+            return None
+        device = self._engine.device
+        with device.stream() as stream:
+            graph = self._graphs.get(batch) or self._prepare(batch, stream)
+            graph.inputs["inputs_embeds"][first:last].copy_(inputs_embeds)
+            graph.inputs["position_ids"][:, first:last].copy_(device.pinned(position_ids), non_blocking=True)
+            graph.lengths[:, :batch].copy_(device.pinned(torch.tensor(rows)), non_blocking=True)
+            if graph.replay is not None:
+                graph.replay()
+            else:  # run this step eagerly, as TensorRT requires before a capture; the next one replays
+                graph.context.enqueue(stream)
+                self._capture(graph, stream)
+        return Step(graph.outputs["logits"][first:last], graph.outputs["hidden_states"][first:last])
+
+    def _prepare(self, batch: int, stream: int) -> _Graph:
+        engine, device = self._engine, self._engine.device.torch_device
+        # For the profile's largest batch, so that it is never reallocated.
+        activations = self._memory.reserve(engine.handle.get_device_memory_size_for_profile_v2(self._profile))
+        context = ExecutionContext(engine, self._profile, self._memory, stream, specialise=True)
+        embeds = engine.tensors["inputs_embeds"]
+        lengths = torch.zeros(2, -(-batch // _ALIGNMENT) * _ALIGNMENT, dtype=torch.int64, device=device)
+        inputs = {
+            "inputs_embeds": torch.zeros(batch, 1, embeds.shape[2], dtype=embeds.dtype, device=device),
+            "position_ids": torch.zeros(3, batch, 1, dtype=torch.int64, device=device),
+            "cache_start": lengths[0, :batch],
+            "kv_lengths": lengths[1, :batch],
+            "last_token": torch.zeros(batch, dtype=torch.int64, device=device),
+        }
+        outputs = _outputs(engine, batch, 1)
+        context.prepare(inputs, outputs, _cache_tensors(self._cache, 0, batch))
+        self._graphs[batch] = _Graph(context, inputs, lengths, outputs, activations)
+        return self._graphs[batch]
+
+    def _capture(self, graph: _Graph, stream: int) -> None:
+        try:
+            if not graph.context.capturable(stream):
+                raise RuntimeError("TensorRT cannot capture it")
+            graph.replay = self._engine.device.capture(graph.context.enqueue)
+        except (RuntimeError, EngineError) as error:
+            logger.warning("decoding goes on without a CUDA graph, which costs time: %s", " ".join(str(error).split()))
+            graph.replay = lambda: graph.context.enqueue(stream)
+
+
+def _outputs(engine: Engine, batch: int, length: int) -> dict[str, Tensor]:
+    """Memory for the decoder's outputs."""
+    logits, states = engine.tensors["logits"], engine.tensors["hidden_states"]
+    width, device = engine.tensors["inputs_embeds"].shape[2], engine.device.torch_device
+    return {
+        "logits": torch.empty(batch, logits.shape[1], dtype=logits.dtype, device=device),
+        "hidden_states": torch.empty(batch, length, width, dtype=states.dtype, device=device),
+    }
+
+
+def _cache_tensors(cache: KVCache, first: int, count: int) -> dict[str, Tensor]:
+    """Caches of neighbouring slots by the graph's names."""
+    names = cache_names(len(cache.k))
+    return {name: rows for group, layers in zip(names, cache.rows(first, count)) for name, rows in zip(group, layers)}

@@ -1,41 +1,148 @@
-"""The torch decoder's steps of one new token a slot, under CUDA graphs: one launch instead of hundreds.
+"""The torch backend's key-value cache on a GPU, and decode steps under CUDA graphs.
 
-One graph for each number of slots and of keys of :mod:`qwen2vl_trt.runtime.backends.decode_buckets`, captured when a
-step first needs it. All run over the same buffers: inputs are copied in, the likeliest tokens are found inside, and
-nothing waits for the GPU. What graphs use in between comes from one pool, for they run one after another.
+There is one graph for each padded batch size and length (:func:`~qwen2vl_trt.runtime.backends.common.padded_step`),
+captured when first needed. All share input and output buffers and one memory pool. The argmax is part of the graph, and
+the host never waits. For the caches see :class:`qwen2vl_trt.decoder.LayerCache`.
+
+Letters: B batch, S new tokens, M cache capacity, D head size.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from threading import Lock
+from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen2vl_trt.decoder import Decoder, Places
+from qwen2vl_trt.ops import full_attention
 from qwen2vl_trt.transfer import to_device
-from qwen2vl_trt.varlen import CacheBounds
+from qwen2vl_trt.varlen import CacheBounds, cached_attention, chunk_attention
 
-from .common import KVCache
-from .decode_buckets import graph_length, graph_rows, graph_size
+from .common import KVCache, padded_batch, padded_length, padded_step
 from .runners import Step
-from .torch_caches import NewTokenCache, NewTokens
 
 logger = logging.getLogger(__name__)
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
-"""Records what a function enqueues and returns what replays it. Raises RuntimeError where that cannot be."""
+"""Captures what a function enqueues and returns its replay. Raises RuntimeError where that is not possible."""
+
+_capture_lock = Lock()  # PyTorch captures one graph at a time in a process
 
 
-_capturing = Lock()
-"""PyTorch captures one graph at a time in a process, whatever the thread."""
+@dataclass(frozen=True)
+class Chunk:
+    """A prompt chunk: B neighbouring slots that all hold the same number of tokens.
+
+    Attributes:
+        first: the first slot.
+        end: tokens in each slot after the step.
+        fused: use :func:`qwen2vl_trt.varlen.chunk_attention`.
+        places: of the B * S new tokens, on the cache's device.
+    """
+
+    first: int
+    end: int
+    fused: bool
+    places: Places
+
+
+class ChunkCache(NamedTuple):
+    """One layer's ``k`` and ``v`` ``[slots, Hkv, M, D]`` in a prompt chunk."""
+
+    k: Tensor
+    v: Tensor
+    chunk: Chunk
+
+    @property
+    def places(self) -> Places:
+        return self.chunk.places
+
+    def append(self, k: Tensor, v: Tensor) -> ChunkCache:
+        return _append(self, k, v)
+
+    def attend(self, q: Tensor) -> Tensor:
+        chunk = self.chunk
+        k, v = (cache[chunk.first : chunk.first + len(q), :, : chunk.end] for cache in (self.k, self.v))
+        return chunk_attention(q, k, v) if chunk.fused else full_attention(q, k, v, causal=True)
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """A decode step over the first B slots: what all layers share.
+
+    Attributes:
+        places: of the B new tokens.
+        longest: keys that are read of each slot.
+        fused: lengths ``[B]`` int32 and bounds for :func:`qwen2vl_trt.varlen.cached_attention`; None without it.
+        mask: ``[B, 1, 1, longest]`` added to scores without the fused kernel.
+    """
+
+    places: Places
+    longest: int
+    fused: tuple[Tensor, CacheBounds] | None
+    mask: Tensor | None
+
+    @classmethod
+    def of(
+        cls, places: Places, lengths: Tensor, longest: int, dtype: torch.dtype, bounds: CacheBounds | None
+    ) -> NewTokens:
+        """Prepare a step of slots 0 to B - 1, which attend to ``lengths [B]`` int64 keys.
+
+        ``dtype`` is that of queries and keys; ``bounds``, of B slots, are None without the fused kernel.
+        """
+        if bounds is not None:
+            return cls(places, longest, (lengths.int(), bounds), None)
+        beyond = torch.arange(longest, device=lengths.device) >= lengths[:, None]
+        mask = torch.zeros(beyond.shape, dtype=dtype, device=lengths.device).masked_fill(beyond, -torch.inf)
+        return cls(places, longest, None, mask[:, None, None])
+
+
+class NewTokenCache(NamedTuple):
+    """One layer's ``k`` and ``v`` ``[slots, Hkv, M, D]`` in a decode step."""
+
+    k: Tensor
+    v: Tensor
+    new: NewTokens
+
+    @property
+    def places(self) -> Places:
+        return self.new.places
+
+    def append(self, k: Tensor, v: Tensor) -> NewTokenCache:
+        return _append(self, k, v)
+
+    def attend(self, q: Tensor) -> Tensor:
+        new, k, v = self.new, self.k[: len(q)], self.v[: len(q)]
+        if new.fused is not None:
+            lengths, bounds = new.fused
+            return cached_attention(q[:, :, 0], k, v, lengths, new.longest, bounds)[:, :, None]
+        assert new.mask is not None
+        # Query heads that share a key-value head become its queries: each key is read once, not once a head.
+        shared = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        mask = new.mask.expand(-1, shared.shape[1], shared.shape[2], -1)
+        k, v = k[:, :, : new.longest], v[:, :, : new.longest]
+        return F.scaled_dot_product_attention(shared, k, v, attn_mask=mask).reshape(q.shape)
+
+
+_Cache = TypeVar("_Cache", ChunkCache, NewTokenCache)
+
+
+def _append(cache: _Cache, k: Tensor, v: Tensor) -> _Cache:
+    rows, positions = cache.places
+    for whole, new in ((cache.k, k), (cache.v, v)):
+        whole[rows, :, positions] = new.transpose(1, 2).flatten(0, 1)
+    return cache
 
 
 class GraphCapture:
-    """Captures CUDA graphs on a GPU; they share their memory."""
+    """Captures CUDA graphs that share one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
@@ -43,7 +150,7 @@ class GraphCapture:
     def __call__(self, body: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         with (
-            _capturing,
+            _capture_lock,
             torch.cuda.device(self._device),
             torch.cuda.stream(torch.cuda.current_stream(self._device)),  # current again where a capture fails
             torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
@@ -53,14 +160,14 @@ class GraphCapture:
 
 
 class DecodeGraphs:
-    """Steps of one new token a slot.
+    """Runs decode steps.
 
     Args:
         module: the decoder.
-        cache: of all slots, which never moves.
+        cache: must never be reallocated.
         dtype: of activations and cache.
         device: of both.
-        capture: None runs every step as it is.
+        capture: None runs every step without a graph.
         fused: use :func:`qwen2vl_trt.varlen.cached_attention`.
     """
 
@@ -85,32 +192,32 @@ class DecodeGraphs:
         self._greedy = torch.empty(slots, dtype=torch.int64, device=device)
 
     def step(
-        self, first: int, inputs_embeds: Tensor, position_ids: Tensor, starts: Sequence[int], held: Sequence[int]
+        self,
+        first: int,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        starts: Sequence[int],
+        slot_lengths: Sequence[int],
     ) -> Step | None:
-        """One step, whose outputs the next one overwrites; None where a full slot stands in the way.
+        """One token a slot, see :meth:`qwen2vl_trt.runtime.backends.runners.DecoderRunner.step`.
 
-        Args:
-            first: the first of B neighbouring slots.
-            inputs_embeds: ``[B, 1, C]``.
-            position_ids: ``[3, B, 1]``, on the host.
-            starts: tokens that they hold.
-            held: tokens that each slot holds.
+        ``slot_lengths`` are the tokens in every slot. Returns buffers of the graph; None if a padding slot is full.
         """
         last = first + len(starts)
-        size = graph_size(last, self._cache.slots)
-        rows = graph_rows(first, starts, held, size, self._cache.capacity)
+        batch = padded_batch(last, self._cache.slots)
+        rows = padded_step(first, starts, slot_lengths, batch, self._cache.capacity)
         if rows is None:
             return None
-        numbers = torch.zeros(5, size, dtype=torch.int64)
+        numbers = torch.zeros(5, batch, dtype=torch.int64)
         numbers[:3, first:last] = position_ids[:, :, 0]
         numbers[3:] = torch.tensor(rows)
-        self._numbers[: 5 * size].copy_(to_device(numbers.view(-1), self._numbers.device))
+        self._numbers[: 5 * batch].copy_(to_device(numbers.view(-1), self._numbers.device))
         self._inputs_embeds[first:last].copy_(inputs_embeds)
-        key = size, graph_length(max(rows[1]), self._cache.capacity)
+        key = batch, padded_length(max(rows[1]), self._cache.capacity)
         replay = self._replays.get(key)
         if replay is not None:
             replay()
-        else:  # this step as it is, which makes ready what a capture cannot; the graph for the next one
+        else:  # run this step eagerly, which also warms up for the capture; the next one replays
             self._run(*key)
             self._record(key)
         return Step(self._logits[first:last], self._hidden_states[first:last], self._greedy[first:last])
@@ -121,17 +228,17 @@ class DecodeGraphs:
         try:
             self._replays[key] = self._capture(partial(self._run, *key))
         except RuntimeError as error:
-            self._capture = None  # what one graph cannot hold, the others cannot either
+            self._capture = None  # what fails for one shape fails for all
             logger.warning("decoding goes on without CUDA graphs, which costs time: %s", " ".join(str(error).split()))
 
-    def _run(self, size: int, longest: int) -> None:
-        """The first ``size`` slots over their first ``longest`` keys, from the buffers to the buffers."""
-        numbers = self._numbers[: 5 * size].view(5, size)
-        bounds = self._bounds and CacheBounds(*(bound[: size + 1] for bound in self._bounds))
-        places = Places(self._rows[:size], numbers[3].clone())  # compiled functions want it at the begin of its memory
+    def _run(self, batch: int, longest: int) -> None:
+        """The first ``batch`` slots over their first ``longest`` keys, from buffers to buffers."""
+        numbers = self._numbers[: 5 * batch].view(5, batch)
+        bounds = self._bounds and CacheBounds(*(bound[: batch + 1] for bound in self._bounds))
+        places = Places(self._rows[:batch], numbers[3].clone())  # compiled functions expect a storage offset of 0
         new = NewTokens.of(places, numbers[4], longest, self._inputs_embeds.dtype, bounds)
         caches = [NewTokenCache(k, v, new) for k, v in zip(self._cache.k, self._cache.v)]
-        hidden_states, _ = self._module.model(self._inputs_embeds[:size], numbers[:3, :, None], caches)
-        self._hidden_states[:size].copy_(hidden_states)
-        self._logits[:size].copy_(self._module.lm_head(hidden_states[:, 0]))
-        torch.argmax(self._logits[:size], dim=-1, out=self._greedy[:size])
+        hidden_states, _ = self._module.model(self._inputs_embeds[:batch], numbers[:3, :, None], caches)
+        self._hidden_states[:batch].copy_(hidden_states)
+        self._logits[:batch].copy_(self._module.lm_head(hidden_states[:, 0]))
+        torch.argmax(self._logits[:batch], dim=-1, out=self._greedy[:batch])

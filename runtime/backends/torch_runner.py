@@ -1,13 +1,12 @@
-"""The torch backend: the project's own modules, on CPU and CUDA; the reference and the fallback.
+"""The torch backend: the project's own PyTorch modules, on CPU and CUDA.
 
-:class:`TorchVision` and :class:`TorchDecoder` run them as they are, anywhere; a GPU gets :class:`CudaVision` and
-:class:`CudaDecoder`, which waste neither arithmetic on padding nor time between kernels.
+:class:`TorchVision` and :class:`TorchDecoder` run them as they are. On a GPU :class:`CudaVision` and
+:class:`CudaDecoder` leave out padding and use fused kernels and CUDA graphs.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,35 +24,31 @@ from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import PackedSequences, WindowLayout, unpad, window_layout
 
 from . import onednn
-from .common import KVCache, TokenEmbedding, cached_layouts
-from .decode_buckets import graph_lengths, graph_sizes
+from .common import KVCache, TokenEmbedding, cached_layouts, graph_batches, graph_lengths
 from .runners import Engines, Step, run_steps
-from .torch_caches import Chunk, ChunkCache
-from .torch_decode_graphs import Capture, DecodeGraphs, GraphCapture
+from .torch_decode_graphs import Capture, Chunk, ChunkCache, DecodeGraphs, GraphCapture
 
 
 def default_device() -> str:
-    """A GPU where torch sees one."""
+    """A GPU if torch sees one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_vision(engines: Engines) -> TorchVision:
-    """Load the vision tower."""
     kind = CudaVision if engines.device.type == "cuda" else TorchVision
     return kind(engines.checkpoint, engines.dtype, engines.device)
 
 
 def load_decoder(engines: Engines) -> TorchDecoder:
-    """Load the decoder."""
     kind = CudaDecoder if engines.device.type == "cuda" else TorchDecoder
     return kind(engines.checkpoint, engines.manifest.profile, engines.precision.decoder, engines.device)
 
 
-_WORTH_UNPADDING = 0.05
-"""Share of empty slots from which a CPU gains by leaving them out of the linear layers and gathering instead."""
+_MIN_PADDING = 0.05
+"""Share of empty slots from which a CPU is faster without padding."""
 
-_TRIED_TOKENS = 256
-"""Of the prompt that compiled functions are tried on."""
+_COMPILE_TOKENS = 256
+"""Length of the prompt that functions are compiled with."""
 
 
 class TorchVision:
@@ -66,11 +61,11 @@ class TorchVision:
         load_weights(self.module, checkpoint, "visual.", dtype, device)
         self.module.inv_freq = self.module.inv_freq.to(device)
         self.device = device
-        self._speed_up(dtype)
+        self._optimize(dtype)
 
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
-        if self.device.type == "cpu" and _empty_share(layout) > _WORTH_UNPADDING:
+        if self.device.type == "cpu" and _padding(layout) > _MIN_PADDING:
             unpadded = unpad(layout, self.module.config)
             patches = pixel_values.flatten(0, 1)[unpadded.filled][None]
             return self.module.encode(
@@ -78,60 +73,46 @@ class TorchVision:
             )
         return self.module(pixel_values, *(to_device(index, self.device) for index in layout.index_tensors.values()))
 
-    def _speed_up(self, dtype: torch.dtype) -> None:
-        _pack(self.module, dtype, self.device)
+    def _optimize(self, dtype: torch.dtype) -> None:
+        _pack_weights(self.module, dtype, self.device)
 
 
 class CudaVision(TorchVision):
-    """The tower over patches alone where the fused kernels run (:mod:`qwen2vl_trt.varlen`), over windows elsewhere.
+    """Runs over patches without padding where the fused kernels exist (:mod:`qwen2vl_trt.varlen`), else over windows.
 
-    Patches in window order lie sequence by sequence for windows and for whole images alike, so nothing is gathered.
-    Index tensors stay on the device for layouts that come again.
+    Patches in window order are contiguous for windows and for whole images alike, so nothing is gathered.
 
     Args:
-        checkpoint: whose weights.
+        checkpoint: has the weights.
         dtype: of activations.
         device: a GPU.
-        compiled: compile the steps between matrix products (:mod:`qwen2vl_trt.pointwise`), which takes seconds.
+        compiled: compile pointwise operations (:mod:`qwen2vl_trt.pointwise`), which takes seconds.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, compiled: bool = True) -> None:
         super().__init__(checkpoint, dtype, device)
         config = self.module.config
-        packs = can_pack(device, dtype, config.num_heads, config.head_dim)
-        self._indices = cached_layouts(partial(_sent, config=config, device=device, packs=packs))
+        self._packs = can_pack(device, dtype, config.num_heads, config.head_dim)
+        indices = _packed_indices if self._packs else _padded_indices
+        self._indices = cached_layouts(partial(indices, config=config, device=device))
         if compiled:
             side = 8 * config.spatial_merge_size
             layout = window_layout(((1, side, side),), config)
-            pixel_values = _noise((*layout.sequence_position.shape, config.qwen2_vl_dim), dtype, device)
+            pixel_values = _random((*layout.sequence_position.shape, config.qwen2_vl_dim), dtype, device)
             self._pointwise.compile([lambda: self(pixel_values, layout)])
 
-    @torch.inference_mode(False)  # compiled functions know one mode; a caller's own would compile them anew
+    @torch.inference_mode(False)  # in the caller's inference mode, compiled functions would be compiled again
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
-        indices = self._indices(layout)
-        if not isinstance(indices, _Packed):
-            return self.module(pixel_values, *indices)
+        if not self._packs:
+            return self.module(pixel_values, *self._indices(layout))
+        filled, *indices = self._indices(layout)
         patches = pixel_values.flatten(0, 1)
-        if indices.filled is not None:
-            patches = patches[indices.filled]
-        return self.module.encode(
-            patches[None], indices.position_ids, indices.windows, indices.frames, indices.merge_index
-        )
+        return self.module.encode((patches if filled is None else patches[filled])[None], *indices)
 
-    def _speed_up(self, dtype: torch.dtype) -> None:
+    def _optimize(self, dtype: torch.dtype) -> None:
         self.module, self._pointwise = fuse_vision(self.module, dtype)
-        _release(self.device)
-
-
-class _Packed(NamedTuple):
-    """:class:`~qwen2vl_trt.windows.UnpaddedLayout` on a device; ``filled`` is None where every slot is."""
-
-    filled: Tensor | None
-    position_ids: Tensor
-    windows: PackedSequences
-    frames: PackedSequences
-    merge_index: Tensor
+        _free_memory(self.device)
 
 
 class TorchDecoder:
@@ -150,7 +131,7 @@ class TorchDecoder:
         self.module.model.inv_freq = self.module.model.inv_freq.to(device)
         self.slots = profile.max_batch_size
         self.device = device
-        self._speed_up(dtype)
+        self._optimize(dtype)
         self.cache = KVCache(
             checkpoint.config.text, self.slots, profile.max_seq_len, dtype, device, fixed=self.fixed_cache
         )
@@ -176,24 +157,24 @@ class TorchDecoder:
         self.cache.reset()
 
     def warm_up(self, chunk: int, longest: int) -> None:
-        """There is no graph to capture, so a step of one row and of all will do, whatever they hold."""
+        """Runs the smallest and the largest batch; there are no graphs to capture."""
         run_steps(self, chunk, {1, self.slots})
 
-    def _speed_up(self, dtype: torch.dtype) -> None:
-        _pack(self.module, dtype, self.device)
+    def _optimize(self, dtype: torch.dtype) -> None:
+        _pack_weights(self.module, dtype, self.device)
 
 
 class CudaDecoder(TorchDecoder):
-    """The decoder over a cache that never moves: prompts over the keys they have, new tokens under CUDA graphs.
+    """Reads only the keys that exist in a prompt chunk, and decodes under CUDA graphs; the cache is never reallocated.
 
     Args:
-        checkpoint: whose weights.
-        profile: its limits are the cache's size.
+        checkpoint: has the weights.
+        profile: limits, which are the cache's size.
         dtype: of activations and cache.
         device: a GPU.
-        cuda_graphs: without them, every kernel of a step is launched on its own.
-        capture: what captures a graph; by default PyTorch's CUDA graphs.
-        compiled: compile the steps between matrix products (:mod:`qwen2vl_trt.pointwise`), which takes seconds.
+        cuda_graphs: decode under CUDA graphs.
+        capture: captures a graph; by default :class:`GraphCapture`.
+        compiled: compile pointwise operations (:mod:`qwen2vl_trt.pointwise`), which takes seconds.
     """
 
     fixed_cache = True
@@ -209,7 +190,7 @@ class CudaDecoder(TorchDecoder):
         compiled: bool = True,
     ) -> None:
         super().__init__(checkpoint, profile, dtype, device)
-        self._held = [0] * self.slots  # tokens in each slot
+        self._slot_lengths = [0] * self.slots
         text = checkpoint.config.text
         self._fused = can_read_cache(device, dtype, text.num_attention_heads, text.num_key_value_heads, text.head_dim)
         capture = (capture or GraphCapture(device)) if cuda_graphs else None
@@ -224,8 +205,10 @@ class CudaDecoder(TorchDecoder):
     ) -> Step:
         batch, length, _ = inputs_embeds.shape
         self.cache.reserve(max(starts) + length)
-        self._held[first_slot : first_slot + batch] = [start + length for start in starts]
-        step = self._graphs.step(first_slot, inputs_embeds, position_ids, starts, self._held) if length == 1 else None
+        self._slot_lengths[first_slot : first_slot + batch] = [start + length for start in starts]
+        step = None
+        if length == 1:
+            step = self._graphs.step(first_slot, inputs_embeds, position_ids, starts, self._slot_lengths)
         if step is None and len(set(starts)) == 1:
             step = self._chunk(first_slot, inputs_embeds, position_ids, starts[0])
         if step is None:
@@ -243,64 +226,62 @@ class CudaDecoder(TorchDecoder):
         return Step(logits, hidden_states, logits.argmax(-1))
 
     def reset(self) -> None:
-        """The cache keeps its memory: graphs have its address."""
-        self._held = [0] * self.slots
+        """The cache stays allocated: graphs hold its address."""
+        self._slot_lengths = [0] * self.slots
 
     def warm_up(self, chunk: int, longest: int) -> None:
-        """Captures the graph of every number of slots and of keys that there will be."""
-        run_steps(self, chunk, graph_sizes(self.slots), graph_lengths(longest, self.cache.capacity))
+        """Captures the graphs of all batch sizes and lengths."""
+        run_steps(self, chunk, graph_batches(self.slots), graph_lengths(longest, self.cache.capacity))
 
     def _compile(self, dtype: torch.dtype) -> None:
         width = self.module.config.hidden_size
 
         def run(tokens: int) -> None:
-            embeds = _noise((1, tokens, width), dtype, self.device)
+            embeds = _random((1, tokens, width), dtype, self.device)
             self._chunk(0, embeds, torch.arange(tokens).expand(3, 1, -1), 0)
 
-        tokens = min(_TRIED_TOKENS, self.cache.capacity)
+        tokens = min(_COMPILE_TOKENS, self.cache.capacity)
         self._pointwise.compile([partial(run, 1), partial(run, tokens)])
         for cache in (*self.cache.k, *self.cache.v):
             cache[0, :, :tokens] = 0
 
-    def _speed_up(self, dtype: torch.dtype) -> None:
+    def _optimize(self, dtype: torch.dtype) -> None:
         self._pointwise = fuse_decoder(self.module, dtype)
-        _release(self.device)
+        _free_memory(self.device)
 
 
-def _sent(
-    layout: WindowLayout, config: VisionConfig, device: torch.device, packs: bool
-) -> _Packed | tuple[Tensor, ...]:
-    """What the tower needs to know of a layout, on the device."""
-    if not packs:
-        return tuple(to_device(index, device) for index in layout.index_tensors.values())
+def _padded_indices(layout: WindowLayout, config: VisionConfig, device: torch.device) -> tuple:
+    """The tower's index tensors, on the device."""
+    return tuple(to_device(index, device) for index in layout.index_tensors.values())
+
+
+def _packed_indices(layout: WindowLayout, config: VisionConfig, device: torch.device) -> tuple:
+    """Of :func:`~qwen2vl_trt.windows.unpad`, on the device: filled slots (None if all are), then ``encode``'s."""
     unpadded = unpad(layout, config)
     windows, frames = (
         PackedSequences(to_device(sequences.bounds, device), sequences.longest)
         for sequences in (PackedSequences.of(layout.window_lengths), PackedSequences.of(layout.sequence_lengths))
     )
-    return _Packed(
-        to_device(unpadded.filled, device) if _empty_share(layout) else None,
-        to_device(unpadded.position_ids, device),
-        windows,
-        frames,
-        to_device(unpadded.merge_index, device),
-    )
+    filled = to_device(unpadded.filled, device) if _padding(layout) else None
+    position_ids, merge_index = (to_device(index, device) for index in (unpadded.position_ids, unpadded.merge_index))
+    return filled, position_ids, windows, frames, merge_index
 
 
-def _empty_share(layout: WindowLayout) -> float:
+def _padding(layout: WindowLayout) -> float:
+    """Share of slots without a patch."""
     return 1 - int(layout.window_lengths.sum()) / layout.sequence_position.numel()
 
 
-def _pack(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _pack_weights(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cpu" and onednn.available(dtype):
         onednn.pack(module, dtype)
 
 
-def _noise(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
-def _release(device: torch.device) -> None:
-    """Give back what joining weights left behind: pieces that fit nothing else."""
+def _free_memory(device: torch.device) -> None:
+    """Release the fragments that joining weights left in PyTorch's allocator."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

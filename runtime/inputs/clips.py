@@ -1,34 +1,45 @@
-"""What a video file is to the rest: a clip, which says when its frames are shown and decodes those that are kept."""
+"""Video files as clips: the protocol, sampling of frames, and animated GIF, WebP and PNG files by Pillow."""
 
 from __future__ import annotations
 
 import io
 import logging
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import accumulate, islice
+from typing import BinaryIO, Protocol, cast
 
+from PIL import Image, ImageSequence
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from qwen2vl_trt.errors import MediaError
 
 from .frame_sampling import FrameSampling, Timeline
+from .image_formats import decode_errors, open_image
+from .images import load_image
 
 MAX_FRAME_PIXELS = 139264 * 256
-"""Largest frame that is decoded: that of the highest level of H.264 and HEVC, 6.2; 8192x4320 is within it."""
+"""Of a frame that is decoded: as in level 6.2, the highest of H.264 and HEVC; 8192x4320 is within it."""
 
 MAX_BYTES = 768 * 3 * 1920 * 1080
-"""Most bytes of decoded frames that are held of a video: as many frames as are ever kept by default, in full HD."""
+"""Of a video's decoded frames: the default maximum of frames in full HD."""
 
 VideoFile = io.RawIOBase | io.BufferedIOBase
-"""Open for reading, and able to seek."""
+"""Open for reading, and seekable."""
+
+_SIGNATURE_BYTES = 12
+_IMAGE_SIGNATURES = (b"GIF87a", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
+_ANIMATED = ("GIF", "WEBP", "PNG")
+_MIN_DELAY, _DEFAULT_DELAY = 10, 100
+"""Milliseconds. As in browsers, a delay of up to the first becomes the second."""
 
 _logger = logging.getLogger(__name__)
 
 
 class Clip(Protocol):
-    """A file that can be read from its beginning as often as needed.
+    """A video file, read from its beginning as often as needed.
 
     Attributes:
         size: height and width of its frames, upright, once one is decoded.
@@ -37,51 +48,51 @@ class Clip(Protocol):
     size: tuple[int, int]
 
     def timeline(self) -> Timeline:
-        """When its frames are shown, as far as that is known without decoding them.
+        """When its frames are shown, as far as that is known without decoding.
 
         Raises:
-            MediaError: there are none, or the file is truncated or corrupt.
+            MediaError: no frames, or the file is truncated or corrupt.
         """
 
-    def decode(self, kept: Sequence[int], timeline: Timeline) -> tuple[dict[int, Tensor], Timeline]:
+    def decode(self, indices: Sequence[int], timeline: Timeline) -> tuple[dict[int, Tensor], Timeline]:
         """Decode some frames.
 
         Args:
-            kept: their numbers.
-            timeline: as :meth:`timeline` gave it.
+            indices: of these frames.
+            timeline: from :meth:`timeline`.
 
         Returns:
-            Each frame ``[3, H, W]``, upright, by its number; and the timeline that decoding showed, which is another
-            where the decoder shows other frames than the file has.
+            Frames ``[3, H, W]``, upright, by index; and the timeline as decoded, which differs if the decoder shows
+            other frames than the file has.
 
         Raises:
             MediaError: a frame is too large, or the file is truncated or corrupt.
         """
 
 
-def sample(
+def sample_clip(
     clip: Clip, sampling: FrameSampling, start: float | None, end: float | None, label: str
 ) -> tuple[list[Tensor], float]:
-    """Frames to keep, and how many of them there are a second.
+    """Sampled frames, and how many there are a second.
 
     Args:
-        clip: of a file.
-        sampling: how many are kept.
-        start: seconds, before which none is; None from the beginning.
-        end: seconds, after which none is; None to the end.
-        label: what error messages call the video.
+        clip: to decode.
+        sampling: chooses the frames.
+        start: seconds; None for the beginning.
+        end: seconds; None for the end.
+        label: of the video, for error messages.
 
     Raises:
-        MediaError: what the clip or the sampling refuses, or nothing is shown between ``start`` and ``end``.
+        MediaError: of the clip or the sampling, or nothing is shown between ``start`` and ``end``.
     """
     timeline = clip.timeline()
     for _ in range(3):
         first, part = _between(timeline, start, end, label)
-        kept = [first + number for number in sampling.choose(part, label)]
-        frames, decoded = clip.decode(kept, timeline)
+        indices = [first + index for index in sampling.choose(part, label)]
+        frames, decoded = clip.decode(indices, timeline)
         if (decoded.first, decoded.ticks) == (timeline.first, timeline.ticks):
-            return [frames[number] for number in kept], len(kept) / float(part.duration)
-        timeline = decoded  # a sound file decodes to the same frames the next time
+            return [frames[index] for index in indices], len(indices) / float(part.duration)
+        timeline = decoded  # a valid file decodes to the same frames the next time
     raise MediaError(f"{label}: corrupt: it decodes to other frames each time")
 
 
@@ -98,19 +109,15 @@ def _between(timeline: Timeline, start: float | None, end: float | None, label: 
 
 
 def check_frame(width: int, height: int, label: str) -> None:
-    """Refuse a size before it takes memory.
-
-    Raises:
-        MediaError: above :data:`MAX_FRAME_PIXELS`.
-    """
+    """Raises MediaError for a frame above :data:`MAX_FRAME_PIXELS`, before it is decoded."""
     if width * height > MAX_FRAME_PIXELS:
         raise MediaError(f"{label}: frames of {width}x{height} are over {MAX_FRAME_PIXELS:,} pixels; scale it down")
 
 
-def held(frame: Tensor, count: int, label: str) -> Tensor:
-    """A frame ``[3, H, W]``, shrunk if ``count`` of them would take more than :data:`MAX_BYTES`.
+def shrink_to_fit(frame: Tensor, count: int, label: str) -> Tensor:
+    """A frame ``[3, H, W]``, shrunk if ``count`` of them would exceed :data:`MAX_BYTES`.
 
-    Of the frames kept by default each then still has more pixels than a model is shown of it.
+    At the default number of frames it still has more pixels than the model sees.
     """
     height, width = frame.shape[1:]
     if count * frame.nbytes <= MAX_BYTES:
@@ -119,3 +126,47 @@ def held(frame: Tensor, count: int, label: str) -> Tensor:
     size = max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
     _logger.info("%s: %d frames of %dx%d are held as %dx%d", label, count, width, height, size[1], size[0])
     return interpolate(frame[None], size, mode="bilinear", antialias=True)[0]
+
+
+def is_image_file(file: VideoFile) -> bool:
+    """Whether a file has the signature of an image, animated or not; rewinds it."""
+    start = file.read(_SIGNATURE_BYTES)
+    file.seek(0)
+    return start.startswith(_IMAGE_SIGNATURES) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
+
+
+class Animation:
+    """An animated image file as a :class:`Clip`; each frame has its own delay."""
+
+    def __init__(self, file: VideoFile, label: str) -> None:
+        self._file, self._label = file, label
+        self.size = (0, 0)
+
+    def timeline(self) -> Timeline:
+        """Decodes all frames, since WebP has no other way to learn the delays."""
+        delays = []
+        for image in self._frames():
+            delay = int(image.info.get("duration") or 0)
+            delays.append(delay if delay > _MIN_DELAY else _DEFAULT_DELAY)
+        *ticks, end = accumulate(delays, initial=0)
+        return Timeline(tuple(ticks), Fraction(end), Fraction(1, 1000))
+
+    def decode(self, indices: Sequence[int], timeline: Timeline) -> tuple[dict[int, Tensor], Timeline]:
+        wanted, frames = set(indices), {}
+        for index, image in enumerate(self._frames()):
+            if index in wanted:
+                frame = load_image(image, name=f"{self._label}, frame {index + 1}")
+                self.size = (frame.shape[1], frame.shape[2])
+                frames[index] = shrink_to_fit(frame, len(indices), self._label)
+        return frames, timeline
+
+    def _frames(self) -> Iterator[Image.Image]:
+        self._file.seek(0)
+        with decode_errors(self._label), open_image(cast(BinaryIO, self._file), self._label) as image:
+            check_frame(image.width, image.height, self._label)
+            if image.format not in _ANIMATED or not getattr(image, "is_animated", False):
+                raise MediaError(f"{self._label}: a still image, not a video; give it as an image")
+            first = int(bool(image.info.get("default_image")))  # a PNG's fallback for viewers without animation
+            for frame in islice(ImageSequence.Iterator(image), first, None):
+                frame.load()
+                yield frame

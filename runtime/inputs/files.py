@@ -1,4 +1,4 @@
-"""Files that a user names: regular files alone, opened without waiting and read up to a limit."""
+"""Files that a user names: only regular ones, opened without blocking and read up to a limit."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.media_urls import file_path
 
 MAX_FILE_BYTES = 1 << 30
-"""Of an image: more than 100 megapixels take uncompressed in 8 bits with transparency, or 16 bits a colour in all but
-extremes."""
+"""Of an image: more than 100 megapixels take, uncompressed, in 8 bits with transparency."""
 
 MAX_VIDEO_BYTES = 1 << 36
-"""Of a video, which is not held, but read through more than once: two hours at 76 Mbit/s."""
+"""Of a video, which is streamed: two hours at 76 Mbit/s."""
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
-"""Opening a pipe that nobody writes to would wait for ever."""
+"""O_NONBLOCK: opening a pipe without a writer would block for ever."""
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -38,7 +37,7 @@ _BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "AAAA")  # JPEG, PNG
 
 
 def labelled(source: object, name: str | None) -> str:
-    """What error messages call a source: its name, and its path if it has one."""
+    """A source's label in error messages: its name, and its path if it has one."""
     if isinstance(source, (str, Path)):
         return f"{name} ({source})" if name else str(source)
     return name or "image"
@@ -46,15 +45,15 @@ def labelled(source: object, name: str | None) -> str:
 
 @contextmanager
 def opened(path: str | Path, label: str, kind: str = "an image") -> Iterator[BinaryIO]:
-    """Open a regular file for reading; nothing else, since a pipe may block for ever and a device has no end.
+    """Open a regular file for reading: a pipe may block for ever, and a device has no end.
 
     Args:
         path: of the file, or its ``file://`` URL.
-        label: what error messages call it.
+        label: for error messages.
         kind: what they say it should be.
 
     Raises:
-        MediaError: an address, no such file, no regular one, an empty one, or one that cannot be read.
+        MediaError: another URL, or a file that does not exist, is not regular, is empty or cannot be read.
     """
     path = file_path(path) if isinstance(path, str) else path
     try:
@@ -76,24 +75,19 @@ def opened(path: str | Path, label: str, kind: str = "an image") -> Iterator[Bin
             raise MediaError(f"{label}: cannot be read: {error.strerror or error}") from None
 
 
-def read_whole(file: BinaryIO, label: str, most: int = MAX_FILE_BYTES) -> bytes:
-    """All bytes of a file, however many it says it has.
-
-    Raises:
-        MediaError: more than ``most``.
-    """
+def read_whole(file: BinaryIO, label: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """All bytes of a file, whatever size it claims. Raises MediaError above ``max_bytes``."""
     size = os.fstat(file.fileno()).st_size
-    contents = file.read(min(size, most) + 1)  # a reader takes memory for all that it is asked for
-    if size < len(contents) <= most:
-        contents += file.read(most + 1 - len(contents))
-    if len(contents) > most:
-        raise too_large(label, most)
+    contents = file.read(min(size, max_bytes) + 1)  # read allocates what it is asked for
+    if size < len(contents) <= max_bytes:
+        contents += file.read(max_bytes + 1 - len(contents))
+    if len(contents) > max_bytes:
+        raise too_large(label, max_bytes)
     return contents
 
 
-def too_large(label: str, most: int, kind: str = "an image") -> MediaError:
-    """The error of a file with more bytes than are read."""
-    return MediaError(f"{label}: more than {most:,} bytes, the most that are read of {kind} file; shrink it")
+def too_large(label: str, max_bytes: int, kind: str = "an image") -> MediaError:
+    return MediaError(f"{label}: more than {max_bytes:,} bytes, the most that are read of {kind} file; shrink it")
 
 
 def _why_not(path: str, kind: str, error: OSError | ValueError) -> str:
@@ -118,7 +112,7 @@ def _why_not(path: str, kind: str, error: OSError | ValueError) -> str:
 
 
 class BoundedFile(io.RawIOBase):
-    """Reads an open regular file, up to the size that it had then: one that grows still ends."""
+    """An open regular file, read up to its size at this time: it ends even if it grows."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.name = file.name

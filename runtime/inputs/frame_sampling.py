@@ -1,9 +1,8 @@
-"""Which frames of a clip are kept, by the times at which they are shown.
+"""Sampling of a video's frames by their presentation times.
 
-One rule for every file. A clip lasts from its first visible frame to the end of its last one. Of that time as many
-frames are kept as Transformers' ``Qwen2VLVideoProcessor.sample_frames`` and qwen-vl-utils' ``smart_nframes`` keep of
-it. Their times are evenly spaced, and each is the frame that is shown at its time. Where the frames follow each other
-at a constant rate, these are the very indices of ``sample_frames``.
+A clip lasts from its first visible frame to the end of its last one. The number of frames is that of Transformers'
+``Qwen2VLVideoProcessor.sample_frames`` and qwen-vl-utils' ``smart_nframes``. Their times are evenly spaced, and each is
+the frame shown at its time. At a constant frame rate these are the indices of ``sample_frames``.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.media_options import VideoOptions
 
 DEFAULT_FPS = 2.0
-"""Rate of frames about which nothing is said; qwen-vl-utils assumes the same."""
+"""Of frames without a known rate, as in qwen-vl-utils."""
 
 Stamp = tuple[int | None, int]
-"""A frame's presentation time, None where the file has none, and its duration, 0 where it is unknown; in ticks."""
+"""A frame's presentation time (None if the file has none) and duration (0 if unknown), in ticks."""
 
-_LAST_FRAME = 1
-"""Most seconds that the last frame of a variable rate is shown, if its container does not say more."""
+_MAX_LAST_FRAME = 1
+"""Seconds that the last frame of a variable rate is shown at most, unless its container says more."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,11 @@ class Timeline:
     """When the visible frames of a clip are shown.
 
     Attributes:
-        ticks: time of each, in order, from the first.
-        end: when the last one ends.
+        ticks: time of each from the first, ascending.
+        end: of the last one.
         tick: seconds in the unit of both.
-        rate: frames per second, where that is constant.
-        first: timestamp of the first in the file.
+        rate: frames per second, if constant.
+        first: timestamp of the first one in the file.
     """
 
     ticks: tuple[int, ...]
@@ -50,16 +49,16 @@ class Timeline:
 
     @classmethod
     def of(cls, stamps: Sequence[Stamp], tick: Fraction, rates: Sequence[Fraction | None] = ()) -> Timeline:
-        """Made of the timestamps of a file.
+        """From a file's timestamps.
 
-        A header's rate counts only where every timestamp agrees with it to less than a tick: then it is the constant
-        rate, free of their rounding. Otherwise the last frame is shown as long as its packet says, or as long as the
-        one before it (at most a second) if that is longer: muxers write a nominal duration there, or none.
+        The rate is constant if every timestamp agrees with a header's rate to less than a tick. Otherwise the last
+        frame lasts as long as its packet says or, if longer, as the frame before it (at most a second): muxers write a
+        nominal duration there, or none.
 
         Args:
             stamps: of at least one frame, in any order.
-            tick: seconds in their unit.
-            rates: what headers say, the likeliest first.
+            tick: seconds.
+            rates: of headers, the most reliable first.
         """
         interval = round(1 / (tick * next(filter(None, rates), Fraction(DEFAULT_FPS)))) or 1
         shown, now = [], 0
@@ -69,11 +68,11 @@ class Timeline:
             now += duration or interval
         shown.sort()
         ticks = tuple(pts - shown[0][0] for pts, _ in shown)
-        rate = next((rate for rate in rates if rate and _follows(ticks, rate * tick)), None)
+        rate = next((rate for rate in rates if rate and _is_constant(ticks, rate * tick)), None)
         if rate:
             return cls(ticks, len(ticks) / (rate * tick), tick, rate, shown[0][0])
         before = ticks[-1] - ticks[-2] if len(ticks) > 1 else interval
-        end = ticks[-1] + max(shown[-1][1], min(before, int(_LAST_FRAME / tick)))
+        end = ticks[-1] + max(shown[-1][1], min(before, int(_MAX_LAST_FRAME / tick)))
         return cls(ticks, Fraction(max(end, 1)), tick, None, shown[0][0])
 
     @property
@@ -84,12 +83,8 @@ class Timeline:
     def between(self, start: float, end: float) -> tuple[int, Timeline]:
         """The frames that begin from ``start`` to ``end`` seconds: qwen-vl-utils' ``video_start`` and ``video_end``.
 
-        Args:
-            start: not below 0, and within the duration.
-            end: not before it.
-
         Returns:
-            Number of the first, and their own timeline. Where none begins in that time, it is the one shown then.
+            Index of the first, and their timeline. If none begins in that time, it is the frame shown then.
         """
         if self.rate:
             first, stop = math.ceil(start * float(self.rate)), math.floor(end * float(self.rate)) + 1
@@ -105,21 +100,21 @@ class Timeline:
         return first, Timeline(tuple(pts - ticks[0] for pts in ticks), length, self.tick, self.rate)
 
 
-def _follows(ticks: Sequence[int], step: Fraction) -> bool:
-    """Whether every frame is within a tick of ``step`` frames a tick."""
+def _is_constant(ticks: Sequence[int], step: Fraction) -> bool:
+    """Whether every frame is within a tick of a rate of ``step`` frames a tick."""
     return bool((np.abs(np.array(ticks) * float(step) - np.arange(len(ticks))) < float(step)).all())
 
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """How many frames of a video are kept; the fields are those of ``video_preprocessor_config.json``.
+    """Number of frames sampled from a video; fields as in ``video_preprocessor_config.json``.
 
     Attributes:
-        fps: frames kept of each second.
-        min_frames: fewest frames kept, if the video has so many.
-        max_frames: most frames kept.
-        temporal_patch_size: the number kept is a multiple of this, if the video has so many.
-        num_frames: keep this many, rounded to a multiple of ``temporal_patch_size``, whatever the fields above say.
+        fps: frames per second.
+        min_frames: if the video has as many.
+        max_frames: at most.
+        temporal_patch_size: the number is a multiple of this, if the video has as many.
+        num_frames: overrides the fields above, rounded to a multiple of ``temporal_patch_size``.
     """
 
     fps: float = 2.0
@@ -129,11 +124,7 @@ class FrameSampling:
     num_frames: int | None = None
 
     def choose(self, timeline: Timeline, label: str) -> list[int]:
-        """Frames to keep of a clip.
-
-        Raises:
-            MediaError: ``num_frames`` is more than there are, named ``label``.
-        """
+        """Indices of the sampled frames. Raises MediaError if ``num_frames`` is more than there are."""
         total, unit = len(timeline.ticks), self.temporal_patch_size
         if self.num_frames is not None and not unit <= self._count(total, 1.0) <= total:
             raise MediaError(
@@ -147,33 +138,28 @@ class FrameSampling:
         return [bisect_right(timeline.ticks, number * timeline.end // count) - 1 for number in range(count)]
 
     def indices(self, total: int, fps: float) -> list[int]:
-        """Frames to keep of ``total`` at ``fps``: those Transformers' video processor keeps, evenly spaced."""
+        """Indices of the frames that Transformers' video processor samples of ``total`` at ``fps``."""
         count = self._count(total, fps)
         if count <= 0:  # shorter than a temporal patch, where Transformers divides by zero
             return list(range(min(total, self.temporal_patch_size)))
-        # The step is rounded, so now and then one index too many comes out, the end itself.
+        # The step is rounded, so that sometimes the end itself comes out too.
         return [index for index in torch.arange(0, total, total / count).int().tolist() if index < total]
 
     def _count(self, total: int, fps: float) -> int:
         unit = self.temporal_patch_size
         if self.num_frames is not None:
             return round(self.num_frames / unit) * unit
-        most = min(self.max_frames, total) // unit * unit
-        return math.floor(min(max(total / fps * self.fps, self.min_frames), most, total) / unit) * unit
+        max_frames = min(self.max_frames, total) // unit * unit
+        return math.floor(min(max(total / fps * self.fps, self.min_frames), max_frames, total) / unit) * unit
 
 
-OF_FILES = ("nframes", "min_frames", "max_frames", "video_start", "video_end")
+FILE_OPTIONS = ("nframes", "min_frames", "max_frames", "video_start", "video_end")
 
 
 def requested_sampling(options: VideoOptions, sampling: FrameSampling, label: str) -> FrameSampling:
-    """How many frames of a file are kept, after what a message's part says about its video.
+    """Sampling of a file: a request's ``options``, completed by the defaults ``sampling``.
 
     Source: ``smart_nframes`` and ``fetch_video`` in qwen-vl-utils' ``vision_process.py``.
-
-    Args:
-        options: what they say goes.
-        sampling: for what they do not say.
-        label: what error messages call the video.
 
     Raises:
         MediaError: ``max_frames`` below a temporal patch or below ``min_frames``, or ``sample_fps``.
@@ -183,21 +169,17 @@ def requested_sampling(options: VideoOptions, sampling: FrameSampling, label: st
     unit = sampling.temporal_patch_size
     if options.max_frames is not None and options.max_frames < unit:
         raise MediaError(f"{label}: max_frames is {options.max_frames}; a temporal patch has {unit} frames")
-    least = sampling.min_frames if options.min_frames is None else -(-options.min_frames // unit) * unit
-    most = sampling.max_frames if options.max_frames is None else options.max_frames
-    if options.min_frames is not None and least > most:
-        raise MediaError(f"{label}: min_frames {options.min_frames} is above max_frames {most}")
+    min_frames = sampling.min_frames if options.min_frames is None else -(-options.min_frames // unit) * unit
+    max_frames = sampling.max_frames if options.max_frames is None else options.max_frames
+    if options.min_frames is not None and min_frames > max_frames:
+        raise MediaError(f"{label}: min_frames {options.min_frames} is above max_frames {max_frames}")
     fps = sampling.fps if options.fps is None else options.fps
-    return replace(sampling, fps=fps, min_frames=least, max_frames=most, num_frames=options.nframes)
+    return replace(sampling, fps=fps, min_frames=min_frames, max_frames=max_frames, num_frames=options.nframes)
 
 
 def requested_rate(options: VideoOptions, label: str) -> float | None:
-    """The rate of frames in memory, which are all kept; None if nothing is said.
-
-    Raises:
-        MediaError: ``fps`` and ``sample_fps`` differ, or what only a file can obey.
-    """
-    for key in OF_FILES:
+    """Rate of frames in memory, or None. Raises MediaError for two different rates or options for files."""
+    for key in FILE_OPTIONS:
         if getattr(options, key) is not None:
             raise MediaError(f"{label}: {key} is for a file; frames in memory are all kept")
     if None not in (options.fps, options.sample_fps) and options.fps != options.sample_fps:

@@ -1,4 +1,4 @@
-"""The formats of image files that are read, and names for those that are not."""
+"""Image file formats: those that are read, and error messages that name the others."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from qwen2vl_trt.errors import MediaError
 READ = "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000, AVIF and HEIC"
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-"""Pillow's names; JPEG includes MPO, the two pictures of a stereo camera. Pillow's other readers, thirty of them for
-formats that nobody sends on purpose (EPS runs Ghostscript), are not tried."""
+"""Pillow's names; JPEG includes MPO. Pillow's thirty other readers are not tried (EPS runs Ghostscript)."""
 
 _SUFFIXES = frozenset(
     ".bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()  # noqa: SIM905
@@ -45,7 +44,7 @@ _lock = threading.Lock()
 
 @lru_cache(maxsize=1)
 def image_suffixes() -> frozenset[str]:
-    """Endings, in lower case, of the files that can be read here."""
+    """Suffixes of the files that can be read here, in lower case."""
     found = set(_SUFFIXES)
     if _reads_avif():
         found.add(".avif")
@@ -55,35 +54,46 @@ def image_suffixes() -> frozenset[str]:
 
 
 def open_image(file: BinaryIO, label: str) -> ImageFile.ImageFile:
-    """Read the header of an image file, whatever the size that it claims: limits are the caller's.
+    """Read the header of an image file; the caller checks its size.
 
     Raises:
-        MediaError: a format that is not read.
-        Exception: whatever Pillow's readers let out of a corrupt file.
+        MediaError: an unknown format.
+        Exception: whatever Pillow raises for a corrupt file, see :func:`decode_errors`.
     """
     prefix = file.read(1024)
     file.seek(0)
-    reader = _heic_reader() if _ftyp(prefix) == "HEIC" else None
+    reader = _heic_reader() if _iso_format(prefix) == "HEIC" else None
     try:
         if reader is not None:
             return reader(file, "")
         with _without_limit():
             return Image.open(file, formats=[*_FORMATS, "AVIF"] if _reads_avif() else _FORMATS)
     except (UnidentifiedImageError, SyntaxError):
-        raise MediaError(f"{label}: {_what_it_is(prefix)}") from None
+        raise MediaError(f"{label}: {_describe(prefix)}") from None
+
+
+@contextmanager
+def decode_errors(label: str) -> Iterator[None]:
+    """Turn any exception, of which Pillow raises nearly all for a corrupt file, into a MediaError."""
+    try:
+        yield
+    except MediaError:
+        raise
+    except Exception as error:
+        raise MediaError(f"{label}: truncated or corrupt: {error}") from None
 
 
 def load_pixels(image: ImageFile.ImageFile) -> None:
-    """Decode a file that :func:`open_image` has opened."""
+    """Decode a file from :func:`open_image`."""
     if image.format == "TIFF":
         with _without_limit():
-            image.load_prepare()  # the one reader that looks at the limit when it decodes; not again after this
+            image.load_prepare()  # the only reader that checks the limit while decoding, and only here
     image.load()
 
 
 @contextmanager
 def _without_limit() -> Iterator[None]:
-    """Pillow warns above 89 megapixels, whoever asks; its readers take no limit as an argument."""
+    """Lift Pillow's global limit of 89 megapixels, which is no argument of its readers."""
     with _lock:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -94,18 +104,18 @@ def _without_limit() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _reads_avif() -> bool:
-    """Pillow does from 11.3 on, if it was built so."""
+    """Pillow does from 11.3 on, depending on its build."""
     return find_spec("PIL._avif") is not None
 
 
 @lru_cache(maxsize=1)
 def _heic_reader() -> Callable[[BinaryIO, str], ImageFile.ImageFile] | None:
-    """Pillow-heif's, without registering it with Pillow for the whole process; None where it is not installed."""
+    """Pillow-heif's, not registered with Pillow for the whole process; None if it is not installed."""
     return importlib.import_module("pillow_heif").HeifImageFile if find_spec("pillow_heif") is not None else None
 
 
-def _ftyp(prefix: bytes) -> str | None:
-    """What a file in ISO's container says it is: HEIC, AVIF or, with any other brand, a video."""
+def _iso_format(prefix: bytes) -> str | None:
+    """HEIC, AVIF or video, by the brands of an ISO container; None for other files."""
     if prefix[4:8] != b"ftyp":
         return None
     size = int.from_bytes(prefix[:4], "big")
@@ -115,8 +125,8 @@ def _ftyp(prefix: bytes) -> str | None:
     return "HEIC" if brands[0] in _HEIC_BRANDS else "video"
 
 
-def _what_it_is(prefix: bytes) -> str:
-    container = _ftyp(prefix)
+def _describe(prefix: bytes) -> str:
+    container = _iso_format(prefix)
     if container == "HEIC" and _heic_reader() is None:
         return 'HEIC, which pillow-heif reads; pip install "qwen2vl-trt[heic]", or convert it to JPEG'
     if container == "AVIF" and not _reads_avif():

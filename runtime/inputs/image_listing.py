@@ -1,4 +1,4 @@
-"""Image files of a folder or a glob, one at a time and always in the same order."""
+"""Image files of a folder or a glob, in a fixed order."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from qwen2vl_trt.errors import MediaError
 
 from .image_formats import image_suffixes
 
-_NAMED = 8
-"""Suffixes of other files that a message names."""
+_MAX_SUFFIXES = 8  # in a message
 
 
 class ImageFile(NamedTuple):
-    """A file and the name that its features get."""
+    """A file and the name of its features."""
 
     key: str
     path: str
 
 
 def input_root(source: str) -> Path:
-    """What the keys are relative to: the folder, or the part of a glob before its first wildcard."""
+    """The folder that keys are relative to: of a glob, the part before its first wildcard."""
     path = Path(source)
     if path.is_dir():
         return path
@@ -40,22 +39,19 @@ def input_root(source: str) -> Path:
 
 
 def list_images(source: str, passed_over: Counter[str] | None = None) -> Iterator[ImageFile]:
-    """The images of a folder and the folders below it, or those that a glob (``**`` included) matches.
+    """Images below a folder, or the files that a glob (with ``**``) matches.
 
-    Of a folder the files are taken whose ending, in any case, is among
-    :func:`~qwen2vl_trt.runtime.inputs.image_formats.image_suffixes`; of a glob, whatever it matches.
-    Keys are paths relative to :func:`input_root`, with ``/``. Order: a folder's files by name, then its folders by
-    name. Memory: the names in one folder; of a glob, all that it matches. Names that begin with a dot are left out, as
-    shells do. Links to files are followed, and listed if they lead nowhere: reading them says so. Links to folders,
-    which may lead in a circle, are followed where a glob names or matches one, not below a folder or a ``**``.
+    A folder's files are selected by :func:`~qwen2vl_trt.runtime.inputs.image_formats.image_suffixes`. Keys are paths
+    relative to :func:`input_root`, with ``/``. Order: files by name, then folders by name. Memory: the names in one
+    folder; of a glob, all matches. Names that begin with a dot are left out. Links to files are followed, and listed if
+    broken: reading them fails. Links to folders, which may be circular, are followed only where a glob matches them.
 
     Args:
-        source: the folder, the glob, or one file.
-        passed_over: counts, by suffix, what lies in the folders and is not taken; names with a dot in front are not
-            counted.
+        source: a folder, a glob, or one file.
+        passed_over: counts the folders' other files, by suffix, except names that begin with a dot.
 
     Raises:
-        MediaError: there is no such folder or match, the source is empty, or a folder cannot be listed.
+        MediaError: no such folder or match, an empty source, or a folder that cannot be listed.
     """
     if not source:
         raise MediaError("the input is empty: it names no folder, file or glob")
@@ -75,11 +71,7 @@ def list_images(source: str, passed_over: Counter[str] | None = None) -> Iterato
 
 
 def given_images(paths: Sequence[str]) -> list[ImageFile]:
-    """Images named one by one; the key is the path as given.
-
-    Raises:
-        MediaError: one is given twice.
-    """
+    """Single images; the key is the path as given. Raises MediaError for a duplicate."""
     seen: set[str] = set()
     for path in paths:
         if path in seen:
@@ -89,15 +81,15 @@ def given_images(paths: Sequence[str]) -> list[ImageFile]:
 
 
 def counted(passed_over: Counter[str]) -> str:
-    """What was passed over, for a message: ``12 .heic, 3 .txt``; of the rarest suffixes their sum."""
-    most = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
-    parts = [f"{count:,} {kind}" for kind, count in most[:_NAMED]]
-    others = sum(count for _, count in most[_NAMED:])
+    """For messages: ``12 .heic, 3 .txt, 7 others``."""
+    counts = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{count:,} {kind}" for kind, count in counts[:_MAX_SUFFIXES]]
+    others = sum(count for _, count in counts[_MAX_SUFFIXES:])
     return ", ".join([*parts, f"{others:,} others"] if others else parts)
 
 
 def _matches(folder: str, pattern: Sequence[str]) -> Iterator[str]:
-    """What a glob matches below a folder; the ``**`` of :mod:`glob` goes round in a circle of links 40 times."""
+    """Matches of a glob below a folder; the ``**`` of :mod:`glob` follows circular links 40 times."""
     if "**" not in pattern:
         for match in glob.iglob(str(Path(*pattern)), root_dir=folder):  # noqa: PTH207  Path.glob lists dot names
             yield str(Path(folder, match))
@@ -110,7 +102,7 @@ def _matches(folder: str, pattern: Sequence[str]) -> Iterator[str]:
 
 
 def _is_image_file(path: str) -> bool:
-    """Whether it is a file, or a link that leads nowhere; nothing that would wait when it is opened, as a pipe does."""
+    """Whether it is a regular file or a broken link, not something like a pipe, which blocks when opened."""
     return Path(path).is_file() or (Path(path).is_symlink() and not Path(path).exists())
 
 

@@ -1,10 +1,8 @@
-"""JPEG files decoded on the GPU by nvImageCodec, an optional package; all other images as ever, by Pillow.
+"""JPEG files decoded on the GPU by nvImageCodec, an optional package; all other images by Pillow.
 
-A GPU's decoder does not round as libjpeg does (inverse cosine transform, chroma upsampling), so its pixels differ from
-Pillow's by a level or so, and answers may follow: hence an option. torchvision's decoder for CUDA, which would do too,
-is deprecated since 0.29 and leaves the EXIF orientation to the caller.
-
-Against nvImageCodec 0.9 only the names and signatures are checked: no decode has run on a GPU yet.
+This is an option because a GPU's decoder rounds differently from libjpeg (inverse cosine transform, chroma upsampling):
+pixels differ from Pillow's by about a level. torchvision's CUDA decoder is deprecated since 0.29 and ignores the EXIF
+orientation.
 """
 
 from __future__ import annotations
@@ -24,12 +22,7 @@ from .images import ImageLimits, ImageSource, file_bytes, is_plain_jpeg, load_im
 
 
 def check_gpu_decoding(device: torch.device | str) -> None:
-    """See whether JPEG files can be decoded on a device.
-
-    Raises:
-        MediaError: it is no GPU.
-        MissingDependencyError: nvImageCodec is not installed.
-    """
+    """Raises MediaError if the device is no GPU, and MissingDependencyError without nvImageCodec."""
     if torch.device(device).type != "cuda":
         raise MediaError(f'decode="gpu" (--decode gpu) needs a GPU, and the engines run on {device}; leave it at "cpu"')
     _import_codec()
@@ -46,16 +39,12 @@ def _import_codec() -> Any:
 
 
 class JpegDecoder:
-    """Loads images whose JPEG files it decodes on a device; any thread may, one at a time decodes.
-
-    Raises:
-        MissingDependencyError: nvImageCodec is not installed.
-    """
+    """Loads images, decoding JPEG files on a device. Thread-safe; raises MissingDependencyError without its package."""
 
     def __init__(self, device: torch.device) -> None:
         self._codec = _import_codec()
         self._device = device
-        self._one_at_a_time = threading.Lock()
+        self._lock = threading.Lock()
         # Chroma is interpolated, as libjpeg does by default, not repeated.
         number = -1 if device.index is None else device.index  # -1 is the current one
         self._decoder = self._codec.Decoder(device_id=number, options=":fancy_upsampling=1")
@@ -63,10 +52,9 @@ class JpegDecoder:
     def load(
         self, sources: Sequence[ImageSource], names: Sequence[str], limits: ImageLimits | None = None
     ) -> list[Tensor]:
-        """:func:`~qwen2vl_trt.runtime.inputs.images.load_image` for many, all their plain JPEG files decoded in one
-        call.
+        """:func:`~qwen2vl_trt.runtime.inputs.images.load_image` for many, with one decoder call for plain JPEG files.
 
-        A file that the decoder gives up is left to Pillow, which decodes it or says what is wrong with it.
+        Pillow decodes the files that the decoder rejects, or reports what is wrong with them.
         """
         limits = limits or ImageLimits()
         labels = [labelled(source, name) for source, name in zip(sources, names, strict=True)]
@@ -83,7 +71,7 @@ class JpegDecoder:
         codec = self._codec
         params = codec.DecodeParams(apply_exif_orientation=True, color_spec=codec.ColorSpec.SRGB)
         stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
-        with self._one_at_a_time:
+        with self._lock:
             images = self._decoder.decode(list(files.values()), params=params, cuda_stream=stream)
         return {
             i: torch.from_dlpack(image).permute(2, 0, 1)  # [H, W, 3] in memory

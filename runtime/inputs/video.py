@@ -1,4 +1,4 @@
-"""A video becomes a list of frames ``[3, H, W]`` of one size, and the rate at which they follow each other.
+"""Videos to frames ``[3, H, W]`` of one size, and their rate.
 
 Letters: T frames, C channels, H and W the sides in pixels.
 """
@@ -20,10 +20,9 @@ from torch import Tensor
 from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.media_options import VideoOptions
 
-from .animation import Animation, is_picture
-from .clips import Clip, VideoFile, held, sample
+from .clips import Animation, Clip, VideoFile, is_image_file, sample_clip, shrink_to_fit
 from .files import MAX_VIDEO_BYTES, BoundedFile, labelled, opened, too_large
-from .frame_sampling import DEFAULT_FPS, OF_FILES, FrameSampling, requested_rate, requested_sampling
+from .frame_sampling import DEFAULT_FPS, FILE_OPTIONS, FrameSampling, requested_rate, requested_sampling
 from .images import ImageLimits, ImageSource, channels_first, load_image, rgb
 from .video_stream import VideoStream
 
@@ -36,7 +35,7 @@ class Video:
 
     Attributes:
         frames: images (see :data:`~qwen2vl_trt.runtime.inputs.images.ImageSource`).
-        fps: frames per second of these frames, that is, after sampling.
+        fps: frames per second, after sampling.
     """
 
     frames: Sequence[ImageSource]
@@ -45,10 +44,10 @@ class Video:
 
 @dataclass(frozen=True)
 class LoadedVideo(Video):
-    """``[3, H, W]`` tensors, and the height and width that they came in; those of a very large video are held smaller.
+    """Frames as ``[3, H, W]`` tensors.
 
     Attributes:
-        source_size: of the frames before that.
+        source_size: height and width of the original; frames of a very large video are shrunk.
     """
 
     frames: Sequence[Tensor]
@@ -56,21 +55,20 @@ class LoadedVideo(Video):
 
 
 VideoSource = Video | str | Path | bytes | BoundedFile | np.ndarray | Tensor | Sequence[ImageSource]
-"""A :class:`Video`, a video file as its path, its bytes or what :func:`opened_video` gives, ``[T, C, H, W]``,
-``[T, H, W, C]``, or a list of images."""
+"""A :class:`Video`, a file (path, bytes or :func:`opened_video`), ``[T, C, H, W]``, ``[T, H, W, C]``, or images."""
 
 
 def options_for(source: VideoSource, own: VideoOptions, common: VideoOptions) -> VideoOptions:
-    """What is asked of one video: its own options, and of those of all videos what is meant for it.
+    """A video's own options, completed by those of the ``common`` ones that apply to it.
 
-    Which frames are kept is meant for files, ``sample_fps`` for frames in memory; a :class:`Video` has its own rate.
+    Sampling options apply to files, ``sample_fps`` to frames in memory; a :class:`Video` has its own rate.
     """
     if isinstance(source, (str, Path, bytes, bytearray, memoryview)):
         return own.over(replace(common, sample_fps=None))
     rate = None
     if not isinstance(source, Video) and own.fps is None and own.sample_fps is None:
         rate = common.sample_fps or common.fps
-    return own.over(replace(common, **dict.fromkeys((*OF_FILES, "fps")), sample_fps=rate))
+    return own.over(replace(common, **dict.fromkeys((*FILE_OPTIONS, "fps")), sample_fps=rate))
 
 
 def load_video(
@@ -83,26 +81,24 @@ def load_video(
 ) -> LoadedVideo:
     """Read one video.
 
-    A file is read in the containers MP4, MOV and 3GP, Matroska and WebM, AVI, MPEG, FLV, ASF and Ogg, as raw H.264 or
-    HEVC, or as an animated GIF, WebP or PNG. Which of its frames are kept is told in
-    :mod:`qwen2vl_trt.runtime.inputs.frame_sampling`. Frames given in memory are all kept, as in Transformers and
-    qwen-vl-utils: whoever has them has chosen them (or does, by :meth:`FrameSampling.indices`).
+    Files are MP4, MOV, 3GP, Matroska, WebM, AVI, MPEG, FLV, ASF, Ogg, raw H.264 or HEVC, and animated GIF, WebP or
+    PNG. They are sampled, see :mod:`qwen2vl_trt.runtime.inputs.frame_sampling`. As in Transformers and qwen-vl-utils,
+    frames in memory are not; :meth:`FrameSampling.indices` can choose them beforehand.
 
     Args:
         source: see :data:`VideoSource`.
-        options: what is asked of this video; the sizes among them are not for here. By default a :class:`Video` has
-            its own rate, and other frames in memory have :data:`DEFAULT_FPS`, with a warning.
-        sampling: which frames of a file are kept where ``options`` do not say, by default ``FrameSampling()``.
-        name: what error messages call it, such as ``"video 1"``; a path is always named.
+        options: of this video; sizes are ignored here. Without a rate, a :class:`Video` has its own, and other frames
+            in memory have :data:`DEFAULT_FPS`, with a warning.
+        sampling: defaults for files, ``FrameSampling()`` if not given.
+        name: for error messages, such as ``"video 1"``; a path is always named.
         limits: of frames that are image files or Pillow images, ``ImageLimits()`` by default.
 
     Returns:
-        A video whose frames are ``[3, H, W]`` tensors, uint8 or float32 as in
-        :func:`~qwen2vl_trt.runtime.inputs.images.load_image`, and whose rate is that of the frames kept.
+        Frames as from :func:`~qwen2vl_trt.runtime.inputs.images.load_image`, and their rate.
 
     Raises:
-        MediaError: no such file, not a regular one, no video stream, no frame, truncated or corrupt, frames of
-            different sizes or kinds, or options that are out of range, contradict each other or do not apply.
+        MediaError: no such file, not regular, no video stream, no frame, truncated or corrupt, frames of different
+            sizes or kinds, or options that are out of range, contradict each other or do not apply.
         MissingDependencyError: a file, and PyAV is not installed.
     """
     options = options or VideoOptions()
@@ -126,11 +122,7 @@ def load_video(
 
 @contextmanager
 def opened_video(path: str | Path, label: str) -> Iterator[BoundedFile]:
-    """Open a video file for :func:`load_video`; see :func:`qwen2vl_trt.runtime.inputs.files.opened`.
-
-    Raises:
-        MediaError: as there, or more than :data:`~qwen2vl_trt.runtime.inputs.files.MAX_VIDEO_BYTES`.
-    """
+    """Open a video file for :func:`load_video`. Raises MediaError as ``opened``, or above ``MAX_VIDEO_BYTES``."""
     with opened(path, label, "a video") as file:
         if os.fstat(file.fileno()).st_size > MAX_VIDEO_BYTES:
             raise too_large(label, MAX_VIDEO_BYTES, "a video")
@@ -139,16 +131,13 @@ def opened_video(path: str | Path, label: str) -> Iterator[BoundedFile]:
 
 def _from_file(file: VideoFile, options: VideoOptions, sampling: FrameSampling, label: str) -> LoadedVideo:
     sampling = requested_sampling(options, sampling, label)
-    clip: Clip = Animation(file, label) if is_picture(file) else VideoStream(file, label)
-    frames, fps = sample(clip, sampling, options.video_start, options.video_end, label)
+    clip: Clip = Animation(file, label) if is_image_file(file) else VideoStream(file, label)
+    frames, fps = sample_clip(clip, sampling, options.video_start, options.video_end, label)
     return LoadedVideo(list(_same_size(frames, label)), fps, clip.size)
 
 
 def _from_memory(
-    source: Video | np.ndarray | Tensor | Sequence[Any],
-    options: VideoOptions,
-    limits: ImageLimits | None,
-    label: str,
+    source: Video | np.ndarray | Tensor | Sequence[Any], options: VideoOptions, limits: ImageLimits | None, label: str
 ) -> LoadedVideo:
     size = None
     fps = requested_rate(options, label)
@@ -164,8 +153,8 @@ def _from_memory(
     frames = []
     for frame, given in zip(_same_size(_frames(source, label, limits), label), source):
         size = size or (frame.shape[1], frame.shape[2])
-        # Those that are decoded here are held as small as a file's; the others the caller has in memory.
-        frames.append(frame if isinstance(given, (np.ndarray, Tensor)) else held(frame, len(source), label))
+        # Arrays are in the caller's memory already; frames that are decoded here are limited as a file's.
+        frames.append(frame if isinstance(given, (np.ndarray, Tensor)) else shrink_to_fit(frame, len(source), label))
     assert size is not None  # there are frames
     if fps is None:
         _logger.warning("%s: no rate given for its frames; %g a second are assumed (sample_fps)", label, DEFAULT_FPS)
@@ -175,9 +164,9 @@ def _from_memory(
 def _frames(source: np.ndarray | Tensor | Sequence[Any], label: str, limits: ImageLimits | None) -> Iterable[Tensor]:
     if not isinstance(source, (np.ndarray, Tensor)):
         floats = [frame for frame in source if isinstance(frame, Tensor) and frame.is_floating_point()]
-        brightest = max((float(frame.max()) for frame in floats if frame.numel()), default=0)
+        group_max = max((float(frame.max()) for frame in floats if frame.numel()), default=0)
         return (
-            load_image(frame, name=f"{label}, frame {number}", limits=limits, brightest=brightest)
+            load_image(frame, name=f"{label}, frame {number}", limits=limits, group_max=group_max)
             for number, frame in enumerate(source, start=1)
         )
     if source.ndim != 4:

@@ -1,4 +1,4 @@
-"""The video stream of a file as a clip, by PyAV."""
+"""Video streams as clips, by PyAV."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwen2vl_trt.errors import MediaError, MissingDependencyError
 
-from .clips import MAX_FRAME_PIXELS, VideoFile, check_frame, held
+from .clips import MAX_FRAME_PIXELS, VideoFile, check_frame, shrink_to_fit
 from .frame_sampling import Stamp, Timeline
 from .images import channels_first, rgb
 
@@ -29,19 +29,17 @@ _OPTIONS = {
     "max_pixels": str(MAX_FRAME_PIXELS),
 }
 
-_COMPLETE = 0.9
-"""Share of the frames in a file's index that it must hold; indexes are often off by a few, a truncated file by more."""
+_MIN_PACKETS = 0.9
+"""Share of a file's index that must exist, else it is truncated; an index is often off by a few frames."""
 
-_DECODED = 0.5
-"""Share of the packets that must become frames; one that holds a field, or a picture not to be shown, becomes none."""
+_MIN_DECODED = 0.5
+"""Share of the packets that must become frames; a field or a hidden picture becomes none."""
 
 
 class VideoStream:
-    """A :class:`~qwen2vl_trt.runtime.inputs.clips.Clip`: of a file's video streams, the one with the most frames.
+    """The video stream with the most frames, as a :class:`~qwen2vl_trt.runtime.inputs.clips.Clip`.
 
-    Args:
-        file: no other is opened, whatever it says.
-        label: what error messages call it.
+    It opens no other file, whatever the container refers to.
 
     Raises:
         MissingDependencyError: PyAV is not installed.
@@ -56,7 +54,7 @@ class VideoStream:
         self._number = self._packets = 0
 
     def timeline(self) -> Timeline:
-        """When its frames are shown, by the timestamps of its packets."""
+        """From the packets' timestamps."""
         with self._opened() as container:
             streams = self._streams(container)
             packets: dict[int, int] = Counter()
@@ -70,15 +68,14 @@ class VideoStream:
             self._number, self._packets = container.streams.video.index(stream), packets[stream.index]
             # An MP4 file's index is that of its edit list, which may leave out what the header counts.
             claimed = len(stream.index_entries) if container.format.name.startswith("mov") else stream.frames
-            if self._packets < _COMPLETE * claimed:
+            if self._packets < _MIN_PACKETS * claimed:
                 raise self._truncated(self._packets, claimed)
             if not stamps[stream.index]:
                 raise MediaError(f"{self._label}: no frames")
             return _timeline(stream, stamps[stream.index])
 
-    def decode(self, kept: Sequence[int], timeline: Timeline) -> tuple[dict[int, Tensor], Timeline]:
-        """See :meth:`qwen2vl_trt.runtime.inputs.clips.Clip.decode`."""
-        wanted, last = set(kept), max(kept)
+    def decode(self, indices: Sequence[int], timeline: Timeline) -> tuple[dict[int, Tensor], Timeline]:
+        wanted, last = set(indices), max(indices)
         frames: dict[int, Tensor] = {}
         stamps: list[Stamp] = []
         agree = True
@@ -96,12 +93,12 @@ class VideoStream:
                         raise MediaError(f"{self._label}: frame {number + 1} is corrupt")
                     pixels = self._pixels(frame)
                     self.size = (pixels.shape[1], pixels.shape[2])
-                    frames[number] = held(pixels, len(kept), self._label)
+                    frames[number] = shrink_to_fit(pixels, len(indices), self._label)
                 expected = timeline.first + timeline.ticks[number] if number < len(timeline.ticks) else None
                 agree = agree and frame.pts is not None and frame.pts == expected
                 if agree and number == last:
                     return frames, timeline
-            if len(stamps) < max(1, _DECODED * self._packets):
+            if len(stamps) < max(1, _MIN_DECODED * self._packets):
                 raise self._truncated(len(stamps), self._packets)
             return frames, _timeline(stream, stamps)
 
@@ -116,7 +113,7 @@ class VideoStream:
         return streams
 
     def _pixels(self, frame: av.VideoFrame) -> Tensor:
-        """Turned as the file says: phones store a portrait video as landscape with a rotation."""
+        """``[3, H, W]``, rotated as the file says: phones store portrait videos as landscape."""
         transparent = any(component.is_alpha for component in frame.format.components)
         pixels = frame.to_ndarray(format="rgba" if transparent else "rgb24")
         upright = np.rot90(pixels, round(getattr(frame, "rotation", 0) / 90))
@@ -124,7 +121,7 @@ class VideoStream:
 
     @contextmanager
     def _opened(self) -> Iterator[av.container.InputContainer]:
-        """The container from its beginning; it is opened again for this, as not every one can seek."""
+        """The container from its beginning; opened anew, since not every one can seek."""
         import av
 
         self._file.seek(0)

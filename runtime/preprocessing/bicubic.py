@@ -1,10 +1,9 @@
-"""Antialiased bicubic resizing of 8-bit pixels in whole numbers: the weights of one axis.
+"""Weights for antialiased bicubic resizing of 8-bit pixels in integer arithmetic, along one axis.
 
-The arithmetic is that of PyTorch's CPU kernel for uint8 (``upsample_avx_bilinear_bicubic_uint8``, itself after
-Pillow-SIMD's ``Resample.c``), which torchvision and thus Transformers reach: cubic convolution with a = -0.5 whose
-support grows with the scale, weights in double precision, normalised, then rounded to 16 bits at the highest precision
-that the largest of them allows; rows first, columns second, each summed in 32 bits and rounded to 8. Whoever follows it
-gets the same bytes, on any device.
+They are those of PyTorch's CPU kernel for uint8 (``upsample_avx_bilinear_bicubic_uint8``, after Pillow-SIMD's
+``Resample.c``), which Transformers reaches through torchvision, so the result has the same bytes on any device. Cubic
+convolution with a = -0.5, support scaled with the image; weights are normalised in double precision, then rounded to
+16 bits at the highest precision that the largest allows. Rows first, then columns, each summed in 32 bits.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ class BicubicTable:
     """Output pixel i is ``(half + sum_k weights[k, i] * source[first[i] + k]) >> precision``, cut to 0..255.
 
     Attributes:
-        first: ``[out]`` int32; ``first + k`` may lie behind the source where the weight is 0.
-        weights: ``[taps, out]`` int32, each within 16 bits.
-        precision: bits behind the point.
+        first: ``[out]`` int32; ``first + k`` may exceed the source where the weight is 0.
+        weights: ``[taps, out]`` int32 of 16 bits.
+        precision: fractional bits.
     """
 
     first: NDArray[np.int32]
@@ -35,7 +34,7 @@ class BicubicTable:
 
     @property
     def half(self) -> int:
-        """What rounds to the nearest before the shift."""
+        """Rounds the shift to the nearest."""
         return (1 << self.precision) >> 1
 
     @property
@@ -45,7 +44,7 @@ class BicubicTable:
 
 @lru_cache(maxsize=256)
 def bicubic_table(source: int, out: int) -> BicubicTable:
-    """Weights that turn ``source`` pixels into ``out``; where nothing changes, one weight of 1."""
+    """Weights that resize ``source`` pixels to ``out``; for equal sizes a single weight of 1."""
     if source == out:
         return BicubicTable(np.arange(out, dtype=np.int32), np.ones((1, out), np.int32), 0)
     scale = source / out

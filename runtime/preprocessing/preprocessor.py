@@ -1,13 +1,11 @@
-"""Images and videos become the vision graph's input: patches in window order, straight from the pixels.
+"""Images and videos to the vision graph's input: patches in the order of :func:`qwen2vl_trt.windows.window_layout`.
 
-Resize, normalise and patchify follow Transformers' ``Qwen2VLImageProcessor`` and ``Qwen2VLVideoProcessor``; only the
-order of the patches differs, which is that of :func:`qwen2vl_trt.windows.window_layout`. How depends on the device:
-:mod:`~qwen2vl_trt.runtime.preprocessing.host_writer` on a CPU; on CUDA
-:mod:`~qwen2vl_trt.runtime.preprocessing.triton_writer`, or :mod:`~qwen2vl_trt.runtime.preprocessing.torch_writer` where
-Triton is missing. From 8-bit pixels all three give the same patches, bit for bit.
+Values are those of Transformers' ``Qwen2VLImageProcessor`` and ``Qwen2VLVideoProcessor``. The CPU uses
+:mod:`~qwen2vl_trt.runtime.preprocessing.frames`, CUDA :mod:`~qwen2vl_trt.runtime.preprocessing.triton_writer` or,
+without Triton, :mod:`~qwen2vl_trt.runtime.preprocessing.torch_writer`. From 8-bit pixels all three give the same
+patches, bit for bit.
 
-Letters: S slots of a window, W windows, D values of a patch (``qwen2_vl_dim``); H and W after a 3 are the sides in
-pixels.
+Letters: S slots of a window, W windows, D values of a patch (``qwen2_vl_dim``).
 """
 
 from __future__ import annotations
@@ -30,8 +28,7 @@ from ..inputs.files import labelled
 from ..inputs.images import ImageLimits, ImageSource, load_image
 from ..inputs.jpeg_decoder import JpegDecoder, check_gpu_decoding
 from ..inputs.video import VideoSource, load_video
-from .frames import Frame, FrameWriter, window_rows_and_columns
-from .host_writer import HostWriter
+from .frames import CpuWriter, Frame, FrameWriter, window_rows_and_columns
 from .settings import PreprocessorSettings
 from .sizes import Medium, SizeRules
 from .staging import DEFAULT_LIMIT, Staging
@@ -41,7 +38,7 @@ from .triton_writer import TritonWriter, triton_is_installed
 _log = logging.getLogger(__name__)
 
 Kernels = Literal["auto", "triton", "torch"]
-"""What a GPU preprocesses with: Triton's kernels, PyTorch's operations, or the former where they are installed."""
+"""Of a GPU: Triton's, PyTorch's operations, or (``auto``) Triton's if installed."""
 
 Decode = Literal["cpu", "gpu"]
 """Where JPEG files are decoded."""
@@ -49,13 +46,13 @@ Decode = Literal["cpu", "gpu"]
 
 @dataclass(frozen=True)
 class PackedPixels:
-    """One batch, ready for the vision graph.
+    """One batch for the vision graph: all images, then all videos.
 
     Attributes:
-        pixel_values: ``[W, S, D]`` windows of all images, then of all videos; empty slots are zero.
-        grids: ``(t, h, w)`` of each image, then of each video.
-        layout: index tensors in the same order.
-        second_per_grid_ts: seconds between temporal patches, one value a video.
+        pixel_values: ``[W, S, D]``; empty slots are zero.
+        grids: ``(t, h, w)`` of each image and video.
+        layout: index tensors.
+        second_per_grid_ts: seconds between temporal patches of each video.
     """
 
     pixel_values: Tensor
@@ -65,26 +62,24 @@ class PackedPixels:
 
 
 class Preprocessor:
-    """Turns images and videos into :class:`PackedPixels`.
+    """Turns images and videos into :class:`PackedPixels`; not thread-safe.
 
-    On a CUDA device the work is queued on the current stream and nothing waits for it; images of the host go there as
-    8 bits, once, through pinned buffers; images already there are read where they are, whatever their strides. One
-    thread at a time: the buffers take turns.
+    On CUDA the work is queued on the current stream, without a wait. Host images are copied as 8 bits through pinned
+    buffers; images on the device are read in place, with any strides.
 
     Args:
         config: the checkpoint's vision tower.
         settings: limits and normalisation, see :meth:`PreprocessorSettings.from_folder`.
-        device: where the work is done and the output lies; pixels already there are not copied.
+        device: of the work and the output.
         dtype: of the output, torch.float32 or torch.bfloat16 (the FP32 values, rounded).
-        kernels: what a GPU works with; a CPU has its own way.
-        decode: ``"gpu"`` decodes JPEG files by nvImageCodec, whose pixels differ from Pillow's by a level or so.
+        kernels: of a GPU.
+        decode: ``"gpu"`` decodes JPEG files by nvImageCodec, whose pixels differ from Pillow's by about a level.
         image_limits: of image files, ``ImageLimits()`` by default.
-        memory_limit: bytes of pixels brought and resized at a time on a GPU, which is also what each of two pinned
-            buffers, and its twin on the device, keeps.
+        memory_limit: bytes of pixels that a GPU resizes at a time, and of each of two pinned and two device buffers.
 
     Raises:
-        MissingDependencyError: Triton or nvImageCodec is asked for and not installed.
-        EngineError: Triton is asked for and cannot compile here.
+        MissingDependencyError: Triton or nvImageCodec is requested and not installed.
+        EngineError: Triton is requested and cannot compile here.
         MediaError: ``decode="gpu"`` without a GPU.
     """
 
@@ -114,12 +109,7 @@ class Preprocessor:
         self._writer = self._choose_writer(kernels, memory_limit)
 
     def load_images(self, sources: Sequence[ImageSource], names: Sequence[str]) -> list[Tensor]:
-        """Decode images, JPEG files where ``decode`` says, see :func:`~qwen2vl_trt.runtime.inputs.images.load_image`.
-
-        Args:
-            sources: any mix.
-            names: what error messages call each.
-        """
+        """Decode images, see :func:`~qwen2vl_trt.runtime.inputs.images.load_image`; ``names`` are for errors."""
         if self._decoder is not None:
             return self._decoder.load(sources, names, self.image_limits)
         return [
@@ -129,13 +119,13 @@ class Preprocessor:
     def load_image(
         self, source: ImageSource, name: str, options: ImageOptions = ImageOptions(), contents: bytes | None = None
     ) -> Medium:
-        """Decode an image and decide its size.
+        """Decode an image and choose its size.
 
         Args:
             source: see :data:`~qwen2vl_trt.runtime.inputs.images.ImageSource`.
-            name: what error messages call it.
+            name: for error messages.
             options: of its size.
-            contents: of the file, where somebody has read it already.
+            contents: of the file, if it has been read already.
 
         Raises:
             MediaError: it cannot be read.
@@ -146,13 +136,7 @@ class Preprocessor:
         return self._image(pixels, label, options)
 
     def load_video(self, source: VideoSource, name: str, options: VideoOptions = VideoOptions()) -> Medium:
-        """Decode and sample a video and decide its frames' size; raises as :meth:`load_image`.
-
-        Args:
-            source: see :data:`~qwen2vl_trt.runtime.inputs.video.VideoSource`.
-            name: what error messages call it.
-            options: of its frames and their size.
-        """
+        """Decode and sample a video and choose its frames' size; otherwise as :meth:`load_image`."""
         video = load_video(source, options, sampling=self.settings.sampling, name=name, limits=self.image_limits)
         height, width = video.source_size
         label = labelled(source, name)
@@ -160,23 +144,9 @@ class Preprocessor:
         return Medium(size, video.frames)
 
     def preprocess(
-        self,
-        images: Sequence[ImageSource] = (),
-        videos: Sequence[VideoSource] = (),
-        *,
-        out: Tensor | None = None,
+        self, images: Sequence[ImageSource] = (), videos: Sequence[VideoSource] = (), *, out: Tensor | None = None
     ) -> PackedPixels:
-        """Load and :meth:`pack` a batch of any mix of sizes, named ``image 2`` or ``video 1`` in errors.
-
-        Args:
-            images: as :meth:`load_image` takes them.
-            videos: as :meth:`load_video` takes them.
-            out: see :meth:`pack`.
-
-        Raises:
-            MediaError: what the loaders and ``sizes`` refuse.
-            ValueError: nothing to preprocess.
-        """
+        """Load and :meth:`pack` a batch; errors name ``image 2`` or ``video 1``. Raises as these methods do."""
         names = [f"image {number}" for number in range(1, len(images) + 1)]
         media = [self._image(pixels, name) for pixels, name in zip(self.load_images(images, names), names)]
         media += [self.load_video(video, f"video {number}") for number, video in enumerate(videos, start=1)]
@@ -187,8 +157,8 @@ class Preprocessor:
 
         Args:
             media: with their pixels.
-            out: flat memory of the output's type and device to write into, if it is large enough. On a CPU most of
-                the time goes into the pages of fresh memory, so a caller that is done with a batch passes it on.
+            out: flat memory of the output's type and device to reuse if it is large enough. On a CPU, page faults of
+                fresh memory take most of the time.
 
         Raises:
             ValueError: nothing to preprocess.
@@ -212,7 +182,7 @@ class Preprocessor:
 
     def _choose_writer(self, kernels: Kernels, memory_limit: int) -> FrameWriter:
         if self.device.type == "cpu":
-            return HostWriter(self.config)
+            return CpuWriter(self.config)
         staging = Staging(self.device, memory_limit)
         plain = TorchWriter(self.config, staging)
         if kernels == "torch" or (kernels == "auto" and not triton_is_installed()):

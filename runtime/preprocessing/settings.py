@@ -1,4 +1,4 @@
-"""What a checkpoint says about pixels: the limits of the resized area, the normalisation, the sampling of frames."""
+"""Pixel settings of a checkpoint: limits of the resized area, normalisation, sampling of video frames."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_ASPECT_RATIO = 200
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Nearest size whose sides are multiples of ``factor`` and whose area lies within the limits, as in Transformers.
+    """Transformers' size: sides are multiples of ``factor``, the area lies within the limits.
 
     Raises:
         MediaError: a side of 0 pixels, or an aspect ratio over 200.
@@ -47,7 +47,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 @dataclass(frozen=True)
 class PixelSettings:
-    """Limits of the resized area, in pixels of one image or frame, and the normalisation of its values."""
+    """Limits of the resized area of one image or frame, in pixels, and its normalisation."""
 
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 1280
@@ -63,7 +63,7 @@ class PixelSettings:
             )
 
     def with_limits(self, min_pixels: int | None = None, max_pixels: int | None = None) -> PixelSettings:
-        """Replace limits; where only one is given, it moves the other one if that contradicts it.
+        """Replace limits; a single one moves the other if they contradict.
 
         Raises:
             LimitError: ``min_pixels`` below 1 or above ``max_pixels``.
@@ -71,31 +71,29 @@ class PixelSettings:
         for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
             if value is not None and value < 1:
                 raise LimitError(f"{name} is {value:,}; it must be at least 1 pixel")
-        least = self.min_pixels if min_pixels is None else min_pixels
-        most = self.max_pixels if max_pixels is None else max_pixels
+        if min_pixels is None:
+            min_pixels = self.min_pixels if max_pixels is None else min(self.min_pixels, max_pixels)
         if max_pixels is None:
-            most = max(most, least)
-        elif min_pixels is None:
-            least = min(least, most)
-        return replace(self, min_pixels=least, max_pixels=most)
+            max_pixels = max(self.max_pixels, min_pixels)
+        return replace(self, min_pixels=min_pixels, max_pixels=max_pixels)
 
-    def within(self, least: int, most: int) -> PixelSettings:
-        """These limits where they lie between others, else those."""
+    def clamped(self, low: int, high: int) -> PixelSettings:
+        """Both limits moved into ``low`` to ``high``."""
         return replace(
-            self, min_pixels=min(max(self.min_pixels, least), most), max_pixels=max(min(self.max_pixels, most), least)
+            self, min_pixels=min(max(self.min_pixels, low), high), max_pixels=max(min(self.max_pixels, high), low)
         )
 
 
 @dataclass(frozen=True)
 class PreprocessorSettings:
-    """What a checkpoint says about pixels, the defaults are Transformers'; and what engines take of them.
+    """A checkpoint's pixel settings, with Transformers' defaults, and the engines' limits.
 
     Attributes:
         image: of images.
         video: of video frames.
-        sampling: which frames of a video file are kept.
-        profile: the engines' limits, which images and frames are resized to fit; None knows of no engine.
-        strict_size: refuse what does not fit them.
+        sampling: of video files.
+        profile: the engines' limits, which images and frames are resized to; None without engines.
+        strict_size: refuse what does not fit them, instead of resizing.
     """
 
     image: PixelSettings = PixelSettings()
@@ -106,18 +104,18 @@ class PreprocessorSettings:
 
     @classmethod
     def from_folder(cls, folder: str | Path, cap_pixels_per_frame: bool = True) -> PreprocessorSettings:
-        """Read a checkpoint folder as Transformers does; what no file says keeps its default.
+        """Read a checkpoint folder as Transformers does; missing fields keep their defaults.
 
-        Images: ``processor_config.json`` (Transformers 5 nests both processors there), else
+        Images: ``processor_config.json`` (where Transformers 5 nests both processors), else
         ``preprocessor_config.json``. Videos: the former, else ``video_preprocessor_config.json``, else that of images.
 
         Args:
             folder: of the checkpoint.
-            cap_pixels_per_frame: where only images have limits, as published, a frame of a video gets qwen-vl-utils'
-                128 to 768 tokens; False gives it those of images, as Transformers does before 5.22.
+            cap_pixels_per_frame: if only images have limits, as published, video frames get qwen-vl-utils' 128 to 768
+                tokens; False gives them the images' limits, as Transformers before 5.22 does.
 
         Raises:
-            CheckpointError: a file cannot be read, or asks for what the vision graph's input cannot be.
+            CheckpointError: a file cannot be read, or describes other pixels than the vision graph takes.
         """
         folder = Path(folder)
         path = folder / "processor_config.json"
@@ -142,22 +140,22 @@ class PreprocessorSettings:
         )
 
     def narrowed(self, patch_size: int) -> PreprocessorSettings:
-        """With the engines' limits of the area as the checkpoint's, for who knows these alone, as Transformers does."""
+        """With limits within the engines', for Transformers, which knows a checkpoint's limits alone."""
         if self.profile is None:
             return self
         area = patch_size**2
-        least, most = self.profile.min_hw_dims * area, self.profile.max_hw_dims * area
-        return replace(self, image=self.image.within(least, most), video=self.video.within(least, most))
+        low, high = self.profile.min_hw_dims * area, self.profile.max_hw_dims * area
+        return replace(self, image=self.image.clamped(low, high), video=self.video.clamped(low, high))
 
     def with_limits(self, min_pixels: int | None = None, max_pixels: int | None = None) -> PreprocessorSettings:
-        """Override the limits of images; video frames, which have their own, are only ever lowered by it.
+        """Replace the limits of images; ``max_pixels`` also lowers those of video frames.
 
         Raises:
             LimitError: ``min_pixels`` below 1 or above ``max_pixels``.
         """
-        image = self.image.with_limits(min_pixels, max_pixels)
-        most = min(self.video.max_pixels, image.max_pixels) if max_pixels is not None else self.video.max_pixels
-        video = replace(self.video, min_pixels=min(self.video.min_pixels, most), max_pixels=most)
+        image, video = self.image.with_limits(min_pixels, max_pixels), self.video
+        if max_pixels is not None:
+            video = video.with_limits(max_pixels=min(video.max_pixels, image.max_pixels))
         return replace(self, image=image, video=video)
 
 
@@ -170,7 +168,7 @@ Positive = Annotated[float, Meta(gt=0, le=1e3)]
 
 @dataclass(frozen=True)
 class _Size:
-    """Transformers writes edges, which are areas for this model; some of its releases wrote the others as well."""
+    """Transformers writes edges, which are areas for this model; some releases wrote pixels too."""
 
     shortest_edge: Area | None = None
     longest_edge: Area | None = None
@@ -180,7 +178,7 @@ class _Size:
 
 @dataclass(frozen=True)
 class _Processor:
-    """The fields that are read, of an image processor or a video processor; names are Transformers'."""
+    """Fields that are read of Transformers' image and video processors."""
 
     size: _Size | None = None
     min_pixels: Area | None = None
@@ -197,11 +195,7 @@ class _Processor:
 
     @classmethod
     def read(cls, raw: Any, place: str) -> _Processor:
-        """Check an object of JSON.
-
-        Raises:
-            CheckpointError: a value of no meaning, or a field that asks for what the vision graph's input cannot be.
-        """
+        """Raises CheckpointError for an invalid value, or a field that changes pixels and is not implemented."""
         raw = checked(raw, dict[str, Any], place)
         reject_unknown(raw, [each.name for each in fields(cls)], _HARMLESS, place)
         found = checked(raw, cls, place)
@@ -220,16 +214,16 @@ class _Processor:
             "rescale_factor": self.rescale_factor,
         }
         try:
-            return replace(default, **_stated(found))
+            return replace(default, **_given(found))
         except LimitError as error:
             raise CheckpointError(f"{place}: {error}") from None
 
     def sampling(self, default: FrameSampling) -> FrameSampling:
         names = ("fps", "min_frames", "max_frames", "temporal_patch_size")
-        return replace(default, **_stated({name: getattr(self, name) for name in names}))
+        return replace(default, **_given({name: getattr(self, name) for name in names}))
 
     def check(self, vision: VisionConfig, place: str) -> None:
-        """Refuse patches of another size than the model's."""
+        """Raises CheckpointError for patches of another size than the model's."""
         for name, own in (
             ("patch_size", vision.patch_size),
             ("merge_size", vision.spatial_merge_size),
@@ -253,28 +247,13 @@ _HARMLESS: Harmless = {
     "resample": (None, 3),  # bicubic
     "size_divisor": (None,),
 } | dict.fromkeys(
-    [
-        "data_format",
-        "default_to_square",
-        "device",
-        "disable_grouping",
-        "do_sample_frames",
-        "feature_extractor_type",
-        "image_processor_type",
-        "image_token",
-        "input_data_format",
-        "max_video_tokens",
-        "pad_size",
-        "processor_class",
-        "return_metadata",
-        "return_tensors",
-        "use_token_compression",
-        "video_metadata",
-        "video_processor_type",
-        "video_token",
-    ]
+    """
+    data_format default_to_square device disable_grouping do_sample_frames feature_extractor_type
+    image_processor_type image_token input_data_format max_video_tokens pad_size processor_class return_metadata
+    return_tensors use_token_compression video_metadata video_processor_type video_token
+    """.split()  # noqa: SIM905
 )
-"""Fields that are not read, with the values that Transformers' pixels do not depend on; None allows any."""
+"""Fields that are not read, with the values that do not change pixels; None allows any."""
 
 _NESTED: Harmless = dict.fromkeys(
     ["chat_template", "feature_extractor", "image_token", "processor_class", "tokenizer", "video_token"]
@@ -282,11 +261,11 @@ _NESTED: Harmless = dict.fromkeys(
 
 
 def _find(folder: Path, nested: dict[str, Any], name: str, file: str) -> tuple[Any, str]:
-    """A processor's object of JSON, empty where there is none, and where it stands."""
+    """A processor's JSON object, empty if there is none, and its place in the files."""
     if nested.get(name) not in (None, {}):
         return nested[name], inside(str(folder / "processor_config.json"), f".{name}")
     return read_json(folder / file), str(folder / file)
 
 
-def _stated(values: dict[str, Any]) -> dict[str, Any]:
+def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}

@@ -1,8 +1,7 @@
-"""Frames into windows with PyTorch's operations, on any device: what CUDA does where Triton is missing.
+"""The frame writer for CUDA without Triton, in PyTorch operations; tests run it on the CPU.
 
-It resizes uint8 in whole numbers (:mod:`qwen2vl_trt.runtime.preprocessing.bicubic`), since PyTorch has no uint8 resize
-for CUDA, so its patches equal the CPU's bit for bit. Floats are resized by PyTorch's own kernel for the device. Tests
-run it on CPU tensors; on a GPU it has not run yet.
+PyTorch has no uint8 resize for CUDA. So uint8 is resized by :mod:`qwen2vl_trt.runtime.preprocessing.bicubic`, which
+equals the CPU bit for bit, and floats by PyTorch's kernel.
 
 Letters: n frames, S slots of a window; H and W after a 3 are the sides in pixels.
 """
@@ -21,30 +20,25 @@ from qwen2vl_trt.transfer import to_device
 
 from .bicubic import bicubic_table
 from .frames import Frame, chunks, mean_and_std, region_patches, region_slots, regions, window_rows_and_columns
-from .staging import Staging, bytes_of
+from .staging import Staging, staged_bytes
 
 _CHUNK = 1 << 25
-"""Values of one group at a time: the sums of the resize take 4 bytes a value, and a group may be a long video."""
+"""Values resized at a time, whose sums take 4 bytes each; a group may be a long video."""
 
 
 class TorchWriter:
-    """A :class:`~qwen2vl_trt.runtime.preprocessing.frames.FrameWriter` for frames that fit together into one tensor.
-
-    Args:
-        config: the vision tower.
-        staging: brings frames that are not there to its device.
-    """
+    """A :class:`~qwen2vl_trt.runtime.preprocessing.frames.FrameWriter`; ``staging`` copies frames to its device."""
 
     def __init__(self, config: VisionConfig, staging: Staging) -> None:
         self._config, self._staging = config, staging
 
     def write(self, frames: Sequence[Frame], pixel_values: Tensor) -> None:
-        """Frames of one size and kind go together: a number of kernels that does not grow with theirs."""
+        """Frames of one size and kind share their kernels."""
         for chunk in chunks(frames, self._staging.limit, len(frames)):
             sources = [frame.pixels for frame in chunk]
-            with self._staging.slot(bytes_of(sources)) as slot:
+            with self._staging.slot(staged_bytes(sources)) as slot:
                 alike: dict[Any, list[tuple[Frame, Tensor]]] = {}
-                for frame, pixels in zip(chunk, slot.send(sources), strict=True):
+                for frame, pixels in zip(chunk, slot.to_device(sources), strict=True):
                     kind = (pixels.shape, pixels.dtype, frame.size, frame.settings, frame.times.start)
                     alike.setdefault(kind, []).append((frame, pixels))
                 for group in alike.values():
@@ -76,7 +70,7 @@ class TorchWriter:
 
 
 def resize(batch: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize ``[n, 3, H, W]``: floats by PyTorch's antialiased bicubic, uint8 in whole numbers; none if it fits."""
+    """Resize ``[n, 3, H, W]`` if needed: floats by PyTorch's antialiased bicubic, uint8 in integers."""
     if batch.dtype == torch.uint8:
         return _resize_axis(_resize_axis(batch, 3, size[1]), 2, size[0])
     if tuple(batch.shape[2:]) == size:
@@ -90,7 +84,7 @@ def _resize_axis(batch: Tensor, axis: int, out: int) -> Tensor:
         return batch
     table = bicubic_table(source, out)
     places = torch.from_numpy(table.first).long() + torch.arange(table.taps)[:, None]
-    index = to_device(places.clamp_(max=source - 1), batch.device)  # behind the source the weight is 0
+    index = to_device(places.clamp_(max=source - 1), batch.device)  # beyond the source the weight is 0
     weights = to_device(table.weights, batch.device)
     shape = list(batch.shape)
     shape[axis] = out

@@ -1,29 +1,27 @@
-"""Two kernels that turn any number of 8-bit frames of any sizes into patches.
+"""Two Triton kernels from 8-bit frames of any number and sizes to patches.
 
-:mod:`~qwen2vl_trt.runtime.preprocessing.triton_writer` launches them. A frame is a row of ``records``, numbers of 64
-bits at the places named below; ``tables`` holds the resize weights of each axis
-(:class:`~qwen2vl_trt.runtime.preprocessing.bicubic.BicubicTable`: first, then weights), ``levels`` the normalised value
+:mod:`~qwen2vl_trt.runtime.preprocessing.triton_writer` launches them. A frame is a row of int64 ``records``, whose
+fields are named below; ``tables`` holds each axis's
+:class:`~qwen2vl_trt.runtime.preprocessing.bicubic.BicubicTable` (first, then weights), ``levels`` the normalised value
 of each level of each channel. A program finds its frame by counting the frames that start at or before it.
 
-The module imports Triton and is imported only where that is installed. Compiled for a GPU it has not run yet; under
-``TRITON_INTERPRET=1`` tests run it on the CPU.
+Imported only where Triton is installed; under ``TRITON_INTERPRET=1`` tests run it on the CPU.
 """
 
-# ruff: noqa: N803, N806 - in Triton, what is known when a kernel is compiled is written in capitals
-# Their arguments are pointers and numbers of a GPU, for which there are no types.
+# ruff: noqa: N803, N806 - in Triton, compile-time constants are written in capitals
+# Kernel arguments have no Python types.
 # mypy: disallow-untyped-defs=False
 
 import triton
 import triton.language as tl
 
-FIELDS = tl.constexpr(24)
-"""Numbers of a record."""
+FIELDS = tl.constexpr(24)  # of a record
 
-# The frame as it was decoded: address and strides of channel, row, column; its height and width.
+# The decoded frame: address and strides of channel, row, column; its height and width.
 SOURCE = tl.constexpr(0)
 HEIGHT = tl.constexpr(4)
 WIDTH = tl.constexpr(5)
-# What the vertical pass reads, likewise: the result of the horizontal pass, or the source where the width fits.
+# What the vertical pass reads, likewise: the result of the horizontal pass, or the source if its width stays.
 MIDDLE = tl.constexpr(6)
 # Its sides after resizing.
 ROWS = tl.constexpr(10)
@@ -31,7 +29,7 @@ COLUMNS = tl.constexpr(11)
 # Of each axis: where its table starts, taps, half, precision.
 ACROSS = tl.constexpr(12)
 DOWN = tl.constexpr(16)
-# Its first window in the output; which temporal place it fills, -1 for all; where its levels start.
+# Its first window in the output; the temporal position it fills, -1 for all; where its levels start.
 FIRST_WINDOW = tl.constexpr(20)
 TIME = tl.constexpr(21)
 LEVELS = tl.constexpr(22)
@@ -48,7 +46,7 @@ def _frame_of(starts, program, count, FRAMES: tl.constexpr):
 def resize_rows(
     records, starts, tables, count, FRAMES: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr
 ):
-    """A tile of the horizontal pass, all channels: from the source, of any strides, to planes of 8 bits."""
+    """A tile of the horizontal pass, all channels, from a source with any strides to planes of 8 bits."""
     program = tl.program_id(0)
     frame = _frame_of(starts, program, count, FRAMES)
     record = records + frame * FIELDS
@@ -106,7 +104,7 @@ def write_windows(
     FRAMES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A stretch of one window: vertical pass, normalisation, and the patches in window order; empty slots are zero.
+    """BLOCK values of a window: vertical pass, normalisation, patches in window order; empty slots become zero.
 
     A window is SIDE x SIDE merge groups of MERGE x MERGE patches of 3 channels, TIMES times and PATCH x PATCH pixels.
     """

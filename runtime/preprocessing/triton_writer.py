@@ -1,10 +1,8 @@
-"""Frames into windows with two launches for a whole batch of mixed sizes, whatever their number.
+"""The frame writer for CUDA with Triton: two kernel launches for a batch of mixed sizes.
 
-The horizontal pass and the vertical pass, which also normalises and writes the patches in window order, follow
-:mod:`qwen2vl_trt.runtime.preprocessing.bicubic`; the normalised values are looked up among the 256 that a channel can
-have. So the result equals the CPU's bit for bit, in FP32 and BF16.
-
-Compiled for a GPU it has not run yet; tests run it on the CPU by Triton's interpreter.
+The horizontal and the vertical pass follow :mod:`qwen2vl_trt.runtime.preprocessing.bicubic`. The vertical pass also
+normalises, by a table of the 256 values that a channel can have, and writes patches in window order. The result equals
+the CPU's bit for bit, in FP32 and BF16.
 """
 
 from __future__ import annotations
@@ -25,20 +23,20 @@ from qwen2vl_trt.errors import MissingDependencyError
 from .bicubic import bicubic_table
 from .frames import Frame, FrameWriter, chunks, mean_and_std, window_rows_and_columns
 from .settings import PixelSettings
-from .staging import Staging, bytes_of
+from .staging import Staging, staged_bytes
 
 _MAX_FRAMES = 128
-"""Of one launch: each of its programs looks through them all, and the compiler needs to know how many there can be."""
+"""Of one launch: every program searches them all, and the kernel is compiled for their number."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How much one program does.
+    """Work of one program, in powers of 2.
 
     Attributes:
-        rows: of a tile of the horizontal pass; like the others a power of 2.
-        columns: of it.
-        block: values of a window, of one temporal place.
+        rows: of a tile of the horizontal pass.
+        columns: likewise.
+        block: values of a window, of one temporal position.
     """
 
     rows: int = 4
@@ -47,21 +45,14 @@ class Tiles:
 
 
 def triton_is_installed() -> bool:
-    """Whether there is a Triton to import; PyTorch for CUDA brings it on Linux."""
+    """PyTorch for CUDA brings Triton on Linux."""
     return importlib.util.find_spec("triton") is not None
 
 
 class TritonWriter:
     """A :class:`~qwen2vl_trt.runtime.preprocessing.frames.FrameWriter` for 8-bit frames; others go to ``floats``.
 
-    Args:
-        config: the vision tower.
-        staging: brings frames that are not there to its device.
-        floats: writes the frames that are not uint8.
-        tiles: how much one program does.
-
-    Raises:
-        MissingDependencyError: Triton is not installed.
+    ``staging`` copies frames to its device. Raises MissingDependencyError without Triton.
     """
 
     def __init__(self, config: VisionConfig, staging: Staging, floats: FrameWriter, tiles: Tiles | None = None) -> None:
@@ -76,18 +67,18 @@ class TritonWriter:
         self._config, self._staging, self._floats, self._tiles = config, staging, floats, tiles or Tiles()
 
     def warm_up(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Compile both kernels; raises whatever Triton does where it cannot, for lack of a C compiler for example."""
+        """Compile both kernels; raises whatever Triton does where it cannot, for example without a C compiler."""
         config = self._config
         side = config.image_factor
         frame = Frame(torch.zeros(3, 1, 1, dtype=torch.uint8), (side, side), 0, slice(None), PixelSettings())
         self.write([frame], torch.empty(1, config.window_slots, config.qwen2_vl_dim, dtype=dtype, device=device))
 
     def write(self, frames: Sequence[Frame], pixel_values: Tensor) -> None:
-        """Two launches, and as many again for every further 128 frames or ``staging.limit`` bytes."""
+        """Two launches for every 128 frames or ``staging.limit`` bytes."""
         others = [frame for frame in frames if frame.pixels.dtype != torch.uint8]
         if others:
             self._floats.write(others, pixel_values)
-            frames = [frame for frame in frames if frame.pixels.dtype == torch.uint8]
+        frames = [frame for frame in frames if frame.pixels.dtype == torch.uint8]
         if frames:
             for chunk in chunks(frames, self._staging.limit, _MAX_FRAMES):
                 self._write(chunk, pixel_values)
@@ -96,11 +87,11 @@ class TritonWriter:
         config, kernels, tiles, device = self._config, self._kernels, self._tiles, pixel_values.device
         batch = TritonBatch(frames, config, (tiles.rows, tiles.columns), pixel_values.dtype)
         sources = [frame.pixels for frame in frames]
-        described = [batch.records, batch.tables, batch.levels, batch.row_starts, batch.window_starts]
+        arguments = [batch.records, batch.tables, batch.levels, batch.row_starts, batch.window_starts]
         middle = torch.empty(batch.middle_bytes, dtype=torch.uint8, device=device)
-        with self._staging.slot(bytes_of(sources) + bytes_of(described)) as slot:
-            batch.locate(slot.send(sources), middle)
-            records, tables, levels, row_starts, window_starts = slot.send(described)
+        with self._staging.slot(staged_bytes(sources) + staged_bytes(arguments)) as slot:
+            batch.fill_records(slot.to_device(sources), middle)
+            records, tables, levels, row_starts, window_starts = slot.to_device(arguments)
             if batch.row_programs:
                 kernels.resize_rows[(batch.row_programs,)](
                     records,
@@ -132,23 +123,23 @@ _FIELDS = 24
 
 
 class TritonBatch:
-    """What the kernels are told about 8-bit frames: a record a frame, shared tables, the sizes of both launches.
+    """The kernels' arguments for one or more 8-bit frames.
 
     Args:
         frames: at least one.
         config: the vision tower.
-        tile: rows and columns that one program of the horizontal pass does.
+        tile: rows and columns of a program of the horizontal pass.
         dtype: of the patches.
 
     Attributes:
-        records: ``[n, 24]`` int64, in the order that the kernels' module names; complete once :meth:`locate` has run.
-        tables: int32, for each pair of sizes once: first places, then weights, tap after tap.
+        records: ``[n, 24]`` int64, fields as in the kernels' module; complete after :meth:`fill_records`.
+        tables: int32, for each pair of sizes once: first, then weights, tap after tap.
         levels: the bits of each normalised level, ``[3 * 256]`` for each normalisation.
         row_starts: int32, the first program of each frame in the horizontal pass, which some skip.
         row_programs: programs of that pass.
-        window_starts: int32, the first window of each frame, counted through the batch.
+        window_starts: int32, the first window of each frame in the batch.
         windows: of all frames.
-        middle_bytes: between the passes.
+        middle_bytes: of pixels between the passes.
     """
 
     def __init__(
@@ -182,13 +173,8 @@ class TritonBatch:
         self.row_starts, self.row_programs = _starts(programs)
         self.window_starts, self.windows = _starts(windows)
 
-    def locate(self, pixels: Sequence[Tensor], middle: Tensor) -> None:
-        """Fill the records, now that it is known where everything lies.
-
-        Args:
-            pixels: the frames' on the device, of any strides.
-            middle: ``[middle_bytes]`` there, what the horizontal pass fills.
-        """
+    def fill_records(self, pixels: Sequence[Tensor], middle: Tensor) -> None:
+        """Complete the records by the addresses of the frames' pixels and ``middle [middle_bytes]``, on the device."""
         rows = []
         address = middle.data_ptr()
         for frame, source in zip(self._frames, pixels, strict=True):
@@ -215,14 +201,14 @@ class TritonBatch:
 
 
 def _starts(counts: Sequence[int]) -> tuple[Tensor, int]:
-    """Where each begins if they follow each other, and where the last one ends."""
+    """Exclusive cumulative sums, and the total."""
     ends = np.cumsum(counts)
     return torch.from_numpy((ends - counts).astype(np.int32)), int(ends[-1])
 
 
 @lru_cache(maxsize=16)
 def _levels(settings: PixelSettings, dtype: torch.dtype) -> Tensor:
-    """``[3 * 256]`` what each level of each channel becomes, as whole numbers of the same bits."""
+    """``[3 * 256]`` normalised value of each level of each channel, as integers of the same bits."""
     mean, std = mean_and_std(settings, torch.uint8)
     values = ((torch.arange(256.0) - mean) / std).to(dtype)
     return values.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).flatten()

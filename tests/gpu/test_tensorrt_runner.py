@@ -16,7 +16,7 @@ from qwen2vl_trt.engines.tensorrt_options import TensorRTOptions
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.runtime.backends.runners import open_engines
-from qwen2vl_trt.runtime.backends.tensorrt_device import CudaDevice
+from qwen2vl_trt.runtime.backends.tensorrt_engine import CudaDevice
 from qwen2vl_trt.runtime.backends.tensorrt_runner import TensorRTDecoder, _load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
@@ -130,7 +130,6 @@ def test_a_warm_up_captures_all_graphs(engines, monkeypatch):
     assert sorted(graphs) == [1, 2, 4]
     assert all("replay" in graph.replay.__name__ for graph in graphs.values())
     monkeypatch.setattr(CudaDevice, "capture", None)
-    monkeypatch.setattr("qwen2vl_trt.runtime.backends.tensorrt_decode_graphs.ExecutionContext", None)
     monkeypatch.setattr("qwen2vl_trt.runtime.backends.tensorrt_runner.ExecutionContext", None)
     image = np.random.default_rng(0).integers(0, 256, (84, 112, 3), dtype=np.uint8)
     asked = [Request("What digits are in the image? " * (1 + n), [image]) for n in range(8)]

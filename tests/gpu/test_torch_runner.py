@@ -15,7 +15,7 @@ from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.layers import FP8Linear
 from qwen2vl_trt.ops import has_fp8_product
-from qwen2vl_trt.runtime.backends.torch_caches import Chunk, ChunkCache, NewTokenCache, NewTokens
+from qwen2vl_trt.runtime.backends.torch_decode_graphs import Chunk, ChunkCache, NewTokenCache, NewTokens
 from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
 from qwen2vl_trt.transfer import PinnedReader
 from qwen2vl_trt.windows import window_layout

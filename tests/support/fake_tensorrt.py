@@ -320,7 +320,7 @@ def module(name="tensorrt", version=VERSION):
 
 
 class CpuDevice:
-    """In the place of :class:`qwen2vl_trt.runtime.backends.tensorrt_device.CudaDevice`."""
+    """In the place of :class:`qwen2vl_trt.runtime.backends.tensorrt_engine.CudaDevice`."""
 
     alignment = 1
     name, compute_capability = "a GPU", "8.9"
@@ -334,7 +334,7 @@ class CpuDevice:
     def free_memory(self):
         return self.free
 
-    def staged(self, tensor):
+    def pinned(self, tensor):
         return tensor.contiguous()
 
     @contextmanager

@@ -26,4 +26,4 @@ def files_crossed(work: Callable[[], object]) -> list[str]:
         sys.setprofile(None)
         threading.setprofile(None)
     files = {os.path.relpath(os.path.realpath(name), ROOT) for name in crossed}
-    return sorted(name for name in files if name.split(os.sep)[0] in _FOLDERS and not name.endswith("__init__.py"))
+    return sorted(name for name in files if Path(name).parts[0] in _FOLDERS and not name.endswith("__init__.py"))

@@ -99,7 +99,7 @@ def device(request, monkeypatch):
     for question in ("can_pack", "can_read_cache"):
         monkeypatch.setattr(torch_runner, question, lambda *args: request.param != "masked")
     monkeypatch.setattr(torch_runner, "load_weights", device.load_weights)
-    monkeypatch.setattr(torch_runner, "_release", lambda device: None)
+    monkeypatch.setattr(torch_runner, "_free_memory", lambda device: None)
     monkeypatch.setattr(ops, "has_fp8_product", lambda device: True)
     monkeypatch.setattr(torch, "equal", lambda one, other: True)  # of scales, when layers are joined
     layers = frozenset()

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from qwen2vl_trt.runtime.backends.tensorrt_device import CudaDevice
+from qwen2vl_trt.runtime.backends.tensorrt_engine import CudaDevice
 from tests.support import fake_tensorrt
 
 CLASSES = [
@@ -79,7 +79,7 @@ def test_the_stand_ins_device_is_the_runners():
     """What the runner asks of the CPU here, it can ask of a GPU."""
     knobs = {"capturing", "free", "captures"}
     assert names(fake_tensorrt.CpuDevice) - knobs == names(CudaDevice)
-    for name in ("staged", "capture", "stream", "active", "free_memory"):
+    for name in ("pinned", "capture", "stream", "active", "free_memory"):
         ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (fake_tensorrt.CpuDevice, CudaDevice))
         assert list(ours.parameters) == list(theirs.parameters)
 

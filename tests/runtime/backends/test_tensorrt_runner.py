@@ -159,7 +159,7 @@ class TestDecoder:
     def test_a_full_slot_beside_the_step(self, fake, folder):
         """It has no place that a graph could write to."""
         decoder = opened(folder).decoder
-        decoder._held[0] = decoder.cache.capacity
+        decoder._slot_lengths[0] = decoder.cache.capacity
         before = decoder.cache.k[0][0].clone()
         step = self.random_step(decoder, torch.Generator().manual_seed(0), 1, 1, 1, [0])
         assert decoder.step(*step).logits.isfinite().all()
@@ -322,7 +322,7 @@ class TestVision:
             layout = window_layout(grids, config)
             pixels = torch.zeros(*layout.sequence_position.shape, config.qwen2_vl_dim)
             assert engines.vision(pixels, layout).shape == (len(layout.merge_index), 128)
-            sizes.append(engines.vision._contexts._scratch._block.numel())
+            sizes.append(engines.vision._contexts._memory._block.numel())
         assert 0 < sizes[0] < sizes[1] == sizes[2]
         assert sizes[1] < engines.vision._engine.handle.get_device_memory_size_for_profile_v2(0) / 4
 
@@ -332,20 +332,20 @@ class TestVision:
         config = engines.checkpoint.config.vision
         small = window_layout(((1, 4, 4),), config)
         engines.vision(torch.zeros(*small.sequence_position.shape, config.qwen2_vl_dim), small)
-        block = weakref.ref(engines.vision._contexts._scratch._block)
+        block = weakref.ref(engines.vision._contexts._memory._block)
         gone, allocate = [], torch.empty
         monkeypatch.setattr(
             "qwen2vl_trt.runtime.backends.tensorrt_context.torch.empty",
             lambda size, **given: (gone.append(block() is None) if size else None, allocate(size, **given))[1],
         )
-        engines.vision._contexts._scratch.at_least(10**7)
+        engines.vision._contexts._memory.reserve(10**7)
         assert gone == [True]
 
     def test_a_layout_goes_to_the_gpu_once(self, fake, folder, monkeypatch):
         engines, sent = opened(folder), []
-        stage = fake_tensorrt.CpuDevice.staged
+        stage = fake_tensorrt.CpuDevice.pinned
         monkeypatch.setattr(
-            fake_tensorrt.CpuDevice, "staged", lambda self, tensor: sent.append(1) or stage(self, tensor)
+            fake_tensorrt.CpuDevice, "pinned", lambda self, tensor: sent.append(1) or stage(self, tensor)
         )
         config, counts, found = engines.checkpoint.config.vision, [], []
         for grids in (((1, 4, 4),), ((1, 8, 8),), ((1, 4, 4),), ((1, 8, 8),)):

@@ -20,6 +20,6 @@ def test_leaving_empty_slots_out_changes_nothing(tmp_path, monkeypatch, grids):
     pixels = torch.randn(*layout.sequence_position.shape, 1176, generator=torch.Generator().manual_seed(0))
     found = {}
     for share in (-1.0, 1.0):  # always, never
-        monkeypatch.setattr(torch_runner, "_WORTH_UNPADDING", share)
+        monkeypatch.setattr(torch_runner, "_MIN_PADDING", share)
         found[share] = engines.vision(pixels, layout)
     assert relative_error(found[-1.0], found[1.0]) < 1e-5

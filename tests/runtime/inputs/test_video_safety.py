@@ -197,7 +197,7 @@ class TestMemory:
 
     def test_a_long_clip_of_full_hd_is_held_whole(self):
         frame = torch.zeros(3, 1080, 1920, dtype=torch.uint8)
-        assert clips.held(frame, FrameSampling().max_frames, "") is frame
+        assert clips.shrink_to_fit(frame, FrameSampling().max_frames, "") is frame
 
 
 def decoded(raw):

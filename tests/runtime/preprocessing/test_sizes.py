@@ -76,7 +76,7 @@ class TestImages:
             return
         too_large = grid[1] * grid[2] > profile.max_hw_dims
         assert found.limited_by == ("max_hw_dims" if too_large else "min_hw_dims")
-        narrow = image.within(196 * low, 196 * (low + more))
+        narrow = image.clamped(196 * low, 196 * (low + more))
         common = transformers_resize(height, width, 28, narrow.min_pixels, narrow.max_pixels)
         if profile.takes((1, common[0] // 14, common[1] // 14)):
             assert (found.resized_height, found.resized_width) == common

@@ -7,15 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2vl_trt.runtime.preprocessing.staging import Staging, bytes_of
+from qwen2vl_trt.runtime.preprocessing.staging import Staging, staged_bytes
 from tests.support.pictures import in_form, noise
 
 CPU = torch.device("cpu")
 
 
 def brought(staging, tensors):
-    with staging.slot(bytes_of(tensors)) as slot:
-        return [tensor.clone(memory_format=torch.preserve_format) for tensor in slot.send(tensors)]
+    with staging.slot(staged_bytes(tensors)) as slot:
+        return [tensor.clone(memory_format=torch.preserve_format) for tensor in slot.to_device(tensors)]
 
 
 class TestWhatArrives:
@@ -37,34 +37,34 @@ class TestWhatArrives:
     def test_the_memorys_order_is_kept(self):
         """Transposing bytes on the host would take longer than everything else."""
         with Staging(CPU).slot(1 << 20) as slot:
-            together, apart = slot.send([in_form(noise(5, 7), "hwc"), noise(5, 7)])
+            together, apart = slot.to_device([in_form(noise(5, 7), "hwc"), noise(5, 7)])
         assert together.stride() == (1, 21, 3)
         assert apart.stride() == (35, 7, 1)
 
     def test_grey_is_sent_once(self):
         grey = noise(64, 64)[:1].expand(3, -1, -1)
-        assert bytes_of([grey]) == 64 * 64
-        with Staging(CPU).slot(bytes_of([grey])) as slot:
-            (found,) = slot.send([grey])
+        assert staged_bytes([grey]) == 64 * 64
+        with Staging(CPU).slot(staged_bytes([grey])) as slot:
+            (found,) = slot.to_device([grey])
         assert found.stride() == (0, 64, 1)
 
     def test_a_tensor_given_twice_is_sent_once(self):
         image = noise(8, 8)
         with Staging(CPU).slot(1 << 20) as slot:
-            first, other, second = slot.send([image, noise(8, 8, 1), image])
+            first, other, second = slot.to_device([image, noise(8, 8, 1), image])
         assert first.data_ptr() == second.data_ptr() != other.data_ptr()
 
     def test_a_tensor_of_the_device_is_not_copied(self):
         """Here the device is one that a CPU has as well."""
         image = torch.empty(3, 4, 4, dtype=torch.uint8, device="meta")
-        assert bytes_of([image]) == 0
+        assert staged_bytes([image]) == 0
         with Staging(torch.device("meta")).slot(0) as slot:
-            assert slot.send([image])[0] is image
+            assert slot.to_device([image])[0] is image
 
     def test_several_sends_share_a_slot(self):
-        with Staging(CPU).slot(bytes_of([noise(5, 5), torch.arange(9)])) as slot:
-            (image,) = slot.send([noise(5, 5)])
-            (numbers,) = slot.send([torch.arange(9)])
+        with Staging(CPU).slot(staged_bytes([noise(5, 5), torch.arange(9)])) as slot:
+            (image,) = slot.to_device([noise(5, 5)])
+            (numbers,) = slot.to_device([torch.arange(9)])
             assert torch.equal(image, noise(5, 5))
             assert torch.equal(numbers, torch.arange(9))
 
@@ -76,7 +76,7 @@ class TestReuse:
         staging, addresses = Staging(CPU), []
         for _ in range(4):
             with staging.slot(1000) as slot:
-                addresses.append(slot.send([noise(4, 4)])[0].data_ptr())
+                addresses.append(slot.to_device([noise(4, 4)])[0].data_ptr())
         assert addresses[:2] == addresses[2:]
         assert addresses[0] != addresses[1]
 
@@ -146,11 +146,11 @@ class TestOrder:
         staging, images = Staging(CPU), [noise(9, 9)]
         for _ in range(2):
             with staging.slot(1000) as slot:
-                slot.send(images)
+                slot.to_device(images)
         cuda.log.clear()
         with staging.slot(1000) as slot:  # the first slot again
             assert cuda.log == ["host waits for copies1", "copies waits for current1"]
-            found = slot.send(images)
+            found = slot.to_device(images)
             cuda.log.append("kernels")
         assert cuda.log[2:] == [
             "on copies",
@@ -164,16 +164,16 @@ class TestOrder:
     def test_what_is_there_needs_no_copy(self, cuda):
         staging = Staging(torch.device("meta"))
         with staging.slot(0) as slot:
-            slot.send([torch.empty(3, 4, 4, dtype=torch.uint8, device="meta")])
+            slot.to_device([torch.empty(3, 4, 4, dtype=torch.uint8, device="meta")])
         assert cuda.log == ["current records current1"]
 
     def test_pieces_leave_while_others_are_filled(self, cuda, monkeypatch):
         monkeypatch.setattr("qwen2vl_trt.runtime.preprocessing.staging._PIECE", 1000)
         images = [noise(20, 20, seed) for seed in range(5)]  # 1,200 bytes each
         staging = Staging(CPU)
-        with staging.slot(bytes_of(images)) as slot:
+        with staging.slot(staged_bytes(images)) as slot:
             slot._device = torch.zeros_like(slot._host)  # a twin of its own, as on a GPU
             cuda.log.clear()
-            found = slot.send(images)
+            found = slot.to_device(images)
         assert cuda.log.count("on copies") == 5
         assert all(torch.equal(image, there) for image, there in zip(images, found, strict=True))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-from qwen2vl_trt.runtime.preprocessing import host_writer, torch_writer
+from qwen2vl_trt.runtime.preprocessing import frames, torch_writer
 from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
 from qwen2vl_trt.runtime.preprocessing.staging import Staging
 from qwen2vl_trt.runtime.preprocessing.torch_writer import TorchWriter
@@ -39,25 +39,25 @@ class TestResize:
     @example((448, 448), (448, 447), True)
     def test_equals_the_cpu_bit_for_bit(self, source, size, together):
         image = in_form(noise(*source), "hwc" if together else "chw")  # noise reaches both ends of the range
-        expected = host_writer.resize(image, size)
+        expected = frames.resize(image, size)
         assert torch.equal(torch_writer.resize(image[None], size)[0], expected)
 
     def test_4k(self):
         image = natural(*UHD)
         size = (756, 1344)
-        assert torch.equal(torch_writer.resize(image[None], size)[0], host_writer.resize(image, size))
+        assert torch.equal(torch_writer.resize(image[None], size)[0], frames.resize(image, size))
 
     def test_both_ends_are_reached(self):
         """Overshoot beyond 0 and 255 is cut, as it is there."""
         image = (noise(40, 40) > 127).to(torch.uint8) * 255
         found = torch_writer.resize(image[None], (90, 130))[0]
-        assert torch.equal(found, host_writer.resize(image, (90, 130)))
+        assert torch.equal(found, frames.resize(image, (90, 130)))
         assert {0, 255} <= set(found.flatten().tolist())
 
     @pytest.mark.parametrize("size", [(333, 271), (613, 400)])
     def test_floats_as_transformers(self, size):
         image = natural(*size).float() / 255
-        assert torch.equal(torch_writer.resize(image[None], (280, 252))[0], host_writer.resize(image, (280, 252)))
+        assert torch.equal(torch_writer.resize(image[None], (280, 252))[0], frames.resize(image, (280, 252)))
 
 
 class TestPatches:

@@ -89,7 +89,7 @@ class TestInterpreted:
         """Of any strides: nothing gathers them first."""
         images = [in_form(natural(70, 50), form), in_form(natural(32, 64), form)]
         expected = Preprocessor(TINY, TINY_SETTINGS).preprocess(images).pixel_values
-        monkeypatch.setattr(Slot, "send", lambda slot, tensors: list(tensors))
+        monkeypatch.setattr(Slot, "to_device", lambda slot, tensors: list(tensors))
         assert torch.equal(preprocessor(TINY, TINY_SETTINGS).preprocess(images).pixel_values, expected)
 
     def test_floats_among_them(self):
@@ -105,9 +105,9 @@ class TestInterpreted:
         expected = Preprocessor(TINY, small).preprocess(images).pixel_values
         monkeypatch.setattr(triton_writer, "_MAX_FRAMES", most)
         launches = []
-        launch = triton_writer.TritonBatch.locate
+        launch = triton_writer.TritonBatch.fill_records
         monkeypatch.setattr(
-            triton_writer.TritonBatch, "locate", lambda *arguments: (launches.append(1), launch(*arguments))
+            triton_writer.TritonBatch, "fill_records", lambda *arguments: (launches.append(1), launch(*arguments))
         )
         found = preprocessor(TINY, small, limit=limit).preprocess(images).pixel_values
         assert torch.equal(found, expected)
@@ -193,7 +193,7 @@ class TestChoice:
         return Preprocessor(CONFIG, device="cuda:0", **options)._writer
 
     def test_a_cpu_has_its_own(self):
-        assert type(Preprocessor(CONFIG, kernels="torch")._writer) is module.HostWriter
+        assert type(Preprocessor(CONFIG, kernels="torch")._writer) is module.CpuWriter
 
     def test_torch_on_request(self):
         assert type(self.writer(kernels="torch")) is TorchWriter

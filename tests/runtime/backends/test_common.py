@@ -1,11 +1,24 @@
-"""The cache grows by powers of two, keeps what it holds, and shrinks when nothing is in use."""
+"""The key-value cache, the padded shapes of CUDA graphs, and the cache of index tensors."""
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import LimitError
-from qwen2vl_trt.runtime.backends.common import KVCache
+from qwen2vl_trt.runtime.backends.common import (
+    KVCache,
+    cached_layouts,
+    graph_batches,
+    graph_lengths,
+    padded_batch,
+    padded_length,
+    padded_step,
+)
+from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.windows import WindowLayout, window_layout
 from tests.support.models import model_config
 
 CONFIG = Qwen2VLConfig.from_dict(model_config().to_dict()).text
@@ -122,3 +135,74 @@ def test_bytes_are_those_of_keys_and_values():
     found = cache()
     expected = 2 * CONFIG.num_hidden_layers * 3 * CONFIG.num_key_value_heads * 128 * CONFIG.head_dim * 4
     assert found.nbytes == expected
+
+
+def test_graphs_are_few_and_fit_every_number_of_rows():
+    assert [padded_batch(rows, 6) for rows in range(1, 7)] == [1, 2, 4, 4, 6, 6]
+    assert len({padded_batch(rows, 128) for rows in range(1, 129)}) == 8
+
+
+def test_all_of_them():
+    """Nothing that a step needs is left out, and nothing else is in."""
+    assert graph_batches(6) == [1, 2, 4, 6]
+    assert graph_lengths(700, 700) == graph_lengths(513, 700) == [128, 256, 512, 700]
+    assert graph_lengths(1, 4096) == [128]
+    assert graph_lengths(257, 4096) == [128, 256, padded_length(257, 4096)]
+
+
+def test_rows_of_the_step_and_beside_it():
+    """Slots beside the step write where their next token goes, and attend to one."""
+    cache_start, kv_lengths = padded_step(1, [5, 7], [3, 6, 8, 0, 9], 4, 10)
+    assert cache_start == [3, 5, 7, 0]
+    assert kv_lengths == [1, 6, 8, 1]
+
+
+def test_a_full_slot():
+    assert padded_step(1, [5], [10, 6, 10, 10], 2, 10) is None, "slot 0 takes part and is full"
+    assert padded_step(1, [9], [0, 10, 10, 10], 2, 10) == ([0, 9], [1, 10]), "its own last position may be written"
+
+
+@given(st.data())
+def test_nothing_that_a_slot_holds_is_overwritten(data):
+    slots, capacity = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
+    slot_lengths = data.draw(st.lists(st.integers(0, capacity), min_size=slots, max_size=slots))
+    first = data.draw(st.integers(0, slots - 1))
+    count = data.draw(st.integers(1, slots - first))
+    starts = [min(tokens, capacity - 1) for tokens in slot_lengths[first : first + count]]
+    rows = padded_step(first, starts, slot_lengths, padded_batch(first + count, slots), capacity)
+    if rows is None:
+        assert capacity in slot_lengths[:first] + slot_lengths[first + count :]
+        return
+    cache_start, kv_lengths = rows
+    assert all(length <= capacity for length in kv_lengths)
+    for row, start in enumerate(cache_start):
+        inside = first <= row < first + count
+        assert start < capacity
+        assert start == (starts[row - first] if inside else slot_lengths[row])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_a_graph_reaches_every_row(rows):
+    assert rows <= padded_batch(rows, 6) <= 6
+
+
+def test_those_used_last_are_kept(checkpoint):
+    config, made = Checkpoint(checkpoint).config.vision, []
+    place = cached_layouts(lambda layout: made.append(layout) or len(made))
+    layouts = [window_layout(((1, 2, 2 * n),), config) for n in range(1, 66)]
+    assert [place(layout) for layout in layouts[:64]] == list(range(1, 65))
+    assert place(layouts[0]) == 1
+    assert place(layouts[64]) == 65
+    assert [place(layouts[0]), place(layouts[1])] == [1, 66], "the second was used longest ago"
+
+
+def test_onnxruntime_asks_a_layout_for_its_tensors_once(engine_dirs, monkeypatch):
+    engines, asked = open_engines(engine_dirs["onnxruntime"], "cpu"), []
+    tensors = WindowLayout.index_tensors.fget
+    monkeypatch.setattr(WindowLayout, "index_tensors", property(lambda self: asked.append(1) or tensors(self)))
+    config = engines.checkpoint.config.vision
+    layout = window_layout(((1, 4, 6),), config)
+    pixels = torch.ones(*layout.sequence_position.shape, config.qwen2_vl_dim)
+    first, second = engines.vision(pixels, layout), engines.vision(pixels, layout)
+    assert len(asked) == 1
+    assert torch.equal(first, second)
