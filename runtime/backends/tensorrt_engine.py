@@ -130,8 +130,9 @@ def load_engine(folder: Path, name: str, manifest: Manifest, config: Qwen2VLConf
         EngineError: built by another release or for another GPU, truncated, not of this folder, or out of memory.
         MissingDependencyError: TensorRT is not installed.
     """
-    trt = BACKENDS[manifest.backend].load()
-    check_release(manifest, trt.__name__, str(trt.__version__))
+    backend = BACKENDS[manifest.backend]
+    trt = backend.load()
+    check_release(manifest, backend.package, str(trt.__version__))
     check_gpu(manifest, device.name, device.compute_capability)
     path, onnx_path, log = folder / f"{name}.engine", folder / f"{name}.onnx", tensorrt_log(trt)
     log.clear()

@@ -15,7 +15,7 @@ from tests.support.files_crossed import files_crossed
 from tests.support.recorded_graph import RecordedGraphs
 from tests.support.varlen_reference import flash_attention
 
-LIMITS = {"step": 19, "image": 22, "request": 47, "build": 30}
+LIMITS = {"step": 19, "image": 21, "request": 41, "build": 31}
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 
 
