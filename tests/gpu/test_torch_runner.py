@@ -154,8 +154,8 @@ def test_each_step_between_products_is_one_kernel(checkpoint, dtype):
         vision, decoder = CudaVision(checkpoint, dtype, GPU), CudaDecoder(checkpoint, PROFILE, dtype, GPU)
     packs = varlen.has_packed_attention(GPU, dtype, vision.module.config.num_heads, vision.module.config.head_dim)
     assert metrics.generated_kernel_count - before == (4 if packs else 3) + 2 * 5
-    assert decoder._pointwise.compiled
-    assert vision._pointwise.compiled
+    assert decoder._ops.compiled
+    assert vision._ops.compiled
 
 
 def test_serving_compiles_nothing(checkpoint):

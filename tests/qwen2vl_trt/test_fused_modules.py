@@ -59,7 +59,7 @@ def test_a_fused_decoder_equals_a_plain_one(dtype):
 
 
 @torch.no_grad()
-def test_a_decoder_with_pointwise_functions_scales_its_positions_too():
+def test_a_fused_decoder_scales_its_positions_too():
     torch.manual_seed(0)
     config = replace(our_config(model_config()).text, rope_scaling=YarnScaling(4.0, 8))
     decoder = Decoder(config).eval()
