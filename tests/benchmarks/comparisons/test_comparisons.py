@@ -17,7 +17,6 @@ from qwen2vl_trt.benchmarks.floors.rates import Rates
 from qwen2vl_trt.benchmarks.random_model import SHAPES, config_of
 from qwen2vl_trt.benchmarks.subjects.engines import DecoderSubject
 from qwen2vl_trt.benchmarks.subjects.transformers import TransformersHiddenStates
-from qwen2vl_trt.commands import bench_comparisons as command
 from qwen2vl_trt.commands import call
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import BenchmarkError, Qwen2VLError
@@ -156,10 +155,8 @@ def test_floors_are_those_counted_by_hand():
 
 
 def test_the_text_shows_what_was_measured(bench, monkeypatch):
-    reports = []
-    monkeypatch.setattr(
-        command, "measure", lambda *arguments: reports.append(comparisons.run(*arguments)) or reports[0]
-    )
+    reports, measure = [], comparisons.run
+    monkeypatch.setattr(comparisons, "run", lambda *arguments: reports.append(measure(*arguments)) or reports[0])
     bench()
     (report,) = reports
     lines = list(text(report))
