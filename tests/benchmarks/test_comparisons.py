@@ -142,10 +142,8 @@ def test_rooflines_are_those_counted_by_hand():
 
 
 def test_the_text_shows_what_was_measured(bench, monkeypatch):
-    reports = []
-    monkeypatch.setattr(
-        command, "measure", lambda *arguments: reports.append(comparisons.run(*arguments)) or reports[0]
-    )
+    reports, measure = [], comparisons.run
+    monkeypatch.setattr(comparisons, "run", lambda *arguments: reports.append(measure(*arguments)) or reports[0])
     bench()
     (report,) = reports
     lines = list(comparisons_text(report))
