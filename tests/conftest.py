@@ -72,12 +72,14 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Processes of a run share what they make, and an engine build takes the graphs of another of the same model."""
+    from qwen2vl_trt.engines import builders, tensorrt_build
     from qwen2vl_trt.export import onnx_model
     from tests.support import shared
 
     shared.share_in(tmp_path_factory)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_model, "export_onnx", shared.export_once)
+        for module in (onnx_model, builders, tensorrt_build):
+            patch.setattr(module, "export_onnx", shared.export_once)
         yield
 
 

@@ -11,7 +11,6 @@ from qwen2vl_trt.benchmarks.measure import Until
 from qwen2vl_trt.benchmarks.random_model import config_of
 from qwen2vl_trt.benchmarks.report import comparisons_text
 from qwen2vl_trt.benchmarks.roofline import Rates
-from qwen2vl_trt.commands import bench_comparisons as command
 from qwen2vl_trt.commands import call
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.engines import backends
