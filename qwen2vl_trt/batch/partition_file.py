@@ -151,7 +151,7 @@ class PartitionWriter(Store):
         self.failures.append({"id": key, "error": as_unicode(reason)})
         self.journal.finish(key)
 
-    def fsync(self) -> None:
+    def flush(self) -> None:
         """Write a row group."""
         if self._group:
             with writing(self._path, _WAY_OUT):

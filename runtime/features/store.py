@@ -105,7 +105,7 @@ class FeatureStore(Store):
         self.failed += 1
         self.first_failure = self.first_failure or reason
 
-    def fsync(self) -> None:
+    def flush(self) -> None:
         if self._shard.tensors:
             self._hand_over()
         self._wait()
