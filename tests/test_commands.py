@@ -721,7 +721,7 @@ def test_options_that_mean_the_same_are_spelt_the_same():
     assert differing.keys() <= {"--layers"}, (
         differing
     )  # of a benchmark's model a number; of a report, whether to list them
-    assert not {"--workers", "--shard-size", "--models"} & kinds.keys()
+    assert not {"--num-workers", "--partition-rows", "--models"} & kinds.keys()
 
 
 def completions(line):
