@@ -105,9 +105,8 @@ def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 
     Gives its exit code, stdout and stderr.
     """
-    from qwen2vl_trt.engines.command import run_command
-
     from qwen2vl_trt.commands import call
+    from qwen2vl_trt.commands.process import run_command
 
     def command(name: str, *options: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:

@@ -199,7 +199,7 @@ class TestFp16Decoder:
 
 class TestWhatDoesNotFit:
     def test_an_unquantised_model(self, tmp_path):
-        with pytest.raises(BuildError, match=r"is not quantised; build_engines\.py --precision fp8 does that first"):
+        with pytest.raises(BuildError, match=r"is not quantised; \S.*build\S* --precision fp8 does that first"):
             build(resolve_model("tiny").folder, tmp_path / "engines", "torch", FP8.name)
 
     def test_a_quantised_one_in_another_precision(self, tmp_path, fp8_checkpoint):
