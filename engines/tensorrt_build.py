@@ -44,7 +44,7 @@ def build_plans(job: BuildJob, engines: Collection[str] = ("vision", "decoder"))
     trt, options = job.backend.load(), job.backend.options
     assert isinstance(options, TensorRTOptions)
     _check_machine(job.backend, options)
-    if job.precision.fp8:
+    if job.precision.fp8 and "decoder" in engines:
         _check_fp8_hardware(options)
     ranges = {
         "vision": (vision_ranges(job.profile, job.checkpoint.config.vision),),

@@ -36,9 +36,9 @@ class Prefetcher:
 
     A job begins after all before it, once a thread is free and its bytes fit beside those of the jobs that are being
     loaded or wait; where there are none of those, a job of any size begins. Media that were handed over count while
-    they live, but keep nobody out alone: their owner may be waiting for the next. An unknown size counts as the largest
-    that waits, or else the last; until a size is known, as nothing. Threads do not wait for memory, so a program ends
-    whatever is queued.
+    they live, but where nothing else is held a job begins whatever they take: a consumer that waits for the next media
+    may still hold the last. An unknown size counts as the largest that waits, or else the last; until a size is known,
+    as nothing. Threads do not wait for memory, so a program ends whatever is queued.
 
     Args:
         threads: how many load; decoders release Python's lock while they work.
@@ -87,10 +87,14 @@ class Prefetcher:
             self._run(job)
         return job.future.result() if job.future.done() else None
 
-    @staticmethod
-    def wait(jobs: Collection[Job], seconds: float | None, interrupt: Future[None]) -> None:
-        """Wait until one of the jobs on threads has ended, for so long at most, or for the interrupt."""
+    def wait(self, jobs: Collection[Job], seconds: float | None, interrupt: Future[None]) -> None:
+        """Wait until one of the jobs on threads has ended, for so long at most, or for the interrupt.
+
+        The end of a dropped job ends the wait too: it may have kept out a job that is not for a thread.
+        """
         futures: list[Future[Any]] = [job.future for job in jobs if job.on_thread]
+        with self._lock:
+            futures += [job.future for job in self._held if job.dropped]
         wait([*futures, interrupt], seconds, FIRST_COMPLETED)
 
     def hand_over(self, job: Job, media: Collection[Medium]) -> None:
@@ -158,16 +162,24 @@ class Prefetcher:
             try:
                 media = job.load()
             except BaseException as error:
-                job.dropped = True
-                job.future.set_exception(error)
+                with self._lock:  # as below
+                    self._remove(job)
+                    if not job.on_thread and not isinstance(error, Exception):  # Ctrl-C: it can be loaded again
+                        job.future = Future()
+                        self._queued.insert(0, job)
+                        raise
+                    job.future.set_exception(error)
             else:
                 job.seconds = time.perf_counter() - began
-                with self._lock:
+                with self._lock:  # whoever learns of the end finds it removed
                     job.nbytes, job.loaded = sum(medium.nbytes for medium in media), True
                     self._last = job.nbytes or self._last
-                job.future.set_result(media)
+                    if job.dropped:
+                        self._remove(job)
+                    job.future.set_result(media)
                 del media
-        if job.dropped:
+            job.load, job.size = list, int  # they held what was given beside what was made of it
+        else:
             self._remove(job)
         del job  # as in _measure
         self._begin_next()

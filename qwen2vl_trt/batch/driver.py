@@ -35,7 +35,7 @@ _OBJECT_STORE_BYTES = 200 << 20
 
 @dataclass
 class Tally:
-    """How many rows a run has come to; ``skipped`` were saved by one before it."""
+    """How many rows a run has come to: ``saved`` by it, ``skipped`` as saved by one before, ``failed`` in either."""
 
     saved: int = 0
     failed: int = 0

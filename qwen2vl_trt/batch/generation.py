@@ -82,7 +82,7 @@ class Generation:
         following = iter(rows)
         jobs: deque[Future[_Answer]] = deque()
         while True:
-            more = islice(following, self._ahead - len(jobs))
+            more = islice(following, self._threads + 1 - len(jobs))
             jobs.extend(executor.submit(self._fetch, row, journal) for row in more)
             if not jobs:
                 return

@@ -149,6 +149,8 @@ class PartitionWriter(Store):
 
     def fail(self, key: str, reason: str) -> None:
         self.failures.append({"id": key, "error": as_unicode(reason)})
+        self.failed += 1
+        self.first_failure = self.first_failure or reason
         self.journal.finish(key)
 
     def flush(self) -> None:

@@ -59,7 +59,11 @@ class RowSource(FeatureSource):
 
     def size(self, path: str | bytes, name: str) -> int:
         row, journal = self._rows[path]
-        self._fetched[path] = image = fetch(row, journal)
+        try:
+            self._fetched[path] = image = fetch(row, journal)
+        except MediaError:
+            del self._rows[path]  # it will not be loaded
+            raise
         return self._source.size(image, name)
 
     def load(self, path: str | bytes, name: str) -> Medium:

@@ -91,7 +91,7 @@ def run(
 
     Args:
         options: which engines, and how.
-        stages: of :data:`~qwen2vl_trt.benchmarks.cases.ALL_STAGES`.
+        stages: of ``processor``, ``vision``, ``decoder`` and ``pipeline``.
         shapes: what ``--shapes`` says.
         until: when to stop.
         against: precision in which Transformers runs beside us; None alone.

@@ -27,9 +27,6 @@ from qwen2vl_trt.runtime.preprocessing.sizes import SizeRules
 from qwen2vl_trt.windows import Grid
 
 PROMPT = "What is in the image?"
-STAGES = ("vision", "decoder", "pipeline")
-"""Measured where none is named."""
-ALL_STAGES = ("processor", *STAGES)
 _NAMES = {  # what each stage can be told
     "processor": {"image"},
     "vision": {"image"},
@@ -96,7 +93,8 @@ class Case:
     """One thing to measure.
 
     Attributes:
-        stage: one of :data:`ALL_STAGES`, or ``hidden states``, of the decoder for a prompt with an image.
+        stage: ``processor``, ``vision``, ``decoder``, ``pipeline``, or ``hidden states`` of the decoder for a prompt
+            with an image.
         label: its name in reports.
         sizes: (height, width) in pixels of the images of a call, or of a request.
         grids: of those images, after the preprocessor's resizing.

@@ -38,7 +38,6 @@ from .transformers import BATCHED, ONE, TransformersSystem
 from .workers import Worker
 
 OURS = "ours"
-SIZES = ("3B", "7B")
 CPU_DEPTH = 4
 """Layers and blocks at most on a CPU, unless asked for."""
 _UNTIL = Until(warm_up=None, duration=2.0, iterations=1)

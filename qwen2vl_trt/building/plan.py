@@ -69,6 +69,8 @@ class BuildRequest:
         if unknown:
             raise BuildError(f"unknown option {min(unknown)!r} of a build; known: {', '.join((*own, *_SETTINGS))}")
         settings = {name: given[name] for name in _SETTINGS if name in given}
+        paths = ("engine_dir", "config", "calibration_data")
+        given = given | {name: Path(given[name]) for name in paths if given.get(name) is not None}
         return cls(**{name: given[name] for name in own if name in given}, settings=settings)
 
     @classmethod

@@ -134,7 +134,7 @@ def _make(folder: Path, checkpoint: Checkpoint, data: CalibrationData, vision: b
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-        with progress_bar() as progress:
+        with progress_bar(lines=True) as progress:
             task = progress.add_task("calibrating", total=len(data.requests))
             device = "cuda" if torch.cuda.is_available() else "cpu"
             made = quantize_checkpoint(

@@ -140,7 +140,7 @@ def _seconds(text: str) -> float:
 def add_random_weights(group: argparse._ArgumentGroup) -> None:
     """Add the options that :func:`use_random_weights` reads."""
     group.add_argument(
-        "--random-weights", action="store_true", help=f"of {' or '.join(SHAPES)} (--model), for want of a hub"
+        "--random-weights", action="store_true", help=f"of the shape of --model {', '.join(SHAPES)}, for want of a hub"
     )
     group.add_argument("--layers", type=positive_number, metavar="N", help="of the decoder, with --random-weights")
     group.add_argument("--blocks", type=positive_number, metavar="N", help="of the vision tower, with --random-weights")

@@ -91,33 +91,36 @@ class RequestQueue:
         prefetcher bounds its bytes. Of requests beyond the free slots one a call is prepared whose media, if any, this
         thread loads. A request whose media are not there yet has its turn in a later call.
         """
-        more, failed = 1, False
-        for number, queued in enumerate([*islice(self._queue, free_slots + slots)]):
-            if queued.sequence is not None:
-                continue
-            try:
-                self._begin(queued)
-                job = queued.job
-                on_thread = job is not None and job.on_thread
-                beyond = number >= free_slots and not on_thread
-                if beyond and not more:
+        more, number = 1, -1
+        try:
+            for queued in [*islice(self._queue, free_slots + slots)]:
+                number += 1
+                if queued.sequence is not None:
                     continue
-                began = self._clock()  # a thread's seconds, which begin at its start, count for themselves
-                media = [] if job is None else self._prefetcher.result(job)
-                if media is None:
+                try:
+                    self._begin(queued)
+                    job = queued.job
+                    on_thread = job is not None and job.on_thread
+                    beyond = number >= free_slots and not on_thread
+                    if beyond and not more:
+                        continue
+                    began = self._clock()  # a thread's seconds, which begin at its start, count for themselves
+                    media = [] if job is None else self._prefetcher.result(job)
+                    if media is None:
+                        continue
+                    more -= beyond
+                    sequence = self._preparer.prepare(queued.request, queued.params, queued.output, media)
+                except Exception as error:
+                    queued.output.fail(named(error, "preparing the request"))
+                    number -= 1
                     continue
-                more -= beyond
-                sequence = self._preparer.prepare(queued.request, queued.params, queued.output, media)
-            except Exception as error:
-                queued.output.fail(named(error, "preparing the request"))
-                failed = True
-                continue
-            queued.sequence, queued.found = sequence, None  # which would hold what was given beside what was made of it
-            seconds = job.seconds if job is not None and job.on_thread else 0.0
-            queued.output.timings.preprocess = self._clock() - began + seconds
-            self._warn(media)
-        if failed:
-            self.drop_ended()
+                queued.sequence, queued.found = sequence, None
+                seconds = job.seconds if job is not None and job.on_thread else 0.0
+                queued.output.timings.preprocess = self._clock() - began + seconds
+                self._warn(media)
+        finally:
+            if any(queued.output.finished for queued in self._queue):
+                self.drop_ended()
 
     def next_group(self, free_slots: int, most_media: int) -> list[RunningSequence]:
         """The first that are prepared, as many as there are free slots; their media fill about one engine call.

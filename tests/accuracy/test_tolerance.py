@@ -10,7 +10,7 @@ from qwen2vl_trt.accuracy.tolerance import TOLERANCES, Tolerance, model_order, t
 from qwen2vl_trt.errors import LimitError
 
 GOOD = Figures(1e-6, 1e-7, 1e-6, 1e-7, 1.0, 1.0, 10)
-YARDSTICK = replace(GOOD, mean_relative=1e-3)
+BASELINE = replace(GOOD, mean_relative=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ YARDSTICK = replace(GOOD, mean_relative=1e-3)
     ],
 )
 def test_a_figure_beyond_its_limit_is_a_departure(precision, name, change, reason):
-    found = TOLERANCES[precision].departure(name, replace(GOOD, **change), YARDSTICK)
+    found = TOLERANCES[precision].departure(name, replace(GOOD, **change), BASELINE)
     assert (found is None) if reason is None else (reason in found)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import run
 from qwen2vl_trt.benchmarks import bench as run_bench
-from qwen2vl_trt.commands import process as engines_command
+from qwen2vl_trt.commands import process
 from qwen2vl_trt.commands.process import run_command
 from qwen2vl_trt.engines import progress
 from qwen2vl_trt.engines.backends import find_backend
@@ -172,7 +172,7 @@ def check_baseline(result):
     ],
 )
 def test_what_was_measured_is_not_lost(no_processes, bench, engines, monkeypatch, tmp_path, error, code, said):
-    """Ctrl-C, or a contender that dies, in the third shape of four."""
+    """Ctrl-C, or a system that dies, in the third shape of four."""
     measure, measured = run_bench.measure, []
 
     def ended(case, *given):
@@ -193,7 +193,7 @@ def test_what_was_measured_is_not_lost(no_processes, bench, engines, monkeypatch
         "--trace-plot",
         "t.png",
     )
-    monkeypatch.setattr(engines_command, "_discard_output", lambda: None)  # it would discard what capfd holds
+    monkeypatch.setattr(process, "_discard_output", lambda: None)  # it would discard what capfd holds
     found, out, errors = bench("--engine-dir", engines / "torch", *FEW, *SHAPES, *options)
     assert (found, errors) == (code, said)
     report = json.loads(out)

@@ -47,3 +47,14 @@ def test_engines_that_are_there_are_taken_instead_of_measuring_the_cpu_anew(fold
     assert plan_build(request).precision == "fp32"
     assert len(measured) == 1
     assert plan_build(BuildRequest(model="tiny", backend="torch", force=True)).precision == "bf16"
+
+
+def test_paths_may_be_strings(folder):
+    given = BuildRequest.of(
+        {"model": "tiny", "engine_dir": "engines", "config": "tiny.yaml", "calibration_data": "data"}
+    )
+    assert (given.engine_dir, given.config, given.calibration_data) == (
+        Path("engines"),
+        Path("tiny.yaml"),
+        Path("data"),
+    )

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -215,3 +216,33 @@ def test_what_is_handed_over_counts_until_it_is_let_go_of(make):
     next(decoded)
     wait_until(lambda: len(source.loaded) > 5)
     assert len([*decoded]) == 96
+
+
+def test_the_end_of_a_dropped_job_ends_a_wait(make):
+    """It kept out a job that only the caller can begin, and others are behind that one."""
+    prefetcher, blocked = make(1), Blocked()
+    dropped = prefetcher.submit(blocked, lambda: 0)
+    wait_until(lambda: blocked.begun == 1)
+    mine, behind = prefetcher.submit(list, None, on_thread=False), prefetcher.submit(list, lambda: 0)
+    prefetcher.drop(dropped)
+    assert prefetcher.result(mine) is None
+    threading.Timer(0.1, blocked.let_go.set).start()
+    prefetcher.wait([mine, behind], PATIENCE, Future())
+    assert prefetcher.result(mine) == []
+    assert behind.future.result(PATIENCE) == []
+
+
+def test_an_interrupted_load_of_the_caller_can_be_done_again(make):
+    prefetcher, given = make(), [KeyboardInterrupt(), [medium(1)]]
+
+    def load():
+        found = given.pop(0)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    job, last = prefetcher.submit(load, None, on_thread=False), prefetcher.submit(list, lambda: 0)
+    with pytest.raises(KeyboardInterrupt):
+        prefetcher.result(job)
+    assert [each.nbytes for each in prefetcher.result(job)] == [1]
+    assert last.future.result(PATIENCE) == []
