@@ -77,7 +77,7 @@ def build_engines(
         folder.mkdir(parents=True, exist_ok=True)
         _check_ours(folder)
         with alone(folder):  # two builds at once: the second waits, then finds the first one's work
-            if not force and _is_built(planned, folder):
+            if not force and _is_built(planned, folder, logging.DEBUG):  # what is damaged has been said
                 return False
             with staged(folder) as staging, progress_bar() as progress:
                 steps = BuildSteps(progress, model.name, backend.steps)
@@ -97,8 +97,8 @@ def _check_ours(folder: Path) -> None:
             raise BuildError(f"{folder} holds {path.name}, which no build put there; give --engine-dir a new folder")
 
 
-def _is_built(planned: Manifest, folder: Path) -> bool:
-    """Whether the folder holds what is planned.
+def _is_built(planned: Manifest, folder: Path, level: int = logging.WARNING) -> bool:
+    """Whether the folder holds what is planned; logs at ``level`` what is damaged.
 
     Raises:
         BuildError: it holds other engines, or some that cannot be known.
@@ -112,7 +112,7 @@ def _is_built(planned: Manifest, folder: Path) -> bool:
     try:
         found.verify(folder)
     except EngineError as error:
-        logger.warning("%s It is built again.", error)
+        logger.log(level, "%s It is built again.", error)
         return False
     return True
 

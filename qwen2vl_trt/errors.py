@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,6 +41,9 @@ def reason(error: BaseException) -> str:
 
 def program(name: str) -> str:
     """How ``run.py`` or ``build_engines.py`` is called from here: the script in a checkout, else the command."""
+    started = Path(sys.argv[0])
+    if started.name in ("run.py", "build_engines.py"):
+        return f"python {started.with_name(name)}"
     if Path.cwd().resolve() == _CHECKOUT and (_CHECKOUT / name).is_file():
         return f"python {name}"
     return {"run.py": "qwen2vl-trt", "build_engines.py": "qwen2vl-trt-build"}[name]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.engines.profile import BuildProfile
-from qwen2vl_trt.errors import CheckpointError
+from qwen2vl_trt.errors import CheckpointError, LimitError
 from qwen2vl_trt.prompts import PromptBuilder
 
 from .generation_config import GenerationConfig
@@ -37,9 +37,11 @@ class ModelFiles:
 
         Raises:
             CheckpointError: a file is missing, cannot be read, has a value without meaning, or is another model's.
-            LimitError: ``min_pixels`` above ``max_pixels``.
+            LimitError: ``min_pixels`` above ``max_pixels``, or no :class:`PipelineOptions`.
         """
         options = options or PipelineOptions()
+        if not isinstance(options, PipelineOptions):
+            raise LimitError(f"options is a {type(options).__name__}; give PipelineOptions(...), from qwen2vl_trt")
         settings = options.preprocessor_settings(folder, profile)
         prompts = PromptBuilder(folder, config, options.allow_special_tokens, profile.max_input_len)
         size = config.text.vocab_size

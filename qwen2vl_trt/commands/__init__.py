@@ -12,6 +12,8 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from qwen2vl_trt.errors import require
+
 COMMANDS = {
     "generate": "answer a prompt about images and videos",
     "features": "features of any number of images",
@@ -107,6 +109,7 @@ def _complete(prog: str) -> None:
 
 
 def _autocomplete(parser: argparse.ArgumentParser) -> None:
+    require("completion", "completion", {"argcomplete": "argcomplete"})
     import argcomplete
 
     argcomplete.autocomplete(parser)

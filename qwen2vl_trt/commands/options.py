@@ -188,13 +188,16 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser, files: bool = True, 
     group.add_argument(
         "--strict-size", action="store_true", help="refuse what does not fit the engines instead of resizing it"
     )
-    group.add_argument(
-        "--no-cap-pixels-per-frame",
-        dest="cap_pixels_per_frame",
-        action="store_false",
-        help="frames of a video may be as large as images where the checkpoint has no limits for them;"
-        " default 128 to 768 tokens a frame",
-    )
+    if media or not files:  # the command has videos
+        group.add_argument(
+            "--no-cap-pixels-per-frame",
+            dest="cap_pixels_per_frame",
+            action="store_false",
+            help="frames of a video may be as large as images where the checkpoint has no limits for them;"
+            " default 128 to 768 tokens a frame",
+        )
+    else:
+        parser.set_defaults(cap_pixels_per_frame=True)
     group.add_argument(
         "--image-pixel-limit",
         type=int,

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="NAME", help="tiny, Qwen2.5-VL-{3B,7B,32B,72B}, or a checkpoint folder"
     )
-    parser.add_argument("--gpu", required=True, metavar="NAME", help="as in planning/gpus.yaml: H200, H100, L40S, ...")
+    parser.add_argument(
+        "--gpu", required=True, metavar="NAME", help="as in qwen2vl_trt/planning/gpus.yaml: H200, H100, L40S, ..."
+    )
     parser.add_argument(
         "--images-per-second", type=float, required=True, metavar="N", help="the load, one image a request"
     )

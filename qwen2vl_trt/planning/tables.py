@@ -46,7 +46,7 @@ def find_gpu(name: str) -> Gpu:
     known = {gpu.lower(): gpu for gpu in table["gpus"]}
     spelled = known.get(name.lower().replace(" ", "-"))
     if spelled is None:
-        raise PlanError(f"unknown GPU {name!r}; known: {', '.join(table['gpus'])} (planning/gpus.yaml takes more)")
+        raise PlanError(f"unknown GPU {name!r}; known: {', '.join(table['gpus'])} ({_GPUS} takes more)")
     sheet, measured = table["gpus"][spelled]["sheet"], table["gpus"][spelled].get("measured", {})
     rates: dict[str, float] = {}
     sources: dict[str, str] = {}

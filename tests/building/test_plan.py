@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen2vl_trt import BuildError, Pipeline, Request, SamplingParams
+from qwen2vl_trt import BuildError, LimitError, Pipeline, Request, SamplingParams
 from qwen2vl_trt.building.plan import BuildRequest, plan_build
 from qwen2vl_trt.engines import backends
 from qwen2vl_trt.engines.backends import BF16, FP32
@@ -33,6 +33,8 @@ def test_from_pretrained_builds_what_is_missing_once(folder):
     assert manifest.stat().st_mtime_ns == built
     with pytest.raises(BuildError, match=r"holds other engines: --max-batch-size 2 there, 3 wanted.*--force"):
         Pipeline.from_pretrained("tiny", **given | {"max_batch_size": 3})
+    with pytest.raises(LimitError, match=r"options is a dict; give PipelineOptions"):
+        Pipeline.from_pretrained("tiny", **given, options={"strict_size": True})
     with pytest.raises(BuildError, match=r"unknown option 'batch_size' of a build; known: model, .*max_batch_size"):
         Pipeline.from_pretrained("tiny", batch_size=3)
 

@@ -1,6 +1,7 @@
 """Whatever a message echoes, it is one line that can be read."""
 
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,11 @@ class TestCommandsInMessages:
         monkeypatch.chdir(Path(__file__).parents[2])
         assert program("build_engines.py") == "python build_engines.py"
         assert pip_install("ray") == "pip install -e '.[ray]'"
+
+    def test_a_script_that_runs(self, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["/there/run.py", "inspect"])
+        assert program("build_engines.py") == "python /there/build_engines.py"
 
     def test_a_checkout_that_is_somewhere_else(self, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
