@@ -1,16 +1,19 @@
-"""Ctrl-C and SIGTERM: ended at once while nothing has begun, kept until they do no harm."""
+"""Ctrl-C and SIGTERM: they end a process at once, interrupt a command, or wait until they do no harm."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 TERMINATED = 143  # 128 + SIGTERM
+_PATIENCE = 0.05  # seconds between two looks whether an import that was interrupted has ended
 
 
 def end_at_once(number: int, frame: object) -> NoReturn:
@@ -65,3 +68,50 @@ def deferred_interrupt() -> Iterator[threading.Event]:
         restore()
         if kept:
             signal.raise_signal(kept[0])
+
+
+class CommandInterrupt:
+    """Makes Ctrl-C and SIGTERM a KeyboardInterrupt, after an import that is under way, and notes which."""
+
+    def __init__(self) -> None:
+        self.seen: int | None = None
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        usual = (signal.default_int_handler, signal.SIG_DFL, end_at_once)
+        # A shell's background job ignores Ctrl-C, which stays so.
+        self._before = {number: handler for number, handler in before.items() if handler in usual}
+
+    def __enter__(self) -> CommandInterrupt:
+        for number in self._before:
+            signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def exit(self, message: str = "") -> NoReturn:
+        """End the process with the signal's word, a message behind it, and the exit code."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)  # impatience is no news, until the process is gone
+        self._before = {}
+        terminated = self.seen == signal.SIGTERM
+        word = "terminated" if terminated else "interrupted"
+        print(f"{word}: {message}" if message else word, file=sys.stderr)
+        sys.exit(TERMINATED if terminated else INTERRUPTED)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.seen = self.seen or number
+        if _importing(frame):  # PyTorch aborts over an exception there, or drops it
+            again = threading.Timer(_PATIENCE, signal.raise_signal, [number])
+            again.daemon = True
+            again.start()
+            return
+        raise KeyboardInterrupt
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

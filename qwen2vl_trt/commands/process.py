@@ -9,20 +9,16 @@ import atexit
 import gc
 import logging
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
-from qwen2vl_trt.engines.interrupts import INTERRUPTED, TERMINATED, end_at_once
+from qwen2vl_trt.engines.interrupts import CommandInterrupt
 from qwen2vl_trt.errors import Qwen2VLError, pip_install, reason
 
 FAILED = 1
 USAGE = 2
-_PATIENCE = 0.05  # seconds between two looks whether an import that was interrupted has ended
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -40,7 +36,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without UTF-8 shows a question mark
     atexit.register(gc.freeze)  # the interpreter's last collection takes half a second over PyTorch's modules
-    with _Interrupt() as interrupt:
+    with CommandInterrupt() as interrupt:
         code: str | int | None = 0
         try:
             try:
@@ -57,52 +53,6 @@ def run_command(main: Callable[[], None]) -> NoReturn:
                 interrupt.exit()
             _report(error)
     sys.exit(code)
-
-
-class _Interrupt:
-    """Makes Ctrl-C and SIGTERM a KeyboardInterrupt, after an import that is under way, and notes which."""
-
-    def __init__(self) -> None:
-        self.seen: int | None = None
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        usual = (signal.default_int_handler, signal.SIG_DFL, end_at_once)
-        # A shell's background job ignores Ctrl-C, which stays so.
-        self._before = {number: handler for number, handler in before.items() if handler in usual}
-
-    def __enter__(self) -> _Interrupt:
-        for number in self._before:
-            signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def exit(self, message: str = "") -> NoReturn:
-        for number in self._before:
-            signal.signal(number, signal.SIG_IGN)  # impatience is no news, until the process is gone
-        self._before = {}
-        terminated = self.seen == signal.SIGTERM
-        word = "terminated" if terminated else "interrupted"
-        print(f"{word}: {message}" if message else word, file=sys.stderr)
-        sys.exit(TERMINATED if terminated else INTERRUPTED)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.seen = self.seen or number
-        if _importing(frame):  # PyTorch aborts over an exception there, or drops it
-            again = threading.Timer(_PATIENCE, signal.raise_signal, [number])
-            again.daemon = True
-            again.start()
-            return
-        raise KeyboardInterrupt
-
-
-def _importing(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _report(error: Exception) -> NoReturn:
