@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import Qwen2VLConfig, read_json
-from .errors import CheckpointError
+from .errors import CheckpointError, reason
 from .foreign import QUANTIZATION_FILE, lacking, refuse_foreign
 
 SINGLE_FILE = "model.safetensors"
@@ -138,7 +138,7 @@ class Checkpoint:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: tensor {name!r} cannot be read: {_one_line(error)}") from None
+            raise CheckpointError(f"{path}: tensor {name!r} cannot be read: {reason(error)}") from None
 
     @cached_property
     def hash(self) -> str:
@@ -227,7 +227,7 @@ def read_header(path: Path) -> dict[str, TensorLocation]:
                 raise CheckpointError(f"{path} is truncated or no safetensors file ({size:,} bytes)")
             raw = json.loads(file.read(header_length))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from None
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is corrupt: its header is not JSON") from None
     if not isinstance(raw, dict):
@@ -271,7 +271,3 @@ def _location(path: Path, real: Path, start: int, name: str, entry: Any) -> Tens
             f" its header gives it {end - begin:,}"
         )
     return TensorLocation(real, start + begin, length, dtype, shape)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -35,8 +35,8 @@ def _cut(text: str, most: int) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, in one line and without a number of the system's."""
-    return " ".join(str(getattr(error, "strerror", None) or error).split())
+    """What an exception says, in one line and without a number of the system's; its type where it says nothing."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 
 def program(name: str) -> str:

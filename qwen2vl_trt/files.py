@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import FileError
+from .errors import FileError, reason
 
 
 def check_target(path: Path) -> None:
@@ -37,7 +37,7 @@ def write_result(path: Path, write: Callable[[Path], object]) -> None:
         with atomic_file(path) as temporary:
             write(temporary)
     except OSError as error:
-        raise FileError(f"{path}: {error.strerror or error}") from None
+        raise FileError(f"{path}: {reason(error)}") from None
 
 
 def write_json(path: Path, content: Any) -> None:

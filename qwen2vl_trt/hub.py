@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .config import Qwen2VLConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, reason
 from .foreign import ADAPTER_FILE, gguf_in_words, is_cut_short, refuse_foreign
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def find_local(name: str | Path) -> ResolvedModel | None:
         if (folder / "config.json").is_file() if _is_known(text) else text and folder.is_dir():
             return ResolvedModel(_safe_name(folder), folder)
     except OSError as error:
-        raise CheckpointError(f"model {text!r}: {error.strerror or error}") from None
+        raise CheckpointError(f"model {text!r}: {reason(error)}") from None
     return ResolvedModel(TINY, _tiny_folder()) if text.lower() == TINY else None
 
 

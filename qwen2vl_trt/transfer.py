@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import TensorLocation
-from .errors import CheckpointError
+from .errors import CheckpointError, reason
 
 _BUFFER = 32 << 20  # bytes
 
@@ -68,7 +68,7 @@ class PinnedReader:
                     if self._copied:
                         self._copied[self._turn].record(torch.cuda.current_stream(self._device))
         except OSError as error:
-            raise CheckpointError(f"{location.path} cannot be read: {error.strerror or error}") from None
+            raise CheckpointError(f"{location.path} cannot be read: {reason(error)}") from None
         return target.view(location.dtype).view(location.shape)
 
     def _free_buffer(self) -> Tensor:

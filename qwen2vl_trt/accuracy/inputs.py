@@ -18,7 +18,7 @@ from torch import Tensor
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.engines.profile import BuildProfile
-from qwen2vl_trt.errors import CheckpointError, LimitError
+from qwen2vl_trt.errors import CheckpointError, LimitError, reason
 from qwen2vl_trt.messages import to_messages
 from qwen2vl_trt.prompts import PromptBuilder
 from qwen2vl_trt.runtime.inputs.images import ImageSource, load_image
@@ -153,7 +153,7 @@ class TransformersProcessor:
         try:
             self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # Transformers has no common base for what it raises
-            raise CheckpointError(f"{folder}: Transformers cannot load its processor: {_one_line(error)}") from None
+            raise CheckpointError(f"{folder}: Transformers cannot load its processor: {reason(error)}") from None
 
     def __call__(self, case: Case, max_tokens: int) -> Feed:
         """What a runner is fed for a case; ``max_tokens`` of its answer."""
@@ -227,7 +227,3 @@ def our_inputs(
 
 def _size(settings: Any) -> dict[str, int]:
     return {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

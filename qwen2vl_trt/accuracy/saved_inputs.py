@@ -9,7 +9,7 @@ import torch
 from polygraphy.json import save_json
 from torch import Tensor
 
-from qwen2vl_trt.errors import CompareError
+from qwen2vl_trt.errors import CompareError, reason
 from qwen2vl_trt.runtime.backends.runners import Engines
 
 
@@ -39,7 +39,7 @@ class SavedInputs:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CompareError(f"{folder} cannot be made: {error.strerror or error}") from None
+            raise CompareError(f"{folder} cannot be made: {reason(error)}") from None
 
     def __call__(self, graph: str, inputs: dict[str, Tensor]) -> None:
         """Keep a copy of a graph's inputs."""

@@ -18,7 +18,7 @@ import torch
 
 from qwen2vl_trt.checkpoint import SINGLE_FILE
 from qwen2vl_trt.config import Qwen2VLConfig, read_json
-from qwen2vl_trt.errors import BenchmarkError
+from qwen2vl_trt.errors import BenchmarkError, reason
 from qwen2vl_trt.export.graphs import decoder_graph, vision_graph
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.published import SHAPES, published_config
@@ -124,7 +124,7 @@ def random_checkpoint(name: str, layers: int | None, blocks: int | None, root: P
             write_random_checkpoint(written, config)
             written.rename(folder)
     except OSError as error:
-        raise BenchmarkError(f"{folder}: {error.strerror or error}") from None
+        raise BenchmarkError(f"{folder}: {reason(error)}") from None
     return folder
 
 

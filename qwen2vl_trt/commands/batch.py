@@ -55,13 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked = table.add_mutually_exclusive_group()
     asked.add_argument("--prompt-column", metavar="NAME", help="default prompt if there is one")
     asked.add_argument("--prompt", metavar="TEXT", help="of every row")
-    table.add_argument(
-        "--shard-size",
-        type=positive_number,
-        default=1024,
-        metavar="N",
-        help="most rows a file of output; default %(default)s",
-    )
     features = parser.add_argument_group("--task features")
     add_feature_arguments(features)
     add_sampling_arguments(parser.add_argument_group("--task generate"))
@@ -87,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="times that a row may be alone in hand when its worker is lost; default %(default)s",
     )
-    add_output_arguments(parser, "output")
+    add_output_arguments(parser, "output", "rows a file of output")
     add_pipeline_arguments(parser)
     add_build_arguments(parser)
 

@@ -39,10 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|FILE",
         help="a folder, or a .safetensors file for small sets",
     )
-    add_output_arguments(parser, "features")
-    parser.add_argument(
-        "--shard-size", type=positive_number, default=1024, metavar="N", help="most images a shard; default %(default)s"
-    )
+    add_output_arguments(parser, "features", "images a shard")
     group = parser.add_argument_group("features")
     add_feature_arguments(group)
     group.add_argument("--prompt", metavar="TEXT", help="of --source decoder: what the decoder reads with each image")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from qwen2vl_trt.errors import MediaError
 
+from .options import positive_number
+
 if TYPE_CHECKING:
     from qwen2vl_trt.runtime.features.output_folder import IfExists
 
@@ -23,11 +25,14 @@ def add_feature_arguments(parser: Any) -> None:
     parser.add_argument("--pool", choices=("mean", "none"), default="none", help="over an image's tokens; default none")
 
 
-def add_output_arguments(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add the options that :func:`if_exists` reads."""
+def add_output_arguments(parser: argparse.ArgumentParser, what: str, shard: str) -> None:
+    """Add the options that :func:`if_exists` reads, and ``--shard-size``."""
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on where an earlier run stopped, if one did")
     again.add_argument("--overwrite", action="store_true", help=f"remove an earlier run's {what} first")
+    parser.add_argument(
+        "--shard-size", type=positive_number, default=1024, metavar="N", help=f"most {shard}; default %(default)s"
+    )
 
 
 def if_exists(arguments: argparse.Namespace) -> IfExists:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from qwen2vl_trt.engines.manifest import Manifest
-from qwen2vl_trt.errors import FeaturesError
+from qwen2vl_trt.errors import FeaturesError, reason
 from qwen2vl_trt.files import atomic_write
 
 from ..options import PipelineOptions
@@ -158,4 +158,4 @@ def writing(path: Path, way_out: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FeaturesError(f"{path} cannot be written: {error.strerror or error}{way_out}") from None
+        raise FeaturesError(f"{path} cannot be written: {reason(error)}{way_out}") from None

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qwen2vl_trt.errors import MediaError
+from qwen2vl_trt.errors import MediaError, reason
 from qwen2vl_trt.messages import file_path
 
 MAX_FILE_BYTES = 1 << 30
@@ -72,7 +72,7 @@ def opened(path: str | Path, label: str, kind: str = "an image") -> Iterator[Bin
                 raise MediaError(f"{label}: empty (0 bytes)")
             yield file
         except OSError as error:
-            raise MediaError(f"{label}: cannot be read: {error.strerror or error}") from None
+            raise MediaError(f"{label}: cannot be read: {reason(error)}") from None
 
 
 def read_whole(file: BinaryIO, label: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:

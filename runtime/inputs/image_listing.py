@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from qwen2vl_trt.errors import MediaError
+from qwen2vl_trt.errors import MediaError, reason
 
 from .image_formats import image_suffixes
 
@@ -138,4 +138,4 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 def _cannot_be_listed(error: OSError) -> NoReturn:
-    raise MediaError(f"{error.filename} cannot be listed: {error.strerror or error}") from None
+    raise MediaError(f"{error.filename} cannot be listed: {reason(error)}") from None
