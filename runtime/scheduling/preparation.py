@@ -28,7 +28,7 @@ from ..media.cached_media import CachedMedia
 from ..observer import Observer, Stage, unobserved
 from ..preprocessing.sizes import MediaSize, Medium
 from ..request import Output, Request
-from ..sampler import SequenceSampling
+from ..sampler import check_prompt
 from ..sampling_params import Sampling
 from .sequence import RunningSequence, token_keys
 
@@ -160,6 +160,7 @@ class Preparer:
         """
         prompt, grids = self._prompt(request, media)
         params = self._fit_answer(len(prompt.token_ids), params)
+        check_prompt(params, prompt.token_ids, self._config.text.vocab_size)
         images, videos = ([medium for medium in media if medium.is_video == is_video] for is_video in (False, True))
         output.prompt_tokens = len(prompt.token_ids)
         output.images, output.videos = [image.size for image in images], [video.size for video in videos]
@@ -181,7 +182,7 @@ class Preparer:
                 [(token_id, [m.key for m in each], [m.size.tokens for m in each]) for token_id, each in kinds],
             ),
             stream=AnswerStream(self._prompts.tokenizer, params, self._eos_token_ids),
-            sampling=SequenceSampling(params, prompt.token_ids, self._config.text.vocab_size, self._device),
+            sampling=params,
         )
 
     def _prompt(self, request: Request, media: list[Medium]) -> tuple[Prompt, tuple[list[Grid], list[Grid]]]:

@@ -8,7 +8,6 @@ import torch
 from qwen2vl_trt.runtime.backends.runners import Step
 from qwen2vl_trt.runtime.detokenizer import AnswerStream
 from qwen2vl_trt.runtime.request import Output
-from qwen2vl_trt.runtime.sampler import SequenceSampling
 from qwen2vl_trt.runtime.sampling_params import Sampling
 from qwen2vl_trt.runtime.scheduling.sequence import RunningSequence, token_keys
 
@@ -96,7 +95,7 @@ def sequence(prompt, max_tokens=3, delta=0, media=(), output=None, params=None):
         places=np.empty(0, np.int64),
         inputs_embeds=torch.tensor(prompt, dtype=torch.float32)[:, None],
         stream=AnswerStream(Tokenizer(), params, ()),
-        sampling=SequenceSampling(params, prompt, VOCABULARY),
+        sampling=params,
         keys=token_keys(prompt, positions.numpy(), media),
     )
 
