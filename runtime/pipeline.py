@@ -85,8 +85,8 @@ class Pipeline:
         defaults = self._generation.defaults
         changed = {
             name: value
-            for name, off in (("repetition_penalty", 1), ("min_p", 0))
-            if (value := getattr(defaults, name)) not in (None, off)
+            for name, neutral in (("repetition_penalty", 1), ("min_p", 0))
+            if (value := getattr(defaults, name)) not in (None, neutral)
         }
         if isinstance(engines.runner, SelfScheduling) and changed:
             _logger.warning(
@@ -95,7 +95,8 @@ class Pipeline:
                 engines.manifest.backend,
                 ", ".join(f"{name} {value:g}" for name, value in changed.items()),
             )
-            self._generation = replace(self._generation, defaults=replace(defaults, **dict.fromkeys(changed)))
+            off: dict[str, Any] = dict.fromkeys(changed)
+            self._generation = replace(self._generation, defaults=replace(defaults, **off))
         self._embeddings = EmbeddingCache(options.embedding_cache_bytes)
         self._cached_media = CachedMedia(self._media, self._embeddings)
         self._preparer = Preparer(
@@ -103,7 +104,6 @@ class Pipeline:
             files.prompts,
             self._config,
             self.profile,
-            engines.device,
             self._generation.eos_token_ids,
             options.strict_size,
             observe,

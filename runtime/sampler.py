@@ -14,7 +14,7 @@ import math
 import secrets
 from collections.abc import Collection, Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ _ROW = np.dtype(
 )
 """What travels to the device of each row: 3 INT64, 2 FP64, 8 FP32."""
 
-_FIELDS = _ROW.fields or {}
+_FIELDS: Any = _ROW.fields
 
 
 class Rows:

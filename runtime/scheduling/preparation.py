@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from qwen2vl_trt.config import Qwen2VLConfig
@@ -42,13 +41,12 @@ class Preparer:
         prompts: PromptBuilder,
         config: Qwen2VLConfig,
         profile: BuildProfile,
-        device: torch.device,
         eos_token_ids: Sequence[int],
         strict_size: bool = False,
         observe: Observer = unobserved,
     ) -> None:
         self._media, self._prompts, self._config, self._profile = media, prompts, config, profile
-        self._device, self._eos_token_ids = device, eos_token_ids
+        self._eos_token_ids = eos_token_ids
         self._strict_size, self._observe = strict_size, observe
 
     def find_media(self, request: Request, params: Sampling | None = None) -> tuple[Media, int | None]:
@@ -181,7 +179,7 @@ class Preparer:
                 position_ids.numpy(),
                 [(token_id, [m.key for m in each], [m.size.tokens for m in each]) for token_id, each in kinds],
             ),
-            stream=AnswerStream(self._prompts.tokenizer, params, self._eos_token_ids),
+            stream=AnswerStream(self._prompts.tokenizer.backend_tokenizer, params, self._eos_token_ids),
             sampling=params,
         )
 

@@ -297,7 +297,7 @@ class Scheduler(Executor):
             return self._sampler(logits, slots, greedy).tolist()
 
     def _push(self, sequences: Sequence[RunningSequence], tokens: Sequence[int | None]) -> list[NewToken]:
-        new = []
+        new, now = [], sequences[0].output.clock()
         for sequence, token in zip(sequences, tokens, strict=True):
             if token is None:
                 assert sequence.slot is not None
@@ -305,7 +305,7 @@ class Scheduler(Executor):
                 self._fail(sequence, ExecutionError(_NOT_FINITE))
                 continue
             try:
-                new.append(take_token(sequence, token, self._counters))
+                new.append(take_token(sequence, token, self._counters, now))
             except Exception as error:
                 self._fail(sequence, error)
                 continue

@@ -150,15 +150,15 @@ class TensorRTLLMExecutor(Executor):
             if progress.token_ids:
                 output.timings.prefill = output.clock() - running.began
                 self._counters.prompt_tokens_computed += len(progress.prompt_token_ids)
-        tokens = progress.token_ids[running.taken :]
+        tokens, now = progress.token_ids[running.taken :], output.clock()
         for token in tokens:
             running.taken += 1
-            new.append(take_token(sequence, token, self._counters))
+            new.append(take_token(sequence, token, self._counters, now))
             if output.finished:
                 return
         if progress.finish_reason == "stop":  # a release that leaves the end-of-sequence token out
             end = progress.stop_reason if isinstance(progress.stop_reason, int) else self._ends.eos_token_ids[0]
-            new.append(take_token(sequence, end, self._counters))
+            new.append(take_token(sequence, end, self._counters, now))
         if progress.finish_reason is not None and not output.finished:
             raise ExecutionError(
                 f"TensorRT-LLM ended the answer after {running.taken:,} tokens ({progress.finish_reason})"
