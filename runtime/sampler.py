@@ -244,7 +244,9 @@ class Sampler:
         return plan._replace(width=width, candidates=candidates), to_device(table, self._device)
 
     def run(self, logits: Tensor, plan: Plan, table: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the device does of a call; a CUDA graph can hold it, of one plan and number of rows.
+        """What the device does of a call.
+
+        A CUDA graph may hold it, one for each plan and number of rows, until a longer ``width`` moves the seen tokens.
 
         Returns:
             Tokens ``[B]`` and the largest score ``[B]`` of each row.
