@@ -3,59 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal, Protocol
+from typing import Literal
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from .sampling_params import Sampling
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 
-_INCOMPLETE = "\ufffd"  # of bytes that are no whole character
-
-
-class Decoder(Protocol):
-    """The part of Transformers' tokenizers that is needed here."""
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
-
 
 class Detokenizer:
-    """Decodes tokens one at a time, in whole characters.
+    """Decodes tokens one at a time, in whole characters, without special tokens: ``DecodeStream`` and what it leaves.
 
-    A character may span tokens, and some tokenizers treat the first token differently, so a token cannot be decoded
-    alone. As in vLLM, a window starts at the last token that completed a character; what its text gains is new.
+    Pieces add up to the decoded whole with byte-level tokenizers, as all of Qwen are. Those with byte fallback change
+    text that is out already where bytes are no character.
     """
 
-    def __init__(self, tokenizer: Decoder) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._known = ""  # the window's text that has been emitted
-        self._known_tokens = 0
+        self._stream = DecodeStream(skip_special_tokens=True)
+        # It would keep them: work per token would grow in a long run of them.
+        self._special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+        self._incomplete: list[int] = []  # since the last whole character
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that it completes, possibly none."""
-        self._window.append(token)
-        text = self._decode(self._window)
-        if text == self._known:  # a special token: a long run of them would grow the window
-            self._window.pop()
+        if token in self._special:
             return ""
-        # Shorter, if the decoder merges tokens into fewer characters.
-        if len(text) <= len(self._known) or text.endswith(_INCOMPLETE):
-            return ""
-        new = text[len(self._known) :]
-        del self._window[: self._known_tokens]
-        self._known_tokens = len(self._window)
-        self._known = self._decode(self._window)
-        return new
+        new = self._stream.step(self._tokenizer, token)
+        if new:
+            self._incomplete.clear()
+            return new
+        self._incomplete.append(token)
+        return ""
 
     def flush(self) -> str:
         """The rest at the end of an answer; an incomplete character becomes U+FFFD."""
-        new = self._decode(self._window)[len(self._known) :]
-        self._window.clear()
-        self._known, self._known_tokens = "", 0
-        return new
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return self._tokenizer.decode(self._incomplete, skip_special_tokens=True)
 
 
 class StopStrings:
@@ -66,6 +51,7 @@ class StopStrings:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
+        self._beginnings = tuple({each[:size] for each in stop for size in range(1, len(each))})
         self._buffer = ""
         self.stopped = False
 
@@ -80,7 +66,9 @@ class StopStrings:
             _, start = min(found)
             new, self._buffer = self._buffer[:start], ""
             return new
-        keep = max((_overlap(self._buffer, stop) for stop in self._stop), default=0)
+        keep = 0
+        if self._buffer.endswith(self._beginnings):
+            keep = max(len(each) for each in self._beginnings if self._buffer.endswith(each))
         cut = len(self._buffer) - keep
         new, self._buffer = self._buffer[:cut], self._buffer[cut:]
         return new
@@ -91,12 +79,6 @@ class StopStrings:
         return new
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper prefix of ``stop`` that ends ``text``."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
-
-
 class AnswerStream:
     """Tokens and text of an answer, and why it ended.
 
@@ -104,19 +86,13 @@ class AnswerStream:
     (``max_tokens``) or the caller's. ``token_ids`` includes the end-of-sequence token, as Transformers does.
     """
 
-    def __init__(self, tokenizer: Decoder, params: Sampling, eos_token_ids: Collection[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, params: Sampling, eos_token_ids: Collection[int]) -> None:
         self._detokenizer = Detokenizer(tokenizer)
-        self._stop_strings = StopStrings(params.stop)
+        self._stop_strings = StopStrings(params.stop) if params.stop else None
         self._max_tokens = params.max_tokens
         self._eos = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
-        self._pieces: list[str] = []
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
-
-    @property
-    def text(self) -> str:
-        """All that :meth:`push` has returned."""
-        return "".join(self._pieces)
 
     def push(self, token: int, reason: FinishReason | None = None) -> str:
         """Add a token; returns new text. ``reason`` ends the answer here, unless it ends by itself.
@@ -127,19 +103,23 @@ class AnswerStream:
         if self.finish_reason is not None:
             raise ValueError(f"the answer has ended ({self.finish_reason})")
         self.token_ids.append(token)
-        ended = token in self._eos
-        new = "" if ended else self._stop_strings.push(self._detokenizer.push(token))
-        if self._stop_strings.stopped or ended:
-            self.finish_reason = "stop"
-        elif len(self.token_ids) >= self._max_tokens:
-            self.finish_reason = "length"
+        if token in self._eos:
+            new, reason = "", "stop"
         else:
-            self.finish_reason = reason
-        if self.finish_reason is not None and not self._stop_strings.stopped:
-            # The last characters may complete a stop string, which is cut off in any case.
-            new += self._stop_strings.push(self._detokenizer.flush())
-            new += self._stop_strings.flush()
-            if self._stop_strings.stopped:
-                self.finish_reason = "stop"
-        self._pieces.append(new)
+            new = self._detokenizer.push(token)
+            if len(self.token_ids) >= self._max_tokens:
+                reason = "length"
+        stop = self._stop_strings
+        if reason is None and stop is None:
+            return new
+        # The last characters may complete a stop string, which is cut off in any case.
+        if reason is not None:
+            new += self._detokenizer.flush()
+        if stop is not None:
+            new = stop.push(new)
+            if stop.stopped:
+                reason = "stop"
+            elif reason is not None:
+                new += stop.flush()
+        self.finish_reason = reason
         return new

@@ -33,6 +33,7 @@ class _Sampling:
     temperature: Annotated[float, Meta(ge=0, le=1e4)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, lt=1 << 31)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(ge=PENALTIES[0], le=PENALTIES[1])] | None = None
     max_new_tokens: Annotated[int, Meta(ge=1, lt=1 << 31)] | None = None
     stop_strings: Annotated[str, Meta(min_length=1)] | list[Annotated[str, Meta(min_length=1)]] | None = None
@@ -44,6 +45,7 @@ class _Sampling:
             temperature=(1.0 if self.temperature is None else self.temperature) if self.do_sample else 0.0,
             top_p=self.top_p,
             top_k=top_k,
+            min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             stop=self.stop_strings,  # type: ignore[arg-type]  # it takes a list or a string
         )
@@ -67,7 +69,6 @@ _NEUTRAL: IgnoredFields = {
     "max_time": (None,),
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
-    "min_p": (None, 0),
     "no_repeat_ngram_size": (None, 0),
     "num_beam_groups": (None, 1),
     "num_beams": (None, 1),

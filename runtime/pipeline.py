@@ -82,17 +82,21 @@ class Pipeline:
             image_limits=ImageLimits(options.image_pixel_limit),
         )
         self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision, observe)
-        penalty = self._generation.defaults.repetition_penalty
-        if isinstance(engines.runner, SelfScheduling) and penalty not in (None, 1):
+        defaults = self._generation.defaults
+        changed = {
+            name: value
+            for name, neutral in (("repetition_penalty", 1), ("min_p", 0))
+            if (value := getattr(defaults, name)) not in (None, neutral)
+        }
+        if isinstance(engines.runner, SelfScheduling) and changed:
             _logger.warning(
-                "%s: repetition_penalty %g is left out, backend %s does not apply it; answers may differ from the other"
-                " backends'",
+                "%s: left out, as backend %s does not apply it: %s; answers may differ from the other backends'",
                 folder,
-                penalty,
                 engines.manifest.backend,
+                ", ".join(f"{name} {value:g}" for name, value in changed.items()),
             )
-            defaults = replace(self._generation.defaults, repetition_penalty=None)
-            self._generation = replace(self._generation, defaults=defaults)
+            off: dict[str, Any] = dict.fromkeys(changed)
+            self._generation = replace(self._generation, defaults=replace(defaults, **off))
         self._embeddings = EmbeddingCache(options.embedding_cache_bytes)
         self._cached_media = CachedMedia(self._media, self._embeddings)
         self._preparer = Preparer(
@@ -100,7 +104,6 @@ class Pipeline:
             files.prompts,
             self._config,
             self.profile,
-            engines.device,
             self._generation.eos_token_ids,
             options.strict_size,
             observe,

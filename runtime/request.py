@@ -149,6 +149,7 @@ class Output:
         videos: likewise of each video.
         timings: see :class:`Timings`.
         arrival: when it was made, by the clock.
+        expires: the clock's time at which its deadline passes; infinity where it has none.
     """
 
     def __init__(
@@ -169,6 +170,7 @@ class Output:
         self._on_end = on_end
         self.arrival = clock()
         self._deadline = deadline
+        self.expires = math.inf if deadline is None else self.arrival + deadline
 
     def __repr__(self) -> str:
         state = f"error={self.error!r}" if self.error is not None else f"finish_reason={self.finish_reason!r}"
@@ -199,11 +201,6 @@ class Output:
         return self.finish_reason is not None or self.error is not None
 
     @property
-    def expires(self) -> float:
-        """The clock's time at which its deadline passes; infinity where it has none."""
-        return math.inf if self._deadline is None else self.arrival + self._deadline
-
-    @property
     def expired(self) -> bool:
         """Whether its deadline has passed."""
         return self._deadline is not None and self.clock() >= self.expires
@@ -213,16 +210,16 @@ class Output:
         waited = self.clock() - self.arrival - self.timings.preprocess - self.timings.vision
         self.timings.queue = max(0.0, waited)  # a difference of sums may round to less
 
-    def append(self, token: int, text: str, finish_reason: FinishReason | None) -> None:
-        """Add a token and the text that it completed; one that has ended, by whomever, gets no more."""
-        if self.finished:
+    def append(self, token: int, text: str, finish_reason: FinishReason | None, now: float) -> None:
+        """Add a token and the text that it completed, ``now`` by the clock; one that has ended gets no more."""
+        if self.finish_reason is not None or self.error is not None:
             return
-        elapsed = self.clock() - self.arrival
+        elapsed, timings = now - self.arrival, self.timings
         if not self._token_ids:
-            self.timings.time_to_first_token = elapsed
+            timings.time_to_first_token = elapsed
         self._token_ids.append(token)
         self._text.append(text)
-        self.timings.decode = elapsed - self.timings.time_to_first_token
+        timings.decode = elapsed - timings.time_to_first_token
         if finish_reason is not None:
             self._end(finish_reason, None)
 

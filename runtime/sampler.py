@@ -1,13 +1,22 @@
-"""Sampling of tokens from logits.
+"""Sampling of tokens from logits, all rows in one pass.
 
 Settings have the order and meaning of Transformers' logits processors: repetition penalty (over prompt and answer),
-temperature, top-k, top-p. Each sequence has its own random generator, so its answer does not depend on the batch.
+temperature, top-k, top-p, min-p; presence and frequency penalty (over the answer) follow the repetition penalty, as in
+vLLM. Of equal logits at the edge of top-p all stay, so that a draw does not hang on how a sort orders them.
+
+A row's draw depends on its logits, its settings, its seed and the number of its draw, not on the rows beside it. The
+host never waits: it knows the random numbers beforehand, and sends them with the settings in one copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import secrets
+from collections.abc import Collection, Sequence
+from functools import reduce
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,192 +25,370 @@ from qwen2vl_trt.transfer import to_device
 from .sampling_params import Sampling
 
 _CANDIDATES = 1024  # of top-p, before all tokens are sorted
-_BROKEN = -1  # marks a row whose logits are not finite
+_OFF = -math.inf  # a threshold below every score
+
+_ROW = np.dtype(
+    [
+        ("slot", np.int64),
+        ("seen", np.int64),  # number of ids in its row of seen tokens
+        ("top_k", np.int64),  # index of the last one kept
+        ("uniform", np.float64),
+        ("top_p", np.float64),
+        ("repetition", np.float32),
+        ("presence", np.float32),
+        ("frequency", np.float32),
+        ("temperature", np.float32),
+        ("top_k_off", np.float32),  # 0, or _OFF where there is no top-k
+        ("top_p_off", np.float32),
+        ("log_min_p", np.float32),
+        ("unused", np.float32),
+    ]
+)
+"""What travels to the device of each row: 3 INT64, 2 FP64, 8 FP32."""
+
+_FIELDS: Any = _ROW.fields
 
 
-class SequenceSampling:
-    """Random generator and seen tokens of one sequence.
+class Rows:
+    """The same on the device, by name, each ``[B, 1]``.
 
     Args:
-        params: its settings.
-        prompt_ids: the prompt with its image tokens, which Transformers penalises too.
+        table: ``[B, 9]`` INT64, of :meth:`Sampler.stage`.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self._views = {np.dtype(np.int64): table}
+        self._views |= {
+            np.dtype(name): table.view(dtype) for name, dtype in (("f4", torch.float32), ("f8", torch.float64))
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype, offset = _FIELDS[name][:2]
+        place = offset // dtype.itemsize
+        return self._views[dtype][:, place : place + 1]
+
+
+class Plan(NamedTuple):
+    """What the rows of a call use together; calls of one plan and size run the same operators.
+
+    Attributes:
+        repetition: a repetition penalty.
+        counts: a presence or frequency penalty.
+        draws: a row that is not greedy.
+        temperature, top_k, top_p: one of them that is not off.
+        min_p: one that is not off, or a greedy row beside drawn ones, which keeps its largest logit alone.
+        all_candidates: top-p without a top-k up to 1,024.
+        width: of the seen tokens that are looked at, a power of two.
+        candidates: how many of the largest logits top-k and top-p look at first, a power of two or V.
+    """
+
+    repetition: bool
+    counts: bool
+    draws: bool
+    temperature: bool
+    top_k: bool
+    top_p: bool
+    min_p: bool
+    all_candidates: bool
+    width: int = 0
+    candidates: int = 0
+
+
+class SampledTokens:
+    """Tokens of a call, on their way to the host.
+
+    Attributes:
+        tokens: ``[B]`` INT64 on the device; some valid id where the row is broken.
+    """
+
+    def __init__(self, tokens: Tensor, largest: Tensor) -> None:
+        self.tokens = tokens
+        # Token ids in FP32, exact below 2**24; NaN where the largest logit is NaN or infinite, times 0.
+        self._host = torch.add(tokens, largest, alpha=0).to("cpu", non_blocking=True)  # of CUDA: into pinned memory
+        self._copied = None
+        if tokens.device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(tokens.device))
+
+    def tolist(self) -> list[int | None]:
+        """B token ids, None for a row whose largest logit is NaN or infinite; waits for this copy alone."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [int(token) if token == token else None for token in self._host.tolist()]
+
+
+class Sampler:
+    """Settings, random numbers and seen tokens of every slot.
+
+    Args:
+        max_num_seqs: number of slots.
         vocab_size: V, the width of the logits.
         device: of the logits.
-
-    Raises:
-        ValueError: a prompt token outside the vocabulary.
     """
 
-    def __init__(
-        self, params: Sampling, prompt_ids: Iterable[int], vocab_size: int, device: torch.device | str = "cpu"
-    ) -> None:
-        self.params = params
-        # On the CPU, so that a seed means the same draws on every device.
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self._vocab_size = vocab_size
+        self._device = torch.device(device)
+        self._table = np.zeros((max_num_seqs, 9), np.int64)
+        self._rows = self._table.view(_ROW)[:, 0]
+        self._uses = np.zeros((max_num_seqs, 8), bool)  # Plan's
+        self._penalised = np.zeros(max_num_seqs, bool)
+        self._batch: Sequence[int] = ()  # slots of the last call, unless settings have changed since
+        self._keys = np.zeros(max_num_seqs, np.uint64)
+        self._draws = np.zeros(max_num_seqs, np.uint64)
+        # Ids of prompt and answer, then the first one again and again: equal ids have equal scores, so that writing
+        # them twice is harmless, and this is far less to read than a mask of the vocabulary.
+        self._seen = torch.zeros((max_num_seqs, 0), dtype=torch.long, device=self._device)
+        self._counts = torch.zeros((0, vocab_size), device=self._device)  # [slots, V] of the answer, once it is needed
+        self._one = torch.ones((), device=self._device)
+
+    def start(self, slot: int, params: Sampling, prompt_ids: Collection[int], answer_ids: Sequence[int] = ()) -> None:
+        """Give a slot to a sequence.
+
+        Args:
+            slot: 0 to ``max_num_seqs`` - 1.
+            params: its settings.
+            prompt_ids: the prompt with its image tokens, which Transformers penalises too.
+            answer_ids: tokens that it has drawn already, in another slot or before; its draws go on behind them.
+
+        Raises:
+            ValueError: see :func:`check_prompt`.
+        """
+        check_prompt(params, prompt_ids, self._vocab_size)
+        drawn = not params.greedy
+        top_k = params.top_k if drawn and 0 < params.top_k < self._vocab_size else 0
+        top_p = params.top_p if drawn else 1.0
+        min_p = params.min_p if drawn else 1.0
+        seen = np.empty(0, np.int64)
+        if params.penalised:
+            seen = np.unique([*prompt_ids, *answer_ids])
+            self._write_seen(slot, seen)
+        counts = bool(params.presence_penalty or params.frequency_penalty)
+        if counts:
+            self._write_counts(slot, answer_ids)
+        self._rows[slot] = (
+            slot,
+            len(seen),
+            max(0, top_k - 1),
+            0.0,
+            top_p,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+            min(params.temperature, torch.finfo(torch.float32).max) if drawn else 1.0,
+            0 if top_k else _OFF,
+            0 if top_p < 1 else _OFF,
+            math.log(min_p) if min_p else _OFF,
+            0.0,
+        )
+        self._uses[slot] = Plan(
+            repetition=params.repetition_penalty != 1,
+            counts=counts,
+            draws=drawn,
+            temperature=drawn and params.temperature != 1,
+            top_k=top_k > 0,
+            top_p=top_p < 1,
+            min_p=min_p > 0,
+            all_candidates=top_p < 1 and not 0 < top_k <= _CANDIDATES,
+        )[:8]
+        self._penalised[slot] = params.penalised
+        self._batch = ()
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._keys[slot] = _mix(np.array([seed], np.uint64) + _GOLDEN)[0]
+        self._draws[slot] = len(answer_ids)
+
+    def __call__(self, logits: Tensor, slots: Sequence[int], greedy: Tensor | None = None) -> SampledTokens:
+        """Sample the next token of every row, and add it to the row's seen tokens.
+
+        Args:
+            logits: ``[B, V]`` FP32 on the device; not changed.
+            slots: of the B rows, no two the same.
+            greedy: ``[B]`` argmax, if the engine has computed it.
+
+        Raises:
+            ValueError: the numbers of rows and slots differ.
+        """
+        if len(slots) != logits.shape[0]:
+            raise ValueError(f"{logits.shape[0]} rows of logits for {len(slots)} slots")
+        plan, table = self.stage(slots)
+        if table is None and greedy is not None:
+            return SampledTokens(greedy, logits.gather(-1, greedy[:, None])[:, 0])
+        return SampledTokens(*self.run(logits, plan, table))
+
+    def stage(self, slots: Sequence[int]) -> tuple[Plan, Tensor | None]:
+        """What the host does of a call: its plan, and settings and random numbers of the rows on the device.
+
+        Those are ``[B, 9]``, see :class:`Rows`; None where all rows are greedy without penalties.
+        """
+        if slots != self._batch:  # mostly it is the last call's
+            self._batch, self._index = list(slots), np.asarray(slots)
+            self._plan = Plan(*self._uses[self._index].any(0).tolist())
+        plan, index = self._plan, self._index
+        if not (plan.draws or plan.repetition or plan.counts):
+            return plan, None
+        table = self._table[index]
+        staged = table.view(_ROW)[:, 0]
+        width = candidates = 0
+        if plan.repetition or plan.counts:
+            width = 1 << int(staged["seen"].max()).bit_length()  # one more than are seen
+            self._grow(width)
+            self._rows["seen"][index] += self._penalised[index]
+        if plan.draws:
+            staged["uniform"] = uniforms(self._keys[index], self._draws[index]) * self._uses[index, 2]
+            self._draws[index] += 1
+            if plan.top_p:
+                candidates = self._vocab_size if plan.all_candidates and self._device.type != "cpu" else _CANDIDATES
+            if plan.top_k:
+                candidates = max(candidates, 1 << int(staged["top_k"].max()).bit_length())
+            candidates = min(candidates, self._vocab_size)
+        return plan._replace(width=width, candidates=candidates), to_device(table, self._device)
+
+    def run(self, logits: Tensor, plan: Plan, table: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the device does of a call.
+
+        A CUDA graph may hold it, one for each plan and number of rows, until a longer ``width`` moves the seen tokens.
+
+        Returns:
+            Tokens ``[B]`` and the largest score ``[B]`` of each row.
+        """
+        if table is None:
+            largest, tokens = logits.max(dim=-1)
+            return tokens, largest
+        rows = Rows(table)
+        scores = self.penalise(logits, plan, rows)
+        if plan.draws:
+            weights, largest = weigh(scores, plan, rows)
+            tokens = _draw(weights, rows["uniform"])
         else:
-            self._generator.manual_seed(params.seed)
-        self._seen = set(prompt_ids) if params.penalised else set()
-        outside = [token for token in self._seen if not 0 <= token < vocab_size]
-        if outside:
-            raise ValueError(f"prompt token {outside[0]} is outside the vocabulary of {vocab_size}")
-        self.seen = to_device(sorted(self._seen), torch.device(device), torch.long)
+            largest, tokens = scores.max(dim=-1, keepdim=True)
+        if plan.width:
+            self._seen.index_put_((rows["slot"], rows["seen"]), tokens)
+            if plan.counts:
+                self._counts.index_put_((rows["slot"], tokens), self._one, accumulate=True)
+        return tokens[:, 0], largest[:, 0]
 
-    def draw(self) -> float:
-        """The next random number, in [0, 1)."""
-        return torch.rand((), generator=self._generator, dtype=torch.float64).item()
+    def penalise(self, logits: Tensor, plan: Plan, rows: Rows) -> Tensor:
+        """Apply penalties to ``[B, V]``; the same tensor if no row has one."""
+        if not plan.width:
+            return logits
+        ids = self._seen[:, : plan.width].index_select(0, rows["slot"][:, 0])  # [B, width]
+        scores = logits.gather(-1, ids)
+        if plan.repetition:
+            penalty = rows["repetition"]
+            scores = torch.where(scores < 0, scores * penalty, scores / penalty)
+        if plan.counts:
+            counts = self._counts[rows["slot"], ids]
+            scores = scores.addcmul(counts, rows["frequency"], value=-1)
+            scores.addcmul_(counts.clamp_(max=1), rows["presence"], value=-1)
+        return logits.scatter(-1, ids, scores)
 
-    def observe(self, token: int) -> None:
-        """Add a token of the answer."""
-        if self.params.penalised and token not in self._seen:
-            self._seen.add(token)
-            self.seen = torch.cat([self.seen, to_device([token], self.seen.device, torch.long)])
+    def _grow(self, width: int) -> None:
+        slots, capacity = self._seen.shape
+        if width > capacity:
+            padding = self._seen[:, :1] if capacity else self._seen.new_zeros(slots, 1)
+            self._seen = torch.cat([self._seen, padding.expand(-1, width - capacity)], dim=-1)
+
+    def _write_seen(self, slot: int, ids: np.ndarray) -> None:
+        if not len(ids):
+            raise ValueError("a penalty needs a prompt of at least one token")
+        self._grow(1 << len(ids).bit_length())
+        row = np.full(self._seen.shape[1], ids[0])
+        row[: len(ids)] = ids
+        self._seen[slot] = to_device(row, self._device)
+
+    def _write_counts(self, slot: int, answer_ids: Sequence[int]) -> None:
+        if not len(self._counts):
+            self._counts = self._counts.new_zeros(len(self._rows), self._vocab_size)
+        self._counts[slot].zero_()
+        if answer_ids:
+            counts = np.bincount(np.asarray(answer_ids), minlength=self._vocab_size)
+            self._counts[slot] = to_device(counts, self._device, torch.float32)
 
 
-def sample(logits: Tensor, sequences: Sequence[SequenceSampling], greedy: Tensor | None = None) -> list[int | None]:
-    """Sample the next token of every row, and add it to the row's sequence.
+def check_prompt(params: Sampling, prompt_ids: Collection[int], vocab_size: int) -> None:
+    """Raise ValueError for a prompt token outside the vocabulary, where its logit would be looked up."""
+    if params.penalised:
+        for token in (min(prompt_ids, default=0), max(prompt_ids, default=0)):
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"prompt token {token} is outside the vocabulary of {vocab_size}")
 
-    The host waits for the device once; twice in the rare step where a row's top-p needs more than the first candidates.
+
+def weigh(scores: Tensor, plan: Plan, rows: Rows) -> tuple[Tensor, Tensor]:
+    """What penalised scores ``[B, V]`` are drawn by, after temperature, top-k, top-p and min-p.
+
+    Every setting is a threshold: a value, not a list of tokens, so that ties are kept or dropped together.
+
+    Returns:
+        Probabilities ``[B, V]`` FP32 but for a factor, and the largest score ``[B, 1]``.
+    """
+    if plan.temperature:
+        scores = scores / rows["temperature"]
+    best = _largest(scores, plan.candidates) if plan.candidates else scores.amax(dim=-1, keepdim=True)
+    largest = best[:, :1]
+    weights = (scores - largest).exp_()
+    thresholds = []
+    if plan.top_k:
+        thresholds.append(best.gather(-1, rows["top_k"]) + rows["top_k_off"])
+        if plan.top_p:
+            weights.masked_fill_(scores < thresholds[0], 0)
+    if plan.top_p:
+        total = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
+        thresholds.append(_top_p_threshold(scores, best, rows["top_p"] * total) + rows["top_p_off"])
+    if plan.min_p:
+        thresholds.append(largest + rows["log_min_p"])
+    if thresholds:
+        weights.masked_fill_(scores < reduce(torch.maximum, thresholds), 0)
+    return weights, largest
+
+
+def _largest(scores: Tensor, candidates: int) -> Tensor:
+    """The largest of ``[B, V]`` in order, ``[B, candidates]``; sorting the whole vocabulary takes 20 times longer."""
+    if candidates == scores.shape[-1]:
+        return scores.sort(dim=-1, descending=True).values
+    return scores.topk(candidates, dim=-1).values
+
+
+def _top_p_threshold(scores: Tensor, best: Tensor, enough: Tensor) -> Tensor:
+    """The least score ``[B, 1]`` that top-p keeps; a token stays if the likelier ones together weigh less than enough.
 
     Args:
-        logits: ``[B, V]`` FP32 on any device; not changed.
-        sequences: of the B rows.
-        greedy: ``[B]`` argmax, if the engine has computed it.
-
-    Returns:
-        B token ids; None for a row whose largest logit is NaN or infinite.
-
-    Raises:
-        ValueError: the numbers of rows and sequences differ.
+        scores: ``[B, V]``.
+        best: ``[B, candidates]``, the largest of them in order.
+        enough: ``[B, 1]`` FP64, relative to the weight of the largest.
     """
-    if len(sequences) != logits.shape[0]:
-        raise ValueError(f"{logits.shape[0]} rows of logits for {len(sequences)} sequences")
-    scores = penalise(logits, sequences)
-    drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
-    if drawn:
-        tokens = _sample_mixed(scores, sequences, drawn)
-    else:
-        likeliest = scores.argmax(dim=-1) if greedy is None or scores is not logits else greedy
-        largest = scores.gather(-1, likeliest[:, None])[:, 0]  # argmax returns a NaN if there is one
-        tokens = _mark_broken(likeliest, largest).tolist()
-    found = [None if token == _BROKEN else token for token in tokens]
-    for sequence, token in zip(sequences, found, strict=True):
-        if token is not None:
-            sequence.observe(token)
-    return found
+    shares = (best - best[:, :1]).exp_()
+    reached = shares.cumsum(dim=-1, dtype=torch.float64)
+    if scores.device.type == "cpu" and best.shape[-1] < scores.shape[-1]:
+        short = (reached[:, -1] < enough[:, 0]).nonzero()[:, 0]
+    else:  # the plan has seen to it that the candidates are enough
+        short = None
+    threshold = best.masked_fill(reached.sub_(shares) >= enough, math.inf).amin(dim=-1, keepdim=True)
+    if short is not None and len(short):
+        wider = scores[short]
+        threshold[short] = _top_p_threshold(wider, _largest(wider, wider.shape[-1]), enough[short])
+    return threshold
 
 
-def _mark_broken(tokens: Tensor, largest: Tensor) -> Tensor:
-    """The tokens ``[B]``, or ``_BROKEN`` where the largest logit is not finite."""
-    return tokens.masked_fill(~largest.isfinite(), _BROKEN)
+def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens ``[B, 1]`` by inverse transform sampling of ``[B, V]`` with a number ``[B, 1]`` each."""
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)  # [B, V]
+    # Below the total, as numbers have 52 bits, so that the token's weight is not 0.
+    found = torch.searchsorted(cumulative, cumulative[:, -1:] * uniform, right=True)
+    return found.clamp_(max=weights.shape[-1] - 1)  # of NaN
 
 
-def _sample_mixed(scores: Tensor, sequences: Sequence[SequenceSampling], drawn: Sequence[int]) -> list[int]:
-    """Tokens of all rows; the rows ``drawn`` are not greedy."""
-    device = scores.device
-    params = [sequences[row].params for row in drawn]
-    uniforms = [sequences[row].draw() for row in drawn]
-    picked = scores if len(drawn) == len(sequences) else scores[to_device(drawn, device)]
-    probabilities, enough = _distribution(picked, params, _CANDIDATES)
-    largest = picked.amax(dim=-1)
-    tokens = _mark_broken(_draw(probabilities, uniforms), largest)
-    found = torch.stack([tokens, (enough | ~largest.isfinite()).long()])
-    if picked is not scores:
-        largest, likeliest = scores.max(dim=-1)
-        likeliest = _mark_broken(likeliest, largest)
-        both = torch.stack([likeliest, torch.ones_like(likeliest)])
-        found = both.index_copy_(1, to_device(drawn, device), found)
-    chosen, known = found.tolist()
-    again = [index for index, row in enumerate(drawn) if not known[row]]
-    if again:
-        picked = picked[to_device(again, device)]
-        probabilities = distribution(picked, [params[index] for index in again])
-        wider = _draw(probabilities, [uniforms[index] for index in again]).tolist()
-        for index, token in zip(again, wider, strict=True):
-            chosen[drawn[index]] = token
-    return chosen
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def penalise(logits: Tensor, sequences: Sequence[SequenceSampling]) -> Tensor:
-    """Apply each row's repetition penalty to ``[B, V]``; returns the same tensor if no row has one."""
-    if not any(sequence.params.penalised for sequence in sequences):
-        return logits
-    result = logits.clone()
-    for row, sequence in zip(result, sequences, strict=True):
-        if sequence.params.penalised:
-            penalty = sequence.params.repetition_penalty
-            scores = row[sequence.seen]
-            row[sequence.seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
-    return result
+def uniforms(keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Random numbers in [0, 1) with 52 bits, FP64: of each UINT64 key that with a number.
 
-
-def distribution(scores: Tensor, params: Sequence[Sampling]) -> Tensor:
-    """Probabilities ``[B, V]`` of penalised scores ``[B, V]``, both FP32, after temperature, top-k and top-p."""
-    return _distribution(scores, params, scores.shape[-1])[0]
-
-
-def _distribution(scores: Tensor, params: Sequence[Sampling], candidates: int) -> tuple[Tensor, Tensor]:
-    """The same, and for each row ``[B]`` whether it is right: whether top-p had enough candidates."""
-    scores = scores / _column(scores, [row.temperature for row in params])
-    scores = _apply_top_k(scores, params)
-    scores, enough = _apply_top_p(scores, params, min(candidates, scores.shape[-1]))
-    return scores.softmax(dim=-1), enough
-
-
-def _apply_top_k(scores: Tensor, params: Sequence[Sampling]) -> Tensor:
-    sizes = [min(row.top_k or scores.shape[-1], scores.shape[-1]) for row in params]
-    limited = [size for size in sizes if size < scores.shape[-1]]
-    if not limited:
-        return scores
-    best = scores.topk(max(limited), dim=-1).values  # [B, K]
-    positions = to_device([min(size, max(limited)) - 1 for size in sizes], scores.device)
-    threshold = best.gather(-1, positions[:, None])  # [B, 1]
-    unlimited = to_device([size == scores.shape[-1] for size in sizes], scores.device)
-    return scores.masked_fill((scores < threshold) & ~unlimited[:, None], -torch.inf)
-
-
-def _apply_top_p(scores: Tensor, params: Sequence[Sampling], candidates: int) -> tuple[Tensor, Tensor]:
-    rows = [row for row, setting in enumerate(params) if setting.top_p < 1]
-    enough = torch.ones(len(params), dtype=torch.bool, device=scores.device)
-    if not rows:
-        return scores, enough
-    index = to_device(rows, scores.device)
-    top_p = _column(scores, [params[row].top_p for row in rows], torch.float64)
-    limited = scores[index]
-    kept, known = _top_p_mask(limited, top_p, candidates)
-    return scores.index_copy(0, index, limited.masked_fill(~kept, -torch.inf)), enough.index_copy_(0, index, known)
-
-
-def _top_p_mask(scores: Tensor, top_p: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
-    """Tokens that top-p keeps, among the likeliest ones: sorting the whole vocabulary takes 20 times longer.
-
-    A token stays if the likelier ones together have less than ``top_p``, which is Transformers' rule.
-
-    Returns:
-        The mask of ``scores [R, V]`` by ``top_p [R, 1]``, and for each row ``[R]`` whether the candidates were enough.
+    SplitMix64 (Steele, Lea and Flood, 2014) from a state of its own for each key.
     """
-    everything = candidates == scores.shape[-1]
-    probabilities = scores.softmax(dim=-1)
-    best, order = probabilities.sort(dim=-1, descending=True) if everything else probabilities.topk(candidates, dim=-1)
-    reached = best.double().cumsum(dim=-1)
-    kept = reached - best < top_p
-    mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, kept)
-    enough = reached[:, -1:] >= top_p
-    if everything:  # even if rounding leaves the sum below top_p
-        enough = torch.ones_like(enough)
-    return mask, enough[:, 0]
+    return (_mix(keys + (numbers + np.uint64(1)) * _GOLDEN) >> np.uint64(12)) * 2.0**-52
 
 
-def _draw(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """Tokens ``[B]`` by inverse transform sampling with one uniform number each."""
-    cumulative = probabilities.double().cumsum(dim=-1)  # [B, V]
-    total = cumulative[:, -1:]
-    drawn = _column(total, uniforms, torch.float64)
-    # Strictly below the total, so that the token's probability is not 0.
-    drawn = torch.minimum(drawn * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, drawn, right=True)[:, 0]
-
-
-def _column(like: Tensor, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
-    return to_device(values, like.device, dtype or like.dtype)[:, None]
+def _mix(state: np.ndarray) -> np.ndarray:
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))

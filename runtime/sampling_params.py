@@ -16,6 +16,8 @@ _GREEDY_TEMPERATURE = 1e-5  # as in vLLM
 PENALTIES = (1e-4, 1e4)
 """Minimum and maximum of ``repetition_penalty``; beyond, logits overflow."""
 
+_LARGEST_PENALTY = 2  # of presence and frequency, as in OpenAI's and vLLM's interfaces
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -32,6 +34,9 @@ class SamplingParams:
         seed: of the random draws, 0 to 2**63 - 1; None takes a fresh one.
         stop: a string, or strings, that end the answer and are not part of it [none].
         ignore_eos: go on after an end-of-sequence token (for timing).
+        min_p: keep the tokens with at least this share of the likeliest one's probability; in [0, 1] [0, all].
+        presence_penalty: subtracted from the logits of tokens that the answer has; -2 to 2 [0, off].
+        frequency_penalty: likewise, times how often it has them; -2 to 2 [0, off].
 
     Raises:
         SamplingError: a value is out of range.
@@ -45,6 +50,9 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] | None = None
     ignore_eos: bool = False
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
 
     def __post_init__(self) -> None:
         for name, (valid, allowed) in _ALLOWED.items():
@@ -82,6 +90,9 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     max_tokens_given: bool = True
 
     @property
@@ -90,7 +101,7 @@ class Sampling:
 
     @property
     def penalised(self) -> bool:
-        return self.repetition_penalty != 1
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 def _is_number(value: Any, low: float) -> bool:
@@ -123,4 +134,12 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda value: _is_int(value, 0) and value < 2**63, "None or a whole number from 0 to 2**63 - 1"),
     "stop": (_are_texts, "strings that are not empty and have no lone surrogate"),
     "ignore_eos": (lambda value: isinstance(value, bool), "True or False"),
+    "min_p": (lambda value: _is_number(value, 0) and value <= 1, "a number from 0 to 1 (0 keeps all tokens)"),
+    **dict.fromkeys(
+        ("presence_penalty", "frequency_penalty"),
+        (
+            lambda value: _is_number(value, -_LARGEST_PENALTY) and value <= _LARGEST_PENALTY,
+            f"a number from -{_LARGEST_PENALTY} to {_LARGEST_PENALTY} (0 is off)",
+        ),
+    ),
 }

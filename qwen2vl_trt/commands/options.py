@@ -276,7 +276,12 @@ def add_sampling_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; default the checkpoint's")
     group.add_argument("--top-p", type=float, metavar="P", help="1 is off; default the checkpoint's")
     group.add_argument("--top-k", type=int, metavar="K", help="0 is off; default the checkpoint's")
+    group.add_argument("--min-p", type=float, metavar="P", help="0 is off; default the checkpoint's")
     group.add_argument("--repetition-penalty", type=float, metavar="X", help="1 is off; default the checkpoint's")
+    group.add_argument("--presence-penalty", type=float, metavar="X", help="of the answer's tokens; 0, off, by default")
+    group.add_argument(
+        "--frequency-penalty", type=float, metavar="X", help="likewise, for each time; 0, off, by default"
+    )
     group.add_argument("--seed", type=int, metavar="N", help="of an answer's draws; by default another each time")
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end the answer before this text; default the checkpoint's"

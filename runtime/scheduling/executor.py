@@ -98,7 +98,7 @@ class Counters:
             self.finished += 1
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class NewToken:
     """A token that a step added to an answer."""
 
@@ -107,14 +107,14 @@ class NewToken:
     text: str
 
 
-def take_token(sequence: RunningSequence, token: int, counters: Counters) -> NewToken:
-    """Add a token to a running answer and count it; the answer may end with it."""
-    output = sequence.output
-    text = sequence.stream.push(token, "deadline" if output.expired else None)
+def take_token(sequence: RunningSequence, token: int, counters: Counters, now: float) -> NewToken:
+    """Add a token to a running answer and count it, at the time ``now``; the answer may end with it."""
+    output, stream = sequence.output, sequence.stream
+    text = stream.push(token, "deadline" if now >= output.expires else None)
     sequence.token = token
-    output.append(token, text, sequence.stream.finish_reason)
+    output.append(token, text, stream.finish_reason, now)
     counters.generated_tokens += 1
-    if len(sequence.stream.token_ids) == 1:
+    if len(stream.token_ids) == 1:
         counters.first_tokens += 1
         counters.time_to_first_token_seconds += output.timings.time_to_first_token
     return NewToken(sequence, token, text)

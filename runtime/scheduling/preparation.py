@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from qwen2vl_trt.config import Qwen2VLConfig
@@ -28,7 +27,7 @@ from ..media.cached_media import CachedMedia
 from ..observer import Observer, Stage, unobserved
 from ..preprocessing.sizes import MediaSize, Medium
 from ..request import Output, Request
-from ..sampler import SequenceSampling
+from ..sampler import check_prompt
 from ..sampling_params import Sampling
 from .sequence import RunningSequence, token_keys
 
@@ -42,13 +41,12 @@ class Preparer:
         prompts: PromptBuilder,
         config: Qwen2VLConfig,
         profile: BuildProfile,
-        device: torch.device,
         eos_token_ids: Sequence[int],
         strict_size: bool = False,
         observe: Observer = unobserved,
     ) -> None:
         self._media, self._prompts, self._config, self._profile = media, prompts, config, profile
-        self._device, self._eos_token_ids = device, eos_token_ids
+        self._eos_token_ids = eos_token_ids
         self._strict_size, self._observe = strict_size, observe
 
     def find_media(self, request: Request, params: Sampling | None = None) -> tuple[Media, int | None]:
@@ -160,6 +158,7 @@ class Preparer:
         """
         prompt, grids = self._prompt(request, media)
         params = self._fit_answer(len(prompt.token_ids), params)
+        check_prompt(params, prompt.token_ids, self._config.text.vocab_size)
         images, videos = ([medium for medium in media if medium.is_video == is_video] for is_video in (False, True))
         output.prompt_tokens = len(prompt.token_ids)
         output.images, output.videos = [image.size for image in images], [video.size for video in videos]
@@ -180,8 +179,8 @@ class Preparer:
                 position_ids.numpy(),
                 [(token_id, [m.key for m in each], [m.size.tokens for m in each]) for token_id, each in kinds],
             ),
-            stream=AnswerStream(self._prompts.tokenizer, params, self._eos_token_ids),
-            sampling=SequenceSampling(params, prompt.token_ids, self._config.text.vocab_size, self._device),
+            stream=AnswerStream(self._prompts.tokenizer.backend_tokenizer, params, self._eos_token_ids),
+            sampling=params,
         )
 
     def _prompt(self, request: Request, media: list[Medium]) -> tuple[Prompt, tuple[list[Grid], list[Grid]]]:

@@ -23,7 +23,7 @@ from qwen2vl_trt.transfer import to_device
 from ..backends.runners import DecoderRunner, Step
 from ..observer import Observer, Stage, unobserved
 from ..request import Output
-from ..sampler import sample
+from ..sampler import Sampler
 from .executor import Counters, Executor, NewToken, named, take_token
 from .sequence import NO_KEYS, RunningSequence
 from .slots import Placement, Slots, Wait
@@ -65,6 +65,7 @@ class Scheduler(Executor):
         self._waits: dict[RunningSequence, Wait] = {}
         self._counters, self._observe = counters or Counters(), observe
         self._mark = object()
+        self._sampler: Sampler | None = None
 
     @property
     def running(self) -> int:
@@ -287,10 +288,16 @@ class Scheduler(Executor):
         self, sequences: Sequence[RunningSequence], logits: Tensor, greedy: Tensor | None = None
     ) -> list[int | None]:
         with self._observe(Stage("sampling")):
-            return sample(logits, [sequence.sampling for sequence in sequences], greedy)
+            if self._sampler is None:
+                self._sampler = Sampler(self.slots, logits.shape[-1], logits.device)
+            slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
+            for slot, sequence in zip(slots, sequences, strict=True):
+                if sequence.token is None:
+                    self._sampler.start(slot, sequence.sampling, sequence.token_ids)
+            return self._sampler(logits, slots, greedy).tolist()
 
     def _push(self, sequences: Sequence[RunningSequence], tokens: Sequence[int | None]) -> list[NewToken]:
-        new = []
+        new, now = [], sequences[0].output.clock()
         for sequence, token in zip(sequences, tokens, strict=True):
             if token is None:
                 assert sequence.slot is not None
@@ -298,7 +305,7 @@ class Scheduler(Executor):
                 self._fail(sequence, ExecutionError(_NOT_FINITE))
                 continue
             try:
-                new.append(take_token(sequence, token, self._counters))
+                new.append(take_token(sequence, token, self._counters, now))
             except Exception as error:
                 self._fail(sequence, error)
                 continue

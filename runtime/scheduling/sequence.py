@@ -12,7 +12,7 @@ from torch import Tensor
 from ..detokenizer import AnswerStream
 from ..preprocessing.sizes import Medium
 from ..request import Output
-from ..sampler import SequenceSampling
+from ..sampling_params import Sampling
 from .side_stream import ReadyEvent
 
 NO_KEYS = np.empty((0, 6), np.int64)
@@ -34,7 +34,7 @@ class RunningSequence:
         places: the media's tokens in the prompt, in the order of the media.
         keys: ``[S, 6]``, see :func:`token_keys`; empty shares nothing.
         stream: its answer's text and end.
-        sampling: its settings and random state.
+        sampling: its settings.
         inputs_embeds: ``[S, C]`` of the prompt, media in place; empty until they are embedded.
         ready: passed once ``inputs_embeds`` are there.
         slot: its row of the cache; None before its prompt is begun.
@@ -51,7 +51,7 @@ class RunningSequence:
     places: np.ndarray
     keys: np.ndarray
     stream: AnswerStream
-    sampling: SequenceSampling
+    sampling: Sampling
     inputs_embeds: Tensor = field(default_factory=lambda: torch.empty(0))
     ready: ReadyEvent = field(default_factory=ReadyEvent)
     slot: int | None = None

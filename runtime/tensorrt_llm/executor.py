@@ -82,7 +82,7 @@ class TensorRTLLMExecutor(Executor):
         """Hand a sequence over; one whose sampling TensorRT-LLM does not have fails."""
         if not self.free_slots:
             raise ValueError(f"all {self.slots} slots are taken")
-        output, params = sequence.output, sequence.sampling.params
+        output, params = sequence.output, sequence.sampling
         try:
             check_sampling(params)
             inputs, salt = self._inputs(sequence)
@@ -150,15 +150,15 @@ class TensorRTLLMExecutor(Executor):
             if progress.token_ids:
                 output.timings.prefill = output.clock() - running.began
                 self._counters.prompt_tokens_computed += len(progress.prompt_token_ids)
-        tokens = progress.token_ids[running.taken :]
+        tokens, now = progress.token_ids[running.taken :], output.clock()
         for token in tokens:
             running.taken += 1
-            new.append(take_token(sequence, token, self._counters))
+            new.append(take_token(sequence, token, self._counters, now))
             if output.finished:
                 return
         if progress.finish_reason == "stop":  # a release that leaves the end-of-sequence token out
             end = progress.stop_reason if isinstance(progress.stop_reason, int) else self._ends.eos_token_ids[0]
-            new.append(take_token(sequence, end, self._counters))
+            new.append(take_token(sequence, end, self._counters, now))
         if progress.finish_reason is not None and not output.finished:
             raise ExecutionError(
                 f"TensorRT-LLM ended the answer after {running.taken:,} tokens ({progress.finish_reason})"
@@ -199,12 +199,13 @@ class TensorRTLLMExecutor(Executor):
 
 def check_sampling(params: Sampling) -> None:
     """Raise SamplingError for settings that TensorRT-LLM does not follow as they are meant here."""
-    if params.penalised:
-        # Its sampler has penalties in some releases alone, and leaves them out without a word in the others.
-        raise SamplingError(
-            f"repetition_penalty {params.repetition_penalty:g} is not for backend tensorrt-llm; leave it out, or run"
-            " the model with another backend"
-        )
+    for name, off in (("repetition_penalty", 1), ("presence_penalty", 0), ("frequency_penalty", 0), ("min_p", 0)):
+        value = getattr(params, name)
+        if value != off:
+            # Its sampler has them in some releases alone, and leaves them out without a word in the others.
+            raise SamplingError(
+                f"{name} {value:g} is not for backend tensorrt-llm; leave it out, or run the model with another backend"
+            )
     if params.seed is not None and not params.greedy:
         # One generator draws for the whole batch: an answer depends on what runs beside it.
         raise SamplingError(

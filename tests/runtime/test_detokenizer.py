@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qwen2vl_trt.runtime.detokenizer import AnswerStream, Detokenizer, StopStrings
 from qwen2vl_trt.runtime.sampling_params import SamplingParams
+from qwen2vl_trt.tiny.tokenizer import train_tokenizer
 
 EOS = "<|im_end|>"
 
@@ -48,7 +49,7 @@ def test_trained_tokenizer_has_tokens_that_end_inside_a_character():
 
 
 def pieces_of(tokenizer, tokens):
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(tokenizer.backend_tokenizer)
     pieces = [detokenizer.push(token) for token in tokens]
     return pieces, detokenizer.flush()
 
@@ -63,11 +64,18 @@ def test_pieces_add_up_to_the_text(text, tokenizer):
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.integers(0, len(TRAINED) - 1), max_size=30))
-def test_any_tokens_decode_as_at_once(tokens):
-    pieces, rest = pieces_of(TRAINED, tokens)
-    assert "".join(pieces) + rest == TRAINED.decode(tokens, skip_special_tokens=True)
+TINY = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer())
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data(), st.sampled_from([BYTES, TRAINED, TINY]))
+def test_any_tokens_decode_as_at_once(data, tokenizer):
+    """Broken bytes, special tokens, and ids of the padding behind the vocabulary."""
+    special = sorted(tokenizer.added_tokens_decoder)
+    ids = st.integers(0, len(tokenizer) + 5) | st.integers(0, 255) | st.sampled_from(special)
+    tokens = data.draw(st.lists(ids, max_size=30))
+    pieces, rest = pieces_of(tokenizer, tokens)
+    assert "".join(pieces) + rest == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_a_character_comes_out_whole_and_at_once():
@@ -81,15 +89,22 @@ def test_an_unfinished_character_comes_out_at_the_end():
 
 
 def test_work_per_token_does_not_grow():
-    lengths = []
+    """``DecodeStream`` keeps what it has got since the last whole character, and special tokens among it."""
+    detokenizer, got = Detokenizer(TRAINED.backend_tokenizer), []
 
-    class Counting:
-        def decode(self, token_ids, *, skip_special_tokens):
-            lengths.append(len(token_ids))
-            return TRAINED.decode(token_ids, skip_special_tokens=skip_special_tokens)
+    class Recorded:
+        stream = detokenizer._stream
 
-    pieces_of(Counting(), [*TRAINED.encode("the cat sat 日本語 " * 30), *[TRAINED.eos_token_id] * 100])
-    assert max(lengths) <= 16
+        def step(self, tokenizer, token):
+            got.append(token)
+            return self.stream.step(tokenizer, token)
+
+    detokenizer._stream = Recorded()
+    text = TRAINED.encode("the cat sat 日本語 " * 30)
+    for token in [*text, *[TRAINED.eos_token_id] * 100]:
+        detokenizer.push(token)
+        assert len(detokenizer._incomplete) <= 4
+    assert got == text
 
 
 def first_stop(text, stops):
@@ -130,20 +145,19 @@ def test_text_is_held_back_only_while_it_may_be_a_stop_string():
 
 def stream_of(tokens, **settings_):
     eos = TRAINED.eos_token_id
-    stream = AnswerStream(TRAINED, SamplingParams(**settings_).with_defaults(), (eos,))
-    pieces = []
+    stream = AnswerStream(TRAINED.backend_tokenizer, SamplingParams(**settings_).with_defaults(), (eos,))
+    text = ""
     for token in tokens:
-        pieces.append(stream.push(token))
+        text += stream.push(token)
         if stream.finish_reason:
             break
-    assert "".join(pieces) == stream.text
-    return stream
+    return text, stream
 
 
 def test_end_of_sequence_ends_the_answer():
     tokens = [*TRAINED.encode("the cat"), TRAINED.eos_token_id, *TRAINED.encode("more")]
-    stream = stream_of(tokens)
-    assert (stream.text, stream.finish_reason) == ("the cat", "stop")
+    text, stream = stream_of(tokens)
+    assert (text, stream.finish_reason) == ("the cat", "stop")
     assert stream.token_ids == tokens[: tokens.index(TRAINED.eos_token_id) + 1]
     with pytest.raises(ValueError, match="has ended"):
         stream.push(1)
@@ -151,37 +165,35 @@ def test_end_of_sequence_ends_the_answer():
 
 def test_end_of_sequence_can_be_ignored():
     tokens = [*TRAINED.encode("the"), TRAINED.eos_token_id, *TRAINED.encode(" cat")]
-    stream = stream_of(tokens, ignore_eos=True, max_tokens=len(tokens))
-    assert (stream.text, stream.finish_reason, stream.token_ids) == ("the cat", "length", tokens)
+    text, stream = stream_of(tokens, ignore_eos=True, max_tokens=len(tokens))
+    assert (text, stream.finish_reason, stream.token_ids) == ("the cat", "length", tokens)
 
 
 def test_length_ends_the_answer_and_loses_nothing():
     tokens = BYTES.encode("abc E🙂")
-    stream = AnswerStream(BYTES, SamplingParams(max_tokens=8, stop="END").with_defaults(), ())
-    for token in tokens[:8]:
-        stream.push(token)
-    assert stream.finish_reason == "length"
-    assert stream.text == "abc E\ufffd"
-    stream = stream_of(TRAINED.encode("the cat EN"), max_tokens=len(TRAINED.encode("the cat EN")), stop="END")
-    assert (stream.text, stream.finish_reason) == ("the cat EN", "length")
+    stream = AnswerStream(BYTES.backend_tokenizer, SamplingParams(max_tokens=8, stop="END").with_defaults(), ())
+    text = "".join(stream.push(token) for token in tokens[:8])
+    assert (text, stream.finish_reason) == ("abc E\ufffd", "length")
+    text, stream = stream_of(TRAINED.encode("the cat EN"), max_tokens=len(TRAINED.encode("the cat EN")), stop="END")
+    assert (text, stream.finish_reason) == ("the cat EN", "length")
 
 
 def test_end_of_sequence_releases_text_held_back():
-    stream = stream_of([*TRAINED.encode("the cat EN"), TRAINED.eos_token_id], stop="END")
-    assert (stream.text, stream.finish_reason) == ("the cat EN", "stop")
+    text, stream = stream_of([*TRAINED.encode("the cat EN"), TRAINED.eos_token_id], stop="END")
+    assert (text, stream.finish_reason) == ("the cat EN", "stop")
 
 
 def test_stop_string_ends_the_answer():
     tokens = TRAINED.encode("the cat END sat")
-    stream = stream_of(tokens, stop=["END", "sat"])
-    assert (stream.text, stream.finish_reason) == ("the cat ", "stop")
+    text, stream = stream_of(tokens, stop=["END", "sat"])
+    assert (text, stream.finish_reason) == ("the cat ", "stop")
     assert len(stream.token_ids) < len(tokens)
 
 
 def test_stop_string_on_the_last_token_wins_over_length():
     tokens = TRAINED.encode("the END")
-    stream = stream_of(tokens, stop="END", max_tokens=len(tokens))
-    assert (stream.text, stream.finish_reason) == ("the ", "stop")
+    text, stream = stream_of(tokens, stop="END", max_tokens=len(tokens))
+    assert (text, stream.finish_reason) == ("the ", "stop")
 
 
 @settings(max_examples=150, deadline=None)
@@ -192,23 +204,23 @@ def test_stop_string_on_the_last_token_wins_over_length():
 )
 def test_answer_is_the_decoded_text_up_to_the_stop(text, stops, max_tokens):
     tokens = TRAINED.encode(text)
-    stream = stream_of(tokens, stop=stops, max_tokens=max_tokens)
+    answer, stream = stream_of(tokens, stop=stops, max_tokens=max_tokens)
     whole = TRAINED.decode(tokens[:max_tokens], skip_special_tokens=True)
     expected, stopped = first_stop(whole, stops)
     if stream.finish_reason is None:  # the tokens ran out: what may be a stop string's beginning is still held back
-        assert expected.startswith(stream.text)
+        assert expected.startswith(answer)
         assert not stopped or "\ufffd" in whole
     else:
-        assert stream.text == expected
+        assert answer == expected
         assert stream.finish_reason == ("stop" if stopped else "length")
 
 
 def test_a_reason_from_outside_ends_the_answer_with_its_last_token():
-    stream = AnswerStream(BYTES, SamplingParams(max_tokens=8, stop="END").with_defaults(), ())
+    stream = AnswerStream(BYTES.backend_tokenizer, SamplingParams(max_tokens=8, stop="END").with_defaults(), ())
     x, e, n = BYTES.encode("xEN")
     pieces = [stream.push(x), stream.push(e), stream.push(n, "deadline")]
     assert stream.finish_reason == "deadline"
-    assert "".join(pieces) == stream.text == "xEN"  # what was held back comes out
-    own = AnswerStream(BYTES, SamplingParams(max_tokens=1).with_defaults(), ())
+    assert "".join(pieces) == "xEN"  # what was held back comes out
+    own = AnswerStream(BYTES.backend_tokenizer, SamplingParams(max_tokens=1).with_defaults(), ())
     own.push(x, "deadline")
     assert own.finish_reason == "length"

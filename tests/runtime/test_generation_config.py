@@ -66,6 +66,7 @@ READ = [
     {"do_sample": True, "temperature": 0.7},
     {"do_sample": True, "temperature": 0.7, "top_k": 0},
     {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8},
+    {"do_sample": True, "min_p": 0.05},
     {"do_sample": True, "top_p": 1.0, "num_beams": 1, "typical_p": 1.0, "renormalize_logits": True},
     {"do_sample": False, "max_new_tokens": 2048, "stop_strings": ["END", "STOP"]},
 ]
@@ -82,8 +83,8 @@ def test_defaults_are_those_of_transformers_generate(tmp_path, content):
     assert found.max_tokens == (reference.max_new_tokens or 256)
     assert found.stop == tuple(reference.stop_strings or ())
     if not found.greedy:
-        expected = (reference.temperature, reference.top_p, reference.top_k)
-        assert (found.temperature, found.top_p, found.top_k) == expected
+        expected = (reference.temperature, reference.top_p, reference.top_k, reference.min_p or 0)
+        assert (found.temperature, found.top_p, found.top_k, found.min_p) == expected
 
 
 def test_none_leaves_all_but_the_tokens_out(tmp_path):
@@ -119,7 +120,7 @@ def test_what_transformers_4_wrote_into_config_json_counts_where_there_is_no_oth
         ("begin_suppress_tokens", [1]),
         ("forced_bos_token_id", 1),
         ("forced_eos_token_id", 1),
-        ("min_p", 0.1),
+        ("min_p", 1.1),
         ("top_h", 0.4),
         ("typical_p", 0.9),
         ("epsilon_cutoff", 0.1),

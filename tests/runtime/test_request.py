@@ -23,7 +23,7 @@ def test_pixels_and_long_texts_are_shortened():
 
 def test_an_answer_says_how_far_it_is():
     output = Output()
-    output.append(5, "Yes", None)
+    output.append(5, "Yes", None, output.arrival)
     assert repr(output) == "Output(text='Yes', tokens=1, finish_reason=None, prompt_tokens=0, images=0, videos=0)"
     output.cancel()
     assert "finish_reason='cancelled'" in repr(output)

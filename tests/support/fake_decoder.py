@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models
 
 from qwen2vl_trt.runtime.backends.runners import Step
 from qwen2vl_trt.runtime.detokenizer import AnswerStream
 from qwen2vl_trt.runtime.request import Output
-from qwen2vl_trt.runtime.sampler import SequenceSampling
 from qwen2vl_trt.runtime.sampling_params import Sampling
 from qwen2vl_trt.runtime.scheduling.sequence import RunningSequence, token_keys
 
@@ -77,9 +77,8 @@ class FakeDecoder:
         self.cache.rows[:] = -1
 
 
-class Tokenizer:
-    def decode(self, token_ids, *, skip_special_tokens):
-        return "".join(chr(97 + token % 26) for token in token_ids)
+TOKENIZER = Tokenizer(models.WordLevel({chr(97 + token): token for token in range(VOCABULARY)}, unk_token="a"))
+TOKENIZER.decoder = decoders.Fuse()
 
 
 def sequence(prompt, max_tokens=3, delta=0, media=(), output=None, params=None):
@@ -95,8 +94,8 @@ def sequence(prompt, max_tokens=3, delta=0, media=(), output=None, params=None):
         media=[],
         places=np.empty(0, np.int64),
         inputs_embeds=torch.tensor(prompt, dtype=torch.float32)[:, None],
-        stream=AnswerStream(Tokenizer(), params, ()),
-        sampling=SequenceSampling(params, prompt, VOCABULARY),
+        stream=AnswerStream(TOKENIZER, params, ()),
+        sampling=params,
         keys=token_keys(prompt, positions.numpy(), media),
     )
 

@@ -5,19 +5,20 @@ import torch
 
 from qwen2vl_trt.runtime.backends.runners import Step
 from qwen2vl_trt.runtime.request import Output
-from qwen2vl_trt.runtime.sampler import SequenceSampling
 from qwen2vl_trt.runtime.sampling_params import Sampling
 from qwen2vl_trt.runtime.scheduling.scheduler import Scheduler
 from qwen2vl_trt.transfer import to_device
 from tests.support.device_tensors import META, DeviceTensor, Synchronisations, pin
-from tests.support.fake_decoder import VOCABULARY, FakeDecoder, expected, sequence
+from tests.support.fake_decoder import FakeDecoder, expected, sequence
 
 SAMPLINGS = {
     "greedy": {},
     "penalised": {"repetition_penalty": 1.5},
+    "counted": {"presence_penalty": 0.5, "frequency_penalty": 0.5},
     "drawn": {"temperature": 0.8},
     "top-k": {"temperature": 0.8, "top_k": 5},
     "top-p": {"temperature": 0.8, "top_p": 0.9},
+    "min-p": {"temperature": 0.8, "min_p": 0.1},
     "all": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2},
 }
 
@@ -47,7 +48,6 @@ class DeviceDecoder(FakeDecoder):
 def on_device(prompt, params):
     item = sequence(prompt, params=params, output=Output())
     item.inputs_embeds = DeviceTensor(item.inputs_embeds)
-    item.sampling = SequenceSampling(params, prompt, VOCABULARY, META)
     return item
 
 

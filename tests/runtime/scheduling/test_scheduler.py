@@ -680,7 +680,7 @@ class AnyMix(RuleBasedStateMachine):
         assert computed == sum(min(one.cached, one.prompt_length) - one.output.reused_tokens for one, _ in self.all)
 
     def _alone(self, one, prompt):
-        alone = sequence(prompt, params=one.sampling.params)
+        alone = sequence(prompt, params=one.sampling)
         scheduler = Scheduler(FakeDecoder(1), 1000, reuse_prefixes=False)
         scheduler.add(alone)
         drain(scheduler)

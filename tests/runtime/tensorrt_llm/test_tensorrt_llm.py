@@ -269,6 +269,9 @@ class TestRefused:
         ("settings", "message"),
         [
             (SamplingParams(repetition_penalty=1.1), "repetition_penalty 1.1 is not for backend tensorrt-llm"),
+            (SamplingParams(presence_penalty=-0.5), "presence_penalty -0.5 is not for backend tensorrt-llm"),
+            (SamplingParams(frequency_penalty=2), "frequency_penalty 2 is not for backend tensorrt-llm"),
+            (SamplingParams(temperature=0.5, min_p=0.1), "min_p 0.1 is not for backend tensorrt-llm"),
             (SamplingParams(temperature=0.5, seed=3), "seed 3 is not for backend tensorrt-llm"),
         ],
     )
@@ -278,13 +281,13 @@ class TestRefused:
             found[0].text  # noqa: B018
         assert len(found[1].token_ids) <= 2
 
-    def test_a_penalty_of_the_checkpoint_is_left_out_with_a_warning(self, folder, expected, caplog):
+    def test_what_the_checkpoint_says_and_it_lacks_is_left_out_with_a_warning(self, folder, expected, caplog):
         engines, path = open_engines(folder, "cpu"), folder / "generation_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.05}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.05, "min_p": 0.1}))
         pipeline = Pipeline(engines, PipelineOptions(overlap=False))
         assert answers(pipeline.generate(REQUESTS[:2], LENGTHS[:2])) == expected[:2]
         (line,) = [r.getMessage() for r in caplog.records if "repetition_penalty" in r.getMessage()]
-        assert "repetition_penalty 1.05 is left out, backend tensorrt-llm" in line
+        assert "left out, as backend tensorrt-llm does not apply it: repetition_penalty 1.05, min_p 0.1;" in line
 
     def test_a_seed_of_greedy_choice_changes_nothing(self, pipeline, expected):
         settings = replace(LENGTHS[1], seed=3)
