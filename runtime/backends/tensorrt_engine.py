@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from qwen2vl_trt.engines.tensorrt_refit import refit
 from qwen2vl_trt.errors import EngineError
 
 from .tensorrt_tensors import ALIGNMENT, EngineTensor, check_tensors, expected_tensors, format_bytes, streaming_budget
+
+logger = logging.getLogger(__name__)
 
 ReportLayer = Callable[[str, float], None]
 
@@ -177,6 +180,14 @@ def stream_weights(engine: Engine, reserved: int = 0) -> bool:
         activations = sum(handle.get_device_memory_size_for_profile_v2(profile) for profile in profiles)
         budget = streaming_budget(streamable, engine.device.free_memory(), activations + reserved)
         _set_budget(engine, budget)
+    if budget < streamable:
+        logger.warning(
+            "%s engine: %s of %s weights do not fit on the GPU and are copied to it in every call, without CUDA graphs,"
+            " which costs time. Free GPU memory, or rebuild with a smaller --max-batch-size or --max-seq-len.",
+            engine.name,
+            format_bytes(streamable - budget),
+            format_bytes(streamable),
+        )
     return budget < streamable
 
 

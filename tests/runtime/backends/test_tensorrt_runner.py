@@ -255,12 +255,15 @@ class TestDecoder:
         activations = sum(handle.get_device_memory_size_for_profile_v2(profile) for profile in range(2))
         return cache + activations + Checkpoint(folder).config.text.vocab_size * 128 * 4
 
-    def test_weight_streaming(self, fake, folder, monkeypatch):
+    def test_weight_streaming(self, fake, folder, monkeypatch, caplog):
         """Everything off the GPU, then as much back as all else leaves room for; no graph can hold what is streamed."""
         decoder = self.streaming(folder, monkeypatch, 10**9)
         handle = decoder._engine.handle
         assert handle._streams
         assert handle._budgets == [0, 20_000_000 - self.needed(handle, folder)]
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert re.search(r"decoder engine: 9\d\d\.\d MB of 1\.00 GB weights do not fit.* costs time", record.message)
         plain = opened(folder, cuda_graphs=False).decoder
         for start in range(3):
             step = self.random_step(decoder, torch.Generator().manual_seed(start), 0, 2, 1, [start, start])
