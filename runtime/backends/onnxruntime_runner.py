@@ -165,4 +165,3 @@ class OrtDecoder:
     def warm_up(self, chunk: int, longest: int) -> None:
         """Runs the smallest and the largest batch; there are no graphs to capture."""
         run_steps(self, chunk, {1, self.slots})
-

@@ -34,20 +34,24 @@ class CudaDevice:
     Runners enqueue on this stream alone, so that execution contexts and their memory are never used concurrently.
     Tests replace this class by one for the CPU.
 
+    Args:
+        device: a GPU.
+        priority: of the stream; where work of several waits, the GPU takes that of the lowest number first.
+
     Raises:
         EngineError: not a GPU.
     """
 
     alignment = ALIGNMENT
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
         if device.type != "cuda":
             raise EngineError(
                 f"TensorRT engines run on an NVIDIA GPU, not on {device}; build for --backend onnxruntime or torch to"
                 " run there"
             )
         self.torch_device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device, priority)
 
     @property
     def name(self) -> str:

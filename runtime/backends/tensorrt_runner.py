@@ -50,7 +50,7 @@ def load_decoder(engines: Engines) -> TensorRTDecoder:
 
 
 def _load(engines: Engines, name: str) -> Engine:
-    device = CudaDevice(engines.device)
+    device = CudaDevice(engines.device, -1 if name == "decoder" else 0)  # answers under way before new images
     return load_engine(engines.folder, name, engines.manifest, engines.checkpoint.config, device)
 
 
@@ -197,6 +197,7 @@ class DecodeGraphs:
         self._engine, self._cache, self._profile = engine, cache, profile
         self._graphs: dict[int, _Graph] = {}
         self._memory = ActivationMemory(engine.device.torch_device)
+        self._outputs = _outputs(engine, cache.slots, 1)  # memory of the caller's stream, which reads them
 
     def step(
         self, first: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], slot_lengths: Sequence[int]
@@ -237,7 +238,7 @@ class DecodeGraphs:
             "kv_lengths": lengths[1, :batch],
             "last_token": torch.zeros(batch, dtype=torch.int64, device=device),
         }
-        outputs = _outputs(engine, batch, 1)
+        outputs = {name: tensor[:batch] for name, tensor in self._outputs.items()}
         context.prepare(inputs, outputs, _cache_tensors(self._cache, 0, batch))
         self._graphs[batch] = _Graph(context, inputs, lengths, outputs, activations)
         return self._graphs[batch]

@@ -188,7 +188,7 @@ class Preprocessor:
         if kernels == "torch":
             return plain
         if kernels == "auto" and not triton_is_installed():
-            _log.warning("Triton is not installed; PyTorch preprocesses instead, in many kernels an image")
+            _log.warning("Triton is not installed; PyTorch preprocesses instead, in many kernels")
             return plain
         fused = TritonWriter(self.config, staging, floats=plain)
         try:
@@ -200,7 +200,10 @@ class Preprocessor:
                 raise EngineError(
                     f'kernels="triton": Triton cannot compile for this GPU: {reason}; leave it at "auto"'
                 ) from error
-            _log.warning("Triton cannot compile for this GPU (%s); PyTorch preprocesses instead, in many kernels an image", reason)
+            _log.warning(
+                "Triton cannot compile for this GPU (%s); PyTorch preprocesses instead, in many kernels",
+                reason,
+            )
             return plain
         return fused
 

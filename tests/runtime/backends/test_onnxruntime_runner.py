@@ -119,5 +119,5 @@ def test_fp32_on_a_gpu_is_not_tf32(opened):
 
 def test_a_provider_that_does_not_start_is_no_silent_cpu(opened):
     """ONNX Runtime goes on with the other providers, and computes on the CPU."""
-    with pytest.raises(EngineError, match="device cuda:1: .* could not start its CUDA provider.*--device cpu"):
+    with pytest.raises(EngineError, match=r"device cuda:1: .* could not start its CUDA provider.*--device cpu"):
         opened(["CPUExecutionProvider"])

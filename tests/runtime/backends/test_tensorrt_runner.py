@@ -24,12 +24,12 @@ from qwen2vl_trt.errors import EngineError, LimitError
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.backends.tensorrt_runner import TensorRTDecoder
 from qwen2vl_trt.windows import window_layout
-from tests.support import fake_tensorrt
+from tests.support import fake_cuda, fake_tensorrt
 from tests.support.engine_folders import (
     PROFILE,
     build,
     build_fake_tensorrt,
-    use_fake_tensorrt,
+    fake_tensorrt_runtime,
     write_checkpoint,
     write_manifest,
     write_plans,
@@ -65,9 +65,10 @@ def reference(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture
-def fake(request, monkeypatch):
+def fake(request):
     """The fake runtime in the place of TensorRT and of the GPU; an indirect parameter makes it TensorRT for RTX."""
-    return use_fake_tensorrt(monkeypatch, getattr(request, "param", "tensorrt"))
+    with fake_tensorrt_runtime(getattr(request, "param", "tensorrt")) as module:
+        yield module
 
 
 def opened(folder, cuda_graphs=True):
@@ -377,6 +378,61 @@ class TestVision:
         layout = window_layout(((1, 4, 4),), config)
         pixels = torch.ones(*layout.sequence_position.shape, config.qwen2_vl_dim)
         assert torch.equal(engines.vision(pixels.to(torch.bfloat16), layout), engines.vision(pixels, layout))
+
+
+class TestStreams:
+    """The stand-in finds what a GPU might do in another order, and addresses that TensorRT does not take."""
+
+    def pixels(self, engines):
+        """Of one window, the second of two: 256 bytes do not divide where it begins."""
+        config = engines.checkpoint.config.vision
+        layout = window_layout(((1, 4, 4),), config)
+        windows, patches = layout.sequence_position.shape
+        assert windows == 1
+        return torch.ones(2 * patches * config.qwen2_vl_dim + 1)[1:].view(2, patches, -1)[1:], layout
+
+    def test_vision_and_decoder_have_streams_of_their_own(self, fake, folder):
+        """Where both have work, the GPU takes the decoder's first."""
+        engines = opened(folder)
+        vision, decoder = (engine._engine.device._stream for engine in (engines.vision, engines.decoder))
+        assert vision is not decoder
+        assert (vision.priority, decoder.priority) == (0, -1)
+
+    def test_what_is_not_aligned_is_copied(self, fake, folder, monkeypatch):
+        engines = opened(folder)
+        pixels, layout = self.pixels(engines)
+        assert pixels.data_ptr() % 256
+        assert torch.equal(engines.vision(pixels, layout), engines.vision(pixels.clone(), layout))
+        monkeypatch.setattr(fake_tensorrt.CpuDevice, "alignment", 1)
+        with pytest.raises(EngineError, match=r"pixel_values cannot lie at .*, which is no multiple of 256"):
+            engines.vision(pixels, layout)
+
+    @pytest.mark.parametrize("missing", ["the runner waits for its caller", "the caller waits for the runner"])
+    def test_a_wait_that_is_missing_is_found(self, fake, folder, monkeypatch, missing):
+        engines = opened(folder)
+        pixels, layout = self.pixels(engines)
+        stream, wait = engines.vision._engine.device._stream, fake_cuda.Stream.wait_stream
+
+        def waits(self, other):
+            if (self is stream) != missing.startswith("the runner"):
+                wait(self, other)
+
+        monkeypatch.setattr(fake_cuda.Stream, "wait_stream", waits)
+        with pytest.raises(AssertionError, match="nothing orders that after"):
+            engines.vision(pixels, layout).sum()
+        del pixels
+        fake_cuda.FakeCuda.active.freed_early.clear()
+
+    def test_memory_that_another_stream_still_reads_is_found(self, fake):
+        cuda, other = fake_cuda.FakeCuda.active, torch.cuda.Stream()
+        read = torch.ones(3)
+        other.wait_stream(cuda.current)
+        with torch.cuda.stream(other):
+            read.sum()
+        del read
+        (found,) = cuda.freed_early
+        assert found.startswith("12 bytes")
+        cuda.freed_early.clear()
 
 
 class TestRefused:
