@@ -107,6 +107,8 @@ def run_bound(session: ort.InferenceSession, inputs: dict[str, Tensor], outputs:
 class OrtVision:
     """See :class:`qwen2vl_trt.runtime.backends.runners.VisionRunner`."""
 
+    padded = True
+
     def __init__(self, session: ort.InferenceSession, device: torch.device) -> None:
         self._session, self._device = session, device
         self._width: int = session.get_outputs()[0].shape[1]

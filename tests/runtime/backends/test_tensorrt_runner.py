@@ -309,6 +309,32 @@ class TestDecoder:
         ):
             decoder.step(*self.random_step(decoder, torch.Generator(), 0, 2, 1, [0, 0]))
 
+    def with_lengths(self, folder, tmp_path):
+        return copied(folder, tmp_path / "engines", options={"attention_mask": "lengths"})
+
+    def test_attention_that_keeps_to_its_lengths(self, fake, folder, tmp_path):
+        """As the stand-in's does; a plan that was built for a mask is not tried."""
+        decoder = opened(self.with_lengths(folder, tmp_path)).decoder
+        assert sum(context._runs for context in decoder._engine.handle._contexts) > 0
+        assert not any(cache.any() for cache in (*decoder.cache.k, *decoder.cache.v))
+        assert decoder._slot_lengths == [0] * decoder.slots
+        assert not opened(folder).decoder._engine.handle._contexts
+
+    @pytest.mark.parametrize("profile", [0, 1], ids=["in prompts", "in decode steps"])
+    def test_attention_beyond_its_lengths_is_refused(self, fake, folder, tmp_path, monkeypatch, profile):
+        """As TensorRT 11.1's is reported to be, for some GPUs."""
+        run = fake_tensorrt._Work.__call__
+
+        def longer(self):
+            if self.context._profile == profile and "kv_lengths" in self.addresses:
+                lengths = fake_tensorrt._at(self.addresses["kv_lengths"], self.shapes["kv_lengths"], np.int64)
+                lengths += 2
+            run(self)
+
+        monkeypatch.setattr(fake_tensorrt._Work, "__call__", longer)
+        with pytest.raises(EngineError, match=r"attention does not keep to its lengths .* --attention-mask explicit"):
+            _ = opened(self.with_lengths(folder, tmp_path)).decoder
+
     def test_names_of_layers_are_markers_enough(self, fake, folder):
         decoder = opened(folder).decoder
         decoder.step(*self.random_step(decoder, torch.Generator(), 0, 2, 1, [0, 0]))
