@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops import missing_arguments
+
 logger = logging.getLogger(__name__)
 
 
@@ -150,13 +152,19 @@ _TOLERANCE = 0.05
 
 
 def _holds(what: str, device: torch.device, differs: Callable[[], Tensor]) -> bool:
-    try:
-        with torch.no_grad():
-            difference = float(differs())
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-        logger.info("no fused %s on %s: %s", what, device, " ".join(str(error).split())[:200])
-        return False
-    if not difference < _TOLERANCE:
-        logger.warning("fused %s on %s is wrong by %.3g; it is left out, which costs time", what, device, difference)
-        return False
-    return True
+    reason = missing_arguments("_flash_attention_forward", "cum_seq_q", "cum_seq_k", "seqused_k", "block_table")
+    if reason is None:
+        try:
+            with torch.no_grad():
+                difference = float(differs())
+            reason = None if difference < _TOLERANCE else f"it is wrong by {difference:.3g}"
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+    if reason is not None:
+        logger.warning(
+            "no fused %s on %s, which costs time and memory (padding is computed too, under a mask): %s",
+            what,
+            device,
+            reason,
+        )
+    return reason is None

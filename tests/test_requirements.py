@@ -59,3 +59,10 @@ def test_constraints_are_allowed(name):
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-gpu"])
 def test_onnx_runtime_is_required_as_sessions_check_it(name):
     assert lowest(requirements("gpu")[name]).release == BACKENDS["onnxruntime"].oldest
+
+
+def test_pytorch_is_no_newer_than_what_was_tried():
+    """Its private operators are used, and a release may change them."""
+    bound = next(Version(one.version) for one in requirements()["torch"].specifier if one.operator == "<")
+    tried = constraints("constraints.txt")["torch"]
+    assert bound.release == (tried.major, tried.minor + 1)

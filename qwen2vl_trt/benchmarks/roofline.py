@@ -18,6 +18,7 @@ from torch import nn
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.engines.precision import Precision
+from qwen2vl_trt.ops import scaled_mm
 from qwen2vl_trt.planning import counts
 from qwen2vl_trt.runtime.backends import onednn
 
@@ -179,12 +180,12 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def _fp8_rate(device: torch.device) -> float | None:
-    """Of ``torch._scaled_mm``, one scale a tensor, as :class:`qwen2vl_trt.layers.FP8Linear` has them."""
+    """Of :func:`~qwen2vl_trt.ops.scaled_mm`, one scale a tensor, as :class:`qwen2vl_trt.layers.FP8Linear` has them."""
     best = 0.0
     for m, k, n in _CUDA_PRODUCTS:
         x, weight = (torch.randn(rows, k, device=device).to(torch.float8_e4m3fn) for rows in (m, n))
         scale = torch.ones((), device=device)
-        product = partial(torch._scaled_mm, x, weight.t(), scale, scale, out_dtype=torch.bfloat16)
+        product = partial(scaled_mm, x, weight, scale, scale, None, torch.bfloat16)
         try:
             best = max(best, 2 * m * k * n / best_seconds(product, device))
         except (RuntimeError, NotImplementedError):  # compute capability below 8.9

@@ -70,16 +70,44 @@ def open_session(
             raise EngineError(
                 f"device {device}: this ONNX Runtime ({', '.join(ort.get_available_providers())}) has none"
             )
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
+        # TF32, which the provider uses by default, is off by 1e-3: FP32 here means FP32, as it does in PyTorch.
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": 0}))
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        return ort.InferenceSession(model or path, options, providers=providers)
+        session = ort.InferenceSession(model or path, options, providers=providers)
     except Exception as error:  # pybind exceptions without a common public base
         raise EngineError(f"{path} does not load in ONNX Runtime: {' '.join(str(error).split())}") from None
+    if device.type == "cuda" and "CUDAExecutionProvider" not in session.get_providers():  # it went on without
+        raise EngineError(
+            f"device {device}: ONNX Runtime {ort.__version__} could not start its CUDA provider, and says why on stderr"
+            " (most often CUDA or cuDNN of another version). Mend that, or run on the CPU (--device cpu)."
+        )
+    return session
+
+
+def run_bound(session: ort.InferenceSession, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+    """Run a graph from tensors to tensors, bound by address; all contiguous, on the session's device.
+
+    On CUDA a session computes on a stream of its own, which knows nothing of PyTorch's: so the host first waits for the
+    current stream, on which inputs may still be written and outputs' memory still be read. It returns after the
+    session's stream has ended, which is ONNX Runtime's default (``disable_synchronize_execution_providers``). The
+    option ``user_compute_stream`` would fix one stream at load, and vision and decoder run on whichever is current;
+    ``IOBinding.synchronize_inputs`` waits for the whole device, or for nothing, as the provider pleases.
+    """
+    binding = session.io_binding()
+    for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+        for name, tensor in tensors.items():
+            device, dtype = tensor.device, _NUMPY[tensor.dtype]
+            bind(name, device.type, device.index or 0, dtype, tuple(tensor.shape), tensor.data_ptr())
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    session.run_with_iobinding(binding)
 
 
 class OrtVision:
     """See :class:`qwen2vl_trt.runtime.backends.runners.VisionRunner`."""
+
+    padded = True
 
     def __init__(self, session: ort.InferenceSession, device: torch.device) -> None:
         self._session, self._device = session, device
@@ -87,13 +115,9 @@ class OrtVision:
         self._indices = cached_layouts(self._index_tensors)
 
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
-        binding = self._session.io_binding()
         inputs = {"pixel_values": pixel_values.to(self._device).contiguous(), **self._indices(layout)}
-        for name, tensor in inputs.items():
-            _bind(binding.bind_input, name, tensor)
         embeds = torch.empty(len(layout.merge_index), self._width, dtype=pixel_values.dtype, device=self._device)
-        _bind(binding.bind_output, "image_embeds", embeds)
-        self._session.run_with_iobinding(binding)
+        run_bound(self._session, inputs, {"image_embeds": embeds})
         return embeds
 
     def _index_tensors(self, layout: WindowLayout) -> dict[str, Tensor]:
@@ -128,21 +152,14 @@ class OrtDecoder:
             name: tensor.to(self._device).contiguous()
             for name, tensor in step_inputs(inputs_embeds, position_ids, starts).items()
         }
-        logits = torch.empty(batch, self._vocab_size, device=self._device)
-        states = torch.empty_like(inputs["inputs_embeds"]) if hidden else None
-
-        binding = self._session.io_binding()
-        for name, tensor in inputs.items():
-            _bind(binding.bind_input, name, tensor)
-        _bind(binding.bind_output, "logits", logits)
-        if states is not None:
-            _bind(binding.bind_output, "hidden_states", states)
+        outputs = {"logits": torch.empty(batch, self._vocab_size, device=self._device)}
+        if hidden:
+            outputs["hidden_states"] = torch.empty_like(inputs["inputs_embeds"])
         for names, caches in zip(self._cache_names, self.cache.rows(first_slot, batch)):
             for name, cache in zip(names, caches):
-                _bind(binding.bind_input, name, cache)
-                _bind(binding.bind_output, f"new_{name}", cache)
-        self._session.run_with_iobinding(binding)
-        return Step(logits, states)
+                inputs[name] = outputs[f"new_{name}"] = cache
+        run_bound(self._session, inputs, outputs)
+        return Step(outputs["logits"], outputs.get("hidden_states"))
 
     def reset(self) -> None:
         self.cache.reset()
@@ -150,8 +167,3 @@ class OrtDecoder:
     def warm_up(self, chunk: int, longest: int) -> None:
         """Runs the smallest and the largest batch; there are no graphs to capture."""
         run_steps(self, chunk, {1, self.slots})
-
-
-def _bind(bind: object, name: str, tensor: Tensor) -> None:
-    device = tensor.device
-    bind(name, device.type, device.index or 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())  # type: ignore[operator]

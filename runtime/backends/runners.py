@@ -24,7 +24,14 @@ from .common import KVCache
 
 
 class VisionRunner(Protocol):
-    """Runs the vision engine."""
+    """Runs the vision engine.
+
+    Attributes:
+        padded: attention costs as much for each sequence of a call as for the longest.
+    """
+
+    @property
+    def padded(self) -> bool: ...
 
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
         """Embed one packed batch: ``[W, S, qwen2_vl_dim]`` on the runner's device to ``[T, C]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from qwen2vl_trt.errors import EngineError
 
 from .tensorrt_tensors import ALIGNMENT, EngineTensor, check_tensors, expected_tensors, format_bytes, streaming_budget
 
+logger = logging.getLogger(__name__)
+
 ReportLayer = Callable[[str, float], None]
 
 
@@ -31,20 +34,24 @@ class CudaDevice:
     Runners enqueue on this stream alone, so that execution contexts and their memory are never used concurrently.
     Tests replace this class by one for the CPU.
 
+    Args:
+        device: a GPU.
+        priority: of the stream; where work of several waits, the GPU takes that of the lowest number first.
+
     Raises:
         EngineError: not a GPU.
     """
 
     alignment = ALIGNMENT
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
         if device.type != "cuda":
             raise EngineError(
                 f"TensorRT engines run on an NVIDIA GPU, not on {device}; build for --backend onnxruntime or torch to"
                 " run there"
             )
         self.torch_device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device, priority)
 
     @property
     def name(self) -> str:
@@ -177,6 +184,14 @@ def stream_weights(engine: Engine, reserved: int = 0) -> bool:
         activations = sum(handle.get_device_memory_size_for_profile_v2(profile) for profile in profiles)
         budget = streaming_budget(streamable, engine.device.free_memory(), activations + reserved)
         _set_budget(engine, budget)
+    if budget < streamable:
+        logger.warning(
+            "%s engine: %s of %s weights do not fit on the GPU and are copied to it in every call, without CUDA graphs,"
+            " which costs time. Free GPU memory, or rebuild with a smaller --max-batch-size or --max-seq-len.",
+            engine.name,
+            format_bytes(streamable - budget),
+            format_bytes(streamable),
+        )
     return budget < streamable
 
 

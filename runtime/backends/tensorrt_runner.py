@@ -44,13 +44,63 @@ def load_vision(engines: Engines) -> TensorRTVision:
     return TensorRTVision(_load(engines, "vision"))
 
 
+_PROBE = 9
+"""Tokens of the prompt that :func:`check_lengths` reads."""
+
+_TOLERANCE = 0.05
+"""Relative, of logits: other shapes in BF16 differ by less; keys that should not be seen change all of it."""
+
+
 def load_decoder(engines: Engines) -> TensorRTDecoder:
-    """Raises as :func:`qwen2vl_trt.runtime.backends.tensorrt_engine.load_engine`, or if the cache does not fit."""
-    return TensorRTDecoder(_load(engines, "decoder"), engines.checkpoint, engines.manifest.profile)
+    """Raises as :func:`qwen2vl_trt.runtime.backends.tensorrt_engine.load_engine` and :func:`check_lengths`, or if the
+    cache does not fit.
+    """
+    decoder = TensorRTDecoder(_load(engines, "decoder"), engines.checkpoint, engines.manifest.profile)
+    if engines.manifest.options.get("attention_mask") == "lengths":
+        check_lengths(decoder, engines.manifest.profile.max_input_len)
+    return decoder
+
+
+def check_lengths(decoder: TensorRTDecoder, max_input_len: int) -> None:
+    """Try on a few tokens whether attention keeps to the lengths that it is given; the cache is zero afterwards.
+
+    TensorRT 11.1 and 11.2 are reported not to (docs/design/tensorrt.md). What lies beyond the lengths must not matter,
+    in prompts and in decode steps, nor must it whether a prompt is read at once or in two chunks.
+
+    Raises:
+        EngineError: it does not.
+    """
+    tokens = list(range(min(_PROBE, max_input_len)))
+    part = len(tokens) // 2
+
+    def logits(chunks: list[list[int]], beyond: float) -> Tensor:
+        for cache in (*decoder.cache.k, *decoder.cache.v):
+            cache.fill_(beyond)
+        start, found = 0, []
+        for chunk in filter(None, chunks):
+            positions = torch.arange(start, start + len(chunk)).expand(3, 1, -1)
+            found.append(decoder.step(0, decoder.embed(chunk)[None], positions, [start]).logits.float().clone())
+            start += len(chunk)
+        return torch.stack(found[-2:])
+
+    expected = logits([tokens, [0]], 0.0)
+    for what, found in (
+        ("what lies beyond them", logits([tokens, [0]], 4.0)),
+        ("chunks", logits([tokens[:part], tokens[part:], [0]], 0.0)),
+    ):
+        difference = float((found - expected).norm() / expected.norm())
+        if not difference < _TOLERANCE:
+            raise EngineError(
+                f"decoder engine: attention does not keep to its lengths in this TensorRT on this GPU: {what} changes"
+                f" logits by {difference:.3g} of their size. Rebuild with --attention-mask explicit."
+            )
+    for cache in (*decoder.cache.k, *decoder.cache.v):
+        cache.zero_()
+    decoder.reset()
 
 
 def _load(engines: Engines, name: str) -> Engine:
-    device = CudaDevice(engines.device)
+    device = CudaDevice(engines.device, -1 if name == "decoder" else 0)  # answers under way before new images
     return load_engine(engines.folder, name, engines.manifest, engines.checkpoint.config, device)
 
 
@@ -89,6 +139,8 @@ class _Contexts:
 
 class TensorRTVision:
     """See :class:`qwen2vl_trt.runtime.backends.runners.VisionRunner`."""
+
+    padded = True
 
     def __init__(self, engine: Engine) -> None:
         stream_weights(engine)
@@ -197,6 +249,7 @@ class DecodeGraphs:
         self._engine, self._cache, self._profile = engine, cache, profile
         self._graphs: dict[int, _Graph] = {}
         self._memory = ActivationMemory(engine.device.torch_device)
+        self._outputs = _outputs(engine, cache.slots, 1)  # memory of the caller's stream, which reads them
 
     def step(
         self, first: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], slot_lengths: Sequence[int]
@@ -237,7 +290,7 @@ class DecodeGraphs:
             "kv_lengths": lengths[1, :batch],
             "last_token": torch.zeros(batch, dtype=torch.int64, device=device),
         }
-        outputs = _outputs(engine, batch, 1)
+        outputs = {name: tensor[:batch] for name, tensor in self._outputs.items()}
         context.prepare(inputs, outputs, _cache_tensors(self._cache, 0, batch))
         self._graphs[batch] = _Graph(context, inputs, lengths, outputs, activations)
         return self._graphs[batch]

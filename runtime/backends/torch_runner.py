@@ -54,6 +54,8 @@ _COMPILE_TOKENS = 256
 class TorchVision:
     """See :class:`qwen2vl_trt.runtime.backends.runners.VisionRunner`."""
 
+    padded = False  # on a CPU, see ops.ragged_attention
+
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         with torch.device("meta"):
             self.module = VisionTransformer(checkpoint.config.vision).eval()
@@ -93,6 +95,7 @@ class CudaVision(TorchVision):
         super().__init__(checkpoint, dtype, device)
         config = self.module.config
         self._packs = has_packed_attention(device, dtype, config.num_heads, config.head_dim)
+        self.padded = not self._packs
         indices = _packed_indices if self._packs else _padded_indices
         self._indices = cached_layouts(partial(indices, config=config, device=device))
         if compiled:

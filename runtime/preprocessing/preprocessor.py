@@ -185,7 +185,10 @@ class Preprocessor:
             return CpuWriter(self.config)
         staging = Staging(self.device, memory_limit)
         plain = TorchWriter(self.config, staging)
-        if kernels == "torch" or (kernels == "auto" and not triton_is_installed()):
+        if kernels == "torch":
+            return plain
+        if kernels == "auto" and not triton_is_installed():
+            _log.warning("Triton is not installed; PyTorch preprocesses instead, in many kernels")
             return plain
         fused = TritonWriter(self.config, staging, floats=plain)
         try:
@@ -197,7 +200,10 @@ class Preprocessor:
                 raise EngineError(
                     f'kernels="triton": Triton cannot compile for this GPU: {reason}; leave it at "auto"'
                 ) from error
-            _log.warning("Triton cannot compile for this GPU (%s); PyTorch preprocesses instead", reason)
+            _log.warning(
+                "Triton cannot compile for this GPU (%s); PyTorch preprocesses instead, in many kernels",
+                reason,
+            )
             return plain
         return fused
 

@@ -52,8 +52,8 @@ class SideStream:
 
     @classmethod
     def beside(cls, device: torch.device) -> SideStream:
-        """One with a stream of its own on CUDA, without one elsewhere."""
-        return cls(device, torch.cuda.Stream(device) if device.type == "cuda" else None)
+        """One with a stream of its own, of the lowest priority, on CUDA; without one elsewhere."""
+        return cls(device, torch.cuda.Stream(device, priority=0) if device.type == "cuda" else None)
 
     @contextmanager
     def work(self, reads: object = None) -> Iterator[ReadyEvent]:

@@ -113,6 +113,8 @@ def _words(vision: str) -> str:
 class _LazyVision:
     """Features of images need it, and prompts whose embeddings are handed over; other prompts do not."""
 
+    padded = True  # with vision_backend tensorrt; torch's loses a call or two by it
+
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
         self._runner: VisionRunner | None = None

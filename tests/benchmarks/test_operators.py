@@ -7,7 +7,7 @@ from qwen2vl_trt.benchmarks.engines import EngineOptions
 from qwen2vl_trt.benchmarks.operators import ITERATIONS, Profiler
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.preprocessing.preprocessor import PreprocessorSettings
-from tests.support.engine_folders import PROFILE, build_fake_tensorrt, use_fake_tensorrt, write_checkpoint
+from tests.support.engine_folders import PROFILE, build_fake_tensorrt, fake_tensorrt_runtime, write_checkpoint
 
 pytest.importorskip("onnxruntime", reason="it computes what the engines would")
 
@@ -27,12 +27,12 @@ def folder(tmp_path_factory):
         ("pipeline", "56x84,batch:1,generate:3", {"image_embeds": 1, "logits": 1 + 2}),
     ],
 )
-def test_tensorrts_layers_are_counted_once_a_call(folder, monkeypatch, stage, shape, calls):
-    use_fake_tensorrt(monkeypatch)
+def test_tensorrts_layers_are_counted_once_a_call(folder, stage, shape, calls):
     checkpoint = open_engines(folder, "cpu").checkpoint
     settings = PreprocessorSettings.from_folder(checkpoint.folder)
     (case,) = cases([stage], [Shape.parse(shape)], Limits(PROFILE, checkpoint.config.vision, settings))
-    operators = Profiler().operators(EngineOptions(folder, "cpu"), case)
+    with fake_tensorrt_runtime():
+        operators = Profiler().operators(EngineOptions(folder, "cpu"), case)
     found = {operator.name: operator for operator in operators}
     for output, count in calls.items():
         operator = found[f"layer of {output}"]

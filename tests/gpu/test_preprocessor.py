@@ -15,6 +15,7 @@ from qwen2vl_trt.runtime.inputs.images import load_image
 from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
 from qwen2vl_trt.runtime.preprocessing.triton_writer import TritonWriter, triton_is_installed
 from tests.support.pictures import CONFIG, TINY, TINY_SETTINGS, in_form, mixes, natural
+from tests.support.thorough import often
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 
@@ -39,19 +40,27 @@ def pictures(seed=0):
 
 
 def events_of(call):
-    """What the GPU did in a call: names of kernels and copies."""
+    """What the GPU did in a call: names of kernels and copies. Skips where the profiler sees nothing of it."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
         call()
         torch.cuda.synchronize()
-    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    if not any(_is_kernel(name) for name in events):
+        pytest.skip("PyTorch's profiler sees no kernels here (CUPTI)")
+    return events
+
+
+def _is_kernel(name):
+    """Not a copy, a fill, or the profiler's own work."""
+    return not name.startswith(("Memcpy", "Memset", "Activity Buffer", "Lazy Function"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 class TestEqualsTheCpu:
     """Bit for bit from 8-bit pixels."""
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=often(20, 200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(mixes(), st.booleans())
     def test_mixes(self, kernels, dtype, mix, on_gpu):
         expected = Preprocessor(TINY, TINY_SETTINGS, dtype=dtype).preprocess(mix.images, mix.videos).pixel_values
@@ -102,11 +111,12 @@ class TestWithoutWaiting:
 
     def test_it_returns_while_the_gpu_is_busy(self, kernels):
         preprocessor = Preprocessor(CONFIG, None, "cuda", torch.bfloat16, kernels=kernels)
-        expected = [preprocessor.preprocess(pictures(seed)).pixel_values.clone() for seed in (0, 50)]
+        batches = [pictures(seed) for seed in (0, 50)]  # which takes as long as the GPU is busy
+        expected = [preprocessor.preprocess(batch).pixel_values.clone() for batch in batches]
         torch.cuda.synchronize()
         torch.cuda._sleep(4_000_000_000)  # cycles: some two seconds
         slept = torch.cuda.current_stream().record_event()
-        found = [preprocessor.preprocess(pictures(seed)).pixel_values for seed in (0, 50)]
+        found = [preprocessor.preprocess(batch).pixel_values for batch in batches]
         assert not slept.query()
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)
@@ -146,12 +156,13 @@ class TestWithoutWaiting:
         images = [image.cuda() for image in pictures()] * 4
         preprocessor.preprocess(images)
         events = events_of(lambda: preprocessor.preprocess(images))
-        assert sum("resize_rows" in name for name in events) == 1
-        assert sum("write_windows" in name for name in events) == 1
-        assert len(events) <= 4  # and a copy or two of what describes the images
+        kernels = [name for name in events if _is_kernel(name)]
+        assert ["resize_rows" in name for name in kernels] == [True, False], kernels
+        assert ["write_windows" in name for name in kernels] == [False, True]
+        assert sum("HtoD" in name for name in events) <= 2  # what describes the images
 
     def test_memory_stays(self, kernels):
-        limit = 1 << 24
+        limit, slack = 1 << 24, 1 << 23  # PyTorch's allocator leaves up to 1 MB of a block unsplit, in each of several
         gc.collect()
         before = torch.cuda.memory_allocated()  # by other tests
         preprocessor = Preprocessor(CONFIG, None, "cuda", kernels=kernels, memory_limit=limit)
@@ -161,8 +172,8 @@ class TestWithoutWaiting:
             preprocessor.preprocess([*pictures(seed), natural(2160, 3840, seed)], out=memory)
             torch.cuda.synchronize()
             held.append(torch.cuda.memory_allocated() - before)
-        assert held[-1] <= held[1]
-        assert held[-1] - memory.nbytes <= 2 * limit + (1 << 20)
+        assert held[-1] <= held[1] + slack
+        assert held[-1] - memory.nbytes <= 2 * limit + slack
 
 
 @pytest.mark.skipif(

@@ -134,11 +134,14 @@ def test_fp8_products_equal_dequantised_ones(monkeypatch, dtype, bias):
     expected = layer(x)
     products = []
     scaled_mm = torch._scaled_mm
-    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **others: products.append(1) or scaled_mm(*args, **others))
+    monkeypatch.setattr(
+        torch, "_scaled_mm", lambda *args, **others: products.append(others) or scaled_mm(*args, **others)
+    )
     monkeypatch.setattr(ops, "has_scaled_mm", lambda device: True)
     assert relative_error(layer(x), expected) <= 2 * BF16_STEP  # of the product, and with the bias
     assert layer(x).shape == (2, 5, 32)
     assert products
+    assert all(others["use_fast_accum"] for others in products)
     products.clear()
     odd = fp8(nn.Linear(48, 20, bias=bias, dtype=dtype))
     assert odd(x).shape == (2, 5, 20)

@@ -1,11 +1,14 @@
 """The three operators: each eager form against a naive loop, each exported form against the eager one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2vl_trt.ops import ragged_attention, rotate, update_cache
+from qwen2vl_trt import ops
+from qwen2vl_trt.ops import has_scaled_mm, ragged_attention, rotate, update_cache
 from tests.support.models import relative_error
 
 
@@ -147,3 +150,37 @@ def test_the_exported_form_is_one_node_each_and_equals_the_eager_form():
     assert relative_error(found[0], expected[0]) < 1e-5
     assert relative_error(found[1], expected[1]) < 1e-6
     assert torch.equal(cache, randn(2, 2, 9, 8, seed=2)), "the exported form copies the cache"
+
+
+class TestFP8Products:
+    """Where they are not, FP8 layers are dequantised in every call, and the log says so."""
+
+    @pytest.fixture(autouse=True)
+    def _gpu(self, monkeypatch):
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, device.index))
+        has_scaled_mm.cache_clear()
+        yield
+        has_scaled_mm.cache_clear()
+
+    def test_from_ada_on(self, caplog):
+        assert [has_scaled_mm(torch.device("cuda", minor)) for minor in (6, 9)] == [False, True]
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert "cuda:6 has no FP8 products" in record.message
+        assert "takes more time than BF16" in record.message
+
+    def test_not_on_a_cpu(self, caplog):
+        assert not has_scaled_mm(torch.device("cpu"))
+        assert not caplog.records
+
+    def test_an_operator_without_an_argument(self, monkeypatch, caplog):
+        """A later PyTorch's."""
+        arguments = [one for one in torch.ops.aten._scaled_mm.default._schema.arguments if one.name != "bias"]
+        operator = SimpleNamespace(default=SimpleNamespace(_schema=SimpleNamespace(arguments=arguments)))
+        monkeypatch.setattr(torch.ops.aten, "_scaled_mm", operator)
+        assert not has_scaled_mm(torch.device("cuda", 9))
+        assert "aten::_scaled_mm takes no bias" in caplog.text
+
+    def test_an_operator_that_is_gone(self):
+        assert "no operator aten::_no_such_product" in (ops.missing_arguments("_no_such_product", "bias") or "")

@@ -1,5 +1,7 @@
 """FlashAttention with a stand-in for the CUDA kernel: what it is asked, and that a wrong kernel is found out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,10 +70,24 @@ def test_pytorch_has_the_operator():
         assert varlen.packed_attention(k, k, k, torch.arange(3, dtype=torch.int32, device="cuda"), 2).shape == k.shape
 
 
-def test_no_kernel_here():
-    """PyTorch has the operator; on a CPU it raises, and that is an answer."""
+def test_no_kernel_here(caplog):
+    """PyTorch has the operator; on a CPU it raises, and that is an answer, with its cost."""
     assert not varlen.has_packed_attention(CPU, torch.bfloat16, 4, 32)
     assert not varlen.has_cache_attention(CPU, torch.bfloat16, 4, 2, 32)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert all("which costs time and memory" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("argument", ["seqused_k", "block_table"])
+def test_an_operator_without_an_argument_is_not_used(monkeypatch, caplog, argument):
+    """A later PyTorch's may have lost one of those that a cache needs."""
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    arguments = [one for one in schema.arguments if one.name != argument]
+    operator = SimpleNamespace(default=SimpleNamespace(_schema=SimpleNamespace(arguments=arguments)))
+    monkeypatch.setattr(varlen, "flash_attention", varlen_reference.flash_attention)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", operator)
+    assert not varlen.has_cache_attention(CPU, torch.bfloat16, 4, 2, 32)
+    assert f"aten::_flash_attention_forward takes no {argument}" in caplog.text
 
 
 def test_what_a_kernel_can(monkeypatch):

@@ -1,5 +1,7 @@
 """How many files one reads to follow a step, an image or a build; a limit that a new layer has to be worth."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +12,7 @@ from qwen2vl_trt.fused_ops import FusedOps
 from qwen2vl_trt.runtime.backends import torch_runner
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision
-from tests.support.engine_folders import PROFILE, build, build_fake_tensorrt, installed_backends, use_fake_tensorrt
+from tests.support.engine_folders import PROFILE, build, build_fake_tensorrt, fake_tensorrt_runtime, installed_backends
 from tests.support.files_crossed import files_crossed
 from tests.support.recorded_graph import RecordedGraphs
 from tests.support.varlen_reference import flash_attention
@@ -19,11 +21,18 @@ LIMITS = {"step": 19, "image": 21, "request": 41, "build": 31}
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 
 
-def on_torch(checkpoint, folder, monkeypatch):
+@pytest.fixture
+def stack():
+    with ExitStack() as stack:
+        yield stack
+
+
+def on_torch(checkpoint, folder, stack):
     return Pipeline.from_engine_dir(build(checkpoint, folder, "torch"), "cpu")
 
 
-def on_torch_as_on_cuda(checkpoint, folder, monkeypatch):
+def on_torch_as_on_cuda(checkpoint, folder, stack):
+    monkeypatch = stack.enter_context(pytest.MonkeyPatch.context())
     monkeypatch.setattr(varlen, "flash_attention", flash_attention)
     monkeypatch.setattr(torch_runner, "has_packed_attention", lambda *args: True)
     monkeypatch.setattr(torch_runner, "has_cache_attention", lambda *args: True)
@@ -35,20 +44,20 @@ def on_torch_as_on_cuda(checkpoint, folder, monkeypatch):
     return Pipeline(engines)
 
 
-def on_onnxruntime(checkpoint, folder, monkeypatch):
+def on_onnxruntime(checkpoint, folder, stack):
     pytest.importorskip("onnxruntime")
     return Pipeline.from_engine_dir(build(checkpoint, folder, "onnxruntime"), "cpu")
 
 
-def on_tensorrt(checkpoint, folder, monkeypatch):
+def on_tensorrt(checkpoint, folder, stack):
     pytest.importorskip("onnxruntime")
-    use_fake_tensorrt(monkeypatch, "tensorrt")
+    stack.enter_context(fake_tensorrt_runtime())
     return Pipeline.from_engine_dir(build_fake_tensorrt(checkpoint, folder), "cpu")
 
 
 @pytest.mark.parametrize("opened", [on_torch, on_torch_as_on_cuda, on_onnxruntime, on_tensorrt])
-def test_a_step_an_image_and_a_request(checkpoint, tmp_path, monkeypatch, opened):
-    pipeline = opened(checkpoint, tmp_path / "engines", monkeypatch)
+def test_a_step_an_image_and_a_request(checkpoint, tmp_path, stack, opened):
+    pipeline = opened(checkpoint, tmp_path / "engines", stack)
     path = tmp_path / "image.png"
     Image.new("RGB", (80, 60), "red").save(path)
     output = pipeline.submit(Request("What is it?", images=[path]), PARAMS)

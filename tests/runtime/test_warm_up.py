@@ -11,7 +11,7 @@ from qwen2vl_trt.errors import LimitError, MediaError
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision
 from tests.support import fake_tensorrt
-from tests.support.engine_folders import PROFILE, build_fake_tensorrt, use_fake_tensorrt
+from tests.support.engine_folders import PROFILE, build_fake_tensorrt, fake_tensorrt_runtime
 from tests.support.recorded_graph import RecordedGraphs
 
 CPU = torch.device("cpu")
@@ -124,19 +124,19 @@ def plans(checkpoint, tmp_path_factory):
 
 @pytest.mark.parametrize("module", ["tensorrt", "tensorrt_rtx"])
 def test_tensorrt_graphs_and_contexts(plans, pipelines, monkeypatch, module):
-    use_fake_tensorrt(monkeypatch, module)
     captures = []
     capture = fake_tensorrt.CpuDevice.capture
     monkeypatch.setattr(
         fake_tensorrt.CpuDevice, "capture", lambda self, enqueue: captures.append(1) or capture(self, enqueue)
     )
-    engines = open_engines(plans, "cpu")
-    pipeline = Pipeline(engines)
-    pipeline.warm_up(SIZES)
-    vision, decoder = engines.vision._engine.handle, engines.decoder._engine.handle
-    assert len(captures) == 3, "1, 2 and 4 slots"
-    assert [context._runs for context in vision._contexts] == [len(SIZES)]
-    assert {context._profile for context in decoder._contexts} == {0, 1}
-    made = len(decoder._contexts)
-    assert answers(pipeline) == answers(pipelines["torch"])
-    assert (len(captures), len(decoder._contexts), len(vision._contexts)) == (3, made, 1)
+    with fake_tensorrt_runtime(module):
+        engines = open_engines(plans, "cpu")
+        pipeline = Pipeline(engines)
+        pipeline.warm_up(SIZES)
+        vision, decoder = engines.vision._engine.handle, engines.decoder._engine.handle
+        assert len(captures) == 3, "1, 2 and 4 slots"
+        assert [context._runs for context in vision._contexts] == [len(SIZES)]
+        assert {context._profile for context in decoder._contexts} == {0, 1}
+        made = len(decoder._contexts)
+        assert answers(pipeline) == answers(pipelines["torch"])
+        assert (len(captures), len(decoder._contexts), len(vision._contexts)) == (3, made, 1)

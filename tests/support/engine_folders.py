@@ -1,6 +1,8 @@
 """Checkpoints in the tiny model's layout with random weights, and engines built from them."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +23,7 @@ from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.tiny.model import config_dict
 from qwen2vl_trt.tiny.tokenizer import write_processor_files
 from tests.support import fake_tensorrt
+from tests.support.fake_cuda import FakeCuda
 from tests.support.models import random_model, save_model
 
 PROFILE = BuildProfile(
@@ -84,9 +87,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     replace(manifest, files={file.name: BuiltFile.of(file) for file in files}).write(folder)
 
 
-def use_fake_tensorrt(monkeypatch: pytest.MonkeyPatch, name: str = "tensorrt") -> type:
-    """Put the fake runtime in the place of TensorRT, or TensorRT for RTX, and of the GPU; returns its module."""
+@contextmanager
+def fake_tensorrt_runtime(name: str = "tensorrt") -> Iterator[type]:
+    """Put the fake runtime in the place of TensorRT, or TensorRT for RTX, and of the GPU; yields its module.
+
+    Fails at what a GPU might do in another order, see :class:`FakeCuda`.
+    """
     module = fake_tensorrt.module(name)
-    monkeypatch.setattr(Backend, "load", lambda self: module)
-    monkeypatch.setattr(qwen2vl_trt.runtime.backends.tensorrt_runner, "CudaDevice", fake_tensorrt.CpuDevice)
-    return module
+    with pytest.MonkeyPatch.context() as monkeypatch, FakeCuda() as cuda:
+        monkeypatch.setattr(Backend, "load", lambda self: module)
+        monkeypatch.setattr(qwen2vl_trt.runtime.backends.tensorrt_runner, "CudaDevice", fake_tensorrt.CpuDevice)
+        cuda.install(monkeypatch)
+        yield module

@@ -1,8 +1,9 @@
 """TensorRT's runtime API over ONNX Runtime, on the CPU: what the runner binds, aliases and enqueues is really computed.
 
 Names, arguments and demands are those of the real bindings (``tests/runtime/backends/test_tensorrt_api.py`` compares
-them): a context runs only in a profile, with every shape set and within it, every tensor at an address, memory for the
-shapes it has, and an aliased output where its input is. Addresses are of CPU tensors.
+them): a context runs only in a profile, with every shape set and within it, every tensor at an aligned address, memory
+for the shapes it has, and an aliased output where its input is. Addresses are of CPU tensors;
+:mod:`tests.support.fake_cuda` checks in which order streams read and write them.
 """
 
 import ctypes
@@ -18,6 +19,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+
+from qwen2vl_trt.runtime.backends.tensorrt_engine import CudaDevice
+from tests.support.fake_cuda import ALIGNMENT, FakeCuda
 
 VERSION = "11.4.0.106"
 
@@ -195,6 +199,7 @@ class IExecutionContext:
     def set_device_memory(self, memory, size):
         assert self._needed is not None, "the size must be asked for after the shapes"
         assert size >= self._needed
+        assert memory % ALIGNMENT == 0, "memory for activations is not aligned"
         self._memory = memory
 
     def get_tensor_shape(self, name):
@@ -203,6 +208,8 @@ class IExecutionContext:
     def set_tensor_address(self, name, memory):
         if not memory or not self._engine._value(name):
             return False
+        if memory % ALIGNMENT:
+            return self._fail(f"{name} lies at {memory:#x}, which is no multiple of {ALIGNMENT}")
         self._addresses[name] = memory
         return True
 
@@ -230,7 +237,7 @@ class IExecutionContext:
             return self._fail("nothing was enqueued with these shapes before the capture")
         names = (*engine._inputs, *engine._outputs)
         shapes = {name: tuple(self.get_tensor_shape(name)) for name in names}
-        work = _Work(self, dict(self._addresses), shapes)
+        work = _Work(self, dict(self._addresses), shapes, self._memory)
         assert self.profiler is None or CpuDevice.capturing is None, "a captured layer has no time of its own"
         if CpuDevice.capturing is not None:
             CpuDevice.capturing.append(work)
@@ -247,11 +254,17 @@ class IExecutionContext:
 class _Work:
     """What was enqueued: addresses and shapes as they were then, whatever the context is told later."""
 
-    def __init__(self, context, addresses, shapes):
-        self.context, self.addresses, self.shapes = context, addresses, shapes
+    def __init__(self, context, addresses, shapes, memory):
+        self.context, self.addresses, self.shapes, self.memory = context, addresses, shapes, memory
 
     def __call__(self):
-        engine = self.context._engine
+        engine, cuda = self.context._engine, FakeCuda.active
+        assert cuda.current.cuda_stream == self.context._stream, "the stream is not the current one"
+        for name in engine._inputs:
+            cuda.read(self.addresses[name], name)
+        for name in engine._outputs:
+            cuda.write(self.addresses[name], name)
+        cuda.write(self.memory, "memory for activations")
         arrays = {
             name: _at(address, self.shapes[name], engine._numpy(name)) for name, address in self.addresses.items()
         }
@@ -319,16 +332,16 @@ def module(name="tensorrt", version=VERSION):
     return type("Module", (), attributes)
 
 
-class CpuDevice:
-    """In the place of :class:`qwen2vl_trt.runtime.backends.tensorrt_engine.CudaDevice`."""
+class CpuDevice(CudaDevice):
+    """In the place of :class:`qwen2vl_trt.runtime.backends.tensorrt_engine.CudaDevice`, within a :class:`FakeCuda`."""
 
-    alignment = 1
     name, compute_capability = "a GPU", "8.9"
     capturing = None
     free = 10**10
     captures = True
 
-    def __init__(self, device):
+    def __init__(self, device, priority=0):
+        super().__init__(torch.device("cuda"), priority)
         self.torch_device = device
 
     def free_memory(self):
@@ -341,16 +354,12 @@ class CpuDevice:
     def active(self):
         yield
 
-    @contextmanager
-    def stream(self):
-        yield 77
-
     def capture(self, enqueue):
         if not self.captures:
             raise RuntimeError("operation not permitted when stream is capturing")
         CpuDevice.capturing = works = []
         try:
-            enqueue(77)
+            enqueue(self._stream.cuda_stream)
         finally:
             CpuDevice.capturing = None
         return lambda: [work() for work in works]

@@ -108,7 +108,7 @@ def test_where_packing_fails_layers_stay_plain_and_answers_right(tmp_path, monke
 
 
 @pytest.mark.usefixtures("asked_anew")
-def test_an_operator_of_another_signature_is_left_out(monkeypatch):
+def test_an_operator_of_another_signature_is_left_out(monkeypatch, caplog):
     """Private operators may change with any release of torch."""
 
     def two_arguments(x, weight):
@@ -116,6 +116,9 @@ def test_an_operator_of_another_signature_is_left_out(monkeypatch):
 
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", two_arguments)
     assert not onednn.available(torch.float32)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "weights are reordered in every call" in record.message
 
 
 @pytest.mark.usefixtures("asked_anew")

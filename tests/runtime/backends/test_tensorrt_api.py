@@ -78,8 +78,8 @@ def test_the_stand_ins_enumerations_are_tensorrts(trt, enum):
 def test_the_stand_ins_device_is_the_runners():
     """What the runner asks of the CPU here, it can ask of a GPU."""
     knobs = {"capturing", "free", "captures"}
-    assert names(fake_tensorrt.CpuDevice) - knobs == names(CudaDevice)
-    for name in ("pinned", "capture", "stream", "active", "free_memory"):
+    assert names(fake_tensorrt.CpuDevice) - knobs < names(CudaDevice)
+    for name in ("__init__", "pinned", "capture", "active", "free_memory"):
         ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (fake_tensorrt.CpuDevice, CudaDevice))
         assert list(ours.parameters) == list(theirs.parameters)
 

@@ -24,12 +24,12 @@ from qwen2vl_trt.errors import EngineError, LimitError
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.backends.tensorrt_runner import TensorRTDecoder
 from qwen2vl_trt.windows import window_layout
-from tests.support import fake_tensorrt
+from tests.support import fake_cuda, fake_tensorrt
 from tests.support.engine_folders import (
     PROFILE,
     build,
     build_fake_tensorrt,
-    use_fake_tensorrt,
+    fake_tensorrt_runtime,
     write_checkpoint,
     write_manifest,
     write_plans,
@@ -65,9 +65,10 @@ def reference(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture
-def fake(request, monkeypatch):
+def fake(request):
     """The fake runtime in the place of TensorRT and of the GPU; an indirect parameter makes it TensorRT for RTX."""
-    return use_fake_tensorrt(monkeypatch, getattr(request, "param", "tensorrt"))
+    with fake_tensorrt_runtime(getattr(request, "param", "tensorrt")) as module:
+        yield module
 
 
 def opened(folder, cuda_graphs=True):
@@ -255,12 +256,15 @@ class TestDecoder:
         activations = sum(handle.get_device_memory_size_for_profile_v2(profile) for profile in range(2))
         return cache + activations + Checkpoint(folder).config.text.vocab_size * 128 * 4
 
-    def test_weight_streaming(self, fake, folder, monkeypatch):
+    def test_weight_streaming(self, fake, folder, monkeypatch, caplog):
         """Everything off the GPU, then as much back as all else leaves room for; no graph can hold what is streamed."""
         decoder = self.streaming(folder, monkeypatch, 10**9)
         handle = decoder._engine.handle
         assert handle._streams
         assert handle._budgets == [0, 20_000_000 - self.needed(handle, folder)]
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert re.search(r"decoder engine: 9\d\d\.\d MB of 1\.00 GB weights do not fit.* costs time", record.message)
         plain = opened(folder, cuda_graphs=False).decoder
         for start in range(3):
             step = self.random_step(decoder, torch.Generator().manual_seed(start), 0, 2, 1, [start, start])
@@ -304,6 +308,32 @@ class TestDecoder:
             EngineError, match="decoder engine: the memory that its shapes need is not known: shapes are"
         ):
             decoder.step(*self.random_step(decoder, torch.Generator(), 0, 2, 1, [0, 0]))
+
+    def with_lengths(self, folder, tmp_path):
+        return copied(folder, tmp_path / "engines", options={"attention_mask": "lengths"})
+
+    def test_attention_that_keeps_to_its_lengths(self, fake, folder, tmp_path):
+        """As the stand-in's does; a plan that was built for a mask is not tried."""
+        decoder = opened(self.with_lengths(folder, tmp_path)).decoder
+        assert sum(context._runs for context in decoder._engine.handle._contexts) > 0
+        assert not any(cache.any() for cache in (*decoder.cache.k, *decoder.cache.v))
+        assert decoder._slot_lengths == [0] * decoder.slots
+        assert not opened(folder).decoder._engine.handle._contexts
+
+    @pytest.mark.parametrize("profile", [0, 1], ids=["in prompts", "in decode steps"])
+    def test_attention_beyond_its_lengths_is_refused(self, fake, folder, tmp_path, monkeypatch, profile):
+        """As TensorRT 11.1's is reported to be, for some GPUs."""
+        run = fake_tensorrt._Work.__call__
+
+        def longer(self):
+            if self.context._profile == profile and "kv_lengths" in self.addresses:
+                lengths = fake_tensorrt._at(self.addresses["kv_lengths"], self.shapes["kv_lengths"], np.int64)
+                lengths += 2
+            run(self)
+
+        monkeypatch.setattr(fake_tensorrt._Work, "__call__", longer)
+        with pytest.raises(EngineError, match=r"attention does not keep to its lengths .* --attention-mask explicit"):
+            _ = opened(self.with_lengths(folder, tmp_path)).decoder
 
     def test_names_of_layers_are_markers_enough(self, fake, folder):
         decoder = opened(folder).decoder
@@ -374,6 +404,61 @@ class TestVision:
         layout = window_layout(((1, 4, 4),), config)
         pixels = torch.ones(*layout.sequence_position.shape, config.qwen2_vl_dim)
         assert torch.equal(engines.vision(pixels.to(torch.bfloat16), layout), engines.vision(pixels, layout))
+
+
+class TestStreams:
+    """The stand-in finds what a GPU might do in another order, and addresses that TensorRT does not take."""
+
+    def pixels(self, engines):
+        """Of one window, the second of two: 256 bytes do not divide where it begins."""
+        config = engines.checkpoint.config.vision
+        layout = window_layout(((1, 4, 4),), config)
+        windows, patches = layout.sequence_position.shape
+        assert windows == 1
+        return torch.ones(2 * patches * config.qwen2_vl_dim + 1)[1:].view(2, patches, -1)[1:], layout
+
+    def test_vision_and_decoder_have_streams_of_their_own(self, fake, folder):
+        """Where both have work, the GPU takes the decoder's first."""
+        engines = opened(folder)
+        vision, decoder = (engine._engine.device._stream for engine in (engines.vision, engines.decoder))
+        assert vision is not decoder
+        assert (vision.priority, decoder.priority) == (0, -1)
+
+    def test_what_is_not_aligned_is_copied(self, fake, folder, monkeypatch):
+        engines = opened(folder)
+        pixels, layout = self.pixels(engines)
+        assert pixels.data_ptr() % 256
+        assert torch.equal(engines.vision(pixels, layout), engines.vision(pixels.clone(), layout))
+        monkeypatch.setattr(fake_tensorrt.CpuDevice, "alignment", 1)
+        with pytest.raises(EngineError, match=r"pixel_values cannot lie at .*, which is no multiple of 256"):
+            engines.vision(pixels, layout)
+
+    @pytest.mark.parametrize("missing", ["the runner waits for its caller", "the caller waits for the runner"])
+    def test_a_wait_that_is_missing_is_found(self, fake, folder, monkeypatch, missing):
+        engines = opened(folder)
+        pixels, layout = self.pixels(engines)
+        stream, wait = engines.vision._engine.device._stream, fake_cuda.Stream.wait_stream
+
+        def waits(self, other):
+            if (self is stream) != missing.startswith("the runner"):
+                wait(self, other)
+
+        monkeypatch.setattr(fake_cuda.Stream, "wait_stream", waits)
+        with pytest.raises(AssertionError, match="nothing orders that after"):
+            engines.vision(pixels, layout).sum()
+        del pixels
+        fake_cuda.FakeCuda.active.freed_early.clear()
+
+    def test_memory_that_another_stream_still_reads_is_found(self, fake):
+        cuda, other = fake_cuda.FakeCuda.active, torch.cuda.Stream()
+        read = torch.ones(3)
+        other.wait_stream(cuda.current)
+        with torch.cuda.stream(other):
+            read.sum()
+        del read
+        (found,) = cuda.freed_early
+        assert found.startswith("12 bytes")
+        cuda.freed_early.clear()
 
 
 class TestRefused:

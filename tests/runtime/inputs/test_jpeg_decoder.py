@@ -19,6 +19,7 @@ from qwen2vl_trt.runtime.media.embedder import MediaEmbedder
 from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
 from tests.support import fake_nvimgcodec
 from tests.support.fake_nvimgcodec import lowered
+from tests.support.fake_vision import FakeEngine
 from tests.support.pictures import CONFIG, natural
 
 CPU = torch.device("cpu")
@@ -112,7 +113,7 @@ def test_the_preprocessor_decodes_with_it(codec):
 def test_the_pipelines_media_are_decoded_with_it(codec):
     preprocessor = Preprocessor(CONFIG)
     preprocessor._decoder = JpegDecoder(CPU)
-    media = MediaEmbedder(preprocessor, None, BuildProfile(min_hw_dims=4, max_hw_dims=1024), CONFIG)
+    media = MediaEmbedder(preprocessor, FakeEngine(), BuildProfile(min_hw_dims=4, max_hw_dims=1024), CONFIG)
     assert torch.equal(media.preprocessor.load_image(encoded(), "image 1").frames[0], lowered(encoded()))
 
 

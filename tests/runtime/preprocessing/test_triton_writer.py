@@ -198,10 +198,13 @@ class TestChoice:
     def test_torch_on_request(self):
         assert type(self.writer(kernels="torch")) is TorchWriter
 
-    def test_torch_where_triton_is_missing(self, monkeypatch):
+    def test_torch_where_triton_is_missing(self, monkeypatch, caplog):
         for place in (module, triton_writer):
             monkeypatch.setattr(place, "triton_is_installed", lambda: False)
         assert type(self.writer()) is TorchWriter
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert "Triton is not installed; PyTorch preprocesses" in record.message
         with pytest.raises(MissingDependencyError, match="pip install triton"):
             self.writer(kernels="triton")
 
