@@ -29,10 +29,11 @@ class Worker:
     Args:
         name: of what it runs, for messages.
         setup: returns the object; a module-level function or a ``functools.partial`` of one.
+        timeout: seconds that a call may take before its process is ended; None for any.
     """
 
-    def __init__(self, name: str, setup: Callable[[], Any]) -> None:
-        self.name, self._setup = name, setup
+    def __init__(self, name: str, setup: Callable[[], Any], timeout: float | None = None) -> None:
+        self.name, self._setup, self.timeout = name, setup, timeout
         self._process: Any = None
         self._broken: Qwen2VLError | None = None
 
@@ -58,8 +59,8 @@ class Worker:
         """Call a method of the object and return what it returns.
 
         Raises:
-            Qwen2VLError: as the method or ``setup`` raised it. BenchmarkError where the process died, or for another
-                exception.
+            Qwen2VLError: as the method or ``setup`` raised it. BenchmarkError where the process died, took too long, or
+                for another exception.
         """
         if self._broken is not None:
             raise self._broken
@@ -83,6 +84,10 @@ class Worker:
             raise
 
     def _answer(self) -> Any:
+        if not self._pipe.poll(self.timeout):
+            late = BenchmarkError(f"{self.name} has not ended within {self.timeout:.0f} s and was stopped")
+            self.__exit__(type(late), late, None)
+            raise late
         try:
             kind, value = self._pipe.recv()
         except EOFError:
