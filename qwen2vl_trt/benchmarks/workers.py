@@ -29,11 +29,15 @@ class Worker:
     Args:
         name: of what it runs, for messages.
         setup: returns the object; a module-level function or a ``functools.partial`` of one.
-        timeout: seconds that a call may take before its process is ended; None for any.
+
+    Attributes:
+        deadline: ``time.monotonic()`` at which the process of a call that has not ended is; None for never.
     """
 
-    def __init__(self, name: str, setup: Callable[[], Any], timeout: float | None = None) -> None:
-        self.name, self._setup, self.timeout = name, setup, timeout
+    deadline: float | None = None
+
+    def __init__(self, name: str, setup: Callable[[], Any]) -> None:
+        self.name, self._setup = name, setup
         self._process: Any = None
         self._broken: Qwen2VLError | None = None
 
@@ -84,8 +88,9 @@ class Worker:
             raise
 
     def _answer(self) -> Any:
-        if not self._pipe.poll(self.timeout):
-            late = BenchmarkError(f"{self.name} has not ended within {self.timeout:.0f} s and was stopped")
+        began = time.monotonic()
+        if not self._pipe.poll(None if self.deadline is None else max(self.deadline - began, 0.0)):
+            late = BenchmarkError(f"{self.name} was stopped after {time.monotonic() - began:.0f} s")
             self.__exit__(type(late), late, None)
             raise late
         try:
@@ -99,7 +104,8 @@ class Worker:
         if kind == "error":
             raise value
         if kind == "bug":
-            raise BenchmarkError(f"in the process of {self.name}: {value.splitlines()[-1]}") from RuntimeError(value)
+            said, trace = value
+            raise BenchmarkError(f"in the process of {self.name}: {said}") from RuntimeError(trace)
         return value
 
 
@@ -107,7 +113,7 @@ def _work(setup: Callable[[], Any], pipe: Connection, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     torch.set_num_threads(threads)
     target: Any = None
-    answer: tuple[str, Any]
+    answer: tuple[str, Any]  # a value, an error of this project, or what another one says and its traceback
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             try:
@@ -122,8 +128,9 @@ def _work(setup: Callable[[], Any], pipe: Connection, threads: int) -> None:
                 answer = ("error", error)
             except ModuleNotFoundError as error:  # it would lose the name on its way
                 answer = ("error", MissingDependencyError(f"the package {error.name} is not installed"))
-            except Exception:
-                answer = ("bug", traceback.format_exc())
+            except Exception as error:
+                said = "".join(traceback.format_exception_only(error)).splitlines()[0]  # CUDA's errors have several
+                answer = ("bug", (said, traceback.format_exc()))
             pipe.send(answer)
             if target is None:
                 return

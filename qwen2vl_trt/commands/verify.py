@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(table_row(row), flush=True)
 
     try:
-        verify(report, show)
+        verify(report, show, wants_gpu=arguments.device != "cpu")
     finally:
         write_json(folder / "verify.json", report.as_dict())
         write_result(folder / "verify.md", lambda path: path.write_text(report.markdown(), encoding="utf-8"))

@@ -54,17 +54,18 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def gpu(facts: dict[str, Any]) -> Finding:
-    """Whether torch sees the GPUs that the driver knows."""
+def gpu(facts: dict[str, Any], wanted: bool) -> Finding:
+    """Whether torch sees the GPUs that the driver knows, which is a failure only where one is ``wanted``."""
     if facts["gpus"]:
         first = facts["gpus"][0]
         words = f"{len(facts['gpus'])} x {first['name']}, compute capability {first['compute_capability']}"
         return Finding("passed", words, first["memory_bytes"] / 1e9, "GB")
-    if facts["nvidia_smi"]:
-        listed = f"nvidia-smi lists {facts['nvidia_smi'][0]}, torch {facts['torch']}"
-        how = "sees no GPU; is the driver new enough?" if facts["torch_cuda"] else "is for CPUs; install one for CUDA"
-        return Finding("failed", f"{listed} {how}")
-    return Finding("skipped", "no GPU here")
+    if facts["nvidia_smi"] and wanted:
+        torch_is = "is for CPUs: install one for CUDA"
+        if facts["torch_cuda"]:
+            torch_is = f"for CUDA {facts['torch_cuda']} sees none: is the driver too old, or CUDA_VISIBLE_DEVICES set?"
+        return Finding("failed", f"nvidia-smi lists {facts['nvidia_smi'][0]}; torch {facts['torch']} {torch_is}")
+    return Finding("skipped", "torch sees none")
 
 
 def where_it_runs(name: str, device: str) -> tuple[str, str, list[str]] | Finding:

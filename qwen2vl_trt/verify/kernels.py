@@ -36,20 +36,22 @@ _LENGTHS = (1, 700, 512)
 _AMPERE = (8, 0)
 
 
-def fused_attention(device: torch.device) -> Finding:
+def fused_attention(device: torch.device, flash: bool | None = None) -> Finding:
     """Attention at the published head sizes, fused, beside softmax(q k) v in FP32.
 
-    On a GPU PyTorch's FlashAttention in BF16, else its scaled dot product in FP32.
+    Args:
+        device: of the tensors.
+        flash: PyTorch's FlashAttention in BF16, by default on a GPU; else its scaled dot product in FP32.
     """
-    cuda = device.type == "cuda"
-    if cuda and torch.cuda.get_device_capability(device) < _AMPERE:
+    flash = device.type == "cuda" if flash is None else flash
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _AMPERE:
         return Finding("skipped", "FlashAttention needs compute capability 8.0")
-    dtype = torch.bfloat16 if cuda else torch.float32
+    dtype = torch.bfloat16 if flash else torch.float32
     errors = []
     heads, size = _VISION_HEADS
     q, k, v = (_noise((sum(_LENGTHS), heads, size), device, dtype, seed) for seed in range(3))
     parts = [[t.transpose(0, 1)[None] for t in each] for each in zip(*(t.split(_LENGTHS) for t in (q, k, v)))]
-    if cuda:
+    if flash:
         bounds = torch.tensor([0, *accumulate(_LENGTHS)], dtype=torch.int32, device=device)
         found = varlen.packed_attention(q, k, v, bounds, max(_LENGTHS))
     else:
@@ -58,10 +60,10 @@ def fused_attention(device: torch.device) -> Finding:
     for heads, kv_heads, size in _DECODER_HEADS:
         k, v = (_noise((len(_LENGTHS), kv_heads, 1000, size), device, dtype, seed) for seed in range(2))
         q = _noise((len(_LENGTHS), heads, 200, size), device, dtype, 2)
-        chunk = varlen.prefill_attention(q, k, v) if cuda else ops.full_attention(q, k, v, causal=True)
+        chunk = varlen.prefill_attention(q, k, v) if flash else ops.full_attention(q, k, v, causal=True)
         errors.append(_error(chunk, _plain(q, k, v)))
         new, lengths = q[:, :, -1:], torch.tensor(_LENGTHS, device=device)
-        if cuda:
+        if flash:
             rows = varlen.CuSeqlens.of(len(_LENGTHS), k)
             step = varlen.decode_attention(new[:, :, 0], k, v, lengths.int(), 1000, rows)[:, :, None]
         else:
@@ -69,8 +71,8 @@ def fused_attention(device: torch.device) -> Finding:
         for row, length in enumerate(_LENGTHS):
             keys = slice(row, row + 1), slice(None), slice(length)
             errors.append(_error(step[row], _plain(new[row : row + 1], k[keys], v[keys])[0]))
-    words = "FlashAttention, BF16" if cuda else "scaled dot product, FP32"
-    return within(max(errors), 2e-2 if cuda else 1e-5, words, "relative error")
+    words = "FlashAttention, BF16" if flash else "scaled dot product, FP32"
+    return within(max(errors), 2e-2 if flash else 1e-5, words, "relative error")
 
 
 @dataclass(frozen=True)

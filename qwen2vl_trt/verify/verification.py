@@ -32,6 +32,8 @@ from .report import Report, Row
 from .serving import requests_per_second
 
 CLIENTS = [1, 8, 64]
+_SECONDS = 1.5
+"""Of each number of clients."""
 NO_TIME, NO_ROOM = "no time left", "no time, memory or disk space left"
 _OVER = 0.2
 """Of the minutes, by which a check that has begun may exceed them."""
@@ -68,10 +70,11 @@ class Verification:
         report: gets the rows.
         on_row: called with each.
         folder: for engines and weights.
+        wants_gpu: a GPU that torch does not see is a failure.
     """
 
-    def __init__(self, report: Report, on_row: Callable[[Row], None], folder: Path) -> None:
-        self._report, self._on_row, self._folder = report, on_row, folder
+    def __init__(self, report: Report, on_row: Callable[[Row], None], folder: Path, wants_gpu: bool) -> None:
+        self._report, self._on_row, self._folder, self._wants_gpu = report, on_row, folder, wants_gpu
         self._began = time.monotonic()
         self._worker = Worker("this check", _Caller)
         self._rates: dict[torch.dtype, Rates] = {}
@@ -108,21 +111,27 @@ class Verification:
             self._measure_rates(device, dtype)
         requests: dict[_Engines, float] = {}
         for engines, folder in built.items():
-            given = (folder, engines.device, CLIENTS, 1.5)
+            given = (folder, engines.device, CLIENTS, _SECONDS)
             rows = partial(_serving, engines.label)
             found = self._call(f"{engines.label}: requests", 50 if cuda else 12, requests_per_second, *given, rows=rows)
             if found:
                 requests[engines] = max(found.values())
         # The host's time of a scheduler's step (`bench scheduler`) goes here.
         # A decode step reads all weights: at published widths fewer bytes are faster, whatever tiny says.
-        order = sorted(built, key=lambda each: (each.chosen.decoder.itemsize, -requests.get(each, 0.0)))
+        order = sorted(
+            (each for each in built if each.device == self._report.device),
+            key=lambda each: (each.chosen.decoder.itemsize, -requests.get(each, 0.0)),
+        )
         for name, share in (("Qwen2.5-VL-3B", 0.5), ("Qwen2.5-VL-7B", 1.0)) if cuda else (("Qwen2.5-VL-3B", 1.0),):
             if order:
-                self._published(name, order[0], share * self._left)
+                with tempfile.TemporaryDirectory(dir=self._folder) as weights:  # gigabytes
+                    self._published(name, order[0], share * self._left, Path(weights))
+            else:
+                self._add(Row(name.removeprefix("Qwen2.5-VL-"), Finding("skipped", "no engines were built")))
 
     def _note(self, facts: dict[str, Any]) -> Rows:
         self._report.machine = facts
-        return {"GPU": gpu(facts)}
+        return {"GPU": gpu(facts, self._wants_gpu)}
 
     @property
     def _cuda(self) -> bool:
@@ -163,16 +172,16 @@ class Verification:
         if found is not None:
             self._rates[dtype] = found
 
-    def _published(self, name: str, engines: _Engines, seconds: float) -> None:
-        """A published shape with random weights, as deep as fits."""
+    def _published(self, name: str, engines: _Engines, seconds: float, root: Path) -> None:
+        """A published shape with random weights, as deep as fits the seconds, memory and disk."""
         rates, label = self._rates.get(engines.chosen.vision), name.removeprefix("Qwen2.5-VL-")
-        memory = float(psutil.virtual_memory().available)
-        if self._cuda:
-            memory = 0.9 * self._report.machine["gpus"][torch.device(engines.device).index or 0]["memory_bytes"]
+        gpus, memory = self._report.machine.get("gpus"), float(psutil.virtual_memory().available)
+        if self._cuda and gpus:
+            memory = 0.9 * gpus[torch.device(engines.device).index or 0]["memory_bytes"]
         plans = BACKENDS[engines.backend].plans
         model = None
         if rates is not None:
-            model = speed.deepest(name, engines.chosen, plans, self._cuda, rates, seconds, memory, self._folder)
+            model = speed.deepest(name, engines.chosen, plans, self._cuda, rates, seconds, memory, root)
         if rates is None or model is None:
             self._add(Row(label, Finding("skipped", NO_TIME if rates is None else NO_ROOM)))
             return
@@ -180,7 +189,7 @@ class Verification:
         folder = self._call(
             f"{label}, {engines.backend} {engines.precision}: build",
             model.build_seconds(plans),
-            *(speed.build_random, model, engines.backend, engines.precision, self._cuda, self._folder),
+            *(speed.build_random, model, engines.backend, engines.precision, self._cuda, root),
             rows=lambda folder: {f"{label}, {engines.backend} {engines.precision}: build": Finding("passed")},
         )
         if folder is None:
@@ -233,7 +242,7 @@ class Verification:
             return None
         began = time.monotonic()
         last = self._left + _OVER * 60 * self._report.minutes
-        worker.timeout = min(6 * seconds + _PATIENCE, last)
+        worker.deadline = began + min(6 * seconds + _PATIENCE, last)
         try:
             found, warnings = call()
             findings = rows(found)
@@ -267,7 +276,8 @@ def _serving(label: str, found: dict[int, float]) -> Rows:
 
 
 def _first_line(error: Exception) -> str:
-    return reason(error) if isinstance(error, Qwen2VLError) else f"{type(error).__name__}: {reason(error)}"
+    said = reason(error) if isinstance(error, Qwen2VLError) else f"{type(error).__name__}: {reason(error)}"
+    return said.partition(r"\n")[0]  # as this project's errors write a line break
 
 
 class _Caller:
@@ -283,12 +293,12 @@ class _Caller:
             return function(*arguments), list(dict.fromkeys(said))
         finally:
             logging.getLogger("qwen2vl_trt").removeHandler(handler)
-            gc.collect()  # engines that a graph or a thread still holds
             if torch.cuda.is_available():
+                gc.collect()  # engines that a graph still holds
                 torch.cuda.empty_cache()
 
 
-def verify(report: Report, on_row: Callable[[Row], None]) -> None:
+def verify(report: Report, on_row: Callable[[Row], None], wants_gpu: bool) -> None:
     """Run all checks into a report, in a temporary folder; a KeyboardInterrupt leaves there what there is."""
     with tempfile.TemporaryDirectory(prefix="qwen2vl-verify-") as folder:
-        Verification(report, on_row, Path(folder)).run()
+        Verification(report, on_row, Path(folder), wants_gpu).run()

@@ -2,11 +2,12 @@
 
 import math
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 
-from qwen2vl_trt import ops
+from qwen2vl_trt import ops, varlen
 from qwen2vl_trt.benchmarks.roofline import Rates
 from qwen2vl_trt.engines.backends import Backend
 from qwen2vl_trt.engines.precision import BF16
@@ -15,6 +16,7 @@ from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
 from qwen2vl_trt.verify import agreement, environment, kernels, speed
 from qwen2vl_trt.verify.finding import equal, within
 from tests.accuracy.damaged import damage
+from tests.support import varlen_reference
 
 PLACES = [
     torch.device("cpu"),
@@ -52,6 +54,26 @@ def test_attention_that_sees_one_key_too_many(monkeypatch):
     monkeypatch.setattr(ops, "ragged_attention", lambda q, k, v, lengths, causal: ragged(q, k, v, lengths + 1, causal))
     found = kernels.fused_attention(CPU)
     assert (found.result, found.words) == ("failed", "scaled dot product, FP32, more than 1e-05")
+
+
+class TestFlashAttention:
+    """What a GPU runs, over what stands for the kernel."""
+
+    def test_right(self, monkeypatch):
+        monkeypatch.setattr(varlen, "flash_attention", varlen_reference.flash_attention)
+        found = kernels.fused_attention(CPU, flash=True)
+        assert (found.result, found.words) == ("passed", "FlashAttention, BF16")
+        assert 0 < found.value < 2e-2
+
+    @pytest.mark.parametrize("call", ["packed", "chunk", "decode"])
+    def test_wrong_in_one_of_its_uses(self, monkeypatch, call):
+        def flash(q, k, v, cu_seqlens, max_seqlen, causal=False, lengths=None):
+            out = varlen_reference.flash_attention(q, k, v, cu_seqlens, max_seqlen, causal, lengths)
+            used = "chunk" if causal else "packed" if lengths is None else "decode"
+            return out * 1.1 if used == call else out
+
+        monkeypatch.setattr(varlen, "flash_attention", flash)
+        assert kernels.fused_attention(CPU, flash=True).result == "failed"
 
 
 def test_fp8_products_with_a_wrong_scale(monkeypatch):
@@ -138,25 +160,31 @@ class TestBackends:
         assert (found.result, found.words) == ("failed", "it is too old")
 
 
-@pytest.mark.parametrize(
-    ("facts", "result", "words"),
-    [
-        ({"gpus": [], "nvidia_smi": []}, "skipped", "no GPU here"),
-        (
-            {"gpus": [], "nvidia_smi": ["NVIDIA L4, 23034 MiB, 8.9, 580.1"], "torch": "2.13.0+cpu", "torch_cuda": None},
-            "failed",
-            "nvidia-smi lists NVIDIA L4, 23034 MiB, 8.9, 580.1, torch 2.13.0+cpu is for CPUs; install one for CUDA",
-        ),
-        (
-            {"gpus": [{"name": "NVIDIA L4", "memory_bytes": 24e9, "compute_capability": "8.9"}]},
-            "passed",
-            "1 x NVIDIA L4, compute capability 8.9",
-        ),
-    ],
-)
-def test_gpus(facts, result, words):
-    found = environment.gpu(facts)
-    assert (found.result, found.words) == (result, words)
+class TestGpus:
+    """What torch sees beside what the driver's tool lists."""
+
+    LISTED: ClassVar = {"gpus": [], "nvidia_smi": ["NVIDIA L4, 23034 MiB, 8.9, 580.1"], "torch": "2.13.0"}
+
+    def test_none(self):
+        assert environment.gpu({"gpus": [], "nvidia_smi": []}, wanted=True).result == "skipped"
+
+    @pytest.mark.parametrize(
+        ("cuda", "why"), [(None, "torch 2.13.0 is for CPUs: install one for CUDA"), ("13.0", "is the driver too old")]
+    )
+    def test_one_that_torch_does_not_see(self, cuda, why):
+        found = environment.gpu(self.LISTED | {"torch_cuda": cuda}, wanted=True)
+        assert found.result == "failed"
+        assert found.words.startswith("nvidia-smi lists NVIDIA L4, 23034 MiB, 8.9, 580.1; torch 2.13.0")
+        assert why in found.words
+
+    def test_one_that_nobody_asked_for(self):
+        assert environment.gpu(self.LISTED, wanted=False).result == "skipped"
+
+    def test_one_that_torch_sees(self):
+        gpu = {"name": "NVIDIA L4", "memory_bytes": 24e9, "compute_capability": "8.9"}
+        found = environment.gpu({"gpus": [gpu]}, wanted=True)
+        assert (found.result, found.words) == ("passed", "1 x NVIDIA L4, compute capability 8.9")
+        assert (found.value, found.unit) == (24, "GB")
 
 
 class TestDepth:
