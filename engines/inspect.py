@@ -107,7 +107,7 @@ def limits_in_words(
         ("largest photo unshrunk", unshrunk),
         ("tokens of the largest image", f"{profile.max_hw_dims // unit:,}"),
         ("images or frames a vision call", f"{profile.max_batch_size:,}"),
-        ("requests decoding together", f"{profile.max_batch_size:,}"),
+        ("requests decoding together", f"{profile.max_num_seqs:,}"),
         ("prompt", f"{profile.max_input_len:,} tokens, images included"),
         ("prompt and answer", f"{profile.max_seq_len:,} tokens"),
     )

@@ -23,7 +23,7 @@ from qwen2vl_trt.schema import convert, forbid_unknown_fields
 from .profile import BuildProfile
 from .staging import MANIFEST_FILE, finish
 
-FORMAT = 2
+FORMAT = 3
 """Raised when an engine folder of an older build must not be loaded any more."""
 
 _SECOND = 10**9  # in the nanoseconds of mtime_ns

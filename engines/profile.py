@@ -20,14 +20,15 @@ _MOST = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class BuildProfile:
-    """Limits of a pair of engines; the names are TensorRT-LLM's, the defaults take a full-HD image as it is.
+    """Limits of a pair of engines; the names are TensorRT-LLM's and vLLM's, the defaults take a full-HD image as it is.
 
     Attributes:
         min_hw_dims: fewest patches h * w of one image or video frame.
         max_hw_dims: most patches of one.
-        max_batch_size: most images or frames in one vision call, and most requests decoding together.
+        max_batch_size: most images or frames in one vision call.
+        max_num_seqs: most requests under way: rows of the decoder's batch and of the key-value cache.
         max_input_len: most tokens of a prompt, its image tokens included.
-        max_seq_len: most tokens of a prompt and its answer, the capacity of the key-value cache.
+        max_seq_len: most tokens of a prompt and its answer, the length of a row of the key-value cache.
 
     Raises:
         BuildError: a limit below 1, or two that contradict each other.
@@ -36,6 +37,7 @@ class BuildProfile:
     min_hw_dims: int = 16
     max_hw_dims: int = 10816
     max_batch_size: int = 8
+    max_num_seqs: int = 8
     max_input_len: int = 6144
     max_seq_len: int = 8192
 

@@ -28,6 +28,10 @@ from .tensorrt_refit import strip_weights
 logger = logging.getLogger(__name__)
 
 _FP8_SINCE = (8, 9)
+_LARGEST = {
+    "vision": "--max-hw-dims or --max-batch-size",
+    "decoder": "--max-seq-len, --max-input-len or --max-num-seqs",
+}  # limits that an engine's memory grows with
 
 
 def build_plans(job: BuildJob, engines: Collection[str] = ("vision", "decoder")) -> list[Path]:
@@ -169,7 +173,7 @@ def _build_plan(
                 said = "; ".join(log.errors) or "no reason given"
                 raise BuildError(
                     f"{path.stem} engine: {trt.__name__} {trt.__version__} cannot build it: {said}. If it is memory"
-                    " or an attention without a kernel, lower --max-seq-len, --max-batch-size or --max-hw-dims."
+                    f" or an attention without a kernel, lower {_LARGEST[path.stem]}."
                 )
         del monitor  # alive until here
         if cache is not None:

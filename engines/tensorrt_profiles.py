@@ -71,7 +71,7 @@ def decoder_ranges(profile: BuildProfile) -> tuple[Ranges, Ranges]:
 
     A prompt runs alone in its own slot; feature extraction runs several together.
     """
-    batch, usual = profile.max_batch_size, min(_USUAL_PROMPT, profile.max_input_len)
+    batch, usual = profile.max_num_seqs, min(_USUAL_PROMPT, profile.max_input_len)
     return (
         {"batch": Range(1, 1, batch), "sequence": Range(1, usual, profile.max_input_len)},
         {"batch": Range(1, batch, batch), "sequence": Range(1, 1, 1)},

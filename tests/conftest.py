@@ -138,7 +138,9 @@ def _build(name: str, reference: Any, dtype: torch.dtype, **save: Any) -> BuiltM
 
     def make(folder: Path) -> None:
         model = ResolvedModel("random", save_model(reference, folder / "checkpoint", dtype, **save))
-        profile = BuildProfile(min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_input_len=128, max_seq_len=256)
+        profile = BuildProfile(
+            min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_num_seqs=4, max_input_len=128, max_seq_len=256
+        )
         build_engines(model, *find_backend("onnxruntime", "fp32"), profile, folder / "engines")
 
     folder = shared(name, make)

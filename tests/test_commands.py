@@ -32,7 +32,8 @@ from tests.support.engine_folders import BUILDS, write_checkpoint
 from tests.support.media_files import save_video
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = "--min-hw-dims 4 --max-hw-dims 180 --max-batch-size 2 --max-input-len 200 --max-seq-len 400".split()  # noqa: SIM905
+IMAGES = ["--min-hw-dims", "4", "--max-hw-dims", "180", "--max-batch-size", "2"]
+LIMITS = [*IMAGES, "--max-num-seqs", "3", "--max-input-len", "200", "--max-seq-len", "400"]
 
 
 @pytest.fixture(scope="module")
@@ -212,9 +213,10 @@ def test_a_model_is_built_where_engines_are_missing(call, user):
     assert built.stat().st_mtime_ns > first
     assert call(run, *options, "--engine-dir", "elsewhere", "--prompt", "Hello", "--max-tokens", 3)[0] == 0
     assert (user / "elsewhere" / "manifest.json").is_file()
-    (user / "ours.yaml").write_text("model: model\nmax_batch_size: 3\nmin_hw_dims: 4\n")
+    (user / "ours.yaml").write_text("model: model\nmax_batch_size: 3\nmax_num_seqs: 5\nmin_hw_dims: 4\n")
     assert call(build_engines, "--config", "ours.yaml", "--backend", "torch", "--engine-dir", "ours")[0] == 0
-    assert json.loads((user / "ours" / "manifest.json").read_text())["profile"]["max_batch_size"] == 3
+    profile = json.loads((user / "ours" / "manifest.json").read_text())["profile"]
+    assert (profile["max_batch_size"], profile["max_num_seqs"]) == (3, 5)
 
 
 def test_engines_that_are_there_serve_what_they_can_and_are_replaced_by_force_alone(call, user):
@@ -228,12 +230,13 @@ def test_engines_that_are_there_serve_what_they_can_and_are_replaced_by_force_al
 
     assert call(run, *there, *ask)[0] == 0
     assert call(run, *there, *ask, "--backend", "torch", "--max-batch-size", 2)[0] == 0
-    assert call(run, "--engine-dir", "kept", *ask, "--precision", "fp32", "--max-batch-size", 2)[0] == 0
+    assert call(run, "--engine-dir", "kept", *ask, "--precision", "fp32", "--max-num-seqs", 3)[0] == 0
     code, _, errors = call(build_engines, *there)
     assert (code, errors) == (0, f"kept: up to date, built with {' '.join(LIMITS)}\n")
 
     for script, *options, message in (
         (run, *there, *ask, "--max-batch-size", 4, "--max-batch-size 2 there, 4 wanted"),
+        (run, *there, *ask, "--max-num-seqs", 4, "--max-num-seqs 3 there, 4 wanted"),
         (run, *there, *ask, "--backend", "onnxruntime", "--backend torch there, onnxruntime wanted"),
         (run, *there, *ask, "--precision", "bf16", "--precision fp32 there, bf16 wanted"),
         (run, "--model", "tiny", "--engine-dir", "kept", *ask, "--model model ("),
@@ -344,7 +347,7 @@ WRONG_OPTIONS = {
     (*ASK, "--model", "Qwen2.5-VL-7B"): "huggingface.co",
     (*ASK, "--model", "model", "--backend", "abacus"): "invalid choice: 'abacus'",
     (*ASK, "--model", "model", "--precision", "fp64"): "fp64",
-    (*ASK, "--model", "model", "--max-batch-size", "0"): "--max-batch-size is 0",
+    (*ASK, "--model", "model", "--max-num-seqs", "0"): "--max-num-seqs is 0",
     (*ASK, "--model", "model", "--min-hw-dims", "99", "--max-hw-dims", "9"): "--min-hw-dims 99 is larger",
     (*ASK, "--model", "model", "--max-input-len", "99", "--max-seq-len", "99"): "--max-input-len 99",
     (*ASK, "--model", "model", "--revision", "main"): "revision",

@@ -32,7 +32,7 @@ LONG = {"prompt": "x " * 5000}
 @pytest.fixture(scope="module")
 def engine_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server") / "engines"
-    profile = BuildProfile(4, 1024, max_batch_size=2, max_input_len=512, max_seq_len=640)
+    profile = BuildProfile(4, 1024, max_batch_size=2, max_num_seqs=2, max_input_len=512, max_seq_len=640)
     build_engines(resolve_model("tiny"), *find_backend("torch", "fp32"), profile, folder)
     return folder
 

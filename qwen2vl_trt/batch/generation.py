@@ -55,7 +55,7 @@ class Generation:
         self._pipeline, self._params, self._max_tokens, self._threads = pipeline, params, max_tokens, threads
         self._answer_tokens = min(pipeline.decided(params).max_tokens, pipeline.profile.max_seq_len)
         self._sizes = SizeRules(pipeline.engines.checkpoint.config.vision, pipeline.settings)
-        self._ahead = 2 * pipeline.profile.max_batch_size  # rows in the slots, and as many that are being loaded
+        self._ahead = 2 * pipeline.profile.max_num_seqs  # rows in the slots, and as many that are being loaded
 
     def answer(self, rows: Iterable[Row], writer: PartitionWriter) -> None:
         """Write an answer, or what is wrong, of each row.

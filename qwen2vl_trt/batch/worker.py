@@ -93,12 +93,12 @@ class Worker:
         torch.set_num_threads(settings.threads)
         pipeline = Pipeline.from_engine_dir(settings.engine_dir, settings.device, settings.options)
         config, profile = pipeline.engines.checkpoint.config, pipeline.profile
-        self._batching = Batching.of(pipeline, settings.batch_tokens, settings.threads)
+        self._batching = Batching.of(pipeline, settings.source, settings.batch_tokens, settings.threads)
         self._generation: Generation | None = None
         self._source: RowSource | None = None
         if settings.task == "generate":
             self._schema = ANSWER_SCHEMA
-            budget = settings.batch_tokens or profile.max_batch_size * profile.max_seq_len
+            budget = settings.batch_tokens or profile.max_num_seqs * profile.max_seq_len
             self._generation = Generation(pipeline, settings.params, budget, settings.threads)
             return
         width = config.text.hidden_size

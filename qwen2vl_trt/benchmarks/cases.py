@@ -180,9 +180,10 @@ def cases(stages: Sequence[str], shapes: Sequence[Shape], limits: Limits) -> lis
 
 
 def _default_shapes(stage: str, limits: Limits) -> list[Shape]:
-    size, most = limits.default_size(), limits.profile.max_batch_size
+    size, profile, of_images = limits.default_size(), limits.profile, stage in ("processor", "vision")
+    most = profile.max_batch_size if of_images else profile.max_num_seqs
     batches = sorted({min(batch, most) for batch in (*_BATCHES, most)})
-    if stage in ("processor", "vision"):
+    if of_images:
         return [Shape((size,) * batch) for batch in batches[:2]]
     return [Shape((size,) if stage == "pipeline" else (), batch) for batch in batches]
 
@@ -192,7 +193,7 @@ def _case(stage: str, shape: Shape, limits: Limits) -> Case:
     if stage == "decoder":
         generate = shape.generate or min(_ANSWER_TOKENS, profile.max_seq_len - 1)
         prompt = shape.prompt or max(min(_PROMPT_TOKENS, profile.max_input_len, profile.max_seq_len - generate), 1)
-        _check("batch", batch, profile.max_batch_size, "--max-batch-size")
+        _check("batch", batch, profile.max_num_seqs, "--max-num-seqs")
         _check("prompt", prompt, profile.max_input_len, "--max-input-len")
         _check("prompt and answer", prompt + generate, profile.max_seq_len, "--max-seq-len")
         label = f"batch:{batch},prompt:{prompt},generate:{generate}"
@@ -200,9 +201,10 @@ def _case(stage: str, shape: Shape, limits: Limits) -> Case:
     images = shape.images or (limits.default_size(),)
     strict = replace(limits.settings, profile=profile, strict_size=True)  # to measure what was asked for
     rules = SizeRules(limits.vision, strict)
-    if stage != "processor":  # which is not the engines'
-        name, count = ("images of one call", len(images)) if stage == "vision" else ("batch", batch)
-        _check(name, count, profile.max_batch_size, "--max-batch-size")
+    if stage == "vision":
+        _check("images of one call", len(images), profile.max_batch_size, "--max-batch-size")
+    elif stage == "pipeline":
+        _check("batch", batch, profile.max_num_seqs, "--max-num-seqs")
     grids = tuple(rules.image(*size, name=f"--shapes: image {number}").grid for number, size in enumerate(images, 1))
     runs = [(size, len(list(group))) for size, group in groupby(images)]  # 448x448x8,1080x1920
     label = ",".join(f"{height}x{width}" + (f"x{count}" if count > 1 else "") for (height, width), count in runs)

@@ -204,7 +204,7 @@ def _measure_ours(
     precision: Precision,
     on_row: Callable[[str], None],
 ) -> None:
-    profile = BuildProfile(4, 16384, plan.slots, 4096, 8192)
+    profile = BuildProfile(4, 16384, plan.slots, plan.slots, 4096, 8192)
     folder = root / f"{model.name}-{precision.name}-comparisons-{plan.slots}"
     build_engines(ResolvedModel(model.name, checkpoint), *find_backend("torch", precision.name), profile, folder)
     system = partial(EngineSystem, EngineOptions(folder, device), preload=True)

@@ -10,7 +10,7 @@ from .options import add_build_arguments
 EPILOG = """examples:
   %(prog)s --model tiny
   %(prog)s --model Qwen2.5-VL-7B --backend torch --precision bf16
-  %(prog)s --model path/to/checkpoint --max-batch-size 4 --max-hw-dims 2048
+  %(prog)s --model path/to/checkpoint --max-num-seqs 4 --max-hw-dims 2048
   %(prog)s --model Qwen2.5-VL-7B --precision fp8 --calibration-data path/to/images"""
 
 

@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, open_pipeline: Callable[[argparse.Namespa
         if arguments.source == "vision"
         else DecoderFeatures(pipeline, arguments.prompt, arguments.layer)
     )
-    batching = Batching.of(pipeline, arguments.batch_tokens, arguments.workers)
+    batching = Batching.of(pipeline, arguments.source, arguments.batch_tokens, arguments.workers)
     with open_store(output.folder, _settings(arguments, pipeline), again, arguments.shard_size) as store:
         with (
             saying_what_is_saved(lambda: store.saved, "images"),

@@ -25,7 +25,8 @@ from .process import USAGE
 _LIMITS = {
     "min_hw_dims": "fewest patches h*w of one image",
     "max_hw_dims": "most patches h*w of one image",
-    "max_batch_size": "most images a vision call, most requests decoding together",
+    "max_batch_size": "most images or frames a vision call",
+    "max_num_seqs": "most requests under way: rows of the decoder's batch and of the key-value cache",
     "max_input_len": "most tokens of a prompt, image tokens included",
     "max_seq_len": "most tokens of a prompt and its answer",
 }

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a cache slot; default a request's, up to a multiple of 64",
     )
     group.add_argument(
-        "--max-batch-size",
+        "--max-num-seqs",
         type=positive_number,
         default=256,
         metavar="N",
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         output_tokens=arguments.output_tokens,
         images_per_second=arguments.images_per_second,
         max_seq_len=arguments.max_seq_len,
-        max_batch_size=arguments.max_batch_size,
+        max_num_seqs=arguments.max_num_seqs,
     )
     assumptions = Assumptions(
         **{field.name: getattr(arguments, f"{field.name}_fraction") for field in fields(Assumptions)}

@@ -103,7 +103,7 @@ class _Arithmetic:
             + (f", {replicas} copies" if replicas > 1 else "")
             + f", over {plan.tp_size} GPUs",
             f"  cache, an answer {plan.slot_tokens:,} tokens = {plan.kv_bytes_per_slot / 1e9:,.3f} GB",
-            f"  batch            min({self.load.max_batch_size}, {plan.kv_available / 1e9:,.1f} GB left /"
+            f"  batch            min({self.load.max_num_seqs}, {plan.kv_available / 1e9:,.1f} GB left /"
             f" {plan.kv_bytes_per_slot / 1e9:,.3f} GB) = {plan.batch}, cache {plan.kv_bytes / 1e9:,.1f} GB",
         ]
 

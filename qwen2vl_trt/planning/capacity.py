@@ -54,7 +54,7 @@ class Load:
         output_tokens: of an answer; 0 for vision features, which need no decoder.
         images_per_second: one image a request.
         max_seq_len: tokens that a slot of the cache holds; by default those of one request, up to a multiple of 64.
-        max_batch_size: most answers that a group decodes together.
+        max_num_seqs: most answers that a group decodes together.
     """
 
     rows: int
@@ -63,7 +63,7 @@ class Load:
     output_tokens: int
     images_per_second: float
     max_seq_len: int | None = None
-    max_batch_size: int = 256
+    max_num_seqs: int = 256
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.images_per_second) and self.images_per_second > 0):
@@ -177,7 +177,7 @@ def _plan_group(
             f"tp_size {tp_size} does not fit: {weights / 1e9:,.1f} GB of weights a GPU and {per_slot / 1e9:,.2f} GB for"
             f" one answer's cache, of {gpu.memory * (1 - assumptions.reserve) / 1e9:,.1f} GB usable on {gpu.name}"
         )
-    batch = min(load.max_batch_size, int(available // per_slot)) if decodes else 0
+    batch = min(load.max_num_seqs, int(available // per_slot)) if decodes else 0
 
     speed = tp_size * assumptions.tp ** math.log2(tp_size)  # of a group, in GPUs
     vision = counts.vision_flops(config.vision, load.rows, load.columns)

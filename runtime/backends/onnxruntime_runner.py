@@ -116,7 +116,7 @@ class OrtDecoder:
         self._vocab_size = text.vocab_size
         self.embed = TokenEmbedding(checkpoint, dtype, device)
         self._cache_names = cache_names(text.num_hidden_layers)
-        self.slots = profile.max_batch_size
+        self.slots = profile.max_num_seqs
         self.cache = KVCache(text, self.slots, profile.max_seq_len, dtype, device)
 
     def step(

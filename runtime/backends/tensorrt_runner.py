@@ -130,12 +130,12 @@ class TensorRTDecoder:
         # The profile for decoding is the one with the smallest maximum of new tokens: 1.
         decode_profile = min(range(len(embeds.profiles)), key=lambda index: embeds.profiles[index][1][1])
         table = text.vocab_size * text.hidden_size * embeds.dtype.itemsize
-        cache = profile.max_batch_size * profile.max_seq_len * token_bytes(text, dtype)
+        cache = profile.max_num_seqs * profile.max_seq_len * token_bytes(text, dtype)
         streams = stream_weights(engine, table + cache)
         activations = engine.handle.get_device_memory_size_for_profile_v2(decode_profile)  # more if weights stream
         check_cache(text, profile, dtype, device.free_memory() - table - activations)
         self.embed = TokenEmbedding(checkpoint, embeds.dtype, device.torch_device)
-        self.slots = profile.max_batch_size
+        self.slots = profile.max_num_seqs
         self.cache = KVCache(text, self.slots, profile.max_seq_len, dtype, device.torch_device, fixed=True)
         self._slot_lengths = [0] * self.slots
         self._graphs = DecodeGraphs(engine, self.cache, decode_profile) if cuda_graphs and not streams else None

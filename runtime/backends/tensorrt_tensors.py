@@ -132,19 +132,19 @@ def token_bytes(config: TextConfig, dtype: torch.dtype) -> int:
 
 def check_cache(config: TextConfig, profile: BuildProfile, dtype: torch.dtype, free: int) -> None:
     """Raises EngineError, which says what would fit, if the key-value cache exceeds ``free`` bytes of GPU memory."""
-    batch, length, token = profile.max_batch_size, profile.max_seq_len, token_bytes(config, dtype)
+    batch, length, token = profile.max_num_seqs, profile.max_seq_len, token_bytes(config, dtype)
     if batch * length * token <= free:
         return
     fits = []
     if free >= length * token:
-        fits.append(f"--max-batch-size {free // (length * token):,} at this length")
+        fits.append(f"--max-num-seqs {free // (length * token):,} at this length")
     shorter = free // (batch * token)
     shorter -= shorter % ALIGNMENT if shorter > ALIGNMENT else 0  # aligned rows, see check_rows
     if shorter > 1:  # a prompt of one token and an answer of one
         prompt = "" if profile.max_input_len < shorter else f" (--max-input-len below {shorter:,})"
-        fits.append(f"--max-seq-len {shorter:,}{prompt} at this batch")
+        fits.append(f"--max-seq-len {shorter:,}{prompt} for as many requests")
     raise EngineError(
-        f"the key-value cache needs {format_bytes(batch * length * token)} for --max-batch-size {batch:,} x"
+        f"the key-value cache needs {format_bytes(batch * length * token)} for --max-num-seqs {batch:,} x"
         f" --max-seq-len {length:,}, and {format_bytes(free)} of GPU memory is left for it; what fits:"
         f" {' or '.join(fits) or 'nothing, not one request'}. Rebuild, or free GPU memory."
     )
@@ -153,7 +153,7 @@ def check_cache(config: TextConfig, profile: BuildProfile, dtype: torch.dtype, f
 def check_rows(config: TextConfig, profile: BuildProfile, dtype: torch.dtype) -> None:
     """Raises EngineError unless every slot of the key-value cache begins at an aligned address."""
     position = config.num_key_value_heads * config.head_dim * dtype.itemsize
-    if profile.max_batch_size > 1 and position * profile.max_seq_len % ALIGNMENT:
+    if profile.max_num_seqs > 1 and position * profile.max_seq_len % ALIGNMENT:
         step = next(step for step in (2, 4, 8, 16, 32, 64, 128, 256) if position * step % ALIGNMENT == 0)
         raise EngineError(
             f"--max-seq-len {profile.max_seq_len:,} gives cache rows of {position * profile.max_seq_len:,} bytes;"

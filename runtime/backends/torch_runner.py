@@ -129,7 +129,7 @@ class TorchDecoder:
         self.embed = TokenEmbedding(checkpoint, dtype, device, table if device.type != "cpu" else None)
         del self.module.model.embed_tokens, table
         self.module.model.inv_freq = self.module.model.inv_freq.to(device)
-        self.slots = profile.max_batch_size
+        self.slots = profile.max_num_seqs
         self.device = device
         self._optimize(dtype)
         self.cache = KVCache(

@@ -25,23 +25,24 @@ Pool = Literal["mean", "none"]
 
 @dataclass(frozen=True)
 class Batching:
-    """Bounds of what is held at once.
+    """Bounds of a batch, and of what is held at once.
 
     Attributes:
-        max_batch_size: most images in an engine call.
+        max_images: most images in one: of a call of the vision engine, or rows of the decoder's batch.
         max_tokens: most merged image tokens in one, unless a single image has more.
         workers: threads that decode.
     """
 
-    max_batch_size: int
+    max_images: int
     max_tokens: int
     workers: int
 
     @classmethod
-    def of(cls, pipeline: Pipeline, max_tokens: int | None, workers: int) -> Batching:
-        """What a pipeline's engines take, or so many tokens."""
+    def of(cls, pipeline: Pipeline, source: str, max_tokens: int | None, workers: int) -> Batching:
+        """What the engine that is the source (``vision`` or ``decoder``) takes, or so many tokens."""
         profile, unit = pipeline.profile, pipeline.engines.checkpoint.config.vision.merge_unit
-        return cls(profile.max_batch_size, max_tokens or profile.max_batch_size * profile.max_hw_dims // unit, workers)
+        images = profile.max_num_seqs if source == "decoder" else profile.max_batch_size
+        return cls(images, max_tokens or images * profile.max_hw_dims // unit, workers)
 
 
 class Store:
@@ -172,7 +173,7 @@ def extract_features(
                 finish_batch()
             batch.append((key, image))
             tokens += image.size.tokens
-            if len(batch) == min(batching.max_batch_size, store.remaining):
+            if len(batch) == min(batching.max_images, store.remaining):
                 finish_batch()
     if not stop():
         finish_batch()
@@ -190,7 +191,7 @@ def decoded_images(
     """
     jobs: deque[tuple[str, Job]] = deque()
     while True:
-        while len(jobs) < 2 * max(batching.max_batch_size, batching.workers):
+        while len(jobs) < 2 * max(batching.max_images, batching.workers):
             following = next(images, None)
             if following is None:
                 break

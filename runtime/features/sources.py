@@ -45,7 +45,7 @@ class FeatureSource:
         return self._preprocessor.load_image(path, name)
 
     def extract(self, images: Sequence[Medium]) -> list[Tensor]:
-        """Features ``[tokens, width]`` of each of at most ``max_batch_size`` images."""
+        """Features ``[tokens, width]`` of each image."""
         raise NotImplementedError
 
 

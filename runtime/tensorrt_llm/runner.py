@@ -73,7 +73,7 @@ def load_executor(engines: Engines, reuse_prefixes: bool, counters: Counters) ->
             engines.folder,
             options.tp_size,
             engines.precision.decoder,
-            profile.max_batch_size,
+            profile.max_num_seqs,
             profile.max_input_len,
             profile.max_seq_len,
             options.tokens_per_step(profile),
@@ -85,7 +85,7 @@ def load_executor(engines: Engines, reuse_prefixes: bool, counters: Counters) ->
         raise EngineError(f"TensorRT-LLM does not load {engines.folder}: {type(error).__name__}: {reason}") from error
     ends = GenerationConfig.from_folder(engines.folder)
     dtype = engines.dtype if manifest.options["vision"] == EMBEDDINGS else None
-    return TensorRTLLMExecutor(llm, engines.checkpoint.config, ends, profile.max_batch_size, dtype, counters)
+    return TensorRTLLMExecutor(llm, engines.checkpoint.config, ends, profile.max_num_seqs, dtype, counters)
 
 
 def _check(engines: Engines) -> TensorRTLLMOptions:

@@ -28,7 +28,9 @@ from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.plots import color_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_input_len=100, max_seq_len=140)
+PROFILE = BuildProfile(
+    min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_num_seqs=2, max_input_len=100, max_seq_len=140
+)
 FEW = ("--warm-up", 0, "--duration", 0, "--iterations", 2)
 SHAPES = ("--shapes", "112x140,56x56", "batch:2,prompt:9,generate:4", "56x84,batch:2,generate:3")
 FIGURES = {"count", "min", "max", "mean", "median", "p90", "p95", "p99"}
@@ -243,7 +245,7 @@ WRONG = {
     ("--shapes", "448"): "--shapes 448: '448' is neither an image",
     ("vision", "--shapes", "448x448"): "image 1 (448x448) needs 256 patches; this engine takes 4 to 200",
     ("vision", "--shapes", "56x56x3"): "images of one call of 3; these engines take 2 (--max-batch-size)",
-    ("decoder", "--shapes", "batch:3"): "batch of 3; these engines take 2 (--max-batch-size)",
+    ("decoder", "--shapes", "batch:3"): "batch of 3; these engines take 2 (--max-num-seqs)",
     ("decoder", "--shapes", "prompt:120"): "prompt of 120; these engines take 100 (--max-input-len)",
     ("decoder", "--shapes", "56x56"): "fits no stage",
     ("pictures",): "invalid choice: 'pictures'",

@@ -40,7 +40,9 @@ def test_threads_that_load_do_not_wait(monkeypatch):
 
 def test_shares_are_of_a_run_of_their_own(tmp_path, monkeypatch):
     """The samples are of a pipeline whose stages nobody observes."""
-    profile = BuildProfile(min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_input_len=100, max_seq_len=140)
+    profile = BuildProfile(
+        min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_num_seqs=2, max_input_len=100, max_seq_len=140
+    )
     build_engines(resolve_model("tiny"), *find_backend("torch", "fp32"), profile, tmp_path)
     limits = Limits(profile, open_engines(tmp_path).checkpoint.config.vision)
     (case,) = cases(["pipeline"], [Shape.parse("56x84,batch:2,generate:3")], limits)

@@ -27,7 +27,9 @@ from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.observer import Stage
 from qwen2vl_trt.runtime.request import Output
 
-PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_input_len=100, max_seq_len=140)
+PROFILE = BuildProfile(
+    min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_num_seqs=2, max_input_len=100, max_seq_len=140
+)
 
 
 def check_trace(trace):

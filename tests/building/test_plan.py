@@ -11,7 +11,14 @@ from qwen2vl_trt.engines import backends
 from qwen2vl_trt.engines.backends import BF16, FP32
 
 DIGITS = Path(__file__).parents[2] / "docs" / "digits.png"
-LIMITS = {"min_hw_dims": 4, "max_hw_dims": 1024, "max_batch_size": 2, "max_input_len": 512, "max_seq_len": 640}
+LIMITS = {
+    "min_hw_dims": 4,
+    "max_hw_dims": 1024,
+    "max_batch_size": 2,
+    "max_num_seqs": 2,
+    "max_input_len": 512,
+    "max_seq_len": 640,
+}
 
 
 @pytest.fixture

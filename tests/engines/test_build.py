@@ -21,7 +21,7 @@ import qwen2vl_trt.export.weights
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.backends import BACKENDS, DEFAULT_BACKEND, find_backend
 from qwen2vl_trt.engines.build import build_engines, default_engine_dir, engines_in
-from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.manifest import FORMAT, Manifest
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.engines.staging import MANIFEST_FILE
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError, MissingDependencyError
@@ -31,7 +31,9 @@ from tests.support.engine_folders import installed_backends
 from tests.support.models import model_config, random_model, save_model
 
 REPOSITORY = Path(__file__).parents[2]
-PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=64, max_batch_size=2, max_input_len=32, max_seq_len=64)
+PROFILE = BuildProfile(
+    min_hw_dims=4, max_hw_dims=64, max_batch_size=2, max_num_seqs=2, max_input_len=32, max_seq_len=64
+)
 
 BUILD = """
 import logging, sys
@@ -185,7 +187,7 @@ class TestAgain:
         assert "is damaged" in caplog.text
         assert loads(tmp_path)
 
-    @pytest.mark.parametrize("damage", ["{", '{"format": 2}', "", "[" * 200_000])
+    @pytest.mark.parametrize("damage", ["{", f'{{"format": {FORMAT}}}', "", "[" * 200_000])
     def test_engines_with_a_damaged_manifest_are_replaced_by_force_alone(self, checkpoint, tmp_path, damage):
         """What their limits were cannot be known."""
         build(checkpoint, tmp_path)

@@ -20,7 +20,7 @@ MANIFEST = Manifest(
     model_hash="0" * 64,
     backend="onnxruntime",
     precision="fp32",
-    profile=BuildProfile(max_batch_size=3),
+    profile=BuildProfile(max_batch_size=3, max_num_seqs=5),
     files={"vision.onnx": BuiltFile("1" * 64, 3, 4)},
     versions={"torch": "2.13.0"},
 )
@@ -93,7 +93,7 @@ def test_a_folder_without_a_manifest_is_refused(folder, tmp_path):
         (b'{"files": {"\\ud800": {}}}', "cannot be read"),
         (b"[1]", "built in format None"),
         (b"{}", "built in format None"),
-        (b'{"format": 2}', "is corrupt"),
+        (b'{"format": %d}' % FORMAT, "is corrupt"),
     ],
 )
 def test_a_corrupt_manifest(folder, content, said):
@@ -107,7 +107,7 @@ def test_a_corrupt_manifest(folder, content, said):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"profile": {"max_batch_size": 0}},
+        {"profile": {"max_num_seqs": 0}},
         {"profile": {"max_images": 1}},
         {"profile": 3},
         {"files": ["vision.onnx"]},
@@ -130,7 +130,7 @@ def test_a_manifest_with_senseless_entries(folder, changes):
     assert "Rebuild" in message
 
 
-@pytest.mark.parametrize("number", [0, FORMAT + 1, "1", None])
+@pytest.mark.parametrize("number", [0, FORMAT - 1, FORMAT + 1, "1", None])
 def test_another_format_is_refused(folder, number):
     edit(folder, format=number)
     assert f"built in format {number}, this release loads format {FORMAT}" in refused(folder)

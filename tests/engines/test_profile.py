@@ -19,6 +19,7 @@ def test_defaults_take_a_full_hd_image():
         "min_hw_dims": 16,
         "max_hw_dims": 10816,
         "max_batch_size": 8,
+        "max_num_seqs": 8,
         "max_input_len": 6144,
         "max_seq_len": 8192,
     }

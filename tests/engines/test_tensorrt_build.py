@@ -107,8 +107,10 @@ class TestTinyModel:
             build_engines(model, other, "bf16", PROFILE, rtx_engines.folder("bf16"))
 
 
-SMALLEST = BuildProfile(min_hw_dims=4, max_hw_dims=4, max_batch_size=1, max_input_len=1, max_seq_len=2)
-LARGEST = BuildProfile(min_hw_dims=4, max_hw_dims=16384, max_batch_size=64, max_input_len=16384, max_seq_len=20480)
+SMALLEST = BuildProfile(min_hw_dims=4, max_hw_dims=4, max_batch_size=1, max_num_seqs=1, max_input_len=1, max_seq_len=2)
+LARGEST = BuildProfile(
+    min_hw_dims=4, max_hw_dims=16384, max_batch_size=64, max_num_seqs=64, max_input_len=16384, max_seq_len=20480
+)
 
 
 @pytest.mark.parametrize("profile", [SMALLEST, LARGEST], ids=["smallest", "largest"])
@@ -120,7 +122,9 @@ def test_both_ends_of_the_limits(trt, rtx_checkpoint, tmp_path, profile):
 def test_a_cache_too_long_for_a_fused_kernel(trt, rtx_checkpoint, tmp_path):
     """Prompts have one at any length; a decode step over so many keys is taken apart, and no build fails for it."""
     layers = Checkpoint(rtx_checkpoint).config.text.num_hidden_layers
-    profile = BuildProfile(min_hw_dims=4, max_hw_dims=64, max_batch_size=2, max_input_len=4096, max_seq_len=40960)
+    profile = BuildProfile(
+        min_hw_dims=4, max_hw_dims=64, max_batch_size=2, max_num_seqs=2, max_input_len=4096, max_seq_len=40960
+    )
     build_rtx(Checkpoint(rtx_checkpoint), tmp_path, profile)
     fused = [sum("mha" in name for name in built_layers(tmp_path / "decoder.layers", number)) for number in (0, 1)]
     assert fused == [layers, 0]
@@ -275,7 +279,8 @@ class TestWhatTensorRTRefuses:
         with pytest.raises(BuildError) as refused:
             build_rtx(Checkpoint(rtx_checkpoint), tmp_path, compute_capabilities=("7.5",))
         assert re.match(
-            r"vision engine: tensorrt_rtx 1\.\S+ cannot build it: .*sm75.*b16.*lower --max", str(refused.value)
+            r"vision engine: tensorrt_rtx 1\.\S+ .*sm75.*b16.*lower --max-hw-dims or --max-batch-size\.$",
+            str(refused.value),
         )
         assert not list(tmp_path.glob("*.engine"))
 

@@ -64,7 +64,8 @@ def test_every_legal_batch_fits(batch):
 
 @given(st.integers(1, 400), st.integers(1, 6), st.integers(1, 9))
 def test_ranges_are_in_order(fewest, more, images):
-    profile = BuildProfile(min_hw_dims=UNIT * fewest, max_hw_dims=UNIT * fewest * more, max_batch_size=images)
+    limits = {"max_batch_size": images, "max_num_seqs": images}
+    profile = BuildProfile(min_hw_dims=UNIT * fewest, max_hw_dims=UNIT * fewest * more, **limits)
     for ranges in (vision_ranges(profile, VISION), *decoder_ranges(profile)):
         assert all(1 <= least <= usual <= most for least, usual, most in ranges.values()), ranges
 
@@ -99,6 +100,12 @@ def test_limits_between_two_patch_counts_are_refused():
 
 
 def test_the_decoder_takes_prompts_and_single_tokens():
-    context, generation = decoder_ranges(BuildProfile(max_batch_size=6, max_input_len=300, max_seq_len=400))
+    context, generation = decoder_ranges(BuildProfile(max_num_seqs=6, max_input_len=300, max_seq_len=400))
     assert context == {"batch": (1, 1, 6), "sequence": (1, 300, 300)}
     assert generation == {"batch": (1, 6, 6), "sequence": (1, 1, 1)}
+
+
+def test_images_of_a_call_and_requests_under_way_are_limits_of_their_own():
+    profile = BuildProfile(max_batch_size=2, max_num_seqs=5)
+    assert vision_ranges(profile, VISION)["sequences"] == (1, 2, 2)
+    assert [ranges["batch"] for ranges in decoder_ranges(profile)] == [(1, 1, 5), (1, 5, 5)]

@@ -12,7 +12,9 @@ from qwen2vl_trt.hub import resolve_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 
-PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_input_len=512, max_seq_len=1024)
+PROFILE = BuildProfile(
+    min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_num_seqs=4, max_input_len=512, max_seq_len=1024
+)
 
 
 def cuda_provider() -> bool:

@@ -17,7 +17,9 @@ from qwen2vl_trt.hub import resolve_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 
-PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_input_len=512, max_seq_len=1024)
+PROFILE = BuildProfile(
+    min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_num_seqs=4, max_input_len=512, max_seq_len=1024
+)
 FEW = ("--warm-up", "10", "--duration", "0.1", "--iterations", "3", "--json")
 OF_A_GPU = {"latency", "enqueue", "h2d", "compute", "d2h"}
 

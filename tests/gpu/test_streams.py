@@ -15,7 +15,9 @@ from tests.support.requests import answers, random_params, random_request
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 
-PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_input_len=512, max_seq_len=1024)
+PROFILE = BuildProfile(
+    min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_num_seqs=4, max_input_len=512, max_seq_len=1024
+)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,9 @@ from qwen2vl_trt.runtime.backends.tensorrt_runner import TensorRTDecoder, _load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 
-PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_input_len=512, max_seq_len=1024)
+PROFILE = BuildProfile(
+    min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_num_seqs=4, max_input_len=512, max_seq_len=1024
+)
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
@@ -192,5 +194,5 @@ def test_streamed_weights_answer_as_resident_ones(tmp_path, monkeypatch):
 
 def test_a_cache_that_does_not_fit(engines, monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (0, 0))
-    with pytest.raises(EngineError, match=r"the key-value cache needs .* for --max-batch-size 4 x --max-seq-len 1,024"):
+    with pytest.raises(EngineError, match=r"the key-value cache needs .* for --max-num-seqs 4 x --max-seq-len 1,024"):
         _ = open_engines(engines).decoder

@@ -24,7 +24,9 @@ from tests.support.models import edit_checkpoint, in_fp8_as_shared, relative_err
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 
-PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_input_len=512, max_seq_len=1024)
+PROFILE = BuildProfile(
+    min_hw_dims=4, max_hw_dims=1024, max_batch_size=4, max_num_seqs=4, max_input_len=512, max_seq_len=1024
+)
 GPU = torch.device("cuda", 0)
 KINDS = CudaVision, TorchVision
 GRIDS = ((1, 4, 10), (3, 6, 4), (1, 10, 18), (1, 2, 30), (1, 32, 32))

@@ -22,7 +22,7 @@ def test_the_bounds_of_an_h200():
     features = of("3B", load=dataclasses.replace(LOAD, output_tokens=0))
     assert features.vision_seconds == pytest.approx(1.342911e12 / 790e12, rel=1e-6)
     assert round(features.vision_seconds * 1e3, 2) == 1.70
-    alone = of("7B", load=dataclasses.replace(LOAD, max_batch_size=1, text_tokens=0, output_tokens=1), tp_size=1)
+    alone = of("7B", load=dataclasses.replace(LOAD, max_num_seqs=1, text_tokens=0, output_tokens=1), tp_size=1)
     cache = (258 + 0.5) * 57_344
     assert alone.step_seconds == pytest.approx((14_140_571_648 + cache) / 4.3e12, rel=1e-9)
     assert round(14_140_571_648 / 4.3e12 * 1e3, 1) == 3.3
@@ -61,7 +61,7 @@ def test_fractions_divide_the_rates():
     assert found.vision_seconds == pytest.approx(full.vision_seconds / 0.5)
     assert found.prefill_seconds == pytest.approx(full.prefill_seconds / 0.25 / 0.9**2)
     assert full.kv_available - found.kv_available == pytest.approx(14.1e9)
-    one = dataclasses.replace(LOAD, max_batch_size=1)
+    one = dataclasses.replace(LOAD, max_num_seqs=1)
     reading = of("72B", tp_size=4, load=one).step_seconds
     assert of("72B", tp_size=4, load=one, assumptions=Assumptions()).step_seconds == pytest.approx(reading / 0.8 / 0.81)
 

@@ -39,7 +39,7 @@ def test_the_arithmetic_and_the_answer(call):
 
 def test_options_reach_the_plan(call):
     options = "--image-size 1000x2000 --max-pixels 501760 --prompt-tokens 10 --precision fp8 --tp-size 4"
-    options += " --max-batch-size 7"
+    options += " --max-num-seqs 7"
     fractions = "--vision-fraction 0.5 --prefill-fraction 0.4 --decode-fraction 0.7 --tp-fraction 0.8"
     fractions += " --reserve-fraction 0.2"
     found = json.loads(call(*ASK, *options.split(), *fractions.split(), "--max-seq-len", "4096", "--json")[1])
@@ -73,7 +73,7 @@ def test_features_and_a_checkpoint_folder(call):
         (("--image-size", "10x2500"), "aspect ratio of 250"),
         (("--images-per-second", "0"), "--images-per-second is 0; it must be above 0"),
         (("--decode-fraction", "2"), "the decode fraction is 2; it must be above 0 and at most 1"),
-        (("--max-batch-size", "0"), "'0' is not a whole number of at least 1"),
+        (("--max-num-seqs", "0"), "'0' is not a whole number of at least 1"),
         (("--output-tokens", "-1"), "--output-tokens: '-1' is not a whole number of at least 0"),
     ],
 )

@@ -15,7 +15,9 @@ from tests.support.engine_folders import build
 from tests.support.published import VOCABULARY, write_processor_files, write_published
 from tests.support.shared import shared
 
-PROFILE = BuildProfile(min_hw_dims=16, max_hw_dims=1024, max_batch_size=2, max_input_len=900, max_seq_len=1100)
+PROFILE = BuildProfile(
+    min_hw_dims=16, max_hw_dims=1024, max_batch_size=2, max_num_seqs=2, max_input_len=900, max_seq_len=1100
+)
 BACKENDS = ("torch", "onnxruntime")
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from qwen2vl_trt.commands import call
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LIMITS = ["--min-hw-dims", "16", "--max-hw-dims", "1024", "--max-batch-size", "2"]
+LIMITS = ["--min-hw-dims", "16", "--max-hw-dims", "1024", "--max-batch-size", "2", "--max-num-seqs", "2"]
 LIMITS += ["--max-input-len", "600", "--max-seq-len", "700"]
 
 

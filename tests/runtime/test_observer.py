@@ -15,7 +15,9 @@ from qwen2vl_trt.runtime.pipeline import Pipeline
 from qwen2vl_trt.runtime.request import Request
 from qwen2vl_trt.runtime.sampling_params import SamplingParams
 
-PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_input_len=100, max_seq_len=140)
+PROFILE = BuildProfile(
+    min_hw_dims=4, max_hw_dims=200, max_batch_size=2, max_num_seqs=2, max_input_len=100, max_seq_len=140
+)
 
 
 @pytest.fixture

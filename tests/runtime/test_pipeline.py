@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams, Video, VideoOptions
 from qwen2vl_trt.errors import CheckpointError, EngineError, LimitError, MediaError, PromptError, SamplingError
 from qwen2vl_trt.hub import resolve_model
+from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.tiny.evaluation import answer_scenes
 from qwen2vl_trt.tiny.scenes import TASKS, held_out_scenes
 from tests.support.bounds import FP32, FP32_BEHIND_BOTH
@@ -415,6 +417,25 @@ def test_a_video_of_more_frames_than_a_call_takes_equals_one_call(checkpoint, pi
     expected = large.hidden_states([request])[0]
     for pipeline in pipelines.values():
         assert relative_error(pipeline.hidden_states([request])[0], expected) < FP32_BEHIND_BOTH
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_more_requests_under_way_than_images_in_a_vision_call(checkpoint, pipelines, backend, tmp_path):
+    stages = []
+
+    @contextmanager
+    def observe(stage):
+        yield
+        stages.append(stage)
+
+    profile = replace(PROFILE, max_batch_size=1, max_num_seqs=3)
+    engines = open_engines(build(checkpoint, tmp_path / "engines", backend, profile=profile), "cpu")
+    requests = [Request("What?", [picture(seed, 56, 56)]) for seed in range(3)]
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    outputs = Pipeline(engines, observe=observe).generate(requests, params)
+    assert answers(outputs) == answers(pipelines[backend].generate(requests, params))
+    assert sum(stage.name == "vision" for stage in stages) == 3
+    assert max(len(stage.outputs) for stage in stages if stage.name == "decode") == 3
 
 
 # Errors

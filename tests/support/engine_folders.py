@@ -23,7 +23,9 @@ from qwen2vl_trt.tiny.tokenizer import write_processor_files
 from tests.support import fake_tensorrt
 from tests.support.models import random_model, save_model
 
-PROFILE = BuildProfile(min_hw_dims=4, max_hw_dims=180, max_batch_size=4, max_input_len=400, max_seq_len=700)
+PROFILE = BuildProfile(
+    min_hw_dims=4, max_hw_dims=180, max_batch_size=4, max_num_seqs=4, max_input_len=400, max_seq_len=700
+)
 BUILDS = (("torch", "fp32"), ("onnxruntime", "fp32"))
 
 

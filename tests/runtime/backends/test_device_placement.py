@@ -24,7 +24,7 @@ from qwen2vl_trt.windows import window_layout
 
 DEVICE = torch.device("cuda", 0) if torch.version.cuda else torch.device("meta")
 CONFIG = Qwen2VLConfig.from_dict(config_of("Qwen2.5-VL-3B", 2, 8))
-PROFILE = BuildProfile(4, 16384, 8, 4096, 8192)
+PROFILE = BuildProfile(4, 16384, 8, 8, 4096, 8192)
 GRIDS = ((1, 4, 10), (3, 6, 4), (1, 10, 18), (1, 2, 30))
 
 

@@ -231,10 +231,10 @@ class TestDecoder:
         with pytest.raises(EngineError) as refused:
             _ = opened(folder).decoder
         message = str(refused.value)
-        assert re.search(
-            r"needs 2\.9 MB for --max-batch-size 4 x --max-seq-len 700, and [12]\.\d MB of GPU", message
-        ), message
-        assert "what fits: --max-batch-size 1 at this length or --max-seq-len 256" in message
+        assert re.search(r"needs 2\.9 MB for --max-num-seqs 4 x --max-seq-len 700, and [12]\.\d MB of GPU", message), (
+            message
+        )
+        assert "what fits: --max-num-seqs 1 at this length or --max-seq-len 256" in message
 
     def streaming(self, folder, monkeypatch, streamable):
         """An engine some of whose weights may stay on the host; that takes memory for each context."""

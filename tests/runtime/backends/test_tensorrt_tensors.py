@@ -137,13 +137,13 @@ def test_bytes_of_a_token():
 def test_what_fits_is_said():
     check_cache(OF_7B, PROFILE, torch.bfloat16, NEEDED)
     assert refused(NEEDED - 1) == (
-        "the key-value cache needs 3.76 GB for --max-batch-size 8 x --max-seq-len 8,192, and 3.76 GB of GPU memory is"
-        " left for it; what fits: --max-batch-size 7 at this length or --max-seq-len 7,936 at this batch."
+        "the key-value cache needs 3.76 GB for --max-num-seqs 8 x --max-seq-len 8,192, and 3.76 GB of GPU memory is"
+        " left for it; what fits: --max-num-seqs 7 at this length or --max-seq-len 7,936 for as many requests."
         " Rebuild, or free GPU memory."
     )
-    assert "--max-seq-len 1,024 (--max-input-len below 1,024) at this batch" in refused(NEEDED // 8)
-    assert "--max-batch-size 1 at this length" in refused(NEEDED // 8)
-    assert "--max-batch-size" not in refused(NEEDED // 8 - 1).partition("what fits:")[2]
+    assert "--max-seq-len 1,024 (--max-input-len below 1,024) for as many requests" in refused(NEEDED // 8)
+    assert "--max-num-seqs 1 at this length" in refused(NEEDED // 8)
+    assert "--max-num-seqs" not in refused(NEEDED // 8 - 1).partition("what fits:")[2]
     assert "what fits: nothing, not one request." in refused(0)
     assert "what fits: nothing, not one request." in refused(-5)
 
@@ -151,7 +151,7 @@ def test_what_fits_is_said():
 @given(st.integers(0, NEEDED - 1))
 def test_what_is_said_to_fit_fits(free):
     words = refused(free).partition("what fits:")[2].replace(",", "").split()
-    for option, changes in (("--max-batch-size", "max_batch_size"), ("--max-seq-len", "max_seq_len")):
+    for option, changes in (("--max-num-seqs", "max_num_seqs"), ("--max-seq-len", "max_seq_len")):
         if option in words:
             value = int(words[words.index(option) + 1])
             limits = PROFILE.as_dict() | {"max_input_len": 1, changes: value}
@@ -162,14 +162,14 @@ def test_what_is_said_to_fit_fits(free):
 @pytest.mark.parametrize(("length", "step"), [(700, None), (701, 2), (1000, None), (999, 2)])
 def test_rows_begin_at_aligned_addresses(length, step):
     config = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=2, head_dim=32)
-    profile = BuildProfile(max_batch_size=2, max_input_len=1, max_seq_len=length)
+    profile = BuildProfile(max_num_seqs=2, max_input_len=1, max_seq_len=length)
     assert (length * 2 * 32 * 2 % ALIGNMENT == 0) == (step is None)
     if step is None:
         check_rows(config, profile, torch.bfloat16)
     else:
         with pytest.raises(EngineError, match=rf"cache rows of .* bytes; .* Rebuild with a multiple of {step}\."):
             check_rows(config, profile, torch.bfloat16)
-        check_rows(config, BuildProfile(max_batch_size=1, max_input_len=1, max_seq_len=length), torch.bfloat16)
+        check_rows(config, BuildProfile(max_num_seqs=1, max_input_len=1, max_seq_len=length), torch.bfloat16)
 
 
 @pytest.mark.parametrize(("free", "budget"), [(10, 0), (12, 2), (20, 10), (21, 10), (0, 0)])

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,10 @@ from qwen2vl_trt.commands import features
 from qwen2vl_trt.commands.options import pipeline_options
 from qwen2vl_trt.errors import FeaturesError, LimitError, MediaError, PromptError
 from qwen2vl_trt.runtime.features.shards import shard_paths
+from qwen2vl_trt.runtime.features.sources import DecoderFeatures, VisionFeatures
 from tests.support import features_process
 from tests.support.bounds import FP32, FP32_BEHIND_BOTH
+from tests.support.engine_folders import PROFILE, build
 from tests.support.feature_files import stored
 from tests.support.media_files import save_images
 from tests.support.models import relative_error
@@ -124,6 +127,19 @@ def test_decoder_states_are_those_of_transformers(pipeline, reference, images, f
         with torch.no_grad():
             expected = reference[0](**inputs, output_hidden_states=True).hidden_states[-1][0]
         assert relative_error(found[key], expected) < FP32_BEHIND_BOTH
+
+
+@pytest.mark.parametrize(("source", "batches"), [(VisionFeatures, [1] * 9), (DecoderFeatures, [4, 4, 1])])
+def test_a_batch_is_as_large_as_the_engine_of_the_source_takes(
+    checkpoint, images, folder, tmp_path, monkeypatch, source, batches
+):
+    profile = replace(PROFILE, max_batch_size=1)
+    pipeline = Pipeline.from_engine_dir(build(checkpoint, tmp_path / "engines", "torch", profile=profile), "cpu")
+    found, made = [], source.extract
+    monkeypatch.setattr(source, "extract", lambda self, batch: found.append(len(batch)) or made(self, batch))
+    options = () if source is VisionFeatures else ("--source", "decoder", "--prompt", PROMPT)
+    extract(pipeline, "--input", folder, "--output", tmp_path / "out", *options)
+    assert found == batches
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def own_vision(trtllm, monkeypatch):
 def engine_dir(checkpoint, folder, **options):
     backend, precision = find_backend("tensorrt-llm", "bf16")
     backend = replace(backend, options=TensorRTLLMOptions(**options))
-    build_engines(resolve_model(checkpoint), backend, precision, PROFILE, folder)
+    build_engines(resolve_model(checkpoint), backend, precision, replace(PROFILE, max_num_seqs=3), folder)
     return folder
 
 
@@ -82,6 +82,7 @@ class TestAnswers:
     def test_are_the_torch_backends(self, pipeline, trtllm, expected):
         outputs = pipeline.generate(REQUESTS, LENGTHS)
         assert answers(outputs) == expected
+        assert llm(trtllm).arguments["max_batch_size"] == 3  # its name for most requests
         assert llm(trtllm).most_together > 1  # batched in flight
         counters = pipeline.counters()
         assert counters.finished == counters.started == 10

@@ -184,7 +184,8 @@ class LLM:
                 raise ValueError(f"LLM got invalid argument: {name}")
         self.arguments = {"tensor_parallel_size": tensor_parallel_size, "dtype": dtype, **kwargs}
         self.folder, self.checkpoint = Path(model), Checkpoint(Path(model))
-        limits = {name: kwargs[name] for name in ("max_batch_size", "max_input_len", "max_seq_len")}
+        limits = {name: kwargs[name] for name in ("max_input_len", "max_seq_len")}
+        limits["max_num_seqs"] = kwargs["max_batch_size"]
         self._decoder = TorchDecoder(
             self.checkpoint, BuildProfile(**limits), getattr(torch, dtype), torch.device("cpu")
         )
