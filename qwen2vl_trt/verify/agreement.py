@@ -30,8 +30,8 @@ _TOKENS = 32
 
 
 def build_tiny(backend: str, precision: str, folder: Path, slots: int) -> Finding:
-    """Build engines of the tiny model with so many slots."""
-    profile = replace(usual_profile(TINY), max_batch_size=slots)
+    """Build engines of the tiny model that take so many requests at a time."""
+    profile = replace(usual_profile(TINY), max_num_seqs=slots)
     build_engines(resolve_model(TINY), *find_backend(backend, precision), profile, folder)
     return Finding("passed")
 

@@ -64,14 +64,14 @@ class RandomModel:
     def fits(self, precision: Precision, cuda: bool, memory: float, disk: float) -> bool:
         """Whether it runs in so many bytes; a build may copy the weights once."""
         profile = profile_of(cuda)
-        cache = profile.max_batch_size * profile.max_seq_len * kv_bytes_per_token(self.config.text, 4)
+        cache = profile.max_num_seqs * profile.max_seq_len * kv_bytes_per_token(self.config.text, 4)
         needed = _SPARE * (self.weights * precision.decoder.itemsize + cache)
         return needed <= memory and 2 * 2 * self.weights <= disk
 
 
 def profile_of(cuda: bool) -> BuildProfile:
     """Limits of the engines; on a GPU the cache of all slots is allocated."""
-    return BuildProfile(4, 16384, 64 if cuda else 4, 1024, 2048)
+    return BuildProfile(4, 16384, 8, 64 if cuda else 4, 1024, 2048)
 
 
 def deepest(
