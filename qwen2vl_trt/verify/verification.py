@@ -186,12 +186,9 @@ class Verification:
             self._add(Row(label, Finding("skipped", NO_TIME if rates is None else NO_ROOM)))
             return
         label = model.label
-        folder = self._call(
-            f"{label}, {engines.backend} {engines.precision}: build",
-            model.build_seconds(plans),
-            *(speed.build_random, model, engines.backend, engines.precision, self._cuda, root),
-            rows=lambda folder: {f"{label}, {engines.backend} {engines.precision}: build": Finding("passed")},
-        )
+        given = (model, engines.backend, engines.precision, self._cuda, root)
+        title = f"{label}, {engines.backend} {engines.precision}: build"
+        folder = self._call(title, model.build_seconds(plans), speed.build_random, *given)
         if folder is None:
             return
         loading = 60.0 if self._cuda else 10.0
@@ -217,9 +214,13 @@ class Verification:
         *arguments: Any,
         rows: Callable[[_Found], Rows] | None = None,
     ) -> _Found | None:
-        """Call a function in the worker; see :meth:`_check`."""
+        """Call a function in the worker, see :meth:`_check`; what is no finding has passed unless ``rows`` say more."""
         call = partial(self._worker.call, "call", function, *arguments)
-        return self._check(name, seconds, self._worker, call, rows or (lambda found: {name: found}))
+
+        def one(found: _Found) -> Rows:
+            return {name: found if isinstance(found, Finding) else Finding("passed")}
+
+        return self._check(name, seconds, self._worker, call, rows or one)
 
     def _check(
         self,
