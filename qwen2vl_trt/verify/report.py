@@ -100,6 +100,8 @@ def facts(machine: dict[str, Any]) -> Iterator[str]:
         )
     listed = {k: v for k, v in machine.items() if k not in (*_UNLISTED, "cpu", "cores", "gpu", "driver") and v}
     yield ", ".join(f"{name} {value}" for name, value in listed.items())
+    if machine.get("load", 0) > machine["threads"]:
+        yield f"load {machine['load']} on {machine['threads']} threads: other processes took part, figures are low"
 
 
 def summary(report: Report) -> str:

@@ -288,7 +288,7 @@ class _Caller:
         """What a function returns, and the warnings that were logged meanwhile."""
         said: list[str] = []
         handler = logging.Handler(logging.WARNING)
-        handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+        handler.emit = lambda record: said.append(" ".join(record.getMessage().split()))  # type: ignore[method-assign]
         logging.getLogger("qwen2vl_trt").addHandler(handler)
         try:
             return function(*arguments), list(dict.fromkeys(said))

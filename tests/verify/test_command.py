@@ -16,6 +16,7 @@ from qwen2vl_trt.benchmarks.measure import Until
 from qwen2vl_trt.benchmarks.roofline import Rates
 from qwen2vl_trt.engines.backends import BACKENDS
 from qwen2vl_trt.errors import BenchmarkError, ExecutionError
+from qwen2vl_trt.verify import report as reports
 from qwen2vl_trt.verify import speed, verification
 from qwen2vl_trt.verify.finding import Finding
 from tests.support.models import SMALL_SHAPE
@@ -181,7 +182,7 @@ def test_engines_that_are_not_built_are_not_asked(verify, instant, monkeypatch):
 
 def test_what_is_logged_as_a_warning_is_told(verify, instant, monkeypatch):
     def warns(*given):
-        verification.logging.getLogger("qwen2vl_trt.runtime").warning("decoding goes on without CUDA graphs")
+        verification.logging.getLogger("qwen2vl_trt.runtime").warning("decoding goes on\nwithout CUDA graphs")
         return PASSED
 
     monkeypatch.setattr(verification.kernels, "decode_graphs", warns)
@@ -220,10 +221,15 @@ def test_a_gpu_is_asked_for_what_it_is_for(instant, monkeypatch, tmp_path):
     assert {given[6] for given in asked[-2:]} == {0.9 * 24e9}
     assert asked[-2][5] == pytest.approx(asked[-1][5] / 2, rel=0.01)  # the first leaves time for the second
     assert not report.failed
-    assert [row.name for row in report.rows if row.finding.words == "no time, memory or disk space left"] == [
-        "3B",
-        "7B",
-    ]
+    assert [row.name for row in report.rows if row.finding.words == verification.NO_ROOM] == ["3B", "7B"]
+
+
+@pytest.mark.parametrize(("load", "said"), [(9.5, True), (1.5, False)])
+def test_other_processes_are_named(load, said):
+    machine = {"cpu": "EPYC", "cores": 2, "threads": 2, "load": load, "memory_bytes": 4e9, "gpus": []}
+    lines = list(reports.facts(machine | {"instruction_sets": ["avx2"]}))
+    assert lines[0] == "EPYC, 2 cores, 4 GB; avx2"
+    assert ("load 9.5 on 2 threads: other processes took part, figures are low" in lines) == said
 
 
 class Clock:
