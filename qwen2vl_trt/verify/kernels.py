@@ -60,14 +60,10 @@ def fused_attention(device: torch.device, flash: bool | None = None) -> Finding:
     for heads, kv_heads, size in _DECODER_HEADS:
         k, v = (_noise((len(_LENGTHS), kv_heads, 1000, size), device, dtype, seed) for seed in range(2))
         q = _noise((len(_LENGTHS), heads, 200, size), device, dtype, 2)
-        chunk = varlen.prefill_attention(q, k, v) if flash else ops.full_attention(q, k, v, causal=True)
+        chunk = _flash(q, k, v) if flash else ops.full_attention(q, k, v, causal=True)
         errors.append(_error(chunk, _plain(q, k, v)))
         new, lengths = q[:, :, -1:], torch.tensor(_LENGTHS, device=device)
-        if flash:
-            rows = varlen.CuSeqlens.of(len(_LENGTHS), k)
-            step = varlen.decode_attention(new[:, :, 0], k, v, lengths.int(), 1000, rows)[:, :, None]
-        else:
-            step = ops.ragged_attention(new, k, v, lengths, causal=False)
+        step = _flash(new, k, v, lengths.int()) if flash else ops.ragged_attention(new, k, v, lengths, causal=False)
         for row, length in enumerate(_LENGTHS):
             keys = slice(row, row + 1), slice(None), slice(length)
             errors.append(_error(step[row], _plain(new[row : row + 1], k[keys], v[keys])[0]))
@@ -146,6 +142,16 @@ def _answers(engines: Engines, options: PipelineOptions) -> list[list[int]]:
         return [output.token_ids for output in pipeline.generate(requests(6), GREEDY)]
     finally:
         pipeline.close()
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Causal attention of q ``[B, H, S, D]`` to k, v ``[B, Hkv, N, D]``, or to their first ``lengths``, packed."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    rows = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+    bounds, longest = (rows * q.shape[1], rows * k.shape[1]), (q.shape[1], k.shape[1])
+    tokens, keys, values = (t.flatten(0, 1) for t in (q, k, v))
+    out = varlen.flash_attention(tokens, keys, values, bounds, longest, True, lengths)
+    return out.view(q.shape).transpose(1, 2)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class TestFlashAttention:
     def test_wrong_in_one_of_its_uses(self, monkeypatch, call):
         def flash(q, k, v, cu_seqlens, max_seqlen, causal=False, lengths=None):
             out = varlen_reference.flash_attention(q, k, v, cu_seqlens, max_seqlen, causal, lengths)
-            used = "chunk" if causal else "packed" if lengths is None else "decode"
+            used = "packed" if not causal else "chunk" if lengths is None else "decode"
             return out * 1.1 if used == call else out
 
         monkeypatch.setattr(varlen, "flash_attention", flash)
