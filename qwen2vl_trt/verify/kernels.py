@@ -108,7 +108,7 @@ def fp8_products(device: torch.device) -> Finding:
     """A linear layer over FP8 numbers beside the FP32 product of the same numbers."""
     dtype = torch.bfloat16
     layer = FP8Linear(nn.Linear(256, 512)).to(device)
-    layer.bias.data = layer.bias.data.to(dtype)
+    layer.bias.data = _noise((512,), device, dtype, 2)
     layer.weight.copy_((_noise((512, 256), device, torch.float32, 0) * 50).to(torch.float8_e4m3fn))
     layer.weight_scale.fill_(0.003)
     layer.input_scale.fill_(0.01)
