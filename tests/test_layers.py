@@ -20,6 +20,7 @@ LAYERS = (
     "accuracy",
     "batch",
     "benchmarks",
+    "verify",
     "commands",
 )
 """Each imports only those before it, the first being the modules that stand in none of the others; the two scripts

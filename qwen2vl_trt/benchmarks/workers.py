@@ -29,7 +29,12 @@ class Worker:
     Args:
         name: of what it runs, for messages.
         setup: returns the object; a module-level function or a ``functools.partial`` of one.
+
+    Attributes:
+        deadline: ``time.monotonic()`` at which the process of a call that has not ended is; None for never.
     """
+
+    deadline: float | None = None
 
     def __init__(self, name: str, setup: Callable[[], Any]) -> None:
         self.name, self._setup = name, setup
@@ -58,8 +63,8 @@ class Worker:
         """Call a method of the object and return what it returns.
 
         Raises:
-            Qwen2VLError: as the method or ``setup`` raised it. BenchmarkError where the process died, or for another
-                exception.
+            Qwen2VLError: as the method or ``setup`` raised it. BenchmarkError where the process died, took too long, or
+                for another exception.
         """
         if self._broken is not None:
             raise self._broken
@@ -83,6 +88,11 @@ class Worker:
             raise
 
     def _answer(self) -> Any:
+        began = time.monotonic()
+        if not self._pipe.poll(None if self.deadline is None else max(self.deadline - began, 0.0)):
+            late = BenchmarkError(f"{self.name} was stopped after {time.monotonic() - began:.0f} s")
+            self.__exit__(type(late), late, None)
+            raise late
         try:
             kind, value = self._pipe.recv()
         except EOFError:
@@ -94,7 +104,8 @@ class Worker:
         if kind == "error":
             raise value
         if kind == "bug":
-            raise BenchmarkError(f"in the process of {self.name}: {value.splitlines()[-1]}") from RuntimeError(value)
+            said, trace = value
+            raise BenchmarkError(f"in the process of {self.name}: {said}") from RuntimeError(trace)
         return value
 
 
@@ -102,7 +113,7 @@ def _work(setup: Callable[[], Any], pipe: Connection, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     torch.set_num_threads(threads)
     target: Any = None
-    answer: tuple[str, Any]
+    answer: tuple[str, Any]  # a value, an error of this project, or what another one says and its traceback
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             try:
@@ -117,8 +128,9 @@ def _work(setup: Callable[[], Any], pipe: Connection, threads: int) -> None:
                 answer = ("error", error)
             except ModuleNotFoundError as error:  # it would lose the name on its way
                 answer = ("error", MissingDependencyError(f"the package {error.name} is not installed"))
-            except Exception:
-                answer = ("bug", traceback.format_exc())
+            except Exception as error:
+                said = "".join(traceback.format_exception_only(error)).splitlines()[0]  # CUDA's errors have several
+                answer = ("bug", (said, traceback.format_exc()))
             pipe.send(answer)
             if target is None:
                 return

@@ -26,6 +26,7 @@ COMMANDS = {
     "bench export": "time and memory of an export",
     "inspect": "what an engine folder holds",
     "plan": "how many GPUs a load needs, on paper",
+    "verify": "what holds on this machine, within some minutes: a report to send",
 }
 
 

@@ -1,4 +1,5 @@
 import sys
+import time
 from functools import partial
 from importlib import import_module
 
@@ -34,6 +35,13 @@ def test_an_error_of_this_project_arrives_as_it_is(tmp_path):
         worker.call("open_engines", tmp_path)
 
 
+def test_an_error_of_several_lines_arrives_as_its_first():
+    """CUDA's end in advice about compiling PyTorch."""
+    with module("builtins") as worker, pytest.raises(BenchmarkError) as raised:
+        worker.call("exec", "raise RuntimeError('CUDA error: device-side assert\\nCompile with `TORCH_USE_CUDA_DSA`')")
+    assert str(raised.value) == "in the process of builtins: RuntimeError: CUDA error: device-side assert"
+
+
 def test_a_setup_that_fails_leaves_no_process():
     before = children()
     with module("no_such_package") as worker:
@@ -55,6 +63,18 @@ def test_a_process_that_died_begins_again():
         with pytest.raises(BenchmarkError, match="killed by signal 6"):
             worker.call("abort")
         assert worker.call("getpid") in children()
+
+
+def test_a_call_that_does_not_end_is_stopped():
+    with module("time") as worker:
+        worker.call("sleep", 0)
+        stopped = worker._process.pid
+        worker.deadline = time.monotonic() + 0.1
+        with pytest.raises(BenchmarkError, match=r"^time was stopped after [01] s$"):
+            worker.call("sleep", 1000)
+        assert stopped not in children()
+        worker.deadline = None
+        assert worker.call("sleep", 0) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak begins anew on Linux alone")
