@@ -69,7 +69,7 @@ def _square_windows(groups: int, side: int) -> int:
 def decoder_ranges(profile: BuildProfile) -> tuple[Ranges, Ranges]:
     """Of the context profile (prompts, or chunks of them) and of the generation profile (one token a request).
 
-    A prompt runs alone in its own slot; feature extraction runs several together.
+    Prompts of like length run together, in neighbouring slots; most often there is one.
     """
     batch, usual = profile.max_num_seqs, min(_USUAL_PROMPT, profile.max_input_len)
     return (

@@ -27,15 +27,8 @@ class DecoderOutput(NamedTuple):
     v_caches: list[Tensor]
 
 
-class SlotMapping(NamedTuple):
-    """Where T new tokens go in a cache ``[slots, Hkv, M, D]``: ``rows [T]`` and ``positions [T]``, int64."""
-
-    rows: Tensor
-    positions: Tensor
-
-
 class LayerCache(Protocol):
-    """One layer's part of the cache: ``k`` and ``v`` of ``[B, Hkv, M, D]``, where to write and how to attend."""
+    """One layer's part of the cache: ``k`` and ``v``, where to write and how to attend."""
 
     @property
     def k(self) -> Tensor: ...
@@ -44,8 +37,10 @@ class LayerCache(Protocol):
     def v(self) -> Tensor: ...
 
     @property
-    def slot_mapping(self) -> SlotMapping | None:
-        """Where the step's tokens go, for a kernel that writes to the cache itself; None: use ``append``."""
+    def slot_mapping(self) -> Tensor | None:
+        """Where the step's tokens go, ``[T]`` int64, for a kernel that writes to the cache itself; None: use
+        ``append``. ``k`` and ``v`` are then ``[pages, page size, Hkv, D]``, and a number is the page times the page
+        size, plus the place in the page."""
         ...
 
     def append(self, k: Tensor, v: Tensor) -> LayerCache:

@@ -104,7 +104,7 @@ class FusedAttention(DecoderAttention):
     ) -> tuple[Tensor, LayerCache | None]:
         if cache is None or cache.slot_mapping is None:
             return super().forward(x, cos, sin, cache)
-        q = self._ops.reshape_and_cache(self.qkv_proj(x), cos, sin, cache.k, cache.v, *cache.slot_mapping)
+        q = self._ops.reshape_and_cache(self.qkv_proj(x), cos, sin, cache.k, cache.v, cache.slot_mapping)
         y = cache.attend(q)
         return self.o_proj(y.transpose(1, 2).reshape(*x.shape[:2], -1)), cache
 

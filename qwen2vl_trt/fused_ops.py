@@ -3,8 +3,7 @@
 Compiled, a step keeps FP32 from its first number to its last. Run as it is, PyTorch rounds the sum before a norm, SiLU
 before its product and a norm's result before FP8.
 
-Letters: T tokens of all rows, C width, I intermediate width, H query heads, Hkv key-value heads, D head size, M cache
-capacity.
+Letters: T tokens of all rows, C width, I intermediate width, H query heads, Hkv key-value heads, D head size.
 """
 
 from __future__ import annotations
@@ -49,24 +48,24 @@ def rotary_embedding(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tenso
 
 
 def reshape_and_cache(
-    qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor, positions: Tensor
+    qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
 ) -> Tensor:
     """Rotate q and k of ``qkv [T, (H + 2 Hkv) D]``, write k and v to the cache, return q ``[T, H, D]``.
 
     Args:
         cos: ``[T, D / 2]`` FP32, as ``sin``.
-        k_cache: ``[slots, Hkv, M, D]``, as ``v_cache``.
-        rows: ``[T]`` int64, as ``positions``: the :class:`~qwen2vl_trt.decoder.SlotMapping`.
+        k_cache: ``[pages, page size, Hkv, D]``, as ``v_cache``.
+        slot_mapping: ``[T]`` int64, see :class:`~qwen2vl_trt.decoder.LayerCache`.
     """
-    kv_heads, size = k_cache.shape[1], k_cache.shape[3]
+    kv_heads, size = k_cache.shape[2:]
     heads = qkv.view(qkv.shape[0], -1, size)
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     if torch.compiler.is_compiling():  # apart, so that no kernel waits for another's result
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     else:  # together, in half as many kernels
         q, k = _rotate(heads[:, :-kv_heads], cos, sin).split([q.shape[1], kv_heads], dim=1)
-    k_cache[rows, :, positions] = k
-    v_cache[rows, :, positions] = v
+    k_cache.flatten(0, 1)[slot_mapping] = k
+    v_cache.flatten(0, 1)[slot_mapping] = v
     return q
 
 
@@ -116,12 +115,11 @@ class FusedOps:
         return self._functions["rotary_embedding"](_tokens(qkv), _tokens(cos), _tokens(sin), heads)
 
     def reshape_and_cache(
-        self, qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor, positions: Tensor
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
     ) -> Tensor:
         """:func:`reshape_and_cache` of ``[B, S, (H + 2 Hkv) D]``: ``[B, H, S, D]``."""
-        slot_mapping = _flat(rows), _flat(positions)
         q = self._functions["reshape_and_cache"](
-            _tokens(qkv), _tokens(cos), _tokens(sin), k_cache, v_cache, *slot_mapping
+            _tokens(qkv), _tokens(cos), _tokens(sin), k_cache, v_cache, _flat(slot_mapping)
         )
         return q.view(*qkv.shape[:2], *q.shape[1:]).transpose(1, 2)
 
@@ -167,9 +165,9 @@ class _Trial:
                 torch._dynamo.mark_dynamic(args[index], dimension)
         _, expected = self._outcome(self._plain, args)
         if self._name == "reshape_and_cache":  # what the plain one wrote must not hide what the compiled one does not
-            _, _, _, k_cache, v_cache, rows, positions = args
-            k_cache[rows, :, positions] = 0
-            v_cache[rows, :, positions] = 0
+            _, _, _, k_cache, v_cache, slot_mapping = args
+            for cache in (k_cache, v_cache):
+                cache.flatten(0, 1)[slot_mapping] = 0
         given, found = self._outcome(self._compiled, args)
         for one, other in zip(found, expected):
             one, other = one.float(), other.float()
@@ -182,8 +180,8 @@ class _Trial:
         given = function(*args)
         outcome = given if isinstance(given, tuple) else (given,)
         if self._name == "reshape_and_cache":
-            _, _, _, k_cache, v_cache, rows, positions = args
-            outcome += (k_cache[rows, :, positions], v_cache[rows, :, positions])
+            _, _, _, k_cache, v_cache, slot_mapping = args
+            outcome += (k_cache.flatten(0, 1)[slot_mapping], v_cache.flatten(0, 1)[slot_mapping])
         return given, outcome
 
 
@@ -204,7 +202,7 @@ _TOKENS = {
     "quantize_fp8": ((0, 0),),
     "rotary_cos_sin": ((0, 1),),
     "rotary_embedding": ((0, 0), (1, 0), (2, 0)),
-    "reshape_and_cache": ((0, 0), (1, 0), (2, 0), (5, 0), (6, 0)),
+    "reshape_and_cache": ((0, 0), (1, 0), (2, 0), (5, 0)),
 }
 """(argument, dimension) that count tokens; all other sizes are the model's, and compiled as constants."""
 

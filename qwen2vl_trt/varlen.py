@@ -3,8 +3,7 @@
 It needs an NVIDIA GPU from Ampere on, FP16 or BF16, and a head size that is a multiple of 8. PyTorch does not promise
 to keep it, so it is tried on small tensors first. Why not ``varlen_attn`` or SDPA: docs/design/torch.md.
 
-Letters: P tokens of all sequences, B sequences, S new tokens, M cache capacity, N keys, H query heads, Hkv key-value
-heads, D head size.
+Letters: P tokens of all sequences, B sequences, N pages of a sequence, H query heads, Hkv key-value heads, D head size.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -27,23 +26,25 @@ def flash_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: tuple[Tensor, Tensor] | None,
+    cu_seqlens: tuple[Tensor, Tensor],
     max_seqlen: tuple[int, int],
     causal: bool = False,
     lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
-    """The operator. Only the last dimension must be contiguous.
+    """The operator over packed queries. Only the last dimension must be contiguous.
 
     Args:
-        q: ``[P, H, D]`` with ``cu_seqlens``, else ``[B, S, H, D]``, as the result.
-        k: ``[tokens, Hkv, D]`` or ``[B, N, Hkv, D]``, as ``v``.
-        cu_seqlens: of q and of k, ``[B + 1]`` int32 each.
+        q: ``[P, H, D]``, as the result.
+        k: ``[tokens, Hkv, D]``, or with a block table ``[pages, page size, Hkv, D]``; as ``v``.
+        cu_seqlens: of q and of k, ``[B + 1]`` int32 each; that of k is not looked at with ``lengths``.
         max_seqlen: of q and of k.
         causal: lower-right: the last query of a sequence sees all its keys.
         lengths: ``[B]`` int32, keys of each sequence, from its beginning; by default all.
+        block_table: ``[B, pages of a sequence]`` int32; the page size is a multiple of 256.
     """
     return torch.ops.aten._flash_attention_forward(
-        q, k, v, *(cu_seqlens or (None, None)), *max_seqlen, 0.0, causal, False, seqused_k=lengths
+        q, k, v, *cu_seqlens, *max_seqlen, 0.0, causal, False, seqused_k=lengths, block_table=block_table
     )[0]
 
 
@@ -57,42 +58,21 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     return flash_attention(q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen))
 
 
-def prefill_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of the last S tokens of each row: q ``[B, H, S, D]`` to k and v ``[B, Hkv, N, D]``."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return flash_attention(q, k, v, None, (q.shape[1], k.shape[1]), causal=True).transpose(1, 2)
-
-
-class CuSeqlens(NamedTuple):
-    """Where each row's query and its keys begin, ``[B + 1]`` int32; the same for every layer and step."""
-
-    queries: Tensor
-    keys: Tensor
-
-    @classmethod
-    def of(cls, rows: int, k: Tensor) -> CuSeqlens:
-        """Of a cache ``[>= rows, Hkv, M, D]`` like ``k``."""
-        queries = torch.arange(rows + 1, dtype=torch.int32, device=k.device)
-        return cls(queries, queries * (k.shape[1] * k.shape[2]))
-
-
-def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, max_seqlen: int, cu_seqlens: CuSeqlens
+def paged_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, lengths: Tensor, block_table: Tensor
 ) -> Tensor:
-    """Attention of one new token a row, ``q [B, H, D]``, to the valid keys of the cache ``[B, Hkv, M, D]``, contiguous.
-
-    The kernel takes keys as ``[tokens, Hkv, D]``; strides give the cache ``[B, Hkv, M, D]`` that shape: tokens are D
-    apart, heads M * D, and row b begins at token b * Hkv * M.
+    """Causal attention of each sequence's last tokens ``[P, H, D]``, packed, to its keys in pages.
 
     Args:
-        lengths: ``[B]`` int32, valid keys of each row; no others are read.
-        max_seqlen: no length is greater; the kernel splits its work by it.
-        cu_seqlens: of B rows of ``k``.
+        q: queries; a sequence with more of them than keys gets zeros for the first.
+        k: ``[pages, page size, Hkv, D]``, as ``v``.
+        cu_seqlens: ``[B + 1]`` int32, where the queries of each sequence begin, and P.
+        max_seqlen: most queries of a sequence.
+        lengths: ``[B]`` int32, keys of each sequence; no others are read.
+        block_table: ``[B, N]`` int32, the pages of each sequence.
     """
-    batch, heads, capacity, size = k.shape
-    shape = ((batch - 1) * heads * capacity + capacity, heads, size)
-    keys, values = (t.as_strided(shape, (size, capacity * size, 1)) for t in (k, v))
-    return flash_attention(q, keys, values, cu_seqlens, (1, max_seqlen), lengths=lengths)
+    most = block_table.shape[1] * k.shape[1]
+    return flash_attention(q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, most), True, lengths, block_table)
 
 
 @lru_cache(maxsize=64)
@@ -115,28 +95,36 @@ def has_packed_attention(device: torch.device, dtype: torch.dtype, heads: int, h
 
 
 @lru_cache(maxsize=64)
-def has_cache_attention(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
-    """Whether :func:`decode_attention` and :func:`prefill_attention` run here and are right."""
+def has_paged_attention(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
+    """Whether :func:`paged_attention` runs here and is right, for one new token a sequence and for several."""
     if not _fits(dtype, head_dim):
         return False
 
     def differs() -> Tensor:
-        k, v = _noise((2, 2, kv_heads, 130, head_dim), dtype, device).unbind(0)
-        q = _noise((2, heads, 3, head_dim), dtype, device)
-        lengths = (3, 129)
-        counts = torch.tensor(lengths, dtype=torch.int32, device=device)
-        step = decode_attention(q[:, :, 2], k, v, counts, 130, CuSeqlens.of(2, k))
-        errors = []
-        for row, length in enumerate(lengths):
-            query, key, value = q[row : row + 1], k[row : row + 1, :, :length], v[row : row + 1, :, :length]
-            mask = torch.ones(3, length, dtype=torch.bool, device=device).tril(length - 3)
-            expected = F.scaled_dot_product_attention(
-                query.float(), key.float(), value.float(), attn_mask=mask, enable_gqa=heads != kv_heads
+        k, v = _noise((2, 4, 256, kv_heads, head_dim), dtype, device).unbind(0)
+        table = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32, device=device)
+        lengths, errors = (3, 300), []
+        for new in ((1, 1), (3, 2)):
+            # As in a captured step, a sequence with more queries than keys and an empty one fill it up.
+            padded, counts = (*new, *((5, 0) if max(new) > 1 else ())), (*lengths, 1, 1)
+            q = _noise((sum(padded), heads, head_dim), dtype, device)
+            cu_seqlens, used = (
+                torch.tensor(numbers, dtype=torch.int32, device=device)
+                for numbers in ([0, *accumulate(padded)], counts[: len(padded)])
             )
-            errors += [prefill_attention(query, key, value) - expected, (step[row] - expected[0, :, 2])]
-        return torch.stack([error.abs().max() for error in errors]).max()
+            pages = torch.cat([table, table.new_zeros(len(padded) - 2, 2)])
+            found = paged_attention(q, k, v, cu_seqlens, max(padded), used, pages).split(padded)
+            errors += [each.abs().max() for each in found[2:3] if not each.isfinite().all()]
+            for row, (query, length) in enumerate(zip(q.split(padded), lengths)):
+                key, value = (t[table[row].long()].flatten(0, 1)[:length].transpose(0, 1).float() for t in (k, v))
+                mask = torch.ones(new[row], length, dtype=torch.bool, device=device).tril(length - new[row])
+                expected = F.scaled_dot_product_attention(
+                    query.transpose(0, 1).float(), key, value, attn_mask=mask, enable_gqa=heads != kv_heads
+                )
+                errors.append((found[row].transpose(0, 1) - expected).abs().max())
+        return torch.stack(errors).max()
 
-    return _holds("attention to the cache", device, differs)
+    return _holds("attention to the paged cache", device, differs)
 
 
 def _fits(dtype: torch.dtype, head_dim: int) -> bool:

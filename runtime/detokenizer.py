@@ -13,6 +13,10 @@ from .sampling_params import Sampling
 FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 
 
+_MOST_INCOMPLETE = 32
+_CHARACTER = 4  # bytes of the longest, and so tokens
+
+
 class Detokenizer:
     """Decodes tokens one at a time, in whole characters, without special tokens: ``DecodeStream`` and what it leaves.
 
@@ -36,11 +40,23 @@ class Detokenizer:
             self._incomplete.clear()
             return new
         self._incomplete.append(token)
-        return ""
+        return self._give_up() if len(self._incomplete) % _MOST_INCOMPLETE == 0 else ""
+
+    def _give_up(self) -> str:
+        """The text of a long run that makes no character, which would be decoded again with every token."""
+        last = self._incomplete[-_CHARACTER:]
+        new, rest = (self._decode(tokens) for tokens in (self._incomplete[:-_CHARACTER], last))
+        if new + rest != self._decode(self._incomplete):
+            return ""  # a character may lie across
+        self._stream, self._incomplete = DecodeStream(skip_special_tokens=True), []
+        return new + "".join(map(self.push, last))
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def flush(self) -> str:
         """The rest at the end of an answer; an incomplete character becomes U+FFFD."""
-        return self._tokenizer.decode(self._incomplete, skip_special_tokens=True)
+        return self._decode(self._incomplete)
 
 
 class StopStrings:
@@ -93,6 +109,12 @@ class AnswerStream:
         self._eos = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
+
+    def end(self, reason: FinishReason) -> str:
+        """End the answer without another token; returns the rest of its text."""
+        stop, new = self._stop_strings, self._detokenizer.flush()
+        self.finish_reason = reason
+        return new if stop is None else stop.push(new) + ("" if stop.stopped else stop.flush())
 
     def push(self, token: int, reason: FinishReason | None = None) -> str:
         """Add a token; returns new text. ``reason`` ends the answer here, unless it ends by itself.

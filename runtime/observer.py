@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+from .backends.steps import Chunk
 from .request import Output
 
 
@@ -16,19 +17,17 @@ class Stage:
     Attributes:
         name: ``load`` of a request's media, ``wait`` for threads that load, ``embed`` (``preprocess`` and ``vision``
             are within it), ``prefill``, ``decode`` or ``sampling``.
-        outputs: of the requests that it works on: one a medium of ``embed``, one a slot of ``prefill`` and ``decode``,
-            None for a slot between two others. No other stage says them: ``load`` goes by its media, ``preprocess`` and
-            ``vision`` by the ``embed`` around them.
-        first_slot: of the decoder's.
+        outputs: of the requests that it works on: one a medium of ``embed``, one a chunk of ``prefill`` and ``decode``.
+            No other stage says them: ``load`` goes by its media, ``preprocess`` and ``vision`` by the ``embed`` around
+            them.
+        chunks: what the decoder reads or writes of each; a call with prompts is ``prefill``, with answers or without.
         media: keys of the images and videos that are loaded or embedded; of a load, once it has returned.
-        details: numbers about it.
     """
 
     name: str
-    outputs: Sequence[Output | None] = ()
-    first_slot: int = 0
+    outputs: Sequence[Output] = ()
+    chunks: Sequence[Chunk] = ()
     media: list[bytes] = field(default_factory=list)
-    details: dict[str, int] = field(default_factory=dict)
 
 
 Observer = Callable[[Stage], AbstractContextManager[object]]

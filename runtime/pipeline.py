@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from qwen2vl_trt.errors import LimitError, MediaError, PromptError, Qwen2VLError, SamplingError
 
@@ -81,7 +80,10 @@ class Pipeline:
             decode=options.decode,
             image_limits=ImageLimits(options.image_pixel_limit),
         )
-        self._media = MediaEmbedder(preprocessor, engines.vision, self.profile, self._config.vision, observe)
+        self._tokens_per_step = options.tokens_per_step(engines.device)
+        self._media = MediaEmbedder(
+            preprocessor, engines.vision, self.profile, self._config.vision, observe, self._tokens_per_step
+        )
         defaults = self._generation.defaults
         changed = {
             name: value
@@ -275,7 +277,12 @@ class Pipeline:
                 self._loaded_executor = runner.load_executor(self.engines, options.reuse_prefixes, self._counters)
             else:
                 self._loaded_executor = Scheduler(
-                    self.engines.decoder, options.max_num_tokens, options.reuse_prefixes, self._counters, self._observe
+                    self.engines.decoder,
+                    self._tokens_per_step,
+                    options.reuse_prefixes,
+                    self._counters,
+                    self._observe,
+                    ahead=options.overlap and self.engines.device.type == "cuda",
                 )
         return self._loaded_executor
 
@@ -356,9 +363,10 @@ class Pipeline:
     def warm_up(self, image_sizes: Sequence[tuple[int, int]] = (), max_length: int | None = None) -> None:
         """Do now what the first requests would have to wait for; returns when it is done.
 
-        Loads the decoder, reads a prompt of padding, decodes with every number of slots, which captures the CUDA graphs
-        where there are any, and embeds a blank image of each size. Requests that are under way are finished first, and
-        what ended ones left in the key-value cache is forgotten. Counts and caches nothing.
+        Loads the decoder, reads prompts of padding, decodes with every number of slots, which captures the CUDA graphs
+        where there are any, and embeds a blank image of each size; the log says how long it took. Requests that are
+        under way are finished first, and what ended ones left in the key-value cache is forgotten. Counts and caches
+        nothing.
 
         Args:
             image_sizes: width and height of images to expect, in pixels, as they come.
@@ -380,13 +388,15 @@ class Pipeline:
             raise MediaError("image_sizes is no list of sizes in whole pixels; give [(width, height), ...]") from None
         for width, height in sizes:
             check_pixels(width, height, "an image to warm up for", limits)
+        began = time.perf_counter()
         while self.busy:
             self.step()
-        self._executor().warm_up(min(self.options.max_num_tokens, self.profile.max_input_len, longest), longest)
+        self._executor().warm_up(min(self._tokens_per_step, self.profile.max_input_len, longest), longest)
         for width, height in sizes:
             self.embed_images([np.zeros((height, width, 3), dtype=np.uint8)])
         if self.engines.device.type == "cuda":
             torch.cuda.synchronize(self.engines.device)
+        _logger.info("warmed up in %.1f s", time.perf_counter() - began)
 
     @exclusive
     def embed_images(self, images: Sequence[ImageSource], on_done: Callable[[int], None] | None = None) -> list[Tensor]:
@@ -426,28 +436,21 @@ class Pipeline:
         requests = [requests] if isinstance(requests, Request) else requests
         for request in requests:
             _check_request(request)
-        decoder = self.engines.decoder  # refused where the backend shows nothing of it
+        _ = self.engines.decoder  # refused where the backend shows nothing of it
         while self.busy:  # the slots are needed
             self.step()
-        self._executor().forget()  # the slots are about to be written
+        executor = self._executor()
         states: list[Tensor] = []
-        for first in range(0, len(requests), decoder.slots):
+        for first in range(0, len(requests), executor.slots):
             group = [
                 self._prepare_named(request, f"request {number}: ")
-                for number, request in enumerate(requests[first : first + decoder.slots], start=first + 1)
+                for number, request in enumerate(requests[first : first + executor.slots], start=first + 1)
             ]
             with self._side.work([item.media for item in group]) as ready:
                 self._embed(group)
-            embeds = [item.inputs_embeds for item in group]
-            ready.wait(*embeds)
-            longest = max(item.prompt_length for item in group)
-            # Rows are padded on the right; no token sees what follows it.
-            inputs = torch.stack([pad(e, (0, 0, 0, longest - len(e))) for e in embeds])
-            positions = torch.stack([pad(p.position_ids, (0, longest - p.prompt_length)) for p in group], dim=1)
-            output = decoder.step(0, inputs, positions, [0] * len(group), hidden=True).hidden_states
-            assert output is not None
-            states += [output[row, : item.prompt_length].clone() for row, item in enumerate(group)]
-            decoder.reset()
+            for item in group:
+                item.ready = ready
+            states += executor.hidden_states(group)
         return states
 
     def _events(
@@ -457,6 +460,8 @@ class Pipeline:
         outputs: list[Output],
     ) -> Iterator[Event]:
         requests = [requests] if isinstance(requests, Request) else requests
+        if not isinstance(requests, Sequence):
+            raise PromptError(f"requests is a {type(requests).__name__}; give a Request, or a list of them")
         settings = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(requests)
         if len(settings) != len(requests):
             raise SamplingError(
@@ -489,7 +494,7 @@ class Pipeline:
         executor = self._executor()
         self._queue.expire()
         self._queue.prepare(executor.free_slots, executor.slots)
-        self._start(self._queue.next_group(executor.free_slots, self.profile.max_batch_size))
+        self._start(self._queue.next_group(executor.free_slots, self.profile.max_batch_size, self._tokens_per_step))
 
     def _start(self, group: Sequence[RunningSequence]) -> None:
         """Embed requests and hand them to the executor. Where that fails for all together each gets a try alone."""

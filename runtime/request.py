@@ -113,7 +113,7 @@ class Timings:
         queue: from the request's arrival to the first chunk of its prompt, less ``preprocess`` and ``vision``.
         preprocess: loading, resizing and packing the pixels.
         vision: the vision engine.
-        prefill: the decoder over the prompt, all chunks.
+        prefill: from the first chunk of the prompt to the first token.
         time_to_first_token: from the request's arrival.
         decode: from the first token to the last.
         total: from arrival to the end.
@@ -168,7 +168,7 @@ class Output:
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._on_end = on_end
-        self.arrival = clock()
+        self.arrival = self._started = clock()
         self._deadline = deadline
         self.expires = math.inf if deadline is None else self.arrival + deadline
 
@@ -207,7 +207,8 @@ class Output:
 
     def start(self) -> None:
         """Note that the decoder begins with its prompt."""
-        waited = self.clock() - self.arrival - self.timings.preprocess - self.timings.vision
+        self._started = self.clock()
+        waited = self._started - self.arrival - self.timings.preprocess - self.timings.vision
         self.timings.queue = max(0.0, waited)  # a difference of sums may round to less
 
     def append(self, token: int, text: str, finish_reason: FinishReason | None, now: float) -> None:
@@ -217,6 +218,7 @@ class Output:
         elapsed, timings = now - self.arrival, self.timings
         if not self._token_ids:
             timings.time_to_first_token = elapsed
+            timings.prefill = elapsed - (self._started - self.arrival)
         self._token_ids.append(token)
         self._text.append(text)
         timings.decode = elapsed - timings.time_to_first_token
@@ -231,8 +233,15 @@ class Output:
         """End the request as it is; nothing happens to one that has ended."""
         self._end("cancelled", None)
 
-    def expire(self, stage: str) -> None:
-        """End a request that has no token with DeadlineError; ``stage`` says how far it came."""
+    def expire(self, stage: str, text: str = "") -> None:
+        """End a request: with DeadlineError if it has no token, where ``stage`` says how far it came.
+
+        ``text`` is the rest of an answer that has begun.
+        """
+        if self._token_ids:
+            self._text.append(text)
+            self._end("deadline", None)
+            return
         seconds = self.clock() - self.arrival
         self.fail(
             DeadlineError(f"the deadline of {self._deadline:g} s passed {stage}, {seconds:.3g} s after submission")

@@ -102,7 +102,9 @@ class SampledTokens:
     """
 
     def __init__(self, tokens: Tensor, largest: Tensor) -> None:
-        self.tokens = tokens
+        self.tokens, self._largest = tokens, largest
+        if tokens.device.type == "cpu":
+            return
         # Token ids in FP32, exact below 2**24; NaN where the largest logit is NaN or infinite, times 0.
         self._host = torch.add(tokens, largest, alpha=0).to("cpu", non_blocking=True)  # of CUDA: into pinned memory
         self._copied = None
@@ -112,6 +114,9 @@ class SampledTokens:
 
     def tolist(self) -> list[int | None]:
         """B token ids, None for a row whose largest logit is NaN or infinite; waits for this copy alone."""
+        if self.tokens.device.type == "cpu":
+            pairs = zip(self.tokens.tolist(), self._largest.tolist())
+            return [token if math.isfinite(largest) else None for token, largest in pairs]
         if self._copied is not None:
             self._copied.synchronize()
         return [int(token) if token == token else None for token in self._host.tolist()]
@@ -245,8 +250,6 @@ class Sampler:
 
     def run(self, logits: Tensor, plan: Plan, table: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the device does of a call.
-
-        A CUDA graph may hold it, one for each plan and number of rows, until a longer ``width`` moves the seen tokens.
 
         Returns:
             Tokens ``[B]`` and the largest score ``[B]`` of each row.

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import suppress
 from typing import Any
 
-from qwen2vl_trt.errors import ExecutionError, Qwen2VLError, UnavailableError
+from qwen2vl_trt.errors import ExecutionError, LimitError, Qwen2VLError, UnavailableError
 
 from .pipeline import Pipeline
 from .request import Event, Output, Request
@@ -127,10 +127,19 @@ class Service:
     Args:
         pipeline: the service's alone from now on.
         max_pending: most requests that have not ended, running or waiting; those above are refused.
+        warm_up: call :meth:`~qwen2vl_trt.runtime.pipeline.Pipeline.warm_up` first. By default on a GPU, where CUDA
+            graphs are captured; on a CPU there is nothing that the first request would have to wait for.
+
+    Raises:
+        LimitError: ``max_pending`` below 1.
     """
 
-    def __init__(self, pipeline: Pipeline, max_pending: int = 1024) -> None:
+    def __init__(self, pipeline: Pipeline, max_pending: int = 1024, warm_up: bool | None = None) -> None:
+        if not isinstance(max_pending, int) or max_pending < 1:
+            raise LimitError(f"max_pending is {max_pending!r}; it must be a whole number of at least 1")
         pipeline.load()  # here, where the caller sees what is wrong with it
+        if pipeline.engines.device.type == "cuda" if warm_up is None else warm_up:
+            pipeline.warm_up()
         self._pipeline, self._max_pending = pipeline, max_pending
         self._changed = threading.Condition()
         self._live: dict[Output, Answer] = {}

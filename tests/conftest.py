@@ -45,6 +45,8 @@ LONGEST = (
     "test_fp8.py",
     "test_command.py",
     "test_serving.py",
+    "test_torch_cuda_path.py",
+    "test_extraction.py",
     "test_precisions.py",
     "test_pipeline.py",
     "test_telemetry.py",

@@ -20,8 +20,9 @@ from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import load_tokenizer
 from qwen2vl_trt.runtime.backends import onnxruntime_runner, torch_runner
-from qwen2vl_trt.runtime.backends.common import KVCache
+from qwen2vl_trt.runtime.backends.common import KVCache, graph_inputs
 from qwen2vl_trt.runtime.backends.runners import DecoderRunner, Engines, VisionRunner
+from qwen2vl_trt.runtime.backends.steps import Chunk
 from qwen2vl_trt.runtime.backends.torch_runner import TorchDecoder, TorchVision
 from qwen2vl_trt.runtime.generation_config import GenerationConfig
 from qwen2vl_trt.windows import WindowLayout, window_layout
@@ -126,21 +127,23 @@ class EngineRunner(BaseRunner):
             parts = embeds.to(inputs.dtype).split([image_tokens, len(embeds) - image_tokens])
             for token, part in zip((self._config.image_token_id, self._config.video_token_id), parts):
                 inputs[(feed[TOKENS] == token).to(inputs.device)] = part
-        self._tell_decoder(inputs[None], positions[:, None], 0)
-        step = self._decoder.step(0, inputs[None], positions[:, None], [0], hidden=True)
+        length = len(token_ids)
+        self._decoder.cache.allot(1, length + (len(forced) or int(feed[MAX_TOKENS])))
+        self._tell_decoder(inputs, positions, 0)
+        step = self._decoder.step([Chunk(0, 0, length)], inputs, positions, hidden=True)
         assert step.hidden_states is not None
         outputs |= {name: calls[0][0] for name, calls in self._recorder.calls.items()}
-        outputs[HIDDEN_STATES] = step.hidden_states[0].clone()
+        outputs[HIDDEN_STATES] = step.hidden_states.clone()
         logits, answer = [step.logits.clone()], list[int]()
         while True:
             answer.append(forced[len(answer)] if forced else int(logits[-1].argmax()))
             if len(answer) == (len(forced) or int(feed[MAX_TOKENS])) or (not forced and answer[-1] in self._eos):
                 break
             length = len(token_ids) + len(answer) - 1
-            position, inputs = torch.full((3, 1, 1), length + delta), self._decoder.embed(answer[-1:])[None]
+            position, inputs = torch.full((3, 1), length + delta), self._decoder.embed(answer[-1:])
             if len(answer) == 1:
                 self._tell_decoder(inputs, position, length)
-            logits.append(self._decoder.step(0, inputs, position, [length]).logits.clone())
+            logits.append(self._decoder.step([Chunk(0, length, 1)], inputs, position).logits.clone())
         outputs[LOGITS], outputs[GREEDY] = logits[0], torch.tensor(answer)
         if len(logits) > 1:
             outputs[DECODE_LOGITS] = torch.cat(logits[1:])
@@ -155,15 +158,11 @@ class EngineRunner(BaseRunner):
         cache = getattr(self._decoder, "cache", None)
         if self._on_graph_input is None or not isinstance(cache, KVCache):
             return
-        length = inputs_embeds.shape[1]
-        cache.reserve(start + length)
+        chunk = Chunk(0, start, len(inputs_embeds))
+        cache.reserve(chunk.end)
         k, v = cache.rows(0, 1)
         tensors = {
-            "inputs_embeds": inputs_embeds,
-            "position_ids": position_ids,
-            "cache_start": torch.tensor([start]),
-            "kv_lengths": torch.tensor([start + length]),
-            "last_token": torch.tensor([length - 1]),
+            **graph_inputs([chunk], inputs_embeds, position_ids),
             **{f"k_cache_{n}": tensor for n, tensor in enumerate(k)},
             **{f"v_cache_{n}": tensor for n, tensor in enumerate(v)},
         }

@@ -55,6 +55,8 @@ class Generation:
         self._pipeline, self._params, self._max_tokens, self._threads = pipeline, params, max_tokens, threads
         self._answer_tokens = min(pipeline.decided(params).max_tokens, pipeline.profile.max_seq_len)
         self._sizes = SizeRules(pipeline.engines.checkpoint.config.vision, pipeline.settings)
+        if pipeline.engines.device.type == "cuda":
+            pipeline.warm_up()  # captures CUDA graphs, in no answer's time
         self._ahead = 2 * pipeline.profile.max_num_seqs  # rows in the slots, and as many that are being loaded
 
     def answer(self, rows: Iterable[Row], writer: PartitionWriter) -> None:

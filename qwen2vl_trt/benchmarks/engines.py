@@ -19,6 +19,7 @@ from torch import Tensor
 from qwen2vl_trt.accuracy.recorder import in_patch_order, pack
 from qwen2vl_trt.errors import BenchmarkError
 from qwen2vl_trt.runtime.backends.runners import Engines, open_engines
+from qwen2vl_trt.runtime.backends.steps import Chunk
 from qwen2vl_trt.runtime.inputs.jpeg_decoder import check_gpu_decoding
 from qwen2vl_trt.runtime.observer import Observer, Stage, unobserved
 from qwen2vl_trt.runtime.options import PipelineOptions
@@ -217,6 +218,7 @@ class _Decoder(EngineWorkload):
 
     def sample(self) -> Sample:
         self._decoder.reset()
+        self._decoder.cache.allot(self._case.batch, self._case.prompt + self._case.generate)
         sample: Sample = {"prefill": [], "time_to_first_token": [], "time_between_tokens": []}
         tokens = []
         began = last = time.perf_counter()
@@ -237,21 +239,22 @@ class _Decoder(EngineWorkload):
         return sample
 
     def _prefill(self, slot: int, prompt: list[int]) -> int:
-        embeds = self._decoder.embed(prompt)[None]
-        positions = torch.arange(len(prompt)).expand(3, 1, -1)
-        size = PipelineOptions().max_num_tokens
+        embeds = self._decoder.embed(prompt)
+        positions = torch.arange(len(prompt)).expand(3, -1)
+        size = PipelineOptions().tokens_per_step(self.device)
         for first in range(0, len(prompt), size):  # in chunks, as the scheduler does
-            chunk = slice(first, first + size)
-            step = self._decoder.step(slot, embeds[:, chunk], positions[:, :, chunk], [first])
+            part = slice(first, first + size)
+            step = self._decoder.step([Chunk(slot, first, len(embeds[part]))], embeds[part], positions[:, part])
         return int(step.logits.argmax())
 
     def _decode(self, tokens: list[int], written: int) -> tuple[list[int], Sample]:
         batch = len(tokens)
-        positions = torch.full((3, batch, 1), written)
+        positions = torch.full((3, batch), written)
+        chunks = [Chunk(slot, written, 1) for slot in range(batch)]
         return timed(
             self.device,
-            lambda: self._decoder.embed(tokens)[:, None],
-            lambda embeds: self._decoder.step(0, embeds, positions, [written] * batch),
+            lambda: self._decoder.embed(tokens),
+            lambda embeds: self._decoder.step(chunks, embeds, positions),
             lambda step: step.logits.argmax(dim=-1).tolist(),
         )
 

@@ -51,7 +51,7 @@ class _Owners:
         }
 
     def each(self, span: _Span) -> list[int | None]:
-        """Numbers of the requests that the stage names; None for a slot of nobody."""
+        """Numbers of the requests that the stage names; None for one that is not among them."""
         return [self._numbers.get(id(output)) for output in span.stage.outputs]
 
     def of(self, span: _Span) -> list[int]:
@@ -129,12 +129,14 @@ class Timeline:
             stage, requests = span.stage, owners.of(span)
             title = TITLES.get(stage.name, stage.name)
             times = self._microseconds(span.began), self._microseconds(span.ended)
-            details = {**stage.details, "requests": requests} if requests else stage.details
+            details: dict[str, Any] = {"requests": requests} if requests else {}
+            if stage.chunks:
+                details["tokens"] = sum(chunk.length for chunk in stage.chunks)
             yield _event(HOST, 1 + threads.index(span.thread), title, *times, details)
-            if stage.name in ("prefill", "decode"):  # a free slot between others takes part for nobody
-                for slot, number in enumerate(owners.each(span), start=stage.first_slot):
-                    if number is not None:
-                        yield _event(SLOTS, 1 + slot, title, *times, {**stage.details, "requests": [number]})
+            for chunk, number in zip(stage.chunks, owners.each(span)):
+                own = {"tokens": chunk.length, "after": chunk.start, "requests": [number]}
+                kind = TITLES["decode" if chunk.length == 1 else "prefill"]
+                yield _event(SLOTS, 1 + chunk.slot, kind, *times, own)
             if span.events is not None and self._zero_event is not None:
                 began, ended = (self._zero_event.elapsed_time(event) * 1e3 for event in span.events)
                 yield _event(GPU, 1 if span.stream == self._stream else 2, title, began, ended, details)

@@ -22,6 +22,7 @@ COMMANDS = {
     "compare": "accuracy of engines against Transformers",
     "bench": "throughput, latency and memory of engines",
     "bench comparisons": "a fixed list of comparisons with Transformers, random weights",
+    "bench scheduler": "what the scheduler itself costs, without a model",
     "bench build": "time and memory of a build",
     "bench export": "time and memory of an export",
     "inspect": "what an engine folder holds",

@@ -17,7 +17,7 @@ from .model import find_engines
 from .options import add_build_arguments, add_decode_argument, check_decode, path_name, positive_number
 
 STAGES = ("processor", "vision", "decoder", "pipeline")
-OTHERS = ("comparisons", "build", "export")
+OTHERS = ("comparisons", "scheduler", "build", "export")
 """Commands of two words, dispatched before these options are read."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 """Of Transformers."""
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "stage",
         nargs="?",
         choices=(*STAGES, *OTHERS),
-        help="default vision, decoder, pipeline; the last three are commands with options of their own",
+        help="default vision, decoder, pipeline; the last four are commands with options of their own",
     )
     group = parser.add_argument_group("measuring")
     group.add_argument("--shapes", nargs="+", default=[], metavar="SHAPE", help="what to run; see below")

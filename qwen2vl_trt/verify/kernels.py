@@ -20,7 +20,10 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.hub import TINY, resolve_model
 from qwen2vl_trt.layers import FP8Linear
 from qwen2vl_trt.runtime.backends import torch_runner
+from qwen2vl_trt.runtime.backends.paged_cache import PAGE, pages_of
 from qwen2vl_trt.runtime.backends.runners import Engines, open_engines
+from qwen2vl_trt.runtime.backends.steps import Chunk
+from qwen2vl_trt.runtime.backends.torch_attention import PageCache, PageStep
 from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, TorchVision
 from qwen2vl_trt.runtime.options import PipelineOptions
 from qwen2vl_trt.runtime.pipeline import Pipeline
@@ -58,15 +61,10 @@ def fused_attention(device: torch.device, flash: bool | None = None) -> Finding:
         found = torch.cat([ops.full_attention(q, k, v, causal=False)[0].transpose(0, 1) for q, k, v in parts])
     errors.append(_error(found, torch.cat([_plain(*part)[0].transpose(0, 1) for part in parts])))
     for heads, kv_heads, size in _DECODER_HEADS:
-        k, v = (_noise((len(_LENGTHS), kv_heads, 1000, size), device, dtype, seed) for seed in range(2))
-        q = _noise((len(_LENGTHS), heads, 200, size), device, dtype, 2)
-        chunk = _flash(q, k, v) if flash else ops.full_attention(q, k, v, causal=True)
-        errors.append(_error(chunk, _plain(q, k, v)))
-        new, lengths = q[:, :, -1:], torch.tensor(_LENGTHS, device=device)
-        step = _flash(new, k, v, lengths.int()) if flash else ops.ragged_attention(new, k, v, lengths, causal=False)
-        for row, length in enumerate(_LENGTHS):
-            keys = slice(row, row + 1), slice(None), slice(length)
-            errors.append(_error(step[row], _plain(new[row : row + 1], k[keys], v[keys])[0]))
+        pages = 1 + sum(map(pages_of, _LENGTHS))
+        k, v = (_noise((pages, PAGE, kv_heads, size), device, dtype, seed) for seed in range(2))
+        for new in ((1, 1, 1), (1, 200, 512)):  # a decode step, and one with prompts
+            errors.append(_paged_error(_noise((sum(new), heads, size), device, dtype, 2), k, v, new, flash))
     words = "FlashAttention, BF16" if flash else "scaled dot product, FP32"
     return within(max(errors), 2e-2 if flash else 1e-5, words, "relative error")
 
@@ -144,14 +142,25 @@ def _answers(engines: Engines, options: PipelineOptions) -> list[list[int]]:
         pipeline.close()
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Causal attention of q ``[B, H, S, D]`` to k, v ``[B, Hkv, N, D]``, or to their first ``lengths``, packed."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    rows = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
-    bounds, longest = (rows * q.shape[1], rows * k.shape[1]), (q.shape[1], k.shape[1])
-    tokens, keys, values = (t.flatten(0, 1) for t in (q, k, v))
-    out = varlen.flash_attention(tokens, keys, values, bounds, longest, True, lengths)
-    return out.view(q.shape).transpose(1, 2)
+def _paged_error(q: Tensor, k: Tensor, v: Tensor, new: tuple[int, ...], flash: bool) -> float:
+    """Of attention of the last ``new`` tokens of sequences of ``_LENGTHS``, packed ``[T, H, D]``, to a paged cache."""
+    device, table = q.device, torch.zeros(len(new), max(map(pages_of, _LENGTHS)), dtype=torch.int32)
+    order = iter(reversed(range(1, len(k))))  # neither page 0 nor neighbours
+    for row, length in enumerate(_LENGTHS):
+        for page in range(pages_of(length)):
+            table[row, page] = next(order)
+    chunks = [Chunk(row, length - count, count) for row, (length, count) in enumerate(zip(_LENGTHS, new))]
+    cu_seqlens, lengths = (
+        torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in ([0, *accumulate(new)], _LENGTHS)
+    )
+    table = table.to(device)
+    step = PageStep(lengths, cu_seqlens, lengths, table, max(new), flash, chunks)  # nothing is written
+    found = PageCache(k, v, step).attend(q.transpose(0, 1)[None])[0].transpose(0, 1).split(new)
+    expected = []
+    for row, (query, length) in enumerate(zip(q.split(new), _LENGTHS)):
+        keys, values = (t[table[row].long()].flatten(0, 1)[:length].transpose(0, 1)[None] for t in (k, v))
+        expected.append(_plain(query.transpose(0, 1)[None], keys, values)[0].transpose(0, 1))
+    return _error(torch.cat(found), torch.cat(expected))
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

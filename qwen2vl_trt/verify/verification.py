@@ -19,6 +19,7 @@ from qwen2vl_trt.benchmarks.cases import Case
 from qwen2vl_trt.benchmarks.engines import EngineOptions, EngineSystem
 from qwen2vl_trt.benchmarks.measure import Measurement, measure
 from qwen2vl_trt.benchmarks.roofline import Rates, measure_rates
+from qwen2vl_trt.benchmarks.scheduler import step_seconds
 from qwen2vl_trt.benchmarks.workers import Worker
 from qwen2vl_trt.engines.backends import BACKENDS
 from qwen2vl_trt.engines.precision import Precision
@@ -101,12 +102,14 @@ class Verification:
         self._call("fused attention", 10, kernels.fused_attention, device)
         self._call("FP8 products", 5, kernels.fp8_products, device)
         self._call("preprocessor", 15 if cuda else 5, kernels.preprocessor, device)
-        plain = built.get(_Engines("torch", "fp32", self._report.device))
-        for name, function in (("decode steps", kernels.decode_graphs), ("overlap", kernels.overlap)):
-            if plain is None:
-                self._add(Row(name, Finding("skipped", "it takes the torch backend in FP32")))
-            else:
-                self._call(name, 40 if cuda else 8, function, plain, device)
+        for precision in ("fp32", "bf16") if cuda else ("fp32",):  # FlashAttention and prompts' graphs take BF16
+            folder = built.get(_Engines("torch", precision, self._report.device))
+            for name, function in (("decode steps", kernels.decode_graphs), ("overlap", kernels.overlap)):
+                title = name if precision == "fp32" else f"{name}, {precision}"
+                if folder is None:
+                    self._add(Row(title, Finding("skipped", f"it takes the torch backend in {precision}")))
+                else:
+                    self._call(title, 40 if cuda else 8, function, folder, device)
         for dtype in (torch.bfloat16, torch.float32) if cuda else (torch.float32, torch.bfloat16):
             self._measure_rates(device, dtype)
         requests: dict[_Engines, float] = {}
@@ -116,7 +119,7 @@ class Verification:
             found = self._call(f"{engines.label}: requests", 50 if cuda else 12, requests_per_second, *given, rows=rows)
             if found:
                 requests[engines] = max(found.values())
-        # The host's time of a scheduler's step (`bench scheduler`) goes here.
+        self._call("scheduler: host time", 10, step_seconds, 64, 100, rows=_host_time)
         # A decode step reads all weights: at published widths fewer bytes are faster, whatever tiny says.
         order = sorted(
             (each for each in built if each.device == self._report.device),
@@ -267,6 +270,10 @@ class Verification:
     def _add(self, row: Row) -> None:
         self._report.rows.append(row)
         self._on_row(row)
+
+
+def _host_time(seconds: float) -> Rows:
+    return {"scheduler: host time of a step": Finding("measured", "64 greedy answers", seconds * 1e6, "us")}
 
 
 def _serving(label: str, found: dict[int, float]) -> Rows:

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.config import TextConfig
-from qwen2vl_trt.errors import LimitError
+from qwen2vl_trt.errors import EngineError, LimitError
 from qwen2vl_trt.transfer import to_device
 from qwen2vl_trt.weights import EMBEDDING, checkpoint_names
+
+from .steps import Chunk, Step
 
 _MIN_LENGTH = 128
 
@@ -34,6 +39,7 @@ class KVCache:
 
     Attributes:
         owner: the scheduler that wrote last. Another scheduler must not reuse its tokens.
+        lengths: positions of each slot that a step has written; what fills a captured batch up writes behind them.
     """
 
     owner: object = None
@@ -47,10 +53,18 @@ class KVCache:
         device: torch.device | str,
         fixed: bool = False,
     ) -> None:
-        self.slots, self.max_seq_len = slots, max_seq_len
+        self.slots, self.max_seq_len, self.lengths = slots, max_seq_len, [0] * slots
         self._min_capacity = max_seq_len if fixed else min(_MIN_LENGTH, max_seq_len)
         self._config, self._dtype, self._device = config, dtype, device
-        self.k, self.v = self._allocate(self._min_capacity)
+        try:
+            self.k, self.v = self._allocate(self._min_capacity)
+        except RuntimeError as error:  # of a CPU it says so in words alone
+            heads = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+            size = 2 * heads * slots * self._min_capacity * dtype.itemsize
+            raise EngineError(
+                f"the key-value cache of {slots:,} requests of {self._min_capacity:,} tokens takes"
+                f" {size / 2**30:.1f} GiB, which cannot be had. Build with a smaller --max-num-seqs, or free memory."
+            ) from error
 
     @property
     def nbytes(self) -> int:
@@ -69,6 +83,10 @@ class KVCache:
         if length > self.capacity:
             self._resize(self._bucket(length))
 
+    def allot(self, count: int, length: int) -> None:
+        """Give the first ``count`` slots positions for ``length`` tokens, without a scheduler."""
+        self.reserve(length)
+
     def trim(self, length: int) -> None:
         """Shrink to what slots of ``length`` positions need; no slot in use may be longer."""
         if self._bucket(length) < self.capacity:
@@ -82,6 +100,15 @@ class KVCache:
         """Copy the first ``length`` positions of slot ``source`` to slot ``target``."""
         for cache in (*self.k, *self.v):
             cache[target, :, :length] = cache[source, :, :length]
+        self.lengths[target] = length
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange the first ``length`` positions of two slots."""
+        for cache in (*self.k, *self.v):
+            held = cache[one, :, :length].clone()
+            cache[one, :, :length] = cache[other, :, :length]
+            cache[other, :, :length] = held
+        self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
 
     def clear(self, slot: int) -> None:
         """Zero a slot that may hold NaN: a masked key still enters the arithmetic, and NaN times zero is NaN."""
@@ -93,7 +120,7 @@ class KVCache:
         return [k[first : first + count] for k in self.k], [v[first : first + count] for v in self.v]
 
     def _bucket(self, length: int) -> int:
-        return min(self.max_seq_len, max(self._min_capacity, 1 << (max(length, 1) - 1).bit_length()))
+        return min(self.max_seq_len, max(self._min_capacity, power_of_two(max(length, 1))))
 
     def _resize(self, capacity: int) -> None:
         k, v = self._allocate(capacity)  # before the old ones are released: out of memory leaves them intact
@@ -127,42 +154,69 @@ class TokenEmbedding:
         if device.type != "cpu":
             self._table = self._table.to(device, dtype)
 
-    def __call__(self, token_ids: list[int]) -> Tensor:
+    def __call__(self, token_ids: list[int] | Tensor) -> Tensor:
         """n token ids to ``[n, C]``."""
         return F.embedding(to_device(token_ids, self._table.device), self._table).to(self._dtype)
 
 
-def step_inputs(inputs_embeds: Tensor, position_ids: Tensor, starts: Sequence[int]) -> dict[str, Tensor]:
-    """The decoder graph's inputs without the caches, see :meth:`~.runners.DecoderRunner.step`; no row is padded."""
-    batch, length, _ = inputs_embeds.shape
-    start = torch.tensor(starts)
+class Places(NamedTuple):
+    """Of T new tokens: their ``slots [T]`` and ``positions [T]`` in those."""
+
+    slots: np.ndarray
+    positions: np.ndarray
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk]) -> Places:
+        """In the order of the chunks."""
+        slots, starts, lengths = np.array(chunks).T
+        before = np.cumsum(lengths) - lengths
+        return cls(slots.repeat(lengths), np.arange(lengths.sum()) + (starts - before).repeat(lengths))
+
+
+def graph_inputs(chunks: Sequence[Chunk], inputs_embeds: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+    """The decoder graph's inputs without the caches, see :meth:`~.runners.DecoderRunner.step`.
+
+    Every chunk is a row, padded on the right to the longest; what padding writes lies behind the row's tokens.
+    """
+    lengths = [chunk.length for chunk in chunks]
+    longest, starts = max(lengths), torch.tensor([chunk.start for chunk in chunks])
+    if min(lengths) == longest:
+        rows = inputs_embeds.view(len(chunks), longest, -1)
+        positions = position_ids.reshape(3, len(chunks), longest)
+    else:
+        rows = pad_sequence(inputs_embeds.split(lengths), batch_first=True)
+        positions = pad_sequence(position_ids.T.split(lengths), batch_first=True).permute(2, 0, 1)
     return {
-        "inputs_embeds": inputs_embeds,
-        "position_ids": position_ids,
-        "cache_start": start,
-        "kv_lengths": start + length,
-        "last_token": torch.full((batch,), length - 1),
+        "inputs_embeds": rows,
+        "position_ids": positions,
+        "cache_start": starts,
+        "kv_lengths": starts + longest,
+        "last_token": torch.tensor(lengths) - 1,
     }
+
+
+def graph_step(chunks: Sequence[Chunk], wanted: Sequence[int] | None, logits: Tensor, states: Tensor | None) -> Step:
+    """A step from the graph's outputs ``[B, V]`` and ``[B, S, C]``."""
+    if states is not None:
+        states = torch.cat([row[: chunk.length] for row, chunk in zip(states, chunks)])
+    if wanted is not None and len(wanted) < len(chunks):
+        logits = logits[to_device(wanted, logits.device, torch.long)]
+    return Step(logits, states)
+
+
+def power_of_two(number: int) -> int:
+    """The least that is not below ``number``."""
+    return 1 << (number - 1).bit_length()
 
 
 def padded_batch(rows: int, slots: int) -> int:
     """Slots that the graph for the first ``rows`` slots runs over: a power of two, or all."""
-    return min(1 << (rows - 1).bit_length(), slots)
-
-
-def padded_length(longest: int, capacity: int) -> int:
-    """Keys that the graph for slots of up to ``longest`` keys reads: a power of two, or all."""
-    return min(max(_MIN_LENGTH, 1 << (longest - 1).bit_length()), capacity)
+    return min(power_of_two(rows), slots)
 
 
 def graph_batches(slots: int) -> list[int]:
     """Every :func:`padded_batch`, ascending."""
     return sorted({padded_batch(rows, slots) for rows in range(1, slots + 1)})
-
-
-def graph_lengths(longest: int, capacity: int) -> list[int]:
-    """Every :func:`padded_length` of up to ``longest`` keys, ascending."""
-    return sorted({padded_length(length, capacity) for length in range(1, longest + 1)})
 
 
 def padded_step(

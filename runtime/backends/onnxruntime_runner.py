@@ -5,6 +5,7 @@ Each cache is bound as input and output, so that ``TensorScatter`` writes in pla
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.export.graphs import cache_names
 from qwen2vl_trt.windows import WindowLayout
 
-from .common import KVCache, TokenEmbedding, cached_layouts, step_inputs
-from .runners import Engines, Step, run_steps
+from .common import KVCache, TokenEmbedding, cached_layouts, graph_inputs, graph_step
+from .runners import Engines, run_steps
+from .steps import Chunk, Step
 
 _NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
 
@@ -127,6 +129,8 @@ class OrtVision:
 class OrtDecoder:
     """See :class:`qwen2vl_trt.runtime.backends.runners.DecoderRunner`."""
 
+    packed, enqueues = False, False
+
     def __init__(
         self,
         session: ort.InferenceSession,
@@ -137,29 +141,34 @@ class OrtDecoder:
     ) -> None:
         text = checkpoint.config.text
         self._session, self._device, self._dtype = session, device, dtype
-        self._vocab_size = text.vocab_size
+        self.vocab_size = text.vocab_size
         self.embed = TokenEmbedding(checkpoint, dtype, device)
         self._cache_names = cache_names(text.num_hidden_layers)
         self.slots = profile.max_num_seqs
         self.cache = KVCache(text, self.slots, profile.max_seq_len, dtype, device)
 
     def step(
-        self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], hidden: bool = False
+        self,
+        chunks: Sequence[Chunk],
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        wanted: Sequence[int] | None = None,
+        hidden: bool = False,
     ) -> Step:
-        batch, length, _ = inputs_embeds.shape
-        self.cache.reserve(max(starts) + length)
+        batch, longest = len(chunks), max(chunk.length for chunk in chunks)
+        self.cache.reserve(max(chunk.start for chunk in chunks) + longest)
         inputs = {
             name: tensor.to(self._device).contiguous()
-            for name, tensor in step_inputs(inputs_embeds, position_ids, starts).items()
+            for name, tensor in graph_inputs(chunks, inputs_embeds, position_ids).items()
         }
-        outputs = {"logits": torch.empty(batch, self._vocab_size, device=self._device)}
+        outputs = {"logits": torch.empty(batch, self.vocab_size, device=self._device)}
         if hidden:
             outputs["hidden_states"] = torch.empty_like(inputs["inputs_embeds"])
-        for names, caches in zip(self._cache_names, self.cache.rows(first_slot, batch)):
+        for names, caches in zip(self._cache_names, self.cache.rows(chunks[0].slot, batch)):
             for name, cache in zip(names, caches):
                 inputs[name] = outputs[f"new_{name}"] = cache
         run_bound(self._session, inputs, outputs)
-        return Step(outputs["logits"], outputs.get("hidden_states"))
+        return graph_step(chunks, wanted, outputs["logits"], outputs.get("hidden_states"))
 
     def reset(self) -> None:
         self.cache.reset()

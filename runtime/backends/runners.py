@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.windows import WindowLayout
 
 from .common import KVCache
+from .paged_cache import PagedKVCache
+from .steps import Chunk, Step
 
 
 class VisionRunner(Protocol):
@@ -37,36 +39,44 @@ class VisionRunner(Protocol):
         """Embed one packed batch: ``[W, S, qwen2_vl_dim]`` on the runner's device to ``[T, C]``."""
 
 
-class Step(NamedTuple):
-    """``logits [B, V]`` FP32 of each row's last token, and ``hidden_states [B, S, C]`` if requested.
+class DecoderRunner(Protocol):
+    """Runs the decoder engine and owns its key-value cache.
 
-    ``greedy [B]`` int64 is their argmax where the backend computes it within the step. The next step may overwrite all.
+    Attributes:
+        slots: most requests under way, ``max_num_seqs``.
+        vocab_size: V, the width of the logits.
+        cache: their keys and values.
+        packed: a step takes chunks of any lengths and slots without padding. Otherwise the slots must be neighbours in
+            ascending order, and shorter chunks are padded to the longest, within the cache's ``max_seq_len``.
+        enqueues: on a GPU, a step returns before it has been computed.
     """
 
-    logits: Tensor
-    hidden_states: Tensor | None
-    greedy: Tensor | None = None
-
-
-class DecoderRunner(Protocol):
-    """Runs the decoder engine and owns its key-value cache."""
-
     slots: int
-    cache: KVCache
+    vocab_size: int
+    packed: bool
+    enqueues: bool
 
-    def embed(self, token_ids: list[int]) -> Tensor:
+    @property
+    def cache(self) -> KVCache | PagedKVCache: ...
+
+    def embed(self, token_ids: list[int] | Tensor) -> Tensor:
         """Text embeddings ``[n, C]``."""
 
     def step(
-        self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], hidden: bool = False
+        self,
+        chunks: Sequence[Chunk],
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        wanted: Sequence[int] | None = None,
+        hidden: bool = False,
     ) -> Step:
-        """Append S tokens to each of B neighbouring slots.
+        """Append tokens to slots, T together, in one call of the engine.
 
         Args:
-            first_slot: the first of the B slots.
-            inputs_embeds: ``[B, S, C]``.
-            position_ids: ``[3, B, S]`` int64, on the host.
-            starts: tokens that each slot holds so far.
+            chunks: of different slots.
+            inputs_embeds: ``[T, C]``, chunk after chunk.
+            position_ids: ``[3, T]`` int64, on the host.
+            wanted: the numbers of the chunks, ascending, that logits are returned of; by default all.
             hidden: return the hidden states too.
         """
 
@@ -182,12 +192,13 @@ def open_engines(folder: str | Path, device: str | None = None) -> Engines:
     return Engines(folder, manifest, checkpoint, chosen, precision, backend, runner)
 
 
-def run_steps(decoder: DecoderRunner, chunk: int, rows: Collection[int], lengths: Collection[int] = (1,)) -> None:
-    """Warm up: one prompt chunk, then a decode step for every batch size in ``rows`` and every length.
+def run_steps(decoder: DecoderRunner, chunk: int, rows: Collection[int]) -> None:
+    """Warm up: one prompt chunk, then a decode step for every batch size in ``rows``.
 
-    Overwrites the first slots; none may be in use. ``lengths`` count the new token.
+    Overwrites the first slots; none may be in use.
     """
-    shapes = [(1, chunk, 0), *((count, 1, length - 1) for count in rows for length in lengths)]
-    for count, tokens, start in shapes:
-        embeds = decoder.embed([0] * tokens)[None].repeat(count, 1, 1)
-        decoder.step(0, embeds, torch.arange(start, start + tokens).expand(3, count, -1), [start] * count)
+    decoder.cache.allot(max(rows), chunk + 1)
+    for count, start, length in [(1, 0, chunk), *((count, 1, 1) for count in rows)]:
+        embeds = decoder.embed([0] * length * count)
+        positions = torch.arange(start, start + length).repeat(count).expand(3, -1)
+        decoder.step([Chunk(slot, start, length) for slot in range(count)], embeds, positions)

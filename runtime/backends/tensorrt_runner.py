@@ -18,8 +18,18 @@ from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.export.graphs import cache_names
 from qwen2vl_trt.windows import WindowLayout
 
-from .common import KVCache, TokenEmbedding, cached_layouts, graph_batches, padded_batch, padded_step, step_inputs
-from .runners import Engines, Step, run_steps
+from .common import (
+    KVCache,
+    TokenEmbedding,
+    cached_layouts,
+    graph_batches,
+    graph_inputs,
+    graph_step,
+    padded_batch,
+    padded_step,
+)
+from .runners import Engines, run_steps
+from .steps import Chunk, Step
 from .tensorrt_context import ActivationMemory, ExecutionContext
 from .tensorrt_engine import CudaDevice, Engine, ReportLayer, load_engine, stream_weights
 from .tensorrt_tensors import check_cache, check_rows, choose_profile, token_bytes
@@ -78,8 +88,9 @@ def check_lengths(decoder: TensorRTDecoder, max_input_len: int) -> None:
             cache.fill_(beyond)
         start, found = 0, []
         for chunk in filter(None, chunks):
-            positions = torch.arange(start, start + len(chunk)).expand(3, 1, -1)
-            found.append(decoder.step(0, decoder.embed(chunk)[None], positions, [start]).logits.float().clone())
+            positions = torch.arange(start, start + len(chunk)).expand(3, -1)
+            step = decoder.step([Chunk(0, start, len(chunk))], decoder.embed(chunk), positions)
+            found.append(step.logits.float().clone())
             start += len(chunk)
         return torch.stack(found[-2:])
 
@@ -173,6 +184,8 @@ class TensorRTDecoder:
         EngineError: the cache does not fit.
     """
 
+    packed, enqueues = False, True
+
     def __init__(self, engine: Engine, checkpoint: Checkpoint, profile: BuildProfile, cuda_graphs: bool = True) -> None:
         text, device = checkpoint.config.text, engine.device
         self._engine, self._contexts = engine, _Contexts(engine)
@@ -187,25 +200,29 @@ class TensorRTDecoder:
         activations = engine.handle.get_device_memory_size_for_profile_v2(decode_profile)  # more if weights stream
         check_cache(text, profile, dtype, device.free_memory() - table - activations)
         self.embed = TokenEmbedding(checkpoint, embeds.dtype, device.torch_device)
-        self.slots = profile.max_num_seqs
+        self.slots, self.vocab_size = profile.max_num_seqs, text.vocab_size
         self.cache = KVCache(text, self.slots, profile.max_seq_len, dtype, device.torch_device, fixed=True)
-        self._slot_lengths = [0] * self.slots
         self._graphs = DecodeGraphs(engine, self.cache, decode_profile) if cuda_graphs and not streams else None
 
     def step(
-        self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], hidden: bool = False
+        self,
+        chunks: Sequence[Chunk],
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        wanted: Sequence[int] | None = None,
+        hidden: bool = False,
     ) -> Step:
-        batch, length, _ = inputs_embeds.shape
-        self.cache.reserve(max(starts) + length)
-        self._slot_lengths[first_slot : first_slot + batch] = [start + length for start in starts]
-        if self._graphs is not None and length == 1:
-            step = self._graphs.step(first_slot, inputs_embeds, position_ids, starts, self._slot_lengths)
-            if step is not None:
-                return step if hidden else step._replace(hidden_states=None)
-        outputs = _outputs(self._engine, batch, length)
-        inputs = self._contexts.to_device(step_inputs(inputs_embeds, position_ids, starts))
-        self._contexts.run(inputs, outputs, _cache_tensors(self.cache, first_slot, batch))
-        return Step(outputs["logits"], outputs["hidden_states"] if hidden else None)
+        batch, longest, first = len(chunks), max(chunk.length for chunk in chunks), chunks[0].slot
+        self.cache.reserve(max(chunk.start for chunk in chunks) + longest)
+        self.cache.lengths[first : first + batch] = [chunk.end for chunk in chunks]
+        outputs = None
+        if self._graphs is not None and longest == 1:
+            outputs = self._graphs.step(chunks, inputs_embeds, position_ids)
+        if outputs is None:
+            outputs = _outputs(self._engine, batch, longest)
+            inputs = self._contexts.to_device(graph_inputs(chunks, inputs_embeds, position_ids))
+            self._contexts.run(inputs, outputs, _cache_tensors(self.cache, first, batch))
+        return graph_step(chunks, wanted, outputs["logits"], outputs["hidden_states"] if hidden else None)
 
     def profile(self, report: ReportLayer) -> None:
         """As :meth:`TensorRTVision.profile`; without CUDA graphs, whose layers TensorRT cannot time."""
@@ -214,7 +231,7 @@ class TensorRTDecoder:
 
     def reset(self) -> None:
         """The cache stays allocated: TensorRT takes no other capacity."""
-        self._slot_lengths = [0] * self.slots
+        self.cache.lengths = [0] * self.slots
 
     def warm_up(self, chunk: int, longest: int) -> None:
         """Creates both contexts and captures the graphs of all batch sizes."""
@@ -251,30 +268,28 @@ class DecodeGraphs:
         self._memory = ActivationMemory(engine.device.torch_device)
         self._outputs = _outputs(engine, cache.slots, 1)  # memory of the caller's stream, which reads them
 
-    def step(
-        self, first: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], slot_lengths: Sequence[int]
-    ) -> Step | None:
+    def step(self, chunks: Sequence[Chunk], inputs_embeds: Tensor, position_ids: Tensor) -> dict[str, Tensor] | None:
         """One token a slot, see :meth:`qwen2vl_trt.runtime.backends.runners.DecoderRunner.step`.
 
-        ``slot_lengths`` are the tokens in every slot. Returns buffers of the graph; None if a padding slot is full.
+        Returns buffers of the graph; None if a padding slot is full.
         """
-        last = first + len(starts)
+        first, last = chunks[0].slot, chunks[-1].slot + 1
         batch = padded_batch(last, self._cache.slots)
-        rows = padded_step(first, starts, slot_lengths, batch, self._cache.capacity)
+        rows = padded_step(first, [chunk.start for chunk in chunks], self._cache.lengths, batch, self._cache.capacity)
         if rows is None:
             return None
         device = self._engine.device
         with device.stream() as stream:
             graph = self._graphs.get(batch) or self._prepare(batch, stream)
-            graph.inputs["inputs_embeds"][first:last].copy_(inputs_embeds)
-            graph.inputs["position_ids"][:, first:last].copy_(device.pinned(position_ids), non_blocking=True)
+            graph.inputs["inputs_embeds"][first:last, 0].copy_(inputs_embeds)
+            graph.inputs["position_ids"][:, first:last, 0].copy_(device.pinned(position_ids), non_blocking=True)
             graph.lengths[:, :batch].copy_(device.pinned(torch.tensor(rows)), non_blocking=True)
             if graph.replay is not None:
                 graph.replay()
             else:  # run this step eagerly, as TensorRT requires before a capture; the next one replays
                 graph.context.enqueue(stream)
                 self._capture(graph, stream)
-        return Step(graph.outputs["logits"][first:last], graph.outputs["hidden_states"][first:last])
+        return {name: tensor[first:last] for name, tensor in graph.outputs.items()}
 
     def _prepare(self, batch: int, stream: int) -> _Graph:
         engine, device = self._engine, self._engine.device.torch_device

@@ -6,27 +6,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.config import VisionConfig
-from qwen2vl_trt.decoder import Decoder, SlotMapping
+from qwen2vl_trt.config import TextConfig, VisionConfig
+from qwen2vl_trt.decoder import Decoder
 from qwen2vl_trt.engines.profile import BuildProfile
+from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.fused_modules import fuse_decoder, fuse_vision
 from qwen2vl_trt.quantization import fp8_layers, use_fp8
 from qwen2vl_trt.transfer import to_device
-from qwen2vl_trt.varlen import has_cache_attention, has_packed_attention
+from qwen2vl_trt.varlen import has_packed_attention, has_paged_attention
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import load_weights
 from qwen2vl_trt.windows import PackedSequences, WindowLayout, unpad, window_layout
 
 from . import onednn
-from .common import KVCache, TokenEmbedding, cached_layouts, graph_batches, graph_lengths
-from .runners import Engines, Step, run_steps
-from .torch_decode_graphs import Capture, Chunk, ChunkCache, DecodeGraphs, GraphCapture
+from .common import KVCache, TokenEmbedding, cached_layouts
+from .paged_cache import PagedKVCache, page_bytes, pages_of
+from .runners import Engines, run_steps
+from .steps import Chunk, Step
+from .torch_attention import SlotCache, SlotStep
+from .torch_graphs import Capture, GraphCapture, PackedSteps, head
 
 
 def default_device() -> str:
@@ -49,6 +54,9 @@ _MIN_PADDING = 0.05
 
 _COMPILE_TOKENS = 256
 """Length of the prompt that functions are compiled with."""
+
+_MEMORY_SHARE = 0.9
+"""Of the GPU memory that is free once the weights are loaded: for the key-value cache. The rest is for activations."""
 
 
 class TorchVision:
@@ -121,7 +129,8 @@ class CudaVision(TorchVision):
 class TorchDecoder:
     """See :class:`qwen2vl_trt.runtime.backends.runners.DecoderRunner`."""
 
-    fixed_cache = False
+    packed, enqueues = True, True
+    cache: KVCache
 
     def __init__(self, checkpoint: Checkpoint, profile: BuildProfile, dtype: torch.dtype, device: torch.device) -> None:
         with torch.device("meta"):
@@ -132,29 +141,29 @@ class TorchDecoder:
         self.embed = TokenEmbedding(checkpoint, dtype, device, table if device.type != "cpu" else None)
         del self.module.model.embed_tokens, table
         self.module.model.inv_freq = self.module.model.inv_freq.to(device)
-        self.slots = profile.max_num_seqs
+        self.slots, self.vocab_size = profile.max_num_seqs, checkpoint.config.text.vocab_size
         self.device = device
         self._optimize(dtype)
-        self.cache = KVCache(
-            checkpoint.config.text, self.slots, profile.max_seq_len, dtype, device, fixed=self.fixed_cache
-        )
+        self._allocate(checkpoint.config.text, profile.max_seq_len, dtype)
+
+    def _allocate(self, config: TextConfig, max_seq_len: int, dtype: torch.dtype) -> None:
+        self.cache = KVCache(config, self.slots, max_seq_len, dtype, self.device)
 
     @torch.no_grad()
     def step(
-        self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], hidden: bool = False
+        self,
+        chunks: Sequence[Chunk],
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        wanted: Sequence[int] | None = None,
+        hidden: bool = False,
     ) -> Step:
-        batch, length, _ = inputs_embeds.shape
-        self.cache.reserve(max(starts) + length)
-        start = to_device(torch.tensor(starts), self.device)
-        output = self.module(
-            inputs_embeds,
-            to_device(position_ids, self.device),
-            start,
-            start + length,
-            torch.full((batch,), length - 1, device=self.device),
-            *self.cache.rows(first_slot, batch),
-        )
-        return Step(output.logits, output.hidden_states if hidden else None)
+        self.cache.reserve(max(chunk.end for chunk in chunks))
+        step = SlotStep.of(chunks, self.device)
+        caches = [SlotCache(k, v, step) for k, v in zip(self.cache.k, self.cache.v)]
+        positions = to_device(position_ids, self.device)[:, None]
+        hidden_states = self.module.model(inputs_embeds[None], positions, caches)[0][0]
+        return Step(head(self.module, hidden_states, chunks, wanted), hidden_states if hidden else None)
 
     def reset(self) -> None:
         self.cache.reset()
@@ -168,19 +177,23 @@ class TorchDecoder:
 
 
 class CudaDecoder(TorchDecoder):
-    """Reads only the keys that exist in a prompt chunk, and decodes under CUDA graphs; the cache is never reallocated.
+    """Runs fused modules over a paged cache under CUDA graphs.
 
     Args:
         checkpoint: has the weights.
-        profile: limits, which are the cache's size.
+        profile: limits.
         dtype: of activations and cache.
         device: a GPU.
-        cuda_graphs: decode under CUDA graphs.
+        cuda_graphs: run under CUDA graphs.
         capture: captures a graph; by default :class:`GraphCapture`.
         compiled: compile pointwise operations (:mod:`qwen2vl_trt.fused_ops`), which takes seconds.
+        pages: of the cache; by default for ``slots`` sequences of ``max_seq_len`` tokens, or as many as fit the GPU.
+
+    Raises:
+        EngineError: not one sequence of ``max_seq_len`` tokens fits the GPU's memory.
     """
 
-    fixed_cache = True
+    cache: PagedKVCache  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -191,64 +204,68 @@ class CudaDecoder(TorchDecoder):
         cuda_graphs: bool = True,
         capture: Capture | None = None,
         compiled: bool = True,
+        pages: int | None = None,
     ) -> None:
+        self._most_pages = pages
         super().__init__(checkpoint, profile, dtype, device)
-        self._slot_lengths = [0] * self.slots
         text = checkpoint.config.text
-        self._fused = has_cache_attention(
-            device, dtype, text.num_attention_heads, text.num_key_value_heads, text.head_dim
-        )
+        fused = has_paged_attention(device, dtype, text.num_attention_heads, text.num_key_value_heads, text.head_dim)
         capture = (capture or GraphCapture(device)) if cuda_graphs else None
-        self._graphs = DecodeGraphs(self.module, self.cache, dtype, device, capture, self._fused)
+        self._steps = PackedSteps(self.module, self.cache, dtype, device, capture, fused)
         if compiled:
             self._compile(dtype)
+
+    def _allocate(self, config: TextConfig, max_seq_len: int, dtype: torch.dtype) -> None:
+        each = pages_of(max_seq_len)
+        pages = 1 + (self._most_pages or self.slots * each)
+        if self._most_pages is None and self.device.type == "cuda":
+            size = page_bytes(config, dtype)
+            free = int(_MEMORY_SHARE * torch.cuda.mem_get_info(self.device)[0])
+            pages = min(pages, free // size)
+            if pages <= each:
+                raise EngineError(
+                    f"the cache of one sequence of {max_seq_len:,} tokens takes {each * size / 2**30:.1f} GiB, and the"
+                    f" GPU has {free / 2**30:.1f} GiB for it. Lower --max-seq-len, or free GPU memory."
+                )
+        self.cache = PagedKVCache(config, self.slots, max_seq_len, pages, dtype, self.device)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def step(
-        self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, starts: list[int], hidden: bool = False
+        self,
+        chunks: Sequence[Chunk],
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        wanted: Sequence[int] | None = None,
+        hidden: bool = False,
     ) -> Step:
-        batch, length, _ = inputs_embeds.shape
-        self.cache.reserve(max(starts) + length)
-        self._slot_lengths[first_slot : first_slot + batch] = [start + length for start in starts]
-        step = None
-        if length == 1:
-            step = self._graphs.step(first_slot, inputs_embeds, position_ids, starts, self._slot_lengths)
-        if step is None and len(set(starts)) == 1:
-            step = self._chunk(first_slot, inputs_embeds, position_ids, starts[0])
-        if step is None:
-            step = super().step(first_slot, inputs_embeds, position_ids, starts, hidden)
+        step = self._steps.step(chunks, inputs_embeds, position_ids, wanted)
         return step if hidden else step._replace(hidden_states=None)
-
-    def _chunk(self, first_slot: int, inputs_embeds: Tensor, position_ids: Tensor, start: int) -> Step:
-        batch, length, _ = inputs_embeds.shape
-        rows = torch.arange(first_slot, first_slot + batch, device=self.device).repeat_interleave(length)
-        positions = torch.arange(start, start + length, device=self.device).repeat(batch)
-        chunk = Chunk(first_slot, start + length, self._fused, SlotMapping(rows, positions))
-        caches = [ChunkCache(k, v, chunk) for k, v in zip(self.cache.k, self.cache.v)]
-        hidden_states, _ = self.module.model(inputs_embeds, to_device(position_ids, self.device), caches)
-        logits = self.module.lm_head(hidden_states[:, -1]).float()
-        return Step(logits, hidden_states, logits.argmax(-1))
 
     def reset(self) -> None:
         """The cache stays allocated: graphs hold its address."""
-        self._slot_lengths = [0] * self.slots
 
     def warm_up(self, chunk: int, longest: int) -> None:
-        """Captures the graphs of all batch sizes and lengths."""
-        run_steps(self, chunk, graph_batches(self.slots), graph_lengths(longest, self.cache.capacity))
+        """Captures the graphs of all shapes, in the order of need."""
+        for chunks in self._steps.shapes(longest, chunk):
+            self.cache.block_table[:] = 0  # all write to page 0
+            tokens = sum(each.length for each in chunks)
+            embeds = self.embed([0]).expand(tokens, -1)
+            self.step(chunks, embeds, torch.zeros(3, tokens, dtype=torch.long))
 
     def _compile(self, dtype: torch.dtype) -> None:
         width = self.module.config.hidden_size
 
         def run(tokens: int) -> None:
-            embeds = _random((1, tokens, width), dtype, self.device)
-            self._chunk(0, embeds, torch.arange(tokens).expand(3, 1, -1), 0)
+            embeds = _random((tokens, width), dtype, self.device)
+            positions = torch.arange(tokens).expand(3, -1)
+            self._steps.run_eagerly([Chunk(0, 0, tokens)], embeds, positions)
 
-        tokens = min(_COMPILE_TOKENS, self.cache.capacity)
+        tokens = min(_COMPILE_TOKENS, self.cache.max_seq_len)
+        self.cache.allot(1, tokens)
         self._ops.compile([partial(run, 1), partial(run, tokens)])
-        for cache in (*self.cache.k, *self.cache.v):
-            cache[0, :, :tokens] = 0
+        self.cache.clear(range(1 + pages_of(tokens)))
+        self.cache.block_table[:] = 0
 
     def _optimize(self, dtype: torch.dtype) -> None:
         self._ops = fuse_decoder(self.module, dtype)

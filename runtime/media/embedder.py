@@ -45,8 +45,10 @@ class MediaEmbedder:
         profile: BuildProfile,
         config: VisionConfig,
         observe: Observer = unobserved,
+        most_tokens: int | None = None,
     ) -> None:
         self.preprocessor, self._runner, self._profile, self._config = preprocessor, runner, profile, config
+        self._most_patches = math.inf if most_tokens is None else most_tokens * config.merge_unit
         self._observe, self._padded = observe, runner.padded
         self._pixels: Tensor | None = None  # of the largest batch so far: free again once its engine call has returned
 
@@ -66,12 +68,13 @@ class MediaEmbedder:
     def _groups(self, grids: Sequence[Grid]) -> list[list[int]]:
         """Numbers of what each engine call embeds, shortest first: as few calls and as little padding as costs least.
 
-        A call takes up to ``max_batch_size``, and no more pairs of patches than one image may have: full attention
-        without a fused kernel takes memory for the square of the longest, times their number.
+        A call takes up to ``max_batch_size`` and ``most_tokens``, unless one has more, and no more pairs of patches
+        than one image may have: full attention without a fused kernel takes memory for the square of the longest,
+        times their number.
         """
         lengths = [rows * columns for _, rows, columns in grids]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        most = _MOST_CPU_PATCHES if self.preprocessor.device.type == "cpu" else math.inf
+        most = min(self._most_patches, _MOST_CPU_PATCHES if self.preprocessor.device.type == "cpu" else math.inf)
         best = [(0, 0)]  # cost of the first n, and where their last call begins
         for end, last in enumerate(order, 1):
             options, patches = [], 0

@@ -38,7 +38,8 @@ class Counters:
         generated_tokens: tokens of all answers.
         steps: steps that had something to do.
         step_seconds: seconds in those steps, preprocessing and vision included.
-        decode_retries: decode steps that failed together and were run again row by row.
+        decode_retries: calls of the decoder that failed for several requests and were run again one by one.
+        preemptions: requests whose pages were given up for others, and computed again; 0 in a cache of rows.
         embedding_hits: images and videos that needed no vision engine.
         embedding_misses: images and videos that needed it.
         embedding_evictions: embeddings dropped for others.
@@ -64,6 +65,7 @@ class Counters:
     steps: int = 0
     step_seconds: float = 0.0
     decode_retries: int = 0
+    preemptions: int = 0
     embedding_hits: int = 0
     embedding_misses: int = 0
     embedding_evictions: int = 0
@@ -111,7 +113,6 @@ def take_token(sequence: RunningSequence, token: int, counters: Counters, now: f
     """Add a token to a running answer and count it, at the time ``now``; the answer may end with it."""
     output, stream = sequence.output, sequence.stream
     text = stream.push(token, "deadline" if now >= output.expires else None)
-    sequence.token = token
     output.append(token, text, stream.finish_reason, now)
     counters.generated_tokens += 1
     if len(stream.token_ids) == 1:
@@ -180,6 +181,10 @@ class Executor:
 
     def forget(self) -> None:
         """Drop what ended requests left in the cache."""
+
+    def hidden_states(self, sequences: Sequence[RunningSequence]) -> list[Tensor]:
+        """Decoder hidden states ``[S, C]`` of each prompt, at most ``slots``; while no request runs."""
+        raise NotImplementedError
 
     def warm_up(self, chunk: int, longest: int) -> None:
         """Make ready for requests, see ``DecoderRunner.warm_up``; while none runs."""

@@ -180,7 +180,7 @@ class Preparer:
                 [(token_id, [m.key for m in each], [m.size.tokens for m in each]) for token_id, each in kinds],
             ),
             stream=AnswerStream(self._prompts.tokenizer.backend_tokenizer, params, self._eos_token_ids),
-            sampling=params,
+            params=params,
         )
 
     def _prompt(self, request: Request, media: list[Medium]) -> tuple[Prompt, tuple[list[Grid], list[Grid]]]:

@@ -122,18 +122,19 @@ class RequestQueue:
             if any(queued.output.finished for queued in self._queue):
                 self.drop_ended()
 
-    def next_group(self, free_slots: int, most_media: int) -> list[RunningSequence]:
+    def next_group(self, free_slots: int, most_media: int, most_tokens: int) -> list[RunningSequence]:
         """The first that are prepared, as many as there are free slots; their media fill about one engine call.
 
         Those in front whose media are still being loaded are passed over; nothing that comes later is then before them.
         The rest have their turn in the next step: answers under way need not wait for all of them.
         """
         group: list[RunningSequence] = []
-        media = 0
+        media = tokens = 0
         prepared = (queued.sequence for queued in self._queue if queued.sequence is not None)
         for sequence in islice(prepared, free_slots):
             media += len(sequence.media)
-            if group and media > most_media:
+            tokens += sum(medium.size.tokens for medium in sequence.media)
+            if group and (media > most_media or tokens > most_tokens):
                 break
             group.append(sequence)
         return group

@@ -1,18 +1,24 @@
 """In-flight batching: requests join and leave a running batch.
 
-A step reads a few chunks of prompts, each in its request's own slot, at most ``max_num_tokens`` tokens together, and
-then adds one token to every running answer.
+A step reads chunks of prompts, at most ``max_num_tokens`` tokens together, and adds a token to every running answer.
+Where the decoder takes packed chunks that is one call; otherwise prompts of like length are read in one call, and the
+answers go on in another.
 
 The oldest prompt gets at least half of the tokens, the rest goes to those with the least left to read. With
 h = ceil(max_num_tokens / 2), a prompt of P tokens is read after at most the sum of ceil(P / h) + 1 steps over itself
-and the prompts before it. A prompt that begins like one being read waits for that one and copies what they share; where
-it is the oldest, its share goes there. A prompt whose images are still being embedded is skipped while there is other
-work.
+and the prompts before it. A prompt that begins like one being read waits for that one and shares what it has read;
+where it is the oldest, its share goes there. A prompt whose images are still being embedded is skipped while there is
+other work.
+
+One step ahead, on a GPU: a step is launched before the host looks at the tokens of the one before it, which reach it on
+the device. What a request does after its end is dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,21 +26,43 @@ from torch import Tensor
 from qwen2vl_trt.errors import ExecutionError
 from qwen2vl_trt.transfer import to_device
 
-from ..backends.runners import DecoderRunner, Step
+from ..backends.runners import DecoderRunner
+from ..backends.steps import Chunk, Step
 from ..observer import Observer, Stage, unobserved
 from ..request import Output
-from ..sampler import Sampler
+from ..sampler import SampledTokens, Sampler
 from .executor import Counters, Executor, NewToken, named, take_token
-from .sequence import NO_KEYS, RunningSequence
-from .slots import Placement, Slots, Wait
+from .kv_cache import SlotManager, Wait, kv_cache_manager
+from .sequence import RunningSequence
+from .side_stream import SideStream
 
-_MOST_CHUNKS = 4
-"""Chunks in one step: each is a call of its own, which reads all weights, while the answers wait."""
+_MOST_CALLS = 4
+"""Calls for prompts in one step of a decoder that does not pack: each reads all weights, while the answers wait."""
+
+_CALL_TOKENS = {"cpu": 8, "cuda": 128}
+"""Prompt tokens whose products take as long as reading the weights, about: so much padding costs what a call costs."""
 
 _NOT_FINITE = (
     "the decoder made logits that are no finite numbers: the checkpoint's weights are damaged, or numbers overflowed"
     " (--precision fp16-decoder: build in bf16)"
 )
+
+
+@dataclass(eq=False, slots=True)
+class _Row:
+    """A request's part of a step: ``length`` tokens of its prompt, or of its ``answers`` the last one."""
+
+    sequence: RunningSequence
+    length: int
+    answers: bool
+
+
+@dataclass
+class _Launched:
+    """A step that the device works on: the requests that get a token, and the tokens."""
+
+    sequences: list[RunningSequence] = field(default_factory=list)
+    tokens: SampledTokens | None = None
 
 
 class Scheduler(Executor):
@@ -43,9 +71,10 @@ class Scheduler(Executor):
     Args:
         decoder: the engine.
         max_num_tokens: most prompt tokens in one step.
-        reuse_prefixes: prompts share keys and values with running requests, and with ended ones whose slot is free.
+        reuse_prefixes: prompts share keys and values with running requests, and with ended ones that are still cached.
         counters: where to count.
         observe: surrounds every ``prefill``, ``decode`` and ``sampling``.
+        ahead: launch a step before the tokens of the last one are looked at.
     """
 
     def __init__(
@@ -55,22 +84,30 @@ class Scheduler(Executor):
         reuse_prefixes: bool = True,
         counters: Counters | None = None,
         observe: Observer = unobserved,
+        ahead: bool = False,
     ) -> None:
         self._decoder = decoder
         self._max_num_tokens = max_num_tokens
-        self._reuse_prefixes = reuse_prefixes
-        self._slots = Slots(decoder.slots)
+        self._cache = kv_cache_manager(decoder.cache, decoder.slots, reuse_prefixes)
         self.slots = decoder.slots
         self._prompts: list[RunningSequence] = []  # still to be read, oldest first; those begun have a slot
         self._waits: dict[RunningSequence, Wait] = {}
         self._counters, self._observe = counters or Counters(), observe
+        self._ahead, self._launched = ahead and decoder.enqueues, _Launched()
+        self._new: list[NewToken] = []
+        self._device = decoder.embed([0]).device
+        # Before the vision engine's kernels.
+        self._stream = SideStream.beside(self._device, priority=-1) if ahead else SideStream(self._device, None)
+        self._sampler = Sampler(self.slots, decoder.vocab_size, self._device)
+        self._free_indices = list(range(self.slots))
+        self._no_memory = False  # for a prompt that waits
+        self._last_tokens: tuple[list[int], Tensor] = [], torch.empty(0)  # of the last step, by index
         self._mark = object()
-        self._sampler: Sampler | None = None
 
     @property
     def running(self) -> int:
         """Requests that have a slot or are sure of one."""
-        return len(self._slots.occupied) + sum(prompt.slot is None for prompt in self._prompts)
+        return len(self._cache.occupied) + sum(prompt.slot is None for prompt in self._prompts)
 
     @property
     def cache_bytes(self) -> int:
@@ -78,7 +115,12 @@ class Scheduler(Executor):
 
     @property
     def kept_tokens(self) -> int:
-        return sum(self._slots.kept_lengths)
+        return self._cache.kept_tokens
+
+    @property
+    def free_slots(self) -> int:
+        """None while a prompt waits for memory: the embeddings of others would take more of it."""
+        return 0 if self._no_memory else self.slots - self.running
 
     def inputs_embeds(self, sequence: RunningSequence, embeds: Sequence[Tensor]) -> Tensor:
         """``[S, C]`` of a prompt with its media's embeddings ``[tokens, C]`` in place."""
@@ -89,107 +131,216 @@ class Scheduler(Executor):
         return rows
 
     def add(self, sequence: RunningSequence) -> None:
-        if not self.free_slots:
+        if self.running == self.slots:
             raise ValueError(f"all {self.slots} slots are taken")
         cache = self._decoder.cache
         if cache.owner is not self._mark:
-            self._slots.forget()
+            self._cache.forget()
             cache.owner = self._mark
-        if not self._reuse_prefixes:
-            sequence.keys = NO_KEYS
+        self._cache.add(sequence)
         sequence.media = []  # their pixels: all that the decoder reads is embedded
         self._prompts.append(sequence)
 
     def cancel(self, output: Output) -> None:
-        for sequence in [*self._slots.occupied, *self._prompts]:
-            if sequence.output is output:
-                output.cancel()
-                self._remove(sequence)
-        self._settle()
+        with self._work():
+            for sequence in [*self._cache.occupied, *self._prompts]:
+                if sequence.output is output:
+                    output.cancel()
+                    self._remove(sequence)
+            self._settle()
 
     def forget(self) -> None:
-        self._slots.forget()
-        self._settle()
+        with self._work():
+            self._cache.forget()
+            self._settle()
 
     def warm_up(self, chunk: int, longest: int) -> None:
         """See :class:`Executor`; forgets what ended requests left, and raises ValueError while one runs."""
         if self.busy:
             raise ValueError("the slots are in use")
-        self._slots.forget()
+        self._cache.forget()
         self._decoder.cache.owner = self._mark  # no other scheduler finds in it what it left
-        self._decoder.warm_up(chunk, longest)
-        self._decoder.reset()
+        with self._work():
+            self._decoder.warm_up(chunk, longest)
+            self._decoder.reset()
+
+    def hidden_states(self, sequences: Sequence[RunningSequence]) -> list[Tensor]:
+        """``[S, C]`` after the final norm of each prompt, S of them all together, while nothing runs.
+
+        Raises:
+            ValueError: a request runs, or there are more than slots.
+        """
+        if self.busy:
+            raise ValueError("the slots are in use")
+        with torch.inference_mode(False), torch.no_grad(), self._stream.work(sequences) as ready:
+            states = self._read_all(sequences)
+        ready.wait(*states)
+        return states
+
+    def _read_all(self, sequences: Sequence[RunningSequence]) -> list[Tensor]:
+        self.forget()
+        states: dict[RunningSequence, list[Tensor]] = {sequence: [] for sequence in sequences}
+        waiting = list(sequences)
+        for sequence in sequences:
+            sequence.counts = False
+        try:
+            while waiting:
+                rows: list[_Row] = []
+                left = self._max_num_tokens
+                for sequence in waiting:
+                    if rows and sequence.unread > left:
+                        continue  # whole prompts, where they are not longer than a step
+                    if sequence.slot is None and not self._allocate(sequence):
+                        break
+                    rows.append(_Row(sequence, min(sequence.unread, left), False))
+                    left -= rows[-1].length
+                for call in self._calls(rows):
+                    parts = self._run(call, hidden=True).hidden_states
+                    assert parts is not None
+                    for row, part in zip(call, parts.split([row.length for row in call])):
+                        states[row.sequence].append(part.clone())
+                for sequence in waiting:
+                    if not sequence.unread:
+                        self._release(sequence)
+                waiting = [sequence for sequence in waiting if sequence.unread]
+        finally:
+            for sequence in sequences:
+                self._release(sequence)
+            self.forget()
+        return [torch.cat(parts) for parts in states.values()]
 
     def step(self) -> list[NewToken]:
         """Some chunks of prompts, if any wait, and one token of every running answer."""
-        for prompt in [prompt for prompt in self._prompts if prompt.output.expired]:
-            prompt.output.expire("while the prompt was read" if prompt.cached else "before the prompt was read")
-            self._remove(prompt)
-        new = self._read_prompts()
-        new += self._decode([sequence for sequence in self._slots.occupied if sequence.token is not None])
-        self._settle()
+        with self._work():
+            self._step()
+        new, self._new = self._new, []
         return new
+
+    def _step(self) -> None:
+        for prompt in [prompt for prompt in self._prompts if prompt.output.expired]:
+            rest = prompt.stream.end("deadline") if prompt.sampled else ""  # of an answer that is computed again
+            prompt.output.expire("while the prompt was read" if prompt.cached else "before the prompt was read", rest)
+            self._remove(prompt)
+        rows = self._answers()
+        launched = self._launch([*rows, *self._chunks()])
+        if self._ahead:
+            launched, self._launched = self._launched, launched
+        self._take(launched)
+        self._settle()
+
+    @contextmanager
+    def _work(self) -> Iterator[None]:
+        """Work on the decoder's stream; while nothing runs the caller's stream is behind it.
+
+        Not in the caller's inference mode: the next caller may have none, and what is made here is written again.
+        """
+        with torch.inference_mode(False), torch.no_grad(), self._stream.work() as ready:
+            yield
+        if not self.busy:
+            ready.wait()
 
     def _settle(self) -> None:
         """While nothing runs the cache shrinks to what ended requests left."""
         if self.busy:
             return
-        longest = max(self._slots.kept_lengths)
-        if longest:
-            self._decoder.cache.trim(longest)
-        else:
+        self._launched = _Launched()
+        self._cache.settle()
+        if not self._cache.kept_tokens:
             self._decoder.reset()
 
+    def _release(self, sequence: RunningSequence, sound: bool = True) -> None:
+        if sequence.slot is not None:
+            self._cache.release(sequence, sound)
+            self._free_indices.append(sequence.index)
+            self._no_memory = False
+
     def _remove(self, sequence: RunningSequence, sound: bool = True) -> None:
-        self._slots.release(sequence, sound)
+        self._release(sequence, sound)
         if sequence in self._prompts:
             self._prompts.remove(sequence)
         self._waits.pop(sequence, None)
+        sequence.inputs_embeds = sequence.inputs_embeds.new_empty(0)
 
     def _fail(self, sequence: RunningSequence, error: Exception) -> None:
         sequence.output.fail(named(error, "the decoder engine"))
         self._remove(sequence, sound=False)
 
-    # Prompts
+    # What takes part in a step
 
-    def _read_prompts(self) -> list[NewToken]:
-        new: list[NewToken] = []
-        left, read = self._max_num_tokens, set[RunningSequence]()
-        while left and len(read) < _MOST_CHUNKS:
-            sequence = self._oldest() if not read else self._shortest(read)
+    def _answers(self) -> list[_Row]:
+        """A row for each answer that wants another token, by slot."""
+        rows = []
+        for sequence in self._cache.occupied:
+            if sequence.reading or sequence.sampled >= sequence.params.max_tokens:
+                continue
+            while sequence.slot is not None and not self._cache.grow(sequence):
+                if self._launched.sequences:  # some may end, and whoever is preempted must know all its tokens
+                    self._take(self._launched)
+                    self._launched = _Launched()
+                else:
+                    self._preempt()
+            rows.append(_Row(sequence, 1, True))
+        return [row for row in rows if row.sequence.slot is not None] if self._cache.preempts else rows
+
+    def _preempt(self) -> None:
+        """Take its memory from the request that came last; it is read again, answer included, when there is memory.
+
+        vLLM calls this preemption by recomputation.
+        """
+        last = max(self._cache.occupied, key=lambda sequence: sequence.output.arrival)
+        self._counters.preemptions += 1
+        self._release(last)
+        answer = last.stream.token_ids[len(last.token_ids) - last.prompt_length :]
+        if answer:
+            last.restart(self._decoder.embed(answer))
+        last.cached, last.counts = 0, False
+        self._cache.add(last)
+        if last not in self._prompts:
+            later = (n for n, each in enumerate(self._prompts) if each.output.arrival > last.output.arrival)
+            self._prompts.insert(next(later, len(self._prompts)), last)
+
+    def _chunks(self) -> Iterator[_Row]:
+        """What is read of prompts."""
+        left, read, full = self._max_num_tokens, set[RunningSequence](), False
+        while left and (self._decoder.packed or len(read) < _MOST_CALLS):
+            # Where there is no memory for one that waits, those that have theirs go on and no later one begins.
+            prompts = [prompt for prompt in self._embedded() if prompt.slot is not None or not full]
+            sequence = self._shortest(prompts, read) if read else self._oldest(prompts)
             if sequence is None:
-                break
+                return
             most = left
             if not read:
-                others = sum(p.unread for p in self._embedded() if p not in self._waits) - sequence.unread
+                others = sum(p.unread for p in prompts if p not in self._waits) - sequence.unread
                 most = max(-(-left // 2), left - others)
+            if sequence.slot is None:
+                try:
+                    full = not self._allocate(sequence)
+                    if full:
+                        continue
+                except Exception as error:
+                    self._fail(sequence, error)
+                    continue
             read.add(sequence)
-            try:
-                tokens, more = self._read_chunk(sequence, most)
-            except Exception as error:
-                self._fail(sequence, error)
-                continue
-            left -= tokens
-            new += more
-        return new
+            length = min(sequence.unread, most)
+            left -= length
+            yield _Row(sequence, length, False)
 
-    def _oldest(self) -> RunningSequence | None:
+    def _oldest(self, prompts: Sequence[RunningSequence]) -> RunningSequence | None:
         """The prompt that came first, or the one that it waits for."""
-        embedded = self._embedded()
-        if not embedded:
+        if not prompts:
             return None
-        oldest = embedded[0]
+        oldest = prompts[0]
         return oldest if self._ready(oldest) else self._waits[oldest].leader
 
-    def _shortest(self, read: set[RunningSequence]) -> RunningSequence | None:
+    def _shortest(self, prompts: Sequence[RunningSequence], read: set[RunningSequence]) -> RunningSequence | None:
         """The prompt with the least to read among those that this step has not read from and that wait for none."""
-        candidates = sorted((prompt for prompt in self._embedded() if prompt not in read), key=lambda p: p.unread)
+        candidates = sorted((prompt for prompt in prompts if prompt not in read), key=lambda prompt: prompt.unread)
         return next((prompt for prompt in candidates if self._ready(prompt)), None)
 
     def _embedded(self) -> list[RunningSequence]:
         """Prompts whose embeddings are there. Where nothing else is to be done, all: the stream waits for them."""
         there = [prompt for prompt in self._prompts if prompt.slot is not None or prompt.ready.passed]
-        if there or any(sequence.token is not None for sequence in self._slots.occupied):
+        if there or any(not sequence.unread for sequence in self._cache.occupied):
             return there
         return self._prompts
 
@@ -199,116 +350,199 @@ class Scheduler(Executor):
         if wait is not None and not wait.over:
             return False
         self._waits.pop(sequence, None)
-        place = None if sequence.slot is not None else self._slots.place(sequence)
-        if isinstance(place, Wait):
-            self._waits[sequence] = place
-        return not isinstance(place, Wait)
+        wait = self._cache.wait(sequence) if sequence.slot is None else None
+        if wait is not None:
+            self._waits[sequence] = wait
+        return wait is None
 
-    def _begin(self, sequence: RunningSequence) -> int:
-        """Give a prompt its slot, with what it shares with another already in it; returns the slot."""
-        place = self._slots.place(sequence)
-        assert isinstance(place, Placement)  # _ready saw to that
-        self._slots.occupy(place.slot, sequence)
+    def _allocate(self, sequence: RunningSequence) -> bool:
+        """Give a prompt its slot, with what it shares with others in it; False if there is no memory now."""
+        self._no_memory = not self._cache.allocate(sequence)
+        if self._no_memory:
+            return False
+        sequence.index = self._free_indices.pop()
         sequence.ready.wait(sequence.inputs_embeds)
-        sequence.output.start()
-        self._counters.started += 1
-        self._counters.queue_seconds += sequence.output.timings.queue
-        if place.source != place.slot:
-            self._decoder.cache.copy_prefix(place.source, place.slot, place.shared)
-        sequence.cached = sequence.output.reused_tokens = place.shared
-        self._counters.prompt_tokens_reused += place.shared
-        return place.slot
+        answer = sequence.stream.token_ids
+        self._sampler.start(sequence.index, sequence.params, sequence.token_ids[: sequence.prompt_length], answer)
+        if sequence.counts:
+            sequence.output.start()
+            sequence.output.reused_tokens = sequence.cached
+            self._counters.started += 1
+            self._counters.queue_seconds += sequence.output.timings.queue
+            self._counters.prompt_tokens_reused += sequence.cached
+        return True
 
-    def _read_chunk(self, sequence: RunningSequence, most: int) -> tuple[int, list[NewToken]]:
-        """Read up to that many tokens of a prompt; returns their number, and the answer's first token at the end."""
-        slot = self._begin(sequence) if sequence.slot is None else sequence.slot
-        began = sequence.output.clock()
-        chunk = slice(sequence.cached, min(sequence.cached + most, sequence.prompt_length))
-        details = {"tokens": chunk.stop - chunk.start, "after": chunk.start}
-        with self._observe(Stage("prefill", [sequence.output], slot, details=details)):
-            step = self._decoder.step(
-                slot, sequence.inputs_embeds[None, chunk], sequence.position_ids[:, None, chunk], [sequence.cached]
-            )
-        sequence.cached = chunk.stop
-        whole = not sequence.unread
-        tokens = self._sample([sequence], step.logits) if whole else []
-        sequence.output.timings.prefill += sequence.output.clock() - began
-        self._counters.prompt_tokens_computed += chunk.stop - chunk.start
-        if whole:
-            self._prompts.remove(sequence)
-            sequence.inputs_embeds = sequence.inputs_embeds.new_empty(0)  # hundreds of megabytes in a full batch
-        return chunk.stop - chunk.start, self._push([sequence], tokens) if whole else []
+    # The calls
 
-    # Answers
-
-    def _decode(self, running: Sequence[RunningSequence]) -> list[NewToken]:
-        """One token of each answer, which are in the order of their slots. Those that fail together get a try alone."""
-        if not running:
-            return []
+    def _launch(self, rows: Sequence[_Row]) -> _Launched:
+        """Enqueue a step and the sampling of its tokens. Rows that fail together get a try alone."""
+        launched, results = _Launched(), list[Step]()
+        for call in self._calls(rows):
+            if results:  # the next call may overwrite them
+                results[-1] = results[-1]._replace(logits=results[-1].logits.clone(), greedy=None)
+            for done, step in self._attempt(call):
+                wanted = [row.sequence for row in done if not row.sequence.reading]
+                if wanted:
+                    launched.sequences += wanted
+                    results.append(step)
+        if not results:
+            return launched
+        logits, greedy = results[0].logits, results[0].greedy
+        if len(results) > 1:
+            logits, greedy = torch.cat([step.logits for step in results]), None
+        indices = [sequence.index for sequence in launched.sequences]
         try:
-            step = self._decode_rows(running)
+            with self._observe(Stage("sampling")):
+                launched.tokens = self._sampler(logits, indices, greedy)
         except Exception as error:
-            if len(running) == 1:
-                self._fail(running[0], error)
-                return []
-            self._counters.decode_retries += 1
-            return [new for sequence in running for new in self._decode([sequence])]
-        for sequence in running:
-            sequence.cached += 1
-        try:
-            tokens = self._sample(running, step.logits, step.greedy)
-        except Exception as error:
-            for sequence in running:
+            for sequence in launched.sequences:
                 self._fail(sequence, error)
-            return []
-        return self._push(running, tokens)
+            return _Launched()
+        self._last_tokens = indices, launched.tokens.tokens
+        for sequence in launched.sequences:
+            sequence.sampled += 1
+        return launched
 
-    def _decode_rows(self, running: Sequence[RunningSequence]) -> Step:
-        """A row for each that runs, of one call over the slots from the first to the last."""
-        taking_part = {sequence.slot: sequence for sequence in running if sequence.slot is not None}
-        slots = range(min(taking_part), max(taking_part) + 1)
-        # A row between two running ones still takes part: what it writes lies beyond the tokens that its slot holds
-        # or keeps (test_kept_prefixes_survive_their_neighbours), and its next request overwrites it.
-        rows = [taking_part.get(slot) for slot in slots]
-        tokens = [0 if s is None or s.token is None else s.token for s in rows]
-        # On the host, like a prompt's: a runner puts them together with what else it sends.
-        positions = torch.tensor([0 if s is None else s.cached + s.delta for s in rows])
-        embeds = self._decoder.embed(tokens)[:, None]
-        starts = [self._slots.held(slot) for slot in slots]
-        outputs = [None if sequence is None else sequence.output for sequence in rows]
-        with self._observe(Stage("decode", outputs, slots[0], details={"slots": len(rows)})):
-            step = self._decoder.step(slots[0], embeds, positions.expand(3, -1)[:, :, None], starts)
-        own = [number for number, sequence in enumerate(rows) if sequence is not None]
-        if len(own) == len(rows):
-            return step
-        taken = to_device(own, step.logits.device)
-        return step._replace(logits=step.logits[taken], greedy=None if step.greedy is None else step.greedy[taken])
+    def _calls(self, rows: Sequence[_Row]) -> list[list[_Row]]:
+        """The rows of each call of the decoder."""
+        if self._decoder.packed:
+            return [list(rows)] if rows else []
+        answers = [row for row in rows if row.answers]
+        calls = self._padded_calls([row for row in rows if not row.answers])
+        return [*calls, answers] if answers else calls
 
-    def _sample(
-        self, sequences: Sequence[RunningSequence], logits: Tensor, greedy: Tensor | None = None
-    ) -> list[int | None]:
-        with self._observe(Stage("sampling")):
-            if self._sampler is None:
-                self._sampler = Sampler(self.slots, logits.shape[-1], logits.device)
-            slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
-            for slot, sequence in zip(slots, sequences, strict=True):
-                if sequence.token is None:
-                    self._sampler.start(slot, sequence.sampling, sequence.token_ids)
-            return self._sampler(logits, slots, greedy).tolist()
+    def _padded_calls(self, rows: Sequence[_Row]) -> list[list[_Row]]:
+        """Prompts of like length together, where padding one costs less than a call of its own."""
+        calls: list[list[_Row]] = []
+        for row in sorted(rows, key=lambda row: -row.length):
+            longest = calls[-1][0].length if calls else 0
+            fits = row.sequence.cached + longest <= self._decoder.cache.max_seq_len
+            if calls and fits and longest - row.length <= _CALL_TOKENS[self._device.type]:
+                calls[-1].append(row)
+            else:
+                calls.append([row])
+        return calls
 
-    def _push(self, sequences: Sequence[RunningSequence], tokens: Sequence[int | None]) -> list[NewToken]:
-        new, now = [], sequences[0].output.clock()
-        for sequence, token in zip(sequences, tokens, strict=True):
+    def _attempt(self, rows: list[_Row]) -> list[tuple[list[_Row], Step]]:
+        try:
+            return [(rows, self._run(rows))]
+        except Exception as error:
+            if len(rows) == 1:
+                self._fail(rows[0].sequence, error)
+                return []
+        self._counters.decode_retries += 1
+        self._last_tokens = self._last_tokens[0], self._last_tokens[1].clone()  # a call may overwrite them
+        return [
+            (own, step._replace(logits=step.logits.clone(), greedy=None))  # before the next row's call
+            for row in rows
+            for own, step in self._attempt([row])
+        ]
+
+    def _run(self, rows: list[_Row], hidden: bool = False) -> Step:
+        """One call of the decoder; logits of the rows that get a token. Sorts the rows by slot where that matters."""
+        if isinstance(self._cache, SlotManager) and not self._decoder.packed:
+            if not rows[0].answers:  # not before: the calls of a step may move each other's requests
+                self._cache.make_neighbours([row.sequence for row in rows])
+            rows.sort(key=lambda row: _chunk(row).slot)
+        chunks = [_chunk(row) for row in rows]
+        wanted = [number for number, row in enumerate(rows) if row.answers or row.length >= row.sequence.unread]
+        embeds, positions = self._inputs(rows, chunks)
+        outputs = [row.sequence.output for row in rows]
+        stage = Stage("decode" if all(row.answers for row in rows) else "prefill", outputs, chunks)
+        if not self._decoder.packed:
+            chunks, embeds, positions, wanted = self._filled(chunks, embeds, positions, wanted)
+        with self._observe(stage):
+            step = self._decoder.step(chunks, embeds, positions, None if len(wanted) == len(chunks) else wanted, hidden)
+        for row in rows:
+            self._advance(row)
+        return step
+
+    def _last(self, indices: list[int]) -> Tensor:
+        """The last tokens of answers, on the device; every answer got one in the last step."""
+        known, tokens = self._last_tokens
+        if indices == known:
+            return tokens
+        places = {index: place for place, index in enumerate(known)}
+        return tokens[to_device([places[index] for index in indices], self._device)]
+
+    def _inputs(self, rows: Sequence[_Row], chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
+        """``inputs_embeds [T, C]`` and ``position_ids [3, T]`` of a call; answers are in front, or alone."""
+        answers = sum(row.answers for row in rows)
+        embeds, positions = [], []
+        if answers:
+            embeds.append(self._decoder.embed(self._last([row.sequence.index for row in rows[:answers]])))
+            places = [chunk.start + row.sequence.delta for row, chunk in zip(rows[:answers], chunks)]
+            positions.append(torch.tensor(places).expand(3, -1))
+        for row, chunk in zip(rows[answers:], chunks[answers:]):
+            embeds.append(row.sequence.inputs_embeds[chunk.start : chunk.end])
+            positions.append(row.sequence.position_ids[:, chunk.start : chunk.end])
+        if len(embeds) == 1:
+            return embeds[0], positions[0]
+        return torch.cat(embeds), torch.cat(positions, dim=1)
+
+    def _filled(
+        self, chunks: list[Chunk], embeds: Tensor, positions: Tensor, wanted: list[int]
+    ) -> tuple[list[Chunk], Tensor, Tensor, list[int]]:
+        """A decode step's rows with the slots between them, which an engine over rows cannot leave out.
+
+        What such a slot writes lies beyond the tokens that it holds or keeps
+        (test_kept_prefixes_survive_their_neighbours), and its next request overwrites it.
+        """
+        first, last = chunks[0].slot, chunks[-1].slot
+        places = [chunk.slot - first for chunk in chunks]
+        if last - first == len(chunks) - 1:
+            return chunks, embeds, positions, wanted
+        assert isinstance(self._cache, SlotManager)
+        filled = [Chunk(slot, self._cache.held(slot), 1) for slot in range(first, last + 1)]
+        for place, chunk in zip(places, chunks):
+            filled[place] = chunk
+        embeds = embeds.new_zeros(len(filled), embeds.shape[1]).index_copy_(0, to_device(places, embeds.device), embeds)
+        positions = positions.new_zeros(3, len(filled)).index_copy_(1, torch.tensor(places), positions)
+        return filled, embeds, positions, [places[number] for number in wanted]
+
+    def _advance(self, row: _Row) -> None:
+        sequence = row.sequence
+        sequence.cached += row.length
+        if row.answers:
+            return  # its blocks are named when it ends
+        self._cache.written(sequence)
+        if sequence.counts:
+            self._counters.prompt_tokens_computed += row.length
+        if not sequence.unread and sequence in self._prompts:
+            self._prompts.remove(sequence)
+            if not self._cache.preempts:
+                sequence.inputs_embeds = sequence.inputs_embeds.new_empty(0)  # hundreds of megabytes in a full batch
+
+    # Tokens
+
+    def _take(self, launched: _Launched) -> None:
+        """Give the requests of a step their tokens; the host waits for them here alone."""
+        if launched.tokens is None:
+            return
+        try:
+            tokens = launched.tokens.tolist()
+        except Exception as error:  # a GPU reports here what went wrong before
+            for sequence in launched.sequences:
+                if not sequence.output.finished:
+                    self._fail(sequence, error)
+            return
+        now = launched.sequences[0].output.clock()  # one of the pipeline for all
+        for sequence, token in zip(launched.sequences, tokens, strict=True):
+            if sequence.output.finished:
+                continue  # it had ended when this step was launched
             if token is None:
-                assert sequence.slot is not None
-                self._decoder.cache.clear(sequence.slot)  # whoever gets it next
                 self._fail(sequence, ExecutionError(_NOT_FINITE))
                 continue
             try:
-                new.append(take_token(sequence, token, self._counters, now))
+                self._new.append(take_token(sequence, token, self._counters, now))
             except Exception as error:
                 self._fail(sequence, error)
                 continue
             if sequence.output.finished:
                 self._remove(sequence)
-        return new
+
+
+def _chunk(row: _Row) -> Chunk:
+    slot = row.sequence.slot
+    assert slot is not None
+    return Chunk(slot, row.sequence.cached, row.length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,10 +16,6 @@ from ..request import Output
 from ..sampling_params import Sampling
 from .side_stream import ReadyEvent
 
-NO_KEYS = np.empty((0, 6), np.int64)
-
-_BLOCK = 256  # rows compared at a time: most prompts differ early
-
 
 @dataclass(eq=False)
 class RunningSequence:
@@ -26,20 +23,24 @@ class RunningSequence:
 
     Attributes:
         output: where its tokens go.
-        token_ids: S of the prompt, image and video tokens repeated.
+        token_ids: S to be read before the next one is sampled: the prompt, image and video tokens repeated, and after
+            a preemption the answer so far.
         text: the rendered chat template, one vision token an image or video.
-        position_ids: ``[3, S]`` of the prompt.
+        position_ids: ``[3, S]``, on the host.
         delta: position of a generated token minus its index.
         media: the images in the order of their tokens, then the videos; empty once a scheduler has it.
         places: the media's tokens in the prompt, in the order of the media.
-        keys: ``[S, 6]``, see :func:`token_keys`; empty shares nothing.
+        keys: ``[S, 6]``, see :func:`token_keys`.
         stream: its answer's text and end.
-        sampling: its settings.
-        inputs_embeds: ``[S, C]`` of the prompt, media in place; empty until they are embedded.
+        params: its settings.
+        inputs_embeds: ``[S, C]``, media in place; empty until they are embedded.
         ready: passed once ``inputs_embeds`` are there.
-        slot: its row of the cache; None before its prompt is begun.
+        hashes: of its whole blocks, see :func:`block_hashes`; empty shares nothing.
+        slot: its place in the key-value cache, which may change; None before its prompt is begun.
+        index: its place in the sampler, as long as it has a slot.
         cached: tokens in its slot so far.
-        token: the last token sampled, not yet in the slot; None while the prompt is read.
+        sampled: tokens of its answer that are sampled, or are being.
+        counts: its prompt is counted and timed; no longer once it was preempted.
     """
 
     output: Output
@@ -51,30 +52,51 @@ class RunningSequence:
     places: np.ndarray
     keys: np.ndarray
     stream: AnswerStream
-    sampling: Sampling
+    params: Sampling
     inputs_embeds: Tensor = field(default_factory=lambda: torch.empty(0))
     ready: ReadyEvent = field(default_factory=ReadyEvent)
+    hashes: list[bytes] = field(default_factory=list)
     slot: int | None = None
+    index: int = 0
     cached: int = 0
-    token: int | None = None
+    sampled: int = 0
+    counts: bool = True
 
     @property
     def prompt_length(self) -> int:
-        return len(self.token_ids)
+        return self.output.prompt_tokens
 
     @property
     def unread(self) -> int:
-        """Prompt tokens that are not in the slot yet."""
-        return self.prompt_length - self.cached
+        """Tokens to be read that are not in the slot yet; 0 once the answer grows."""
+        return max(0, len(self.token_ids) - self.cached)
 
-    def cached_keys(self) -> np.ndarray:
-        """Keys of every token in the slot, those of the answer included; empty where ``keys`` is."""
-        answered = self.cached - self.prompt_length
-        if not len(self.keys) or answered <= 0:
+    @property
+    def reading(self) -> bool:
+        """Whether there are any."""
+        return self.cached < len(self.token_ids)
+
+    def known_keys(self) -> np.ndarray:
+        """Keys of every token in the slot that the host knows, those of the answer included."""
+        first = len(self.token_ids)
+        answer = self.stream.token_ids[first - self.prompt_length : self.cached - self.prompt_length]
+        if not answer or self.cached <= first:
             return self.keys[: self.cached]
-        positions = np.arange(self.prompt_length, self.cached) + self.delta
-        answer = token_keys(self.stream.token_ids[:answered], np.broadcast_to(positions, (3, answered)))
-        return np.concatenate([self.keys, answer])
+        return np.concatenate([self.keys, self._answer_keys(answer)])
+
+    def restart(self, embeds: Tensor) -> None:
+        """Read prompt and answer again, from nothing; ``embeds [n, C]`` are of the answer's tokens to be added."""
+        answer = self.stream.token_ids[len(self.token_ids) - self.prompt_length :]
+        self.keys = np.concatenate([self.keys, self._answer_keys(answer)])
+        self.token_ids = [*self.token_ids, *answer]
+        self.position_ids = torch.from_numpy(self.keys[:, 3:].T.copy())
+        self.inputs_embeds = torch.cat([self.inputs_embeds, embeds])
+        self.cached = 0
+
+    def _answer_keys(self, answer: Sequence[int]) -> np.ndarray:
+        """Of tokens of the answer that follow ``token_ids``."""
+        positions = np.arange(len(answer)) + len(self.token_ids) + self.delta
+        return token_keys(answer, np.broadcast_to(positions, (3, len(answer))))
 
 
 def token_keys(
@@ -105,12 +127,19 @@ def token_keys(
     return keys
 
 
-def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
-    """Number of tokens with which both ``[S, 6]`` begin."""
-    length = min(len(one), len(other))
-    for start in range(0, length, _BLOCK):
-        end = min(start + _BLOCK, length)
-        differs = (one[start:end] != other[start:end]).any(1)
-        if differs.any():
-            return start + int(differs.argmax())
-    return length
+def block_hashes(keys: np.ndarray, size: int, before: Sequence[bytes] = ()) -> list[bytes]:
+    """Names of the whole blocks of ``size`` tokens in keys ``[S, 6]``: each of its tokens and all before them.
+
+    As in vLLM (https://docs.vllm.ai/en/stable/design/prefix_caching.html): equal hashes are equal prefixes.
+
+    Args:
+        keys: see :func:`token_keys`.
+        size: tokens of a block.
+        before: the hashes of the first blocks, if known.
+    """
+    hashes = list(before[: len(keys) // size])
+    for start in range(len(hashes) * size, len(keys) - size + 1, size):
+        block = hashlib.blake2b(hashes[-1] if hashes else b"", digest_size=16)
+        block.update(np.ascontiguousarray(keys[start : start + size]).data)
+        hashes.append(block.digest())
+    return hashes

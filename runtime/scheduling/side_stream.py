@@ -1,4 +1,4 @@
-"""A CUDA stream for the vision engine beside the decode steps; streams wait for it, the host does not.
+"""CUDA streams for the vision engine and for the decoder beside it; streams wait for each other, the host does not.
 
 Off CUDA the work is done at once.
 """
@@ -51,9 +51,9 @@ class SideStream:
         self._reading: deque[tuple[torch.cuda.Event, object]] = deque()  # what queued work reads, oldest first
 
     @classmethod
-    def beside(cls, device: torch.device) -> SideStream:
-        """One with a stream of its own, of the lowest priority, on CUDA; without one elsewhere."""
-        return cls(device, torch.cuda.Stream(device, priority=0) if device.type == "cuda" else None)
+    def beside(cls, device: torch.device, priority: int = 0) -> SideStream:
+        """One with a stream of its own on CUDA, without one elsewhere; kernels of a lower ``priority`` go first."""
+        return cls(device, torch.cuda.Stream(device, priority=priority) if device.type == "cuda" else None)
 
     @contextmanager
     def work(self, reads: object = None) -> Iterator[ReadyEvent]:

@@ -82,7 +82,7 @@ class TensorRTLLMExecutor(Executor):
         """Hand a sequence over; one whose sampling TensorRT-LLM does not have fails."""
         if not self.free_slots:
             raise ValueError(f"all {self.slots} slots are taken")
-        output, params = sequence.output, sequence.sampling
+        output, params = sequence.output, sequence.params
         try:
             check_sampling(params)
             inputs, salt = self._inputs(sequence)

@@ -333,11 +333,11 @@ def test_answers_where_memory_ends(job, images, pipeline, tmp_path):
     own = worker._generation._pipeline
     step = own._executor()._decoder.step
 
-    def limited(first, embeds, positions, starts, **named):
+    def limited(chunks, *given, **named):
         # Two answers at once, or the larger images' prompts.
-        if own.counters().running > 1 or starts[0] + embeds.shape[1] >= longest:
+        if own.counters().running > 1 or chunks[0].end >= longest:
             raise RuntimeError("CUDA out of memory")
-        return step(first, embeds, positions, starts, **named)
+        return step(chunks, *given, **named)
 
     own._executor()._decoder.step = limited
     batch.run(worker)

@@ -24,6 +24,7 @@ from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.plots import COLORS
 from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.backends.steps import Chunk
 from qwen2vl_trt.runtime.observer import Stage
 from qwen2vl_trt.runtime.request import Output
 
@@ -103,9 +104,9 @@ def test_every_stage_of_every_request(trace):
     slots = [tracks[SLOTS, track] for track in (1, 2)]
     assert all("decode step" in names(slot) for slot in slots)
     chunks = [event["args"] for slot in slots for event in slot if event["name"] == "prefill chunk"]
-    assert len(chunks) == host.count("prefill chunk") > 4
+    assert len(chunks) >= host.count("prefill chunk") > 4  # a call is shared, by answers too
     assert max(chunk["tokens"] for chunk in chunks) <= 16
-    assert sum(chunk["tokens"] for chunk in chunks) == 4 * 22
+    assert sum(chunk["tokens"] for chunk in chunks if chunk["after"] < 22) == 4 * 22
 
 
 def test_a_request_is_its_wait_and_its_answer(trace):
@@ -136,7 +137,8 @@ def test_whose_a_slice_is(trace):
         for event in slices:
             for number in event["args"]["requests"]:
                 assert began[number] <= event["ts"]
-                assert event["ts"] + event["dur"] <= first[number]
+                if name != "prefill chunk":  # an answer may share a call with another's prompt
+                    assert event["ts"] + event["dur"] <= first[number]
     loads = [event["args"]["requests"] for event in host if event["name"] == "load"]
     assert sorted(loads) == [[1], [2], [3], [4]]
     for slot in (1, 2):
@@ -211,7 +213,7 @@ def test_a_gpu_has_a_track_of_its_own(monkeypatch):
     thread = threading.Thread(target=lambda: ended_at_once(timeline(Stage("load"))))
     thread.start()
     thread.join()
-    with timeline(Stage("decode", [output, None], 1, details={"slots": 2})):
+    with timeline(Stage("decode", [output], [Chunk(1, 5, 1)])):
         pass
     output.cancel()
     timeline.requests = [output]

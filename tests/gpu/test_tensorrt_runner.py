@@ -17,6 +17,7 @@ from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.backends.steps import Chunk
 from qwen2vl_trt.runtime.backends.tensorrt_engine import CudaDevice
 from qwen2vl_trt.runtime.backends.tensorrt_runner import TensorRTDecoder, _load
 
@@ -114,16 +115,31 @@ def test_cuda_graphs_change_nothing(engines):
     generator = torch.Generator("cuda").manual_seed(0)
     width = graphed._engine.tensors["inputs_embeds"].shape[2]
     for first, count, length, start in [(0, 4, 5, 0), *((1, 2, 1, start) for start in range(5, 9)), (0, 4, 1, 5)]:
-        embeds = torch.randn(count, length, width, generator=generator, device="cuda") * 0.05
-        positions = torch.arange(start, start + length).expand(3, count, -1)
-        expected, found = (
-            decoder.step(first, embeds, positions, [start] * count, hidden=True) for decoder in (plain, graphed)
-        )
+        chunks = [Chunk(slot, start, length) for slot in range(first, first + count)]
+        embeds = torch.randn(count * length, width, generator=generator, device="cuda") * 0.05
+        positions = torch.arange(start, start + length).repeat(count).expand(3, -1)
+        expected, found = (decoder.step(chunks, embeds, positions, hidden=True) for decoder in (plain, graphed))
         assert similarity(found.logits, expected.logits) > tolerance(engines)
         assert similarity(found.hidden_states, expected.hidden_states) > tolerance(engines)
     captured = [graph.replay for graph in graphed._graphs._graphs.values()]
     assert len(captured) == 1, "both steps reach four slots"
     assert "replay" in captured[0].__name__, "a graph, not the plain step that takes its place where capture fails"
+
+
+def test_chunks_of_different_lengths_equal_each_alone(engines):
+    """What pads the shorter ones lies behind their tokens."""
+    opened, lengths = open_engines(engines), [9, 2, 31]
+    together, alone = (TensorRTDecoder(_load(opened, "decoder"), opened.checkpoint, PROFILE) for _ in range(2))
+    chunks = [Chunk(slot, 0, length) for slot, length in enumerate(lengths)]
+    embeds = together.embed(list(range(20, 20 + sum(lengths))))
+    positions = torch.cat([torch.arange(length) for length in lengths]).expand(3, -1)
+    found = together.step(chunks, embeds, positions, [0, 2], hidden=True)
+    expected = [
+        alone.step([chunk], one, where, hidden=True)
+        for chunk, one, where in zip(chunks, embeds.split(lengths), positions.split(lengths, dim=1))
+    ]
+    assert similarity(found.logits, torch.cat([expected[0].logits, expected[2].logits])) > tolerance(engines)
+    assert similarity(found.hidden_states, torch.cat([step.hidden_states for step in expected])) > tolerance(engines)
 
 
 def test_a_warm_up_captures_all_graphs(engines, monkeypatch):

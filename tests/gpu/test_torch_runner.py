@@ -10,12 +10,14 @@ from torch._inductor import config, metrics
 from qwen2vl_trt import varlen
 from qwen2vl_trt.benchmarks.random_model import random_checkpoint
 from qwen2vl_trt.checkpoint import Checkpoint, read_header
-from qwen2vl_trt.decoder import SlotMapping
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.layers import FP8Linear
 from qwen2vl_trt.ops import has_scaled_mm
-from qwen2vl_trt.runtime.backends.torch_decode_graphs import Chunk, ChunkCache, NewTokenCache, NewTokens
+from qwen2vl_trt.runtime.backends.paged_cache import PAGE
+from qwen2vl_trt.runtime.backends.steps import Chunk
+from qwen2vl_trt.runtime.backends.torch_attention import PageCache, PageStep
+from qwen2vl_trt.runtime.backends.torch_graphs import Shape
 from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
 from qwen2vl_trt.transfer import PinnedReader
 from qwen2vl_trt.windows import window_layout
@@ -48,11 +50,11 @@ def ampere():
 @pytest.mark.skipif(not ampere(), reason="FlashAttention needs Ampere or later")
 def test_the_published_sizes_have_kernels(caplog):
     caplog.set_level("INFO")  # why not
-    for question in (varlen.has_packed_attention, varlen.has_cache_attention):
+    for question in (varlen.has_packed_attention, varlen.has_paged_attention):
         question.cache_clear()
     assert varlen.has_packed_attention(GPU, torch.bfloat16, 16, 80), caplog.text  # the vision tower's
     for heads, kv_heads in ((16, 2), (28, 4)):
-        assert varlen.has_cache_attention(GPU, torch.bfloat16, heads, kv_heads, 128), caplog.text
+        assert varlen.has_paged_attention(GPU, torch.bfloat16, heads, kv_heads, 128), caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -63,20 +65,41 @@ def test_vision_equals_the_padded_tower(checkpoint, dtype):
     assert relative_error(found, expected) < (1e-4 if dtype == torch.float32 else 5e-2)
 
 
+def decode(decoder, tokens, starts, slots=None):
+    """A step that appends a token to each slot."""
+    chunks = [Chunk(slot, start, 1) for slot, start in zip(slots or range(len(starts)), starts)]
+    return decoder.step(chunks, decoder.embed(tokens), torch.tensor(starts).expand(3, -1))
+
+
 def answer(decoder, prompts, tokens, follow=None):
-    """Logits of every step over prompts in neighbouring slots; its tokens are greedy, or always ``follow``."""
+    """Logits of every step over prompts; its tokens are greedy, or always ``follow``.
+
+    The first prompts are read in one call; the last one in two, beside which the others already decode.
+    """
+    decoder.cache.allot(len(prompts), PROFILE.max_seq_len)
     logits, rows = [], []
-    for slot, prompt in enumerate(prompts):
-        positions = torch.arange(len(prompt)).expand(3, 1, -1)
-        step = decoder.step(slot, decoder.embed(prompt)[None], positions, [0])
-        rows.append(int(step.logits[0].argmax()))
-    for number in range(tokens):
-        starts = [len(prompt) + number for prompt in prompts]
-        positions = torch.tensor(starts).expand(3, -1)[:, :, None]
+    first = prompts[:-1] or prompts
+    chunks = [Chunk(slot, 0, len(prompt)) for slot, prompt in enumerate(first)]
+    positions = torch.cat([torch.arange(len(prompt)) for prompt in first]).expand(3, -1)
+    step = decoder.step(chunks, decoder.embed([token for prompt in first for token in prompt]), positions)
+    rows, starts = step.logits.argmax(-1).tolist(), [len(prompt) for prompt in first]
+    if len(prompts) > 1:
+        prompt, read = prompts[-1], 0
+        for length in (len(prompt) // 2, len(prompt) - len(prompt) // 2):
+            rows = rows if follow is None else [follow] * len(rows)
+            chunks = [*(Chunk(slot, start, 1) for slot, start in enumerate(starts)), Chunk(len(first), read, length)]
+            embeds = decoder.embed([*rows, *prompt[read : read + length]])
+            positions = torch.cat([torch.tensor(starts), torch.arange(read, read + length)]).expand(3, -1)
+            step = decoder.step(chunks, embeds, positions)
+            read += length
+            rows, starts = step.logits.argmax(-1).tolist(), [start + 1 for start in starts]
+            last = rows.pop()
+        rows, starts = [*rows, last], [*starts, len(prompt)]
+    for _ in range(tokens):
         rows = rows if follow is None else [follow] * len(prompts)
-        step = decoder.step(0, decoder.embed(rows)[:, None], positions, starts)
+        step = decode(decoder, rows, starts)
         logits.append(step.logits.clone())
-        rows = step.logits.argmax(-1).tolist()
+        rows, starts = step.logits.argmax(-1).tolist(), [start + 1 for start in starts]
         if step.greedy is not None:
             assert step.greedy.tolist() == rows
     return torch.stack(logits)
@@ -84,9 +107,9 @@ def answer(decoder, prompts, tokens, follow=None):
 
 @pytest.mark.parametrize("prompts", [1, 3, 4])
 def test_graphs_equal_eager_and_plain_steps_in_fp32(checkpoint, prompts):
-    rows = [list(range(10 + 17 * number, 30 + 40 * number)) for number in range(prompts)]
+    rows = [list(range(10 + 17 * number, 30 + 40 * number)) for number in range(prompts)]  # 20 tokens and more
     graphs, eager, plain = (
-        answer(decoder, rows, 150)  # through a bucket's end
+        answer(decoder, rows, 300)  # through a page's end
         for decoder in (
             CudaDecoder(checkpoint, PROFILE, torch.float32, GPU),
             CudaDecoder(checkpoint, PROFILE, torch.float32, GPU, cuda_graphs=False),
@@ -100,47 +123,61 @@ def test_graphs_equal_eager_and_plain_steps_in_fp32(checkpoint, prompts):
 def test_graphs_are_captured(checkpoint, caplog):
     decoder = CudaDecoder(checkpoint, PROFILE, torch.bfloat16, GPU)
     answer(decoder, [[5, 6, 7]], 3)
-    assert list(decoder._graphs._replays) == [(1, 128)]
+    pages = PROFILE.max_seq_len // PAGE
+    fused = decoder._steps._fused
+    expected = [Shape(64, 9, pages, 64), Shape(1, 1, pages, 1)] if fused else [Shape(1, 1, 1, 1)]
+    assert list(decoder._steps._replays) == expected
     assert not caplog.records
 
 
 @pytest.mark.skipif(not ampere(), reason="FlashAttention needs Ampere or later")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(28, 4), (16, 2)])
-def test_the_fused_kernel_equals_the_masked_one(heads, kv_heads):
-    q, k, v = noise(3, heads, 1, 128), noise(3, kv_heads, 1000, 128), noise(3, kv_heads, 1000, 128)
-    q, k, v = (t.bfloat16() for t in (q, k, v))
-    lengths = torch.tensor([1, 700, 512], device=GPU)
-    slot_mapping = SlotMapping(torch.arange(3, device=GPU), lengths - 1)
-    fused, masked = (
-        NewTokenCache(k, v, NewTokens.of(slot_mapping, lengths, 1000, q.dtype, cu_seqlens)).attend(q)
-        for cu_seqlens in (varlen.CuSeqlens.of(3, k), None)
+@pytest.mark.parametrize("new", [(1, 1, 1), (200, 1, 33), (1, 400, 512)], ids=str)
+def test_the_fused_kernel_equals_the_plain_one(heads, kv_heads, new):
+    """Of answers, of chunks, and of both; what no sequence holds is NaN."""
+    ends = (1 if new[0] == 1 else 700, 700, 512)
+    k, v = (noise(13, PAGE, kv_heads, 128, dtype=torch.bfloat16).roll(shift, 0) for shift in range(2))
+    table = 1 + torch.randperm(12, generator=torch.Generator().manual_seed(0)).view(3, 4)
+    for row, end in enumerate(ends):
+        for place in range(end, 4 * PAGE):
+            k[table[row, place // PAGE], place % PAGE] = v[table[row, place // PAGE], place % PAGE] = torch.nan
+    q = noise(1, heads, sum(new), 128, dtype=torch.bfloat16)
+    cu_seqlens, lengths = (torch.tensor(of, dtype=torch.int32, device=GPU) for of in ([0, *new], ends))
+    chunks = [Chunk(row, end - length, length) for row, (end, length) in enumerate(zip(ends, new))]
+    fused, plain = (
+        PageCache(
+            k.to(dtype),
+            v.to(dtype),
+            PageStep(None, cu_seqlens.cumsum(0, dtype=torch.int32), lengths, table.int().to(GPU), max(new), on, chunks),
+        ).attend(q.to(dtype))
+        for on, dtype in ((True, torch.bfloat16), (False, torch.float32))
     )
-    assert relative_error(fused, masked) < 2e-2
+    assert fused.isfinite().all()
+    assert relative_error(fused, plain) < 2e-2
 
 
 @pytest.mark.skipif(not ampere(), reason="FlashAttention needs Ampere or later")
-@pytest.mark.parametrize(("heads", "kv_heads"), [(28, 4), (16, 2)])
-@pytest.mark.parametrize("start", [0, 1, 300])
-def test_the_fused_chunk_equals_the_masked_one(heads, kv_heads, start):
-    q, k, v = noise(1, heads, 200, 128), noise(1, kv_heads, 1000, 128), noise(1, kv_heads, 1000, 128)
-    end = start + q.shape[2]
-    slot_mapping = SlotMapping(torch.zeros(200, dtype=torch.int64, device=GPU), torch.arange(start, end, device=GPU))
-    fused = ChunkCache(k.bfloat16(), v.bfloat16(), Chunk(0, end, True, slot_mapping)).attend(q.bfloat16())
-    assert relative_error(fused, ChunkCache(k, v, Chunk(0, end, False, slot_mapping)).attend(q)) < 2e-2
+def test_queries_before_the_first_key_give_zeros():
+    """Those that fill up a captured step."""
+    q, k = noise(6, 16, 128, dtype=torch.bfloat16), noise(1, PAGE, 2, 128, dtype=torch.bfloat16)
+    bounds, lengths, table = (
+        torch.tensor(of, dtype=torch.int32, device=GPU) for of in ([0, 5, 5, 6], [1, 1, 1], [[0], [0], [0]])
+    )
+    found = varlen.paged_attention(q, k, k, bounds, 5, lengths, table)
+    assert not found[:4].any()
+    assert relative_error(found[4:], k[0, :1].repeat_interleave(8, dim=1).expand(2, -1, -1)) < 2e-2
 
 
 def test_a_step_never_waits_for_the_gpu(checkpoint):
     """What a step of the decoder does for a row: embed, step; the one wait is the caller's, for the tokens."""
     decoder = CudaDecoder(checkpoint, PROFILE, torch.bfloat16, GPU)
-    answer(decoder, [[5, 6, 7], [8, 9]], 3)
+    answer(decoder, [[5, 6, 7], [8, 9, 10]], 3)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for number in range(4):
-                starts = [6 + number, 5 + number]
-                positions = torch.tensor(starts).expand(3, -1)[:, :, None]
-                step = decoder.step(0, decoder.embed([1, 2])[:, None], positions, starts)
+                step = decode(decoder, [1, 2], [8 + number, 7 + number])
             assert not [w for w in caught if "synchroniz" in str(w.message)]
             step.greedy.tolist()
         assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1, "the mode sees the caller's wait"
@@ -207,10 +244,9 @@ def test_fp8_engines_equal_dequantised_ones(tmp_path, monkeypatch, caplog):
     for product in (True, False):
         monkeypatch.setattr("qwen2vl_trt.ops.has_scaled_mm", lambda device, product=product: product)
         decoder = CudaDecoder(checkpoint, PROFILE, torch.bfloat16, GPU)
-        steps = [decoder.step(0, decoder.embed([5, 6, 7])[None], torch.arange(3).expand(3, 1, -1), [0]).logits]
-        for start in range(3, 7):
-            position = torch.full((3, 1, 1), start)
-            steps.append(decoder.step(0, decoder.embed([start])[None], position, [start]).logits.clone())
+        decoder.cache.allot(1, 8)
+        steps = [decoder.step([Chunk(0, 0, 3)], decoder.embed([5, 6, 7]), torch.arange(3).expand(3, -1)).logits]
+        steps += [decode(decoder, [start], [start]).logits.clone() for start in range(3, 7)]
         found.append((CudaVision(checkpoint, torch.bfloat16, GPU)(pixels, layout), torch.stack(steps)))
     assert not caplog.records
     for one, other in zip(*found):

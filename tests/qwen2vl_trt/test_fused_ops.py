@@ -68,11 +68,10 @@ class Steps:
         count = batch * tokens
         (found["cos"], found["sin"]), _ = self.angles(count)
         qkv = self.tensor(batch, tokens, (self.heads + 2 * self.kv_heads) * self.head)
-        caches = [self.tensor(7, self.kv_heads, 40, self.head, seed=seed) for seed in (3, 4)]
-        order = torch.randperm(7 * 40, generator=torch.Generator().manual_seed(5))[:count]
-        places = order // 40, order % 40
+        caches = [self.tensor(7, 40, self.kv_heads, self.head, seed=seed) for seed in (3, 4)]  # 7 pages of 40 tokens
+        slot_mapping = torch.randperm(7 * 40, generator=torch.Generator().manual_seed(5))[:count]
         cos, sin = found["cos"].view(batch, tokens, -1), found["sin"].view(batch, tokens, -1)
-        found["q"] = self.functions.reshape_and_cache(qkv, cos, sin, *caches, *places)
+        found["q"] = self.functions.reshape_and_cache(qkv, cos, sin, *caches, slot_mapping)
         found["k_cache"], found["v_cache"] = caches
         vision_cos, vision_sin = (noise(batch, tokens, self.vision_head // 2, seed=seed) for seed in (6, 7))
         vision_qkv = self.tensor(batch, tokens, 3 * self.vision_heads * self.vision_head)
@@ -144,14 +143,14 @@ def test_the_plain_functions_are_the_modules_arithmetic():
 @torch.no_grad()
 def test_the_cache_is_written_at_its_places_and_nowhere_else(kind):
     steps = compiled(*kind)
-    before = [steps.tensor(7, steps.kv_heads, 40, steps.head, seed=seed) for seed in (3, 4)]
-    order = torch.randperm(7 * 40, generator=torch.Generator().manual_seed(5))[:6]
+    before = [steps.tensor(7, 40, steps.kv_heads, steps.head, seed=seed) for seed in (3, 4)]
+    slot_mapping = torch.randperm(7 * 40, generator=torch.Generator().manual_seed(5))[:6]
     after = steps.run(3, 2)
     written = torch.zeros(7, 40, dtype=torch.bool)
-    written[order // 40, order % 40] = True
+    written[slot_mapping // 40, slot_mapping % 40] = True
     for name, old in zip(("k_cache", "v_cache"), before):
-        changed = (after[name] != old).any(dim=-1).all(dim=1)
-        untouched = (after[name] == old).all(dim=-1).all(dim=1)
+        changed = (after[name] != old).any(dim=-1).all(dim=-1)
+        untouched = (after[name] == old).all(dim=-1).all(dim=-1)
         assert torch.equal(changed, written), name
         assert torch.equal(untouched, ~written), name
 

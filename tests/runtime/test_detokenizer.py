@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qwen2vl_trt.runtime.detokenizer import AnswerStream, Detokenizer, StopStrings
 from qwen2vl_trt.runtime.sampling_params import SamplingParams
@@ -44,6 +45,9 @@ BYTES = make_tokenizer(256)
 TRAINED = make_tokenizer(420)
 
 
+TABLE = {c: b for b, c in bytes_to_unicode().items()}
+
+
 def test_trained_tokenizer_has_tokens_that_end_inside_a_character():
     assert any(TRAINED.decode([token]).endswith("\ufffd") for token in range(256, len(TRAINED) - 1))
 
@@ -52,6 +56,18 @@ def pieces_of(tokenizer, tokens):
     detokenizer = Detokenizer(tokenizer.backend_tokenizer)
     pieces = [detokenizer.push(token) for token in tokens]
     return pieces, detokenizer.flush()
+
+
+@settings(max_examples=30, deadline=None)
+@given(stray=st.binary(min_size=1, max_size=3), times=st.integers(20, 80), text=texts(4))
+def test_a_long_run_that_makes_no_character_is_given_up(stray, times, text):
+    """It would be decoded again with every token."""
+    of_bytes = {TABLE[byte]: token for token, byte in ((BYTES.convert_tokens_to_ids(c), c) for c in TABLE)}
+    tokens = [of_bytes[byte] for byte in stray * times + text.encode()]
+    detokenizer = Detokenizer(BYTES.backend_tokenizer)
+    found = "".join(detokenizer.push(token) for token in tokens)
+    assert len(detokenizer._incomplete) <= 40
+    assert found + detokenizer.flush() == BYTES.decode(tokens)
 
 
 @settings(max_examples=150, deadline=None)

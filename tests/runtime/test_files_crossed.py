@@ -17,7 +17,7 @@ from tests.support.files_crossed import files_crossed
 from tests.support.recorded_graph import RecordedGraphs
 from tests.support.varlen_reference import flash_attention
 
-LIMITS = {"step": 19, "image": 21, "request": 41, "build": 31}
+LIMITS = {"step": 23, "image": 21, "request": 44, "build": 31}
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 
 
@@ -35,7 +35,7 @@ def on_torch_as_on_cuda(checkpoint, folder, stack):
     monkeypatch = stack.enter_context(pytest.MonkeyPatch.context())
     monkeypatch.setattr(varlen, "flash_attention", flash_attention)
     monkeypatch.setattr(torch_runner, "has_packed_attention", lambda *args: True)
-    monkeypatch.setattr(torch_runner, "has_cache_attention", lambda *args: True)
+    monkeypatch.setattr(torch_runner, "has_paged_attention", lambda *args: True)
     monkeypatch.setattr(FusedOps, "compile", lambda self, runs: None)
     engines, cpu = open_engines(build(checkpoint, folder, "torch"), "cpu"), torch.device("cpu")
     opened = Checkpoint(checkpoint)

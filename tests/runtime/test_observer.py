@@ -49,9 +49,19 @@ def test_every_stage_of_every_request(observed):
     assert {key for stage in by_name["load"] for key in stage.media} == set(embedded)
     assert sorted(map(id, embedded.values())) == sorted(map(id, outputs))
     for output in outputs:
-        read = [stage for stage in by_name["prefill"] if stage.outputs == [output]]
-        assert sum(stage.details["tokens"] for stage in read) == output.prompt_tokens
-        assert sum(output in stage.outputs for stage in by_name["decode"]) == 2  # the first token is the prompt's
+        chunks = [
+            chunk
+            for name in ("prefill", "decode")
+            for stage in by_name[name]
+            for one, chunk in zip(stage.outputs, stage.chunks, strict=True)
+            if one is output
+        ]
+        assert sum(chunk.length for chunk in chunks if chunk.start < output.prompt_tokens) == output.prompt_tokens
+        assert [chunk.length for chunk in chunks if chunk.start >= output.prompt_tokens] == [
+            1,
+            1,
+        ]  # the last is not fed
+    assert sum(stage.outputs == outputs for stage in by_name["decode"]) >= 1  # and answers share a step
     assert {thread for stage, thread in stages if stage.name != "load"} == {threading.main_thread()}
 
 

@@ -10,6 +10,7 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.profile import BuildConfig, BuildProfile
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.backends.steps import Chunk
 from qwen2vl_trt.tiny.evaluation import answer_scenes, score
 from qwen2vl_trt.tiny.scenes import TASKS, held_out_scenes
 from qwen2vl_trt.windows import window_layout
@@ -42,11 +43,11 @@ def outputs(folder):
     pixels = torch.randn(*layout.sequence_position.shape, config.vision.qwen2_vl_dim, generator=generator)
     embeds = engines.vision(pixels.to(engines.dtype), layout)
     assert embeds.dtype == engines.precision.vision
-    inputs = engines.decoder.embed(list(range(30, 50)))[None]
+    inputs = engines.decoder.embed(list(range(30, 50)))
     assert inputs.dtype == engines.precision.decoder
-    positions = torch.arange(20).expand(3, 1, 20)
-    prefill = engines.decoder.step(0, inputs, positions, [0]).logits.clone()
-    decode = engines.decoder.step(0, inputs[:, :1], positions[..., -1:] + 1, [20]).logits
+    positions = torch.arange(20).expand(3, 20)
+    prefill = engines.decoder.step([Chunk(0, 0, 20)], inputs, positions).logits.clone()
+    decode = engines.decoder.step([Chunk(0, 20, 1)], inputs[:1], positions[:, -1:] + 1).logits
     return [tensor.float() for tensor in (embeds, prefill, decode)]
 
 
@@ -77,8 +78,8 @@ def test_onnxruntime_equals_torch_in_fp32_between(folders, fp8_checkpoint):
     layout = window_layout(((1, 6, 10), (1, 12, 8)), checkpoint.config.vision)
     pixels = torch.randn(*layout.sequence_position.shape, 1176, generator=torch.Generator().manual_seed(2))
     assert error(vision(pixels, layout), engines.vision(pixels, layout)) < E4M3_NOISE
-    inputs, positions = decoder.embed(list(range(30, 50)))[None], torch.arange(20).expand(3, 1, 20)
-    found, expected = (runner.step(0, inputs, positions, [0]).logits for runner in (decoder, engines.decoder))
+    step = [Chunk(0, 0, 20)], decoder.embed(list(range(30, 50))), torch.arange(20).expand(3, 20)
+    found, expected = (runner.step(*step).logits for runner in (decoder, engines.decoder))
     assert error(found, expected) < E4M3_NOISE
 
 

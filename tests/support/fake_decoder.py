@@ -1,25 +1,26 @@
 """A decoder that keeps plain numbers in its slots, so that a test sees what was written where, and what was lost."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 
-from qwen2vl_trt.runtime.backends.runners import Step
+from qwen2vl_trt.runtime.backends.paged_cache import PAGE, PagedKVCache
+from qwen2vl_trt.runtime.backends.steps import Chunk, Step
 from qwen2vl_trt.runtime.detokenizer import AnswerStream
 from qwen2vl_trt.runtime.request import Output
 from qwen2vl_trt.runtime.sampling_params import Sampling
 from qwen2vl_trt.runtime.scheduling.sequence import RunningSequence, token_keys
 
 VOCABULARY = 32
+CONFIG = SimpleNamespace(num_key_value_heads=1, head_dim=1, num_hidden_layers=1, hidden_size=1)
 
 
 class Call(NamedTuple):
-    first_slot: int
-    rows: int
-    length: int
-    starts: list[int]
+    chunks: list[Chunk]
     positions: torch.Tensor
 
 
@@ -28,13 +29,18 @@ class FakeCache:
 
     def __init__(self, slots, capacity):
         self.rows = np.full((slots, capacity), -1.0)
-        self.copies, self.trims = [], []
+        self.copies, self.trims, self.swaps = [], [], []
         self.owner = None
+        self.max_seq_len = capacity
         self.nbytes = self.rows.nbytes
 
     def copy_prefix(self, source, target, length):
         self.copies.append((source, target, length))
         self.rows[target, :length] = self.rows[source, :length]
+
+    def swap(self, one, other, length):
+        self.swaps.append((one, other, length))
+        self.rows[[one, other], :length] = self.rows[[other, one], :length]
 
     def clear(self, slot):
         self.rows[slot] = 0
@@ -44,49 +50,96 @@ class FakeCache:
 
 
 class FakeDecoder:
-    """Writes the embeddings into its rows and predicts (sum of a row's tokens) mod V: a wrong cache shows."""
+    """Writes the embeddings into its rows and predicts (sum of a row's tokens) mod V: a wrong cache shows.
 
-    def __init__(self, slots, capacity=400):
-        self.slots, self.capacity = slots, capacity
+    A call that no engine would take fails the test, whatever the scheduler catches, and a step overwrites the logits of
+    the one before.
+    """
+
+    vocab_size, enqueues = VOCABULARY, True
+
+    def __init__(self, slots, capacity=400, packed=True):
+        self.slots, self.capacity, self.packed = slots, capacity, packed
         self.cache = FakeCache(slots, capacity)
         self.calls, self.resets = [], 0
         self.fails = lambda call: None  # raises what the engine is to raise
+        self._logits = torch.empty(0)
 
     def embed(self, token_ids):
-        return torch.tensor(token_ids, dtype=torch.float32)[:, None]
+        return torch.as_tensor(token_ids, dtype=torch.float32)[:, None]
 
-    def step(self, first_slot, inputs_embeds, position_ids, starts, hidden=False):
-        batch, length, _ = inputs_embeds.shape
-        assert position_ids.shape == (3, batch, length)
-        assert len(starts) == batch
-        assert first_slot >= 0
-        assert first_slot + batch <= self.slots
-        assert max(starts) + length <= self.capacity
-        call = Call(first_slot, batch, length, list(starts), position_ids)
+    def step(self, chunks, inputs_embeds, position_ids, wanted=None, hidden=False):
+        lengths = [chunk.length for chunk in chunks]
+        slots = [chunk.slot for chunk in chunks]
+        longest = 0 if self.packed else max(lengths)
+        for right in (
+            min(lengths) > 0,
+            inputs_embeds.shape == (sum(lengths), 1),
+            position_ids.shape == (3, sum(lengths)),
+            len(set(slots)) == len(slots),
+            set(slots) <= set(range(self.slots)),
+            self.packed or slots == list(range(slots[0], slots[0] + len(slots))),
+            max(chunk.start + max(chunk.length, longest) for chunk in chunks) <= self.capacity,
+        ):
+            if not right:
+                pytest.fail(f"no engine takes {chunks}, {inputs_embeds.shape}, {position_ids.shape}")
+        call = Call(list(chunks), position_ids)
         self.fails(call)
-        logits = torch.zeros(batch, VOCABULARY)
-        for row, start in enumerate(starts):
-            held = self.cache.rows[first_slot + row]
-            held[start : start + length] = inputs_embeds[row, :, 0].numpy()
-            logits[row, int(held[: start + length].sum()) % VOCABULARY] = 1
+        self._logits.fill_(torch.nan)
+        logits = torch.zeros(len(chunks), VOCABULARY)
+        for row, (chunk, embeds) in enumerate(zip(chunks, inputs_embeds.split(lengths))):
+            self.write(chunk, embeds[:, 0], max(longest, chunk.length))
+            logits[row, int(self.read(chunk).sum()) % VOCABULARY] = 1
         self.calls.append(call)
-        return Step(logits, None)
+        self._logits = logits if wanted is None else logits[list(wanted)]
+        return Step(self._logits, inputs_embeds if hidden else None)
+
+    def write(self, chunk, tokens, padded):
+        row = self.cache.rows[chunk.slot]
+        row[chunk.start : chunk.start + padded] = 17  # of padding
+        row[chunk.start : chunk.end] = tokens.numpy()
+
+    def read(self, chunk):
+        return self.cache.rows[chunk.slot, : chunk.end]
 
     def reset(self):
         self.resets += 1
         self.cache.rows[:] = -1
 
 
+class FakePagedDecoder(FakeDecoder):
+    """The same over pages."""
+
+    def __init__(self, slots, pages, capacity=400 * 16):
+        super().__init__(slots, capacity)
+        self.cache = PagedKVCache(CONFIG, slots, capacity, pages, torch.float64, "cpu")
+        self.cache.k = [torch.full((pages, PAGE, 1, 1), -1.0, dtype=torch.float64)]
+
+    def write(self, chunk, tokens, padded):
+        self.cache.k[0].flatten(0, 1)[self.cache.slot_mapping([chunk]), 0, 0] = tokens.double()
+
+    def read(self, chunk):
+        places = self.cache.slot_mapping([Chunk(chunk.slot, 0, chunk.end)])
+        if min(places) < PAGE:
+            pytest.fail("page 0 belongs to nobody")
+        return self.cache.k[0].flatten(0, 1)[places, 0, 0]
+
+    def reset(self):
+        self.resets += 1
+
+
 TOKENIZER = Tokenizer(models.WordLevel({chr(97 + token): token for token in range(VOCABULARY)}, unk_token="a"))
 TOKENIZER.decoder = decoders.Fuse()
 
 
-def sequence(prompt, max_tokens=3, delta=0, media=(), output=None, params=None):
+def sequence(prompt, max_tokens=3, delta=0, media=(), output=None, params=None, eos=()):
     """A request; ``media`` as of :func:`qwen2vl_trt.runtime.scheduling.sequence.token_keys`."""
     params = params or Sampling(max_tokens)
     positions = torch.arange(len(prompt)).expand(3, -1)
+    output = output or Output()
+    output.prompt_tokens = len(prompt)
     return RunningSequence(
-        output=output or Output(),
+        output=output,
         token_ids=list(prompt),
         text="",
         position_ids=positions,
@@ -94,8 +147,8 @@ def sequence(prompt, max_tokens=3, delta=0, media=(), output=None, params=None):
         media=[],
         places=np.empty(0, np.int64),
         inputs_embeds=torch.tensor(prompt, dtype=torch.float32)[:, None],
-        stream=AnswerStream(TOKENIZER, params, ()),
-        sampling=params,
+        stream=AnswerStream(TOKENIZER, params, eos),
+        params=params,
         keys=token_keys(prompt, positions.numpy(), media),
     )
 

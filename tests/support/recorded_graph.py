@@ -51,7 +51,7 @@ def opaque(function):
 
 
 class RecordedGraphs:
-    """A ``Capture`` of :mod:`qwen2vl_trt.runtime.backends.torch_decode_graphs` that counts what it did."""
+    """A ``Capture`` of :mod:`qwen2vl_trt.runtime.backends.torch_graphs` that counts what it did."""
 
     def __init__(self):
         self.captures = self.replays = 0

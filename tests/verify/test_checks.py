@@ -1,6 +1,7 @@
 """What the checks hold against what: each passes here, on a GPU too where there is one, and fails over damage."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from qwen2vl_trt.benchmarks.roofline import Rates
 from qwen2vl_trt.engines.backends import Backend
 from qwen2vl_trt.engines.precision import BF16
 from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.runtime.backends.torch_attention import PageCache
 from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
 from qwen2vl_trt.verify import agreement, environment, kernels, speed
 from qwen2vl_trt.verify.finding import equal, within
@@ -50,8 +52,9 @@ class TestHere:
 
 
 def test_attention_that_sees_one_key_too_many(monkeypatch):
-    ragged = ops.ragged_attention
-    monkeypatch.setattr(ops, "ragged_attention", lambda q, k, v, lengths, causal: ragged(q, k, v, lengths + 1, causal))
+    attend = PageCache._attend_tokens
+    longer = lambda self, q: attend(self._replace(step=replace(self.step, lengths=self.step.lengths + 1)), q)  # noqa: E731
+    monkeypatch.setattr(PageCache, "_attend_tokens", longer)
     found = kernels.fused_attention(CPU)
     assert (found.result, found.words) == ("failed", "scaled dot product, FP32, more than 1e-05")
 
@@ -67,9 +70,9 @@ class TestFlashAttention:
 
     @pytest.mark.parametrize("call", ["packed", "chunk", "decode"])
     def test_wrong_in_one_of_its_uses(self, monkeypatch, call):
-        def flash(q, k, v, cu_seqlens, max_seqlen, causal=False, lengths=None):
-            out = varlen_reference.flash_attention(q, k, v, cu_seqlens, max_seqlen, causal, lengths)
-            used = "packed" if not causal else "chunk" if lengths is None else "decode"
+        def flash(q, k, v, cu_seqlens, max_seqlen, causal=False, lengths=None, block_table=None):
+            out = varlen_reference.flash_attention(q, k, v, cu_seqlens, max_seqlen, causal, lengths, block_table)
+            used = "packed" if not causal else "chunk" if max_seqlen[0] > 1 else "decode"
             return out * 1.1 if used == call else out
 
         monkeypatch.setattr(varlen, "flash_attention", flash)

@@ -98,6 +98,7 @@ def test_everything_is_measured(verify, small_shapes, monkeypatch, tmp_path):
     assert figures == [
         *("copy", "matrix product, float32", "matrix product, bfloat16"),
         *(name for name in found if name.startswith("tiny") and "client" in name),
+        "scheduler: host time of a step",
         *("3B, 2 layers: vision, 1 of 448x448", "3B, 2 layers: prefill of 128 tokens"),
         *("3B, 2 layers: decode, batch 1", "3B, 2 layers: decode, batch 4"),
     ]

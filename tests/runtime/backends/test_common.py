@@ -7,17 +7,18 @@ from hypothesis import strategies as st
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.config import Qwen2VLConfig
-from qwen2vl_trt.errors import LimitError
+from qwen2vl_trt.errors import EngineError, LimitError
 from qwen2vl_trt.runtime.backends.common import (
     KVCache,
     cached_layouts,
     graph_batches,
-    graph_lengths,
+    graph_inputs,
+    graph_step,
     padded_batch,
-    padded_length,
     padded_step,
 )
 from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.backends.steps import Chunk
 from qwen2vl_trt.windows import WindowLayout, window_layout
 from tests.support.models import model_config
 
@@ -104,6 +105,46 @@ def test_a_prefix_is_copied_and_nothing_else():
         assert torch.equal(new[1:], old[1:])
 
 
+def test_rows_change_places_and_nothing_else():
+    found = cache()
+    before = filled(found)
+    found.swap(2, 0, 50)
+    for old, new in zip(before, (*found.k, *found.v)):
+        assert torch.equal(new[[0, 2], :, :50], old[[2, 0], :, :50])
+        assert torch.equal(new[:, :, 50:], old[:, :, 50:])
+        assert torch.equal(new[1], old[1])
+
+
+def test_chunks_are_rows_padded_to_the_longest():
+    """The graph's inputs; ``graph_step`` takes the padding out again."""
+    chunks = [Chunk(3, 10, 2), Chunk(4, 0, 3), Chunk(5, 7, 1)]
+    embeds, positions = torch.arange(1.0, 13).view(6, 2), torch.arange(18).view(3, 6)
+    inputs = graph_inputs(chunks, embeds, positions)
+    assert inputs["inputs_embeds"].tolist() == [
+        [[1, 2], [3, 4], [0, 0]],
+        [[5, 6], [7, 8], [9, 10]],
+        [[11, 12], [0, 0], [0, 0]],
+    ]
+    assert inputs["position_ids"][1].tolist() == [[6, 7, 0], [8, 9, 10], [11, 0, 0]]
+    assert inputs["cache_start"].tolist() == [10, 0, 7]
+    assert inputs["kv_lengths"].tolist() == [13, 3, 10]
+    assert inputs["last_token"].tolist() == [1, 2, 0]
+    logits = torch.tensor([[1.0], [2.0], [3.0]])
+    for wanted, rows in ((None, [[1], [2], [3]]), ([], []), ([1], [[2]]), ([0, 2], [[1], [3]]), ([0, 1, 2], logits)):
+        step = graph_step(chunks, wanted, logits, inputs["inputs_embeds"])
+        assert torch.equal(step.logits, torch.as_tensor(rows, dtype=torch.float32).view(-1, 1))
+        assert torch.equal(step.hidden_states, embeds)
+    assert graph_step(chunks, None, logits, None).hidden_states is None
+
+
+def test_chunks_of_one_length_are_not_copied():
+    embeds, positions = torch.arange(12.0).view(6, 2), torch.arange(18).view(3, 6)
+    inputs = graph_inputs([Chunk(0, 4, 3), Chunk(1, 0, 3)], embeds, positions)
+    assert inputs["inputs_embeds"].data_ptr() == embeds.data_ptr()
+    assert torch.equal(inputs["position_ids"], positions.view(3, 2, 3))
+    assert inputs["last_token"].tolist() == [2, 2]
+
+
 def test_trimming_keeps_what_is_asked_for():
     found = cache()
     found.reserve(700)
@@ -145,9 +186,8 @@ def test_graphs_are_few_and_fit_every_number_of_rows():
 def test_all_of_them():
     """Nothing that a step needs is left out, and nothing else is in."""
     assert graph_batches(6) == [1, 2, 4, 6]
-    assert graph_lengths(700, 700) == graph_lengths(513, 700) == [128, 256, 512, 700]
-    assert graph_lengths(1, 4096) == [128]
-    assert graph_lengths(257, 4096) == [128, 256, padded_length(257, 4096)]
+    assert graph_batches(1) == [1]
+    assert graph_batches(257) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 257]
 
 
 def test_rows_of_the_step_and_beside_it():
@@ -206,3 +246,22 @@ def test_onnxruntime_asks_a_layout_for_its_tensors_once(engine_dirs, monkeypatch
     first, second = engines.vision(pixels, layout), engines.vision(pixels, layout)
     assert len(asked) == 1
     assert torch.equal(first, second)
+
+
+def test_a_cache_that_cannot_be_had_names_the_limit(monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "zeros", exhausted)
+    with pytest.raises(EngineError, match=r"of 1,000,000 requests of 128 tokens takes .* a smaller --max-num-seqs"):
+        cache(slots=1_000_000)
+
+
+def test_lengths_move_with_their_slots():
+    """What fills a captured batch up is written behind them."""
+    found = cache()
+    found.lengths = [11, 33, 0]
+    found.copy_prefix(1, 2, 20)
+    assert found.lengths == [11, 33, 20]
+    found.swap(0, 2, 20)
+    assert found.lengths == [20, 33, 11]

@@ -7,6 +7,7 @@ widths are the published 3B's. On a PyTorch for the CPU the device is named meta
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from qwen2vl_trt import ops
 from qwen2vl_trt.benchmarks.random_model import config_of
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.engines.profile import BuildProfile
-from qwen2vl_trt.runtime.backends import common, torch_decode_graphs, torch_runner
+from qwen2vl_trt.runtime.backends import common, torch_graphs, torch_runner
+from qwen2vl_trt.runtime.backends.steps import Chunk
 from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision
 from qwen2vl_trt.windows import window_layout
 
@@ -94,9 +96,9 @@ class Device:
 @pytest.fixture(params=["fused", "masked", "fp8"])
 def device(request, monkeypatch):
     device = Device()
-    for module in (torch_runner, torch_decode_graphs, common):
+    for module in (torch_runner, torch_graphs, common):
         monkeypatch.setattr(module, "to_device", device.send)
-    for question in ("has_packed_attention", "has_cache_attention"):
+    for question in ("has_packed_attention", "has_paged_attention"):
         monkeypatch.setattr(torch_runner, question, lambda *args: request.param != "masked")
     monkeypatch.setattr(torch_runner, "load_weights", device.load_weights)
     monkeypatch.setattr(torch_runner, "_free_memory", lambda device: None)
@@ -135,21 +137,30 @@ def test_the_decoder_runner_meets_the_host_in_send_alone(device):
             SimpleNamespace(config=CONFIG), PROFILE, torch.bfloat16, DEVICE, True, device.capture, compiled=False
         )
 
-    def step(first, rows, tokens, starts):
-        inputs_embeds = device.empty((rows, tokens, CONFIG.text.hidden_size), torch.bfloat16)
+    def step(*chunks, wanted=None):
+        """Tensors that the host sent."""
+        tokens = sum(chunk.length for chunk in chunks)
+        inputs_embeds = device.empty((tokens, CONFIG.text.hidden_size), torch.bfloat16)
+        positions, before = np.zeros((3, tokens), np.int64), device.sent
+        position_ids = SimpleNamespace(shape=positions.shape, numpy=lambda: positions)  # a tensor would be made fake
         with device.running():
-            position_ids = torch.zeros(3, rows, tokens, dtype=torch.int64)
-            before = device.sent
-            found = decoder.step(first, inputs_embeds, position_ids, starts, hidden=True)
-        assert (found.logits.device, found.hidden_states.device) == (DEVICE, DEVICE)
+            found = decoder.step(chunks, inputs_embeds, position_ids, wanted, hidden=True)
+        assert {x.device for x in (found.logits, found.hidden_states, found.greedy)} == {DEVICE}
+        rows = len(chunks) if wanted is None else len(wanted)
         assert found.logits.shape == (rows, CONFIG.text.vocab_size)
+        assert found.greedy.shape == (rows,)
+        assert found.hidden_states.shape == inputs_embeds.shape
         return device.sent - before
 
-    assert step(0, 1, 300, [0]) == 1, "positions"
-    assert step(0, 1, 17, [300]) == 1
-    assert step(0, 2, 17, [317, 40]) == 2, "positions and starts"
+    fused = decoder._steps._fused
+    assert step(Chunk(0, 0, 300)) == 2, "numbers, and where logits are wanted"
+    assert step(Chunk(0, 300, 17), wanted=[]) == 1
+    assert step(Chunk(5, 40, 17), Chunk(0, 317, 1), Chunk(2, 0, 300), wanted=[1]) == 2
+    assert device.captures == (2 if fused else 0)
     for written in range(3):
-        assert step(2, 3, 1, [10 + written, 200 + written, 30 + written]) == 1, "positions, starts and lengths together"
-    assert device.captures == 1
+        answers = [Chunk(2, 10 + written, 1), Chunk(7, 200 + written, 1), Chunk(4, 30 + written, 1)]
+        assert step(*answers) == 1, "positions, slot mapping, lengths and block table together"
+        assert step(*answers, wanted=[0, 2]) == 2
+    assert device.captures == (3 if fused else 1)
     with device.running():
         assert decoder.embed([1, 2, 3]).device == DEVICE

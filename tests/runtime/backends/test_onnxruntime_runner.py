@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.export.graphs import cache_names
+from qwen2vl_trt.runtime.backends.steps import Chunk
 from qwen2vl_trt.windows import window_layout
 from tests.support.models import model_config, our_config
 
@@ -84,7 +85,8 @@ def test_a_step_runs_after_what_the_current_stream_holds(log, monkeypatch):
     monkeypatch.setattr(onnxruntime_runner.KVCache, "rows", lambda cache, first, count: (cache.k, cache.v))
     session, checkpoint = Session(log), SimpleNamespace(config=SimpleNamespace(text=TEXT))
     decoder = onnxruntime_runner.OrtDecoder(session, checkpoint, BuildProfile(4, 16, 2, 8, 16), torch.float32, GPU)
-    decoder.step(0, torch.zeros(2, 3, TEXT.hidden_size, device=GPU), torch.zeros(3, 2, 3, dtype=torch.int64), [0, 0])
+    chunks = [Chunk(slot, 0, 3) for slot in range(2)]
+    decoder.step(chunks, torch.zeros(6, TEXT.hidden_size, device=GPU), torch.zeros(3, 6, dtype=torch.int64))
     assert log[-2:] == ["synchronize", "run"]
     for key, value in cache_names(TEXT.num_hidden_layers):
         assert session.inputs[key] == session.outputs[f"new_{key}"]

@@ -22,6 +22,7 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.errors import EngineError, LimitError
 from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.backends.steps import Chunk
 from qwen2vl_trt.runtime.backends.tensorrt_runner import TensorRTDecoder
 from qwen2vl_trt.windows import window_layout
 from tests.support import fake_cuda, fake_tensorrt
@@ -130,37 +131,84 @@ class TestAnswers:
 
 class TestDecoder:
     def random_step(self, decoder, generator, first, count, length, starts):
-        embeds = torch.randn(count, length, decoder._engine.tensors["inputs_embeds"].shape[2], generator=generator)
-        positions = torch.stack([torch.arange(start, start + length) for start in starts]).expand(3, -1, -1)
-        return first, embeds, positions, starts
+        """Of neighbours; ``length`` is of each, or a list."""
+        lengths = [length] * count if isinstance(length, int) else length
+        chunks = [Chunk(first + n, start, length) for n, (start, length) in enumerate(zip(starts, lengths))]
+        embeds = torch.randn(sum(lengths), decoder._engine.tensors["inputs_embeds"].shape[2], generator=generator)
+        positions = torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks])
+        return chunks, embeds, positions.expand(3, -1)
+
+    def same_tokens(self, ours, theirs, held):
+        """The caches' tokens of every slot are equal."""
+        for one, other in zip((*ours.cache.k, *ours.cache.v), (*theirs.cache.k, *theirs.cache.v)):
+            for row, tokens in enumerate(held):
+                torch.testing.assert_close(one[row, :, :tokens], other[row, :, :tokens], atol=1e-4, rtol=1e-4)
 
     @pytest.mark.parametrize("fake", ["tensorrt", "tensorrt_rtx"], indirect=True)
     def test_a_graph_gives_what_a_plain_step_gives(self, fake, folder):
-        """Random neighbours and lengths, over a cache that both fill the same way; slots beside the step stay whole."""
+        """Random neighbours and lengths, over a cache that both fill the same way; slots beside the step stay whole.
+
+        Some slots are only in between: they write behind their own tokens, and no one wants their logits.
+        """
         plain, graphed = (opened(folder, cuda_graphs).decoder for cuda_graphs in (False, True))
         numbers, generator = random.Random(3), torch.Generator().manual_seed(3)
         held = [0] * plain.slots
         for _ in range(40):
             first = numbers.randrange(plain.slots)
             count = numbers.randint(1, plain.slots - first)
-            length = numbers.choice([1, 1, 1, 5])
+            length = [1] * count if numbers.random() < 0.7 else [numbers.randint(1, 6) for _ in range(count)]
             starts = held[first : first + count]
             step = self.random_step(plain, generator, first, count, length, starts)
-            expected, found = (decoder.step(*step, hidden=True) for decoder in (plain, graphed))
+            wanted = [number for number in range(count) if numbers.random() < 0.7]
+            expected, found = (decoder.step(*step, wanted, hidden=True) for decoder in (plain, graphed))
+            assert len(found.logits) == len(wanted)
             torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(found.hidden_states, expected.hidden_states, atol=1e-4, rtol=1e-4)
-            held[first : first + count] = [start + length for start in starts]
-            for ours, theirs in zip((*graphed.cache.k, *graphed.cache.v), (*plain.cache.k, *plain.cache.v)):
-                for row, tokens in enumerate(held):
-                    torch.testing.assert_close(ours[row, :, :tokens], theirs[row, :, :tokens], atol=1e-4, rtol=1e-4)
+            for number in wanted:
+                held[first + number] += length[number]
+            self.same_tokens(graphed, plain, held)
         contexts = graphed._engine.handle._contexts
         assert len(contexts) == 1 + 3, "context profile; graphs of 1, 2 and 4 slots"
         assert len(plain._engine.handle._contexts) == 2
 
+    @pytest.mark.parametrize("wanted", [None, [], [1], [0, 2]], ids=str)
+    def test_chunks_of_different_lengths_equal_each_alone(self, fake, folder, wanted):
+        """The longest ends where the cache does; what pads the others lies behind their tokens."""
+        together, alone = (opened(folder).decoder for _ in range(2))
+        generator, lengths = torch.Generator().manual_seed(5), [9, 2, 31]
+        starts = [PROFILE.max_seq_len - 31, 0, PROFILE.max_seq_len - 31]
+        for decoder in (together, alone):
+            for cache in (*decoder.cache.k, *decoder.cache.v):
+                cache.copy_(torch.randn(cache.shape, generator=torch.Generator().manual_seed(6)))
+        held = [0, *(start + length for start, length in zip(starts, lengths))]
+        chunks, embeds, positions = self.random_step(together, generator, 1, 3, lengths, starts)
+        found = together.step(chunks, embeds, positions, wanted, hidden=True)
+        expected = [
+            alone.step([chunk], one, where, hidden=True)
+            for chunk, one, where in zip(chunks, embeds.split(lengths), positions.split(lengths, dim=1))
+        ]
+        logits = [expected[number].logits for number in (range(3) if wanted is None else wanted)]
+        assert len(found.logits) == len(logits)
+        if logits:
+            torch.testing.assert_close(found.logits, torch.cat(logits), atol=1e-4, rtol=1e-4)
+        states = torch.cat([step.hidden_states for step in expected])
+        torch.testing.assert_close(found.hidden_states, states, atol=1e-4, rtol=1e-4)
+        self.same_tokens(together, alone, held)
+        for decode in range(2):  # the next tokens overwrite what padded
+            step = self.random_step(together, generator, 1, 2, 1, [held[1] + decode, held[2] + decode])
+            ours, theirs = (decoder.step(*step).logits for decoder in (together, alone))
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+    def test_padding_must_fit_the_cache_too(self, fake, folder):
+        decoder, most = opened(folder).decoder, PROFILE.max_seq_len
+        step = self.random_step(decoder, torch.Generator(), 0, 2, [5, 1], [most - 6, most - 4])
+        with pytest.raises(LimitError, match=rf"{most + 1} tokens do not fit the cache of {most}"):
+            decoder.step(*step)
+
     def test_a_full_slot_beside_the_step(self, fake, folder):
         """It has no place that a graph could write to."""
         decoder = opened(folder).decoder
-        decoder._slot_lengths[0] = decoder.cache.capacity
+        decoder.cache.lengths[0] = decoder.cache.capacity
         before = decoder.cache.k[0][0].clone()
         step = self.random_step(decoder, torch.Generator().manual_seed(0), 1, 1, 1, [0])
         assert decoder.step(*step).logits.isfinite().all()
@@ -317,7 +365,7 @@ class TestDecoder:
         decoder = opened(self.with_lengths(folder, tmp_path)).decoder
         assert sum(context._runs for context in decoder._engine.handle._contexts) > 0
         assert not any(cache.any() for cache in (*decoder.cache.k, *decoder.cache.v))
-        assert decoder._slot_lengths == [0] * decoder.slots
+        assert decoder.cache.lengths == [0] * decoder.slots
         assert not opened(folder).decoder._engine.handle._contexts
 
     @pytest.mark.parametrize("profile", [0, 1], ids=["in prompts", "in decode steps"])

@@ -35,13 +35,15 @@ class DeviceDecoder(FakeDecoder):
     """The fake decoder, whose embeddings and logits lie on the device; its own work does not count."""
 
     def embed(self, token_ids):
+        if isinstance(token_ids, DeviceTensor):
+            return token_ids.float()[:, None]
         return to_device(token_ids, META, torch.float32)[:, None]
 
-    def step(self, first_slot, inputs_embeds, position_ids, starts, hidden=False):
+    def step(self, chunks, inputs_embeds, position_ids, wanted=None, hidden=False):
         assert isinstance(inputs_embeds, DeviceTensor)
         assert not isinstance(position_ids, DeviceTensor)  # a runner that reads them would wait
         with torch.utils._python_dispatch._disable_current_modes():
-            step = super().step(first_slot, inputs_embeds.held, position_ids, starts, hidden)
+            step = super().step(chunks, inputs_embeds.held, position_ids, wanted, hidden)
         return Step(DeviceTensor(step.logits), None)
 
 
@@ -54,15 +56,14 @@ def on_device(prompt, params):
 @pytest.mark.parametrize("kinds", [[kind] for kind in SAMPLINGS] + [list(SAMPLINGS)])
 @pytest.mark.parametrize("gap", [False, True])
 def test_one_a_decode_step(device, kinds, gap):
-    scheduler = Scheduler(DeviceDecoder(8), 64)
     with device:
-        items = []
+        scheduler, items = Scheduler(DeviceDecoder(8), 64), []
         for number, kind in enumerate([*kinds, *kinds]):
             params = Sampling(30, seed=number, **SAMPLINGS[kind])
             items.append(on_device([1 + number, 2, 3], params))
         for item in items[:8]:
             scheduler.add(item)
-        while not all(item.token is not None for item in items[:8]):
+        while not all(item.sampled or item.output.finished for item in items[:8]):
             scheduler.step()
         if gap and len(items) > 2:  # a row between the running ones that is nobody's
             scheduler.cancel(items[1].output)
@@ -73,15 +74,15 @@ def test_one_a_decode_step(device, kinds, gap):
 
 
 def test_a_prompt_waits_once_for_its_first_token(device):
-    scheduler = Scheduler(DeviceDecoder(2), 4)
     with device:
+        scheduler = Scheduler(DeviceDecoder(2), 4)
         item = on_device([1, 2, 3, 4, 5, 6], Sampling(5))
         scheduler.add(item)
         device.seen.clear()
         scheduler.step()
         assert device.seen == []  # a chunk that is not the last
         scheduler.step()
-        assert len(device.seen) == 2  # its end, and the decode step that follows
+        assert len(device.seen) == 1
         while scheduler.busy:
             scheduler.step()
     assert item.output.token_ids == expected([1, 2, 3, 4, 5, 6], 5)

@@ -103,7 +103,7 @@ def test_a_group_fills_the_slots_or_one_engine_call(queue, add, media, free, tak
     """An engine call takes 3 images or videos here; a request of more has a call of its own."""
     outputs = [add(videos=count) if number % 2 else add(images=count) for number, count in enumerate(media)]
     queue.prepare(4, 4)
-    group = queue.next_group(free, 3)
+    group = queue.next_group(free, 3, 1000)
     assert [sequence.output for sequence in group] == outputs[:taken]
     for sequence in group:
         queue.remove(sequence)

@@ -9,6 +9,7 @@ import torch
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.mrope import rope_index
+from qwen2vl_trt.runtime.backends.steps import Chunk
 from qwen2vl_trt.runtime.backends.torch_runner import TorchDecoder
 
 from ..inputs.multimodal import MultimodalParams
@@ -278,7 +279,7 @@ class LLM:
             self._free.append(slot)
 
     async def _decode(self, slot, result, embeds, positions, delta, params):
-        logits = self._decoder.step(slot, embeds[None], positions, [0]).logits[0]
+        logits = self._decoder.step([Chunk(slot, 0, len(embeds))], embeds, positions[:, 0]).logits[0]
         held, tokens = len(embeds), []
         stops = {} if params.ignore_eos else dict.fromkeys(params.stop_token_ids or [])
         while not result.aborted:
@@ -294,8 +295,8 @@ class LLM:
             if reason:
                 return
             await asyncio.sleep(0)
-            position = torch.full((3, 1, 1), held + delta)
-            logits = self._decoder.step(slot, self._decoder.embed([token])[:, None], position, [held]).logits[0]
+            position = torch.full((3, 1), held + delta)
+            logits = self._decoder.step([Chunk(slot, held, 1)], self._decoder.embed([token]), position).logits[0]
             held += 1
 
 
