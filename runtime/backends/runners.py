@@ -124,13 +124,15 @@ class Engines:
     def vision(self) -> VisionRunner:
         """Raises EngineError if the engine does not load."""
         self._check_unchanged()
-        return self.runner.load_vision(self)
+        with torch.inference_mode(False):  # the next caller may not be in it, and caches are written in place
+            return self.runner.load_vision(self)
 
     @cached_property
     def decoder(self) -> DecoderRunner:
         """Raises EngineError if the engine does not load."""
         self._check_unchanged()
-        return self.runner.load_decoder(self)
+        with torch.inference_mode(False):
+            return self.runner.load_decoder(self)
 
     def _check_unchanged(self) -> None:
         """The folder may have been rebuilt since it was opened."""

@@ -217,10 +217,14 @@ class Scheduler(Executor):
         return new
 
     def _step(self) -> None:
-        for prompt in [prompt for prompt in self._prompts if prompt.output.expired]:
-            rest = prompt.stream.end("deadline") if prompt.sampled else ""  # of an answer that is computed again
-            prompt.output.expire("while the prompt was read" if prompt.cached else "before the prompt was read", rest)
-            self._remove(prompt)
+        for prompt in [*self._prompts]:
+            if not prompt.output.finished:
+                if not prompt.output.expired:
+                    continue
+                rest = prompt.stream.end("deadline") if prompt.sampled else ""  # of an answer that is computed again
+                stage = "while the prompt was read" if prompt.cached else "before the prompt was read"
+                prompt.output.expire(stage, rest)
+            self._remove(prompt)  # ended, or cancelled by whoever holds it
         rows = self._answers()
         launched = self._launch([*rows, *self._chunks()])
         if self._ahead:
@@ -528,8 +532,9 @@ class Scheduler(Executor):
             return
         now = launched.sequences[0].output.clock()  # one of the pipeline for all
         for sequence, token in zip(launched.sequences, tokens, strict=True):
-            if sequence.output.finished:
-                continue  # it had ended when this step was launched
+            if sequence.output.finished:  # before this step was launched, or meanwhile by whoever holds it
+                self._remove(sequence)
+                continue
             if token is None:
                 self._fail(sequence, ExecutionError(_NOT_FINITE))
                 continue

@@ -639,3 +639,12 @@ def test_the_tiny_model_reads_digits(tmp_path):
     }
     assert right["read"] >= 15, right
     assert min(right.values()) >= 13, right
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_what_is_loaded_in_inference_mode_serves_callers_outside(engine_dirs, backend):
+    pipeline, params = Pipeline.from_engine_dir(engine_dirs[backend], "cpu"), SamplingParams(max_tokens=3)
+    with torch.inference_mode():
+        first = pipeline.generate(Request("Hello"), params)[0].token_ids
+    assert pipeline.generate(Request("Hello"), params)[0].token_ids == first
+    assert len(pipeline.hidden_states(Request("Hello"))) == 1

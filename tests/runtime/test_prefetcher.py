@@ -121,6 +121,21 @@ def test_dropped_jobs_do_not_begin(make):
     assert blocked.begun == 2
 
 
+def test_the_size_of_a_job_that_waits_is_asked_once(make):
+    """It reads the header of each frame."""
+    prefetcher, blocked, asked = make(2, 0), Blocked(100), []
+    first = prefetcher.submit(blocked, lambda: 100)
+    wait_until(lambda: blocked.begun)
+    waiting = [prefetcher.submit(list, lambda number=number: asked.append(number) or 100) for number in range(3)]
+    wait_until(lambda: waiting[-1].measured)
+    for job in waiting:
+        assert prefetcher.result(job) is None  # as every step asks
+    blocked.let_go.set()
+    for job in (first, *waiting):
+        prefetcher.hand_over(job, job.future.result(PATIENCE))
+    assert asked == [0, 1, 2]
+
+
 def test_no_job_begins_because_another_is_dropped_with_it(make):
     prefetcher, blocked = make(1, 0), Blocked(100)
     jobs = [prefetcher.submit(blocked, lambda: 100) for _ in range(5)]

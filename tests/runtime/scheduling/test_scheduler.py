@@ -847,6 +847,24 @@ def test_what_one_caller_made_in_inference_mode_serves_the_next():
     assert one.output.finish_reason == "length", one.output.error
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_who_is_cancelled_by_its_holder_alone_is_let_go(kind, ahead, steps):
+    """As by ``Output.cancel``, without the scheduler's knowing: waiting, being read, answering."""
+    scheduler = Scheduler(make_decoder(kind, 2), 8, ahead=ahead)
+    one, other = sequence([3] * 20, 50), sequence([4] * 9, 6)
+    scheduler.add(one)
+    for _ in range(steps):
+        scheduler.step()
+    one.output.cancel()
+    scheduler.add(other)
+    drain(scheduler, 40)
+    assert other.output.token_ids == expected([4] * 9, 6)
+    assert one.output.finish_reason == "cancelled"
+    assert scheduler.free_slots == 2
+
+
 # Any mix
 
 
