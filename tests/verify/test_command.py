@@ -210,10 +210,10 @@ def test_a_gpu_is_asked_for_what_it_is_for(instant, monkeypatch, tmp_path):
     report = verification.Report(["run.py", "verify"], 8.0, "cuda:1")
     verification.Verification(report, lambda row: None, tmp_path, wants_gpu=True).run()
     gpu = torch.device("cuda", 1)
-    plain = tmp_path / "tiny,-torch-fp32"
+    folders = [tmp_path / f"tiny,-torch-{precision}" for precision in ("fp32", "bf16")]
     assert asked[:-2] == [
         *((name, gpu) for name in KERNELS[:3]),
-        *((name, plain, gpu) for name in KERNELS[3:]),
+        *((name, folder, gpu) for folder in folders for name in KERNELS[3:]),
     ]
     assert [(name, precision.name) for name, precision, *_ in asked[-2:]] == [
         ("Qwen2.5-VL-3B", "bf16"),  # torch's on the GPU, whatever ONNX Runtime does on the CPU
