@@ -221,7 +221,8 @@ class TestChoice:
         monkeypatch.setattr(TritonWriter, "warm_up", fail)
         assert type(self.writer()) is TorchWriter
         assert [record.getMessage() for record in caplog.records] == [
-            "Triton cannot compile for this GPU (Failed to find C compiler.); PyTorch preprocesses instead"
+            "Triton cannot compile for this GPU (Failed to find C compiler.);"
+            " PyTorch preprocesses instead, in many kernels"
         ]
         with pytest.raises(EngineError, match="Failed to find C compiler"):
             self.writer(kernels="triton")
