@@ -137,7 +137,6 @@ class Sampler:
         self._table = np.zeros((max_num_seqs, 9), np.int64)
         self._rows = self._table.view(_ROW)[:, 0]
         self._uses = np.zeros((max_num_seqs, 8), bool)  # Plan's
-        self._penalised = np.zeros(max_num_seqs, bool)
         self._batch: Sequence[int] = ()  # slots of the last call, unless settings have changed since
         self._keys = np.zeros(max_num_seqs, np.uint64)
         self._draws = np.zeros(max_num_seqs, np.uint64)
@@ -196,7 +195,6 @@ class Sampler:
             min_p=min_p > 0,
             all_candidates=top_p < 1 and not 0 < top_k <= _CANDIDATES,
         )[:8]
-        self._penalised[slot] = params.penalised
         self._batch = ()
         seed = secrets.randbits(63) if params.seed is None else params.seed
         self._keys[slot] = _mix(np.array([seed], np.uint64) + _GOLDEN)[0]
@@ -237,7 +235,7 @@ class Sampler:
         if plan.repetition or plan.counts:
             width = 1 << int(staged["seen"].max()).bit_length()  # one more than are seen
             self._grow(width)
-            self._rows["seen"][index] += self._penalised[index]
+            self._rows["seen"][index] += self._uses[index, :2].any(1)  # those with a penalty
         if plan.draws:
             staged["uniform"] = uniforms(self._keys[index], self._draws[index]) * self._uses[index, 2]
             self._draws[index] += 1

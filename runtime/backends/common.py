@@ -1,7 +1,7 @@
-"""What the runners share: key-value cache, token embeddings, decoder inputs, and the shapes of captured CUDA graphs.
+"""What the runners share: key-value cache of rows, token embeddings, decoder inputs, shapes of captured CUDA graphs.
 
-A CUDA graph is captured for fixed shapes and addresses. So a decode step over any neighbouring slots runs the first
-1, 2, 4, ... slots, which takes few graphs. A slot that only pads the batch writes behind its own tokens, which
+A CUDA graph is captured for fixed shapes and addresses. So a decode step over neighbouring rows runs the first
+1, 2, 4, ... of them, which takes few graphs. A row that only pads the batch writes behind its own tokens, which
 :mod:`qwen2vl_trt.runtime.scheduling.scheduler` allows, and attends to one token.
 """
 
@@ -199,7 +199,7 @@ def graph_step(chunks: Sequence[Chunk], wanted: Sequence[int] | None, logits: Te
     """A step from the graph's outputs ``[B, V]`` and ``[B, S, C]``."""
     if states is not None:
         states = torch.cat([row[: chunk.length] for row, chunk in zip(states, chunks)])
-    if wanted is not None and len(wanted) < len(chunks):
+    if wanted is not None:
         logits = logits[to_device(wanted, logits.device, torch.long)]
     return Step(logits, states)
 

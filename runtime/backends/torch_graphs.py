@@ -24,7 +24,7 @@ from torch import Tensor
 from qwen2vl_trt.decoder import Decoder
 from qwen2vl_trt.transfer import to_device
 
-from .common import graph_batches, power_of_two
+from .common import graph_batches, padded_batch, power_of_two
 from .paged_cache import PAGE, PagedKVCache, pages_of
 from .steps import Chunk, Step
 from .torch_attention import PageCache, PageStep
@@ -72,9 +72,10 @@ class Shape(NamedTuple):
     longest: int
 
     @property
-    def numbers(self) -> int:
-        """Of the host's part of the input: positions and slot mapping, ``cu_seqlens``, lengths, block table."""
-        return 4 * self.tokens + 1 + 2 * self.sequences + self.sequences * self.pages
+    def parts(self) -> list[int]:
+        """Sizes of the host's part of the input: positions, slot mapping, ``cu_seqlens``, lengths, block table."""
+        sequences = self.sequences
+        return [3 * self.tokens, self.tokens, sequences + 1, sequences, sequences * self.pages]
 
 
 class PackedSteps:
@@ -104,7 +105,7 @@ class PackedSteps:
         config = module.config
         most = max(MOST_CAPTURED if fused else 0, self._sequences)
         largest = Shape(most, max(self._sequences, _SEQUENCES[-1]) + 1, self._pages, most)
-        self._numbers = torch.zeros(largest.numbers, dtype=torch.int32, device=device)
+        self._numbers = torch.zeros(sum(largest.parts), dtype=torch.int32, device=device)
         self._inputs_embeds = torch.zeros(most, config.hidden_size, dtype=dtype, device=device)
         self._hidden_states = torch.empty_like(self._inputs_embeds)
         self._logits = torch.empty(self._sequences, config.vocab_size, dtype=torch.float32, device=device)
@@ -115,12 +116,10 @@ class PackedSteps:
     ) -> Step:
         """See :meth:`qwen2vl_trt.runtime.backends.runners.DecoderRunner.step`; returns buffers of the graph."""
         tokens, sequences = len(inputs_embeds), len(chunks)
+        if tokens > len(self._inputs_embeds):  # too large to be captured
+            return self._head(self.run_eagerly(chunks, inputs_embeds, position_ids), chunks, wanted)
         shape = self._shape(chunks, tokens)
-        numbers = to_device(self._host_numbers(chunks, position_ids, shape), self._numbers.device)
-        if shape.tokens > len(self._inputs_embeds):  # too large to be captured
-            hidden_states = self._forward(numbers, inputs_embeds, shape, chunks)
-            return self._head(hidden_states, chunks, wanted)
-        self._numbers[: shape.numbers].copy_(numbers)
+        self._numbers[: sum(shape.parts)].copy_(self._host_numbers(chunks, position_ids, shape))
         self._inputs_embeds[:tokens].copy_(inputs_embeds)
         replay = self._replays.get(shape)
         if replay is not None:
@@ -131,21 +130,16 @@ class PackedSteps:
         if shape.longest > 1:
             return self._head(self._hidden_states[:tokens], chunks, wanted)
         step = Step(self._logits[:sequences], self._hidden_states[:tokens], self._greedy[:sequences])
-        if wanted is None or len(wanted) == sequences:
+        if wanted is None:
             return step
         rows = to_device(wanted, step.logits.device, torch.long)
         return step._replace(logits=step.logits[rows], greedy=self._greedy[rows])
 
-    def run_eagerly(self, chunks: Sequence[Chunk], inputs_embeds: Tensor, position_ids: Tensor) -> None:
-        """A step without buffers and graphs, in the shape of a prompt."""
+    def run_eagerly(self, chunks: Sequence[Chunk], inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
+        """Hidden states ``[T, C]`` of a step in the shape of a prompt, without buffers and graphs."""
         tokens = len(inputs_embeds)
         shape = Shape(tokens, len(chunks), self._pages, max(tokens, 2))
-        self._forward(
-            to_device(self._host_numbers(chunks, position_ids, shape), self._numbers.device),
-            inputs_embeds,
-            shape,
-            chunks,
-        )
+        return self._forward(self._host_numbers(chunks, position_ids, shape), inputs_embeds, shape, chunks)
 
     def shapes(self, longest: int, most_tokens: int) -> list[list[Chunk]]:
         """A step of each shape that sequences of up to ``longest`` tokens need, in the order of need."""
@@ -172,10 +166,9 @@ class PackedSteps:
     def _shape(self, chunks: Sequence[Chunk], tokens: int) -> Shape:
         sequences = len(chunks)
         if tokens == sequences:
-            count = min(power_of_two(sequences), self._sequences)
-            pages = self._pages
+            count, pages = padded_batch(sequences, self._sequences), self._pages
             if not self._fused:  # attention reads all of the block table
-                pages = min(power_of_two(pages_of(max(chunk.end for chunk in chunks))), pages)
+                pages = padded_batch(pages_of(max(chunk.end for chunk in chunks)), pages)
             return Shape(count, count, pages, 1)
         if not self._fused or tokens > MOST_CAPTURED:
             return Shape(tokens, sequences, self._pages, tokens)
@@ -184,9 +177,10 @@ class PackedSteps:
         return Shape(size, count + 1, self._pages, size)  # one more, for the tokens that pad
 
     def _host_numbers(self, chunks: Sequence[Chunk], position_ids: Tensor, shape: Shape) -> Tensor:
+        """Of :attr:`Shape.parts`, on the device."""
         tokens, count = position_ids.shape[1], len(chunks)
-        numbers = np.zeros(shape.numbers, np.int32)
-        positions, mapping, cu_seqlens, lengths, table = _split(numbers, shape)
+        numbers = np.zeros(sum(shape.parts), np.int32)
+        positions, mapping, cu_seqlens, lengths, table = np.split(numbers, np.cumsum(shape.parts)[:-1])
         positions.reshape(3, -1)[:, :tokens] = position_ids.numpy()
         mapping[:tokens] = self._cache.slot_mapping(chunks)
         # Whatever pads is one sequence, or several of one token, with page 0.
@@ -198,7 +192,7 @@ class PackedSteps:
         lengths[:count] = [chunk.end for chunk in chunks]
         slots = [chunk.slot for chunk in chunks]
         table.reshape(shape.sequences, -1)[:count] = self._cache.block_table[slots, : shape.pages]
-        return torch.from_numpy(numbers)
+        return to_device(torch.from_numpy(numbers), self._numbers.device)
 
     def _record(self, shape: Shape) -> None:
         if self._capture is None or not (self._fused or shape.longest == 1):
@@ -216,14 +210,14 @@ class PackedSteps:
     def _run(self, shape: Shape, chunks: Sequence[Chunk]) -> None:
         """A step from buffers to buffers, its logits too where each sequence has one token."""
         embeds = self._inputs_embeds[: shape.tokens]
-        hidden_states = self._forward(self._numbers[: shape.numbers], embeds, shape, chunks)
+        hidden_states = self._forward(self._numbers[: sum(shape.parts)], embeds, shape, chunks)
         self._hidden_states[: shape.tokens].copy_(hidden_states)
         if shape.longest == 1:
             self._logits[: shape.tokens].copy_(self._module.lm_head(hidden_states))
             torch.argmax(self._logits[: shape.tokens], dim=-1, out=self._greedy[: shape.tokens])
 
     def _forward(self, numbers: Tensor, inputs_embeds: Tensor, shape: Shape, chunks: Sequence[Chunk]) -> Tensor:
-        positions, mapping, cu_seqlens, lengths, table = _split(numbers, shape)
+        positions, mapping, cu_seqlens, lengths, table = numbers.split(shape.parts)
         step = PageStep(
             mapping.long(),
             cu_seqlens,
@@ -249,15 +243,3 @@ def head(module: Decoder, hidden_states: Tensor, chunks: Sequence[Chunk], wanted
     if not last:
         return hidden_states.new_empty(0, module.config.vocab_size, dtype=torch.float32)
     return module.lm_head(hidden_states[to_device(last, hidden_states.device)]).float()
-
-
-def _split(numbers, shape: Shape):  # type: ignore[no-untyped-def]
-    """The parts of a step's numbers, an array's or a tensor's, in their order in :attr:`Shape.numbers`."""
-    ends = [*accumulate((3 * shape.tokens, shape.tokens, shape.sequences + 1, shape.sequences))]
-    return (
-        numbers[: ends[0]],
-        numbers[ends[0] : ends[1]],
-        numbers[ends[1] : ends[2]],
-        numbers[ends[2] : ends[3]],
-        numbers[ends[3] :],
-    )

@@ -11,7 +11,7 @@ import heapq
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,63 +35,90 @@ class Wait(NamedTuple):
         return leader.slot is None or leader.cached >= self.shared or leader.output.finished
 
 
-class KVCacheManager(Protocol):
-    """Gives requests their places in a decoder's cache.
+class KVCacheManager:
+    """Gives requests their places in a decoder's cache; nothing in it is known at first.
+
+    Args:
+        slots: most requests at a time.
+        block_size: tokens that a hash stands for.
+        reuse: prompts share what they begin with.
 
     Attributes:
-        block_size: tokens that a hash stands for.
+        block_size: likewise.
         preempts: there may be no memory for a running request, which then gives up what it has.
     """
 
-    block_size: int
     preempts: bool
+
+    def __init__(self, slots: int, block_size: int, reuse: bool) -> None:
+        self.block_size, self._reuse = block_size, reuse
+        self._sequences: list[RunningSequence | None] = [None] * slots
 
     @property
     def kept_tokens(self) -> int:
         """Tokens of ended requests that may be used again."""
+        raise NotImplementedError
 
     @property
     def occupied(self) -> list[RunningSequence]:
         """The requests that have a slot, by slot."""
+        return [sequence for sequence in self._sequences if sequence is not None]
 
     def add(self, sequence: RunningSequence) -> None:
         """Name a request's blocks, before all else; again after a preemption."""
+        if self._reuse:
+            sequence.hashes = block_hashes(sequence.keys, self.block_size, sequence.hashes)
 
     def wait(self, sequence: RunningSequence) -> Wait | None:
         """Whether a prompt without a slot had better wait for another one."""
+        raise NotImplementedError
 
     def allocate(self, sequence: RunningSequence) -> bool:
         """Give a request a free slot, with what it shares with others in it; False if there is no memory now."""
+        raise NotImplementedError
 
     def grow(self, sequence: RunningSequence) -> bool:
         """Make sure that one more token fits; False if there is no memory now."""
+        return True
 
     def written(self, sequence: RunningSequence) -> None:
         """Note that ``sequence.cached`` has grown."""
 
     def release(self, sequence: RunningSequence, sound: bool = True) -> None:
         """Free a request's slot; what is ``sound`` is kept for others."""
+        raise NotImplementedError
 
     def forget(self) -> None:
         """Keep nothing of ended requests any longer."""
+        raise NotImplementedError
 
     def settle(self) -> None:
         """While nothing runs: give memory back that what is kept does not need."""
 
+    def _usable(self, sequence: RunningSequence) -> list[bytes]:
+        """The prompt's blocks that may be shared: not the last token, whose logits are wanted."""
+        return sequence.hashes[: (len(sequence.token_ids) - 1) // self.block_size]
+
+    def _written_hashes(self, sequence: RunningSequence, sound: bool) -> list[bytes]:
+        """Names of what a request leaves in its slot."""
+        if not (sound and self._reuse):
+            return []
+        return block_hashes(sequence.known_keys(), self.block_size, sequence.hashes)
+
 
 def kv_cache_manager(cache: KVCache | PagedKVCache, slots: int, reuse: bool) -> KVCacheManager:
-    """What fits a cache; nothing in it is known. Without ``reuse`` prompts share nothing."""
+    """What fits a cache. Without ``reuse`` prompts share nothing."""
     return PageManager(cache, reuse) if isinstance(cache, PagedKVCache) else SlotManager(cache, slots, reuse)
 
 
-class SlotManager:
-    """See :class:`KVCacheManager`. A slot is a row of ``max_seq_len`` tokens, so a free one is always enough."""
+class SlotManager(KVCacheManager):
+    """For a cache of rows. A slot is a row of ``max_seq_len`` tokens, so a free one is always enough."""
 
-    block_size, preempts = _BLOCK, False
+    preempts = False
 
     def __init__(self, cache: KVCache, slots: int, reuse: bool = True) -> None:
-        self._cache, self._reuse = cache, reuse
-        self._sequences: list[RunningSequence | None] = [None] * slots
+        super().__init__(slots, _BLOCK, reuse)
+        self._cache = cache
         self._hashes: list[list[bytes]] = [[] for _ in range(slots)]  # of each slot's tokens, those to come included
         self._slots_of: dict[bytes, dict[int, None]] = {}
         self._kept = np.zeros(slots, np.int64)  # tokens of a free slot that may be used again
@@ -102,18 +129,10 @@ class SlotManager:
     def kept_tokens(self) -> int:
         return int(self._kept.sum())
 
-    @property
-    def occupied(self) -> list[RunningSequence]:
-        return [sequence for sequence in self._sequences if sequence is not None]
-
     def held(self, slot: int) -> int:
         """Tokens in a slot that must stay as they are."""
         sequence = self._sequences[slot]
         return int(self._kept[slot]) if sequence is None else sequence.cached
-
-    def add(self, sequence: RunningSequence) -> None:
-        if self._reuse:
-            sequence.hashes = block_hashes(sequence.keys, _BLOCK, sequence.hashes)
 
     def wait(self, sequence: RunningSequence) -> Wait | None:
         return self._match(sequence)[2]
@@ -134,18 +153,11 @@ class SlotManager:
         sequence.slot, sequence.cached = slot, shared
         return True
 
-    def grow(self, sequence: RunningSequence) -> bool:
-        return True
-
-    def written(self, sequence: RunningSequence) -> None:
-        pass
-
     def release(self, sequence: RunningSequence, sound: bool = True) -> None:
         slot = sequence.slot
         assert slot is not None
         self._releases += 1
-        keys = sequence.known_keys() if sound and self._reuse else sequence.keys[:0]
-        self._register(slot, block_hashes(keys, _BLOCK, sequence.hashes))
+        self._register(slot, self._written_hashes(sequence, sound))
         if not sound:
             self._cache.clear(slot)  # it may hold NaN, which whoever gets it next would see
         self._sequences[slot], self._free_since[slot] = None, self._releases
@@ -194,8 +206,7 @@ class SlotManager:
 
     def _match(self, sequence: RunningSequence) -> tuple[int, int, Wait | None]:
         """The slot that holds most of the prompt's beginning, how much, and whether it is better to wait."""
-        most = (len(sequence.token_ids) - 1) // _BLOCK  # the last token's logits are wanted
-        hashes = sequence.hashes[:most]
+        hashes = self._usable(sequence)
         # A slot that holds a block holds all before it.
         depth = bisect_left(range(len(hashes)), True, key=lambda number: hashes[number] not in self._slots_of)
         source, shared, wait = -1, 0, None
@@ -246,15 +257,15 @@ class SlotManager:
         self._hashes[slot] = list(hashes)
 
 
-class PageManager:
-    """See :class:`KVCacheManager`. Pages are given to requests one by one, and shared by those that begin alike."""
+class PageManager(KVCacheManager):
+    """For a cache of pages, which are given to requests one by one, and shared by those that begin alike."""
 
-    block_size, preempts = PAGE, True
+    preempts = True
 
     def __init__(self, cache: PagedKVCache, reuse: bool = True) -> None:
-        self._cache, self._reuse = cache, reuse
         slots = len(cache.block_table)
-        self._sequences: list[RunningSequence | None] = [None] * slots
+        super().__init__(slots, PAGE, reuse)
+        self._cache = cache
         self._free_slots = list(range(slots))  # a heap
         self._pages: list[list[int]] = [[] for _ in range(slots)]
         self._written = [0] * slots  # whole pages of each slot whose tokens are there
@@ -268,14 +279,6 @@ class PageManager:
     @property
     def kept_tokens(self) -> int:
         return self._kept_pages * PAGE  # counted: other threads ask
-
-    @property
-    def occupied(self) -> list[RunningSequence]:
-        return [sequence for sequence in self._sequences if sequence is not None]
-
-    def add(self, sequence: RunningSequence) -> None:
-        if self._reuse:
-            sequence.hashes = block_hashes(sequence.keys, PAGE, sequence.hashes)
 
     def wait(self, sequence: RunningSequence) -> Wait | None:
         pages = self._match(sequence)
@@ -336,9 +339,7 @@ class PageManager:
     def release(self, sequence: RunningSequence, sound: bool = True) -> None:
         slot = sequence.slot
         assert slot is not None
-        keys = sequence.known_keys() if sound and self._reuse else sequence.keys[:0]
-        hashes = block_hashes(keys, PAGE, sequence.hashes)
-        pages = self._pages[slot]
+        hashes, pages = self._written_hashes(sequence, sound), self._pages[slot]
         if not sound:
             self._cache.clear([page for page in pages if self._users[page] == 1])
         for number in reversed(range(len(pages))):  # the last pages are reused first
@@ -363,13 +364,10 @@ class PageManager:
             self._forget_name(page)
         self._kept_pages = 0
 
-    def settle(self) -> None:
-        """The pages stay allocated."""
-
     def _match(self, sequence: RunningSequence) -> list[int]:
         """Pages that hold the prompt's beginning, or will."""
         pages = []
-        for name in sequence.hashes[: (len(sequence.token_ids) - 1) // PAGE]:  # the last token's logits are wanted
+        for name in self._usable(sequence):
             page = self._page_of.get(name)
             if page is None:
                 break

@@ -34,7 +34,7 @@ from ..sampler import SampledTokens, Sampler
 from .executor import Counters, Executor, NewToken, named, take_token
 from .kv_cache import SlotManager, Wait, kv_cache_manager
 from .sequence import RunningSequence
-from .side_stream import SideStream
+from .side_stream import ReadyEvent, SideStream
 
 _MOST_CALLS = 4
 """Calls for prompts in one step of a decoder that does not pack: each reads all weights, while the answers wait."""
@@ -172,7 +172,7 @@ class Scheduler(Executor):
         """
         if self.busy:
             raise ValueError("the slots are in use")
-        with torch.inference_mode(False), torch.no_grad(), self._stream.work(sequences) as ready:
+        with self._work(sequences) as ready:
             states = self._read_all(sequences)
         ready.wait(*states)
         return states
@@ -200,9 +200,9 @@ class Scheduler(Executor):
                     for row, part in zip(call, parts.split([row.length for row in call])):
                         states[row.sequence].append(part.clone())
                 for sequence in waiting:
-                    if not sequence.unread:
+                    if not sequence.reading:
                         self._release(sequence)
-                waiting = [sequence for sequence in waiting if sequence.unread]
+                waiting = [sequence for sequence in waiting if sequence.reading]
         finally:
             for sequence in sequences:
                 self._release(sequence)
@@ -233,13 +233,14 @@ class Scheduler(Executor):
         self._settle()
 
     @contextmanager
-    def _work(self) -> Iterator[None]:
+    def _work(self, reads: object = None) -> Iterator[ReadyEvent]:
         """Work on the decoder's stream; while nothing runs the caller's stream is behind it.
 
-        Not in the caller's inference mode: the next caller may have none, and what is made here is written again.
+        Not in the caller's inference mode: the next caller may have none, and what is made here is written again. For
+        the argument and what it yields see :meth:`~.side_stream.SideStream.work`.
         """
-        with torch.inference_mode(False), torch.no_grad(), self._stream.work() as ready:
-            yield
+        with torch.inference_mode(False), torch.no_grad(), self._stream.work(reads) as ready:
+            yield ready
         if not self.busy:
             ready.wait()
 
@@ -344,7 +345,7 @@ class Scheduler(Executor):
     def _embedded(self) -> list[RunningSequence]:
         """Prompts whose embeddings are there. Where nothing else is to be done, all: the stream waits for them."""
         there = [prompt for prompt in self._prompts if prompt.slot is not None or prompt.ready.passed]
-        if there or any(not sequence.unread for sequence in self._cache.occupied):
+        if there or any(not sequence.reading for sequence in self._cache.occupied):
             return there
         return self._prompts
 
@@ -512,7 +513,7 @@ class Scheduler(Executor):
         self._cache.written(sequence)
         if sequence.counts:
             self._counters.prompt_tokens_computed += row.length
-        if not sequence.unread and sequence in self._prompts:
+        if not sequence.reading and sequence in self._prompts:
             self._prompts.remove(sequence)
             if not self._cache.preempts:
                 sequence.inputs_embeds = sequence.inputs_embeds.new_empty(0)  # hundreds of megabytes in a full batch

@@ -276,15 +276,12 @@ class TestDecoder:
     def test_a_number_of_the_host_in_a_captured_step_shows(self, checkpoint, kernels, monkeypatch):
         """What the recording is for: with the first step's keys built into it, the second step is wrong."""
         stale = {}
-        split = torch_graphs._split
+        made = torch_graphs.PageStep
 
-        def baked(numbers, shape):
-            parts = list(split(numbers, shape))
-            if isinstance(numbers, torch.Tensor):
-                parts[3] = stale.setdefault(shape, parts[3].clone())
-            return parts
+        def baked(mapping, cu_seqlens, lengths, *others):
+            return made(mapping, cu_seqlens, stale.setdefault(len(lengths), lengths.clone()), *others)
 
-        monkeypatch.setattr(torch_graphs, "_split", baked)
+        monkeypatch.setattr(torch_graphs, "PageStep", baked)
         pair = Pair(Checkpoint(checkpoint))
         pair.step([Chunk(0, 0, 1)], 0)
         with pytest.raises(AssertionError):
