@@ -153,12 +153,14 @@ def sampling_params(
     ignore_eos: bool,
     eos_token_ids: Sequence[int],
     pad_token_id: int,
+    stop_token_ids: Sequence[int] = (),
 ) -> Any:
     """Its ``SamplingParams``; the answer keeps its end-of-sequence token, whichever of them it is.
 
     Args:
         temperature: 0 takes the likeliest token.
         top_k: 0 keeps all tokens.
+        stop_token_ids: end the answer too, with ``ignore_eos`` as well.
     """
     # top_k=1 is greedy in every release; a temperature of 0 is not.
     choice = {"top_k": 1} if temperature == 0 else {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -166,7 +168,7 @@ def sampling_params(
         max_tokens=max_tokens,
         end_id=eos_token_ids[0],
         pad_id=pad_token_id,
-        stop_token_ids=None if ignore_eos else list(eos_token_ids[1:]) or None,
+        stop_token_ids=[*stop_token_ids, *(() if ignore_eos else eos_token_ids[1:])] or None,
         include_stop_str_in_output=True,
         ignore_eos=ignore_eos,
         detokenize=False,

@@ -33,10 +33,11 @@ if TYPE_CHECKING:
     from .runtime.options import PipelineOptions
     from .runtime.pipeline import Pipeline
     from .runtime.preprocessing.sizes import MediaSize
-    from .runtime.request import Event, Output, Request, Timings
+    from .runtime.request import Event, Output, Request, Timings, TokenLogprobs
     from .runtime.sampling_params import SamplingParams
     from .runtime.scheduling.executor import Counters
     from .runtime.service import Answer, Service
+    from .runtime.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "Answer",
@@ -66,7 +67,9 @@ __all__ = [
     "SamplingError",
     "SamplingParams",
     "Service",
+    "StructuredOutputsParams",
     "Timings",
+    "TokenLogprobs",
     "UnavailableError",
     "Video",
     "VideoOptions",
@@ -89,7 +92,9 @@ _MODULES = {
     "Request": "runtime.request",
     "SamplingParams": "runtime.sampling_params",
     "Service": "runtime.service",
+    "StructuredOutputsParams": "runtime.structured_outputs",
     "Timings": "runtime.request",
+    "TokenLogprobs": "runtime.request",
     "Video": "runtime.inputs.video",
     "VideoOptions": "media_options",
 }

@@ -98,7 +98,7 @@ class StopStrings:
 class AnswerStream:
     """Tokens and text of an answer, and why it ended.
 
-    ``finish_reason`` is None while it runs, then ``"stop"`` (end-of-sequence token or stop string), ``"length"``
+    ``finish_reason`` is None while it runs, then ``"stop"`` (end-of-sequence or stop token, stop string), ``"length"``
     (``max_tokens``) or the caller's. ``token_ids`` includes the end-of-sequence token, as Transformers does.
     """
 
@@ -106,7 +106,7 @@ class AnswerStream:
         self._detokenizer = Detokenizer(tokenizer)
         self._stop_strings = StopStrings(params.stop) if params.stop else None
         self._max_tokens = params.max_tokens
-        self._eos = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
+        self._eos = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids))
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
 

@@ -233,6 +233,13 @@ class Pipeline:
                 )
             )
             return output
+        try:
+            sampling.check_vocabulary(self._config.text.vocab_size)
+        except SamplingError as error:
+            output.fail(error)
+            return output
+        if sampling.logprobs is not None:
+            output.logprobs = []
         self._queue.add(request, sampling, output)
         return output
 
@@ -312,7 +319,7 @@ class Pipeline:
         for token in new:
             if token.sequence.output in self._listeners:
                 number, events = self._listeners[token.sequence.output]
-                events.append(Event(number, token.token, token.text, token.sequence.output))
+                events.append(Event(number, token.token, token.text, token.sequence.output, token.logprobs))
         self._counters.steps += 1
         self._counters.step_seconds += self._clock() - began
         return new

@@ -128,6 +128,21 @@ class Timings:
     total: float = 0.0
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities where one token of an answer was chosen, as ``SamplingParams.logprobs`` asks for them.
+
+    Attributes:
+        token_id: the token of the answer.
+        logprob: its own.
+        top: the likeliest tokens there, likeliest first, each with its own.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class Output:
     """The answer to one request, filled in as it is generated.
 
@@ -147,6 +162,7 @@ class Output:
         reused_tokens: how many of them were in the cache from another request.
         images: what became of each image, in the order of the prompt, once the request is prepared.
         videos: likewise of each video.
+        logprobs: of each of ``token_ids``; None where they were not asked for.
         timings: see :class:`Timings`.
         arrival: when it was made, by the clock.
         expires: the clock's time at which its deadline passes; infinity where it has none.
@@ -164,6 +180,7 @@ class Output:
         self.prompt_tokens = self.reused_tokens = 0
         self.images: list[MediaSize] = []
         self.videos: list[MediaSize] = []
+        self.logprobs: list[TokenLogprobs] | None = None
         self.clock = clock
         self._text: list[str] = []
         self._token_ids: list[int] = []
@@ -211,7 +228,14 @@ class Output:
         waited = self._started - self.arrival - self.timings.preprocess - self.timings.vision
         self.timings.queue = max(0.0, waited)  # a difference of sums may round to less
 
-    def append(self, token: int, text: str, finish_reason: FinishReason | None, now: float) -> None:
+    def append(
+        self,
+        token: int,
+        text: str,
+        finish_reason: FinishReason | None,
+        now: float,
+        logprobs: TokenLogprobs | None = None,
+    ) -> None:
         """Add a token and the text that it completed, ``now`` by the clock; one that has ended gets no more."""
         if self.finish_reason is not None or self.error is not None:
             return
@@ -221,6 +245,10 @@ class Output:
             timings.prefill = elapsed - (self._started - self.arrival)
         self._token_ids.append(token)
         self._text.append(text)
+        if logprobs is not None:
+            if self.logprobs is None:
+                self.logprobs = []
+            self.logprobs.append(logprobs)
         timings.decode = elapsed - timings.time_to_first_token
         if finish_reason is not None:
             self._end(finish_reason, None)
@@ -262,12 +290,16 @@ class Output:
 
 @dataclass(frozen=True)
 class Event:
-    """One token of one answer: its request's number in the call, the text that it completed, and the answer."""
+    """One token of one answer.
+
+    Its request's number in the call, the text that it completed, the answer, and log-probabilities if asked for.
+    """
 
     index: int
     token_id: int
     text: str
     output: Output = field(repr=False)
+    logprobs: TokenLogprobs | None = None
 
 
-__all__ = ["Event", "Output", "Request", "SamplingParams", "Timings"]
+__all__ = ["Event", "Output", "Request", "SamplingParams", "Timings", "TokenLogprobs"]

@@ -2,7 +2,8 @@
 
 Settings have the order and meaning of Transformers' logits processors: repetition penalty (over prompt and answer),
 temperature, top-k, top-p, min-p; presence and frequency penalty (over the answer) follow the repetition penalty, as in
-vLLM. Of equal logits at the edge of top-p all stay, so that a draw does not hang on how a sort orders them.
+vLLM. A bias comes before the penalties, as in both. Of equal logits at the edge of top-p all stay, so that a draw does
+not hang on how a sort orders them. Log-probabilities are those of the logits as they came.
 
 A row's draw depends on its logits, its settings, its seed and the number of its draw, not on the rows beside it. The
 host never waits: it knows the random numbers beforehand, and sends them with the settings in one copy.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from qwen2vl_trt.transfer import to_device
 
+from .request import TokenLogprobs
 from .sampling_params import Sampling
 
 _CANDIDATES = 1024  # of top-p, before all tokens are sorted
@@ -78,8 +80,10 @@ class Plan(NamedTuple):
         temperature, top_k, top_p: one of them that is not off.
         min_p: one that is not off, or a greedy row beside drawn ones, which keeps its largest logit alone.
         all_candidates: top-p without a top-k up to 1,024.
+        bias: a bias of some tokens.
         width: of the seen tokens that are looked at, a power of two.
         candidates: how many of the largest logits top-k and top-p look at first, a power of two or V.
+        logprobs: how many of the likeliest are asked for; None computes no log-probabilities.
     """
 
     repetition: bool
@@ -90,8 +94,14 @@ class Plan(NamedTuple):
     top_p: bool
     min_p: bool
     all_candidates: bool
+    bias: bool
     width: int = 0
     candidates: int = 0
+    logprobs: int | None = None
+
+
+_USES = len(Plan._fields) - len(Plan._field_defaults)
+_BIAS = Plan._fields.index("bias")
 
 
 class SampledTokens:
@@ -101,12 +111,15 @@ class SampledTokens:
         tokens: ``[B]`` INT64 on the device; some valid id where the row is broken.
     """
 
-    def __init__(self, tokens: Tensor, largest: Tensor) -> None:
-        self.tokens, self._largest = tokens, largest
+    def __init__(self, tokens: Tensor, largest: Tensor, logprobs: Tensor | None = None) -> None:
+        self.tokens, self._largest, self._logprobs = tokens, largest, logprobs
         if tokens.device.type == "cpu":
             return
         # Token ids in FP32, exact below 2**24; NaN where the largest logit is NaN or infinite, times 0.
-        self._host = torch.add(tokens, largest, alpha=0).to("cpu", non_blocking=True)  # of CUDA: into pinned memory
+        numbers = torch.add(tokens, largest, alpha=0)[:, None]
+        if logprobs is not None:
+            numbers = torch.cat([numbers, logprobs], dim=-1)
+        self._host = numbers.to("cpu", non_blocking=True)  # of CUDA: into pinned memory
         self._copied = None
         if tokens.device.type == "cuda":
             self._copied = torch.cuda.Event()
@@ -119,7 +132,21 @@ class SampledTokens:
             return [token if math.isfinite(largest) else None for token, largest in pairs]
         if self._copied is not None:
             self._copied.synchronize()
-        return [int(token) if token == token else None for token in self._host.tolist()]
+        return [int(token) if token == token else None for token in self._host[:, 0].tolist()]
+
+    def logprobs(self, asked: Sequence[int | None]) -> list[TokenLogprobs | None]:
+        """Of each row's token and as many of the likeliest as it asked for; only after :meth:`tolist`."""
+        if self._logprobs is None:
+            return [None] * len(asked)
+        own = self._logprobs if self.tokens.device.type == "cpu" else self._host[:, 1:]
+        found: list[TokenLogprobs | None] = []
+        for number, (token, logprob, *top) in zip(asked, own.tolist(), strict=True):
+            if number is None:
+                found.append(None)
+                continue
+            ids, values = top[: len(top) // 2][:number], top[len(top) // 2 :][:number]
+            found.append(TokenLogprobs(int(token), logprob, tuple(zip(map(int, ids), values))))
+        return found
 
 
 class Sampler:
@@ -136,7 +163,8 @@ class Sampler:
         self._device = torch.device(device)
         self._table = np.zeros((max_num_seqs, 9), np.int64)
         self._rows = self._table.view(_ROW)[:, 0]
-        self._uses = np.zeros((max_num_seqs, 8), bool)  # Plan's
+        self._uses = np.zeros((max_num_seqs, _USES), bool)  # Plan's
+        self._asked = np.full(max_num_seqs, -1)  # log-probabilities; -1 is none
         self._batch: Sequence[int] = ()  # slots of the last call, unless settings have changed since
         self._keys = np.zeros(max_num_seqs, np.uint64)
         self._draws = np.zeros(max_num_seqs, np.uint64)
@@ -144,6 +172,10 @@ class Sampler:
         # them twice is harmless, and this is far less to read than a mask of the vocabulary.
         self._seen = torch.zeros((max_num_seqs, 0), dtype=torch.long, device=self._device)
         self._counts = torch.zeros((0, vocab_size), device=self._device)  # [slots, V] of the answer, once it is needed
+        # Biased ids, then 0 with a bias of 0.
+        self._bias_ids = torch.zeros((max_num_seqs, 0), dtype=torch.long, device=self._device)
+        self._bias = torch.zeros((max_num_seqs, 0), device=self._device)
+        self._bits = to_device(1 << np.arange(32, dtype=np.int64), self._device).to(torch.int32)
         self._one = torch.ones((), device=self._device)
 
     def start(self, slot: int, params: Sampling, prompt_ids: Collection[int], answer_ids: Sequence[int] = ()) -> None:
@@ -167,6 +199,8 @@ class Sampler:
         if params.penalised:
             seen = np.unique([*prompt_ids, *answer_ids])
             self._write_seen(slot, seen)
+        if params.logit_bias or self._uses[slot, _BIAS]:
+            self._write_bias(slot, params.logit_bias or {})
         counts = bool(params.presence_penalty or params.frequency_penalty)
         if counts:
             self._write_counts(slot, answer_ids)
@@ -194,19 +228,28 @@ class Sampler:
             top_p=top_p < 1,
             min_p=min_p > 0,
             all_candidates=top_p < 1 and not 0 < top_k <= _CANDIDATES,
-        )[:8]
+            bias=bool(params.logit_bias),
+        )[:_USES]
+        self._asked[slot] = -1 if params.logprobs is None else min(params.logprobs, self._vocab_size)
         self._batch = ()
         seed = secrets.randbits(63) if params.seed is None else params.seed
         self._keys[slot] = _mix(np.array([seed], np.uint64) + _GOLDEN)[0]
         self._draws[slot] = len(answer_ids)
 
-    def __call__(self, logits: Tensor, slots: Sequence[int], greedy: Tensor | None = None) -> SampledTokens:
+    def __call__(
+        self,
+        logits: Tensor,
+        slots: Sequence[int],
+        greedy: Tensor | None = None,
+        allowed: np.ndarray | None = None,
+    ) -> SampledTokens:
         """Sample the next token of every row, and add it to the row's seen tokens.
 
         Args:
             logits: ``[B, V]`` FP32 on the device; not changed.
             slots: of the B rows, no two the same.
             greedy: ``[B]`` argmax, if the engine has computed it.
+            allowed: bits ``[B, ceil(V / 32)]`` INT32 of the tokens that may be drawn; None allows all.
 
         Raises:
             ValueError: the numbers of rows and slots differ.
@@ -214,9 +257,10 @@ class Sampler:
         if len(slots) != logits.shape[0]:
             raise ValueError(f"{logits.shape[0]} rows of logits for {len(slots)} slots")
         plan, table = self.stage(slots)
-        if table is None and greedy is not None:
+        if table is None and greedy is not None and plan.logprobs is None and allowed is None:
             return SampledTokens(greedy, logits.gather(-1, greedy[:, None])[:, 0])
-        return SampledTokens(*self.run(logits, plan, table))
+        mask = None if allowed is None else to_device(allowed, self._device)
+        return SampledTokens(*self.run(logits, plan, table, mask))
 
     def stage(self, slots: Sequence[int]) -> tuple[Plan, Tensor | None]:
         """What the host does of a call: its plan, and settings and random numbers of the rows on the device.
@@ -225,9 +269,11 @@ class Sampler:
         """
         if slots != self._batch:  # mostly it is the last call's
             self._batch, self._index = list(slots), np.asarray(slots)
-            self._plan = Plan(*self._uses[self._index].any(0).tolist())
+            asked = int(self._asked[self._index].max())
+            plan = Plan(*self._uses[self._index].any(0).tolist())
+            self._plan = plan._replace(logprobs=None if asked < 0 else asked)
         plan, index = self._plan, self._index
-        if not (plan.draws or plan.repetition or plan.counts):
+        if not (plan.draws or plan.repetition or plan.counts or plan.bias):
             return plan, None
         table = self._table[index]
         staged = table.view(_ROW)[:, 0]
@@ -246,30 +292,36 @@ class Sampler:
             candidates = min(candidates, self._vocab_size)
         return plan._replace(width=width, candidates=candidates), to_device(table, self._device)
 
-    def run(self, logits: Tensor, plan: Plan, table: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(
+        self, logits: Tensor, plan: Plan, table: Tensor | None, allowed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the device does of a call.
 
         Returns:
-            Tokens ``[B]`` and the largest score ``[B]`` of each row.
+            Tokens ``[B]`` and the largest score ``[B]`` of each row, and log-probabilities as :func:`_logprobs` does.
         """
-        if table is None:
-            largest, tokens = logits.max(dim=-1)
-            return tokens, largest
-        rows = Rows(table)
-        scores = self.penalise(logits, plan, rows)
-        if plan.draws:
+        rows = None if table is None else Rows(table)
+        scores = logits if rows is None else self.penalise(logits, plan, rows)
+        if allowed is not None:
+            refused = (allowed[:, :, None] & self._bits) == 0  # [B, V / 32, 32]
+            scores = scores.masked_fill(refused.view(len(scores), -1)[:, : self._vocab_size], _OFF)
+        if rows is not None and plan.draws:
             weights, largest = weigh(scores, plan, rows)
             tokens = _draw(weights, rows["uniform"])
         else:
             largest, tokens = scores.max(dim=-1, keepdim=True)
-        if plan.width:
+        if rows is not None and plan.width:
             self._seen.index_put_((rows["slot"], rows["seen"]), tokens)
             if plan.counts:
                 self._counts.index_put_((rows["slot"], tokens), self._one, accumulate=True)
-        return tokens[:, 0], largest[:, 0]
+        logprobs = None if plan.logprobs is None else _logprobs(logits, tokens, plan.logprobs)
+        return tokens[:, 0], largest[:, 0], logprobs
 
     def penalise(self, logits: Tensor, plan: Plan, rows: Rows) -> Tensor:
-        """Apply penalties to ``[B, V]``; the same tensor if no row has one."""
+        """Apply bias and penalties to ``[B, V]``; the same tensor if no row has one."""
+        if plan.bias:
+            slots = rows["slot"][:, 0]
+            logits = logits.scatter_add(-1, self._bias_ids.index_select(0, slots), self._bias.index_select(0, slots))
         if not plan.width:
             return logits
         ids = self._seen[:, : plan.width].index_select(0, rows["slot"][:, 0])  # [B, width]
@@ -288,6 +340,16 @@ class Sampler:
         if width > capacity:
             padding = self._seen[:, :1] if capacity else self._seen.new_zeros(slots, 1)
             self._seen = torch.cat([self._seen, padding.expand(-1, width - capacity)], dim=-1)
+
+    def _write_bias(self, slot: int, bias: Mapping[int, float]) -> None:
+        missing = len(bias) - self._bias.shape[1]
+        if missing > 0:
+            self._bias_ids, self._bias = (
+                torch.nn.functional.pad(each, (0, missing)) for each in (self._bias_ids, self._bias)
+            )
+        ids, values = np.zeros(self._bias.shape[1], np.int64), np.zeros(self._bias.shape[1], np.float32)
+        ids[: len(bias)], values[: len(bias)] = list(bias), list(bias.values())
+        self._bias_ids[slot], self._bias[slot] = to_device(ids, self._device), to_device(values, self._device)
 
     def _write_seen(self, slot: int, ids: np.ndarray) -> None:
         if not len(ids):
@@ -312,6 +374,15 @@ def check_prompt(params: Sampling, prompt_ids: Collection[int], vocab_size: int)
         for token in (min(prompt_ids, default=0), max(prompt_ids, default=0)):
             if not 0 <= token < vocab_size:
                 raise ValueError(f"prompt token {token} is outside the vocabulary of {vocab_size}")
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, number: int) -> Tensor:
+    """Each row's token and its log-probability, then N ids and their log-probabilities: ``[B, 2 + 2N]`` FP32."""
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    if not number:
+        return torch.cat([tokens, logits.gather(-1, tokens) - total], dim=-1)
+    top = logits.topk(number, dim=-1)
+    return torch.cat([tokens, logits.gather(-1, tokens) - total, top.indices, top.values - total], dim=-1)
 
 
 def weigh(scores: Tensor, plan: Plan, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
 from qwen2vl_trt.errors import SamplingError
 from qwen2vl_trt.messages import LONE_SURROGATE
+
+from .structured_outputs import StructuredOutputsParams
 
 _GREEDY_TEMPERATURE = 1e-5  # as in vLLM
 
@@ -17,6 +19,7 @@ PENALTIES = (1e-4, 1e4)
 """Minimum and maximum of ``repetition_penalty``; beyond, logits overflow."""
 
 _LARGEST_PENALTY = 2  # of presence and frequency, as in OpenAI's and vLLM's interfaces
+_LARGEST_BIAS = 100  # likewise
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,15 @@ class SamplingParams:
         min_p: keep the tokens with at least this share of the likeliest one's probability; in [0, 1] [0, all].
         presence_penalty: subtracted from the logits of tokens that the answer has; -2 to 2 [0, off].
         frequency_penalty: likewise, times how often it has them; -2 to 2 [0, off].
+        stop_token_ids: tokens that end the answer as end-of-sequence tokens do, with ``ignore_eos`` too; ``token_ids``
+            has the token, the text has not [none].
+        logit_bias: added to the logits of these token ids, before the penalties; -100 to 100 [none].
+        logprobs: log-probabilities of each token of the answer, in ``Output.logprobs``: 0 of that token alone, N of
+            the N likeliest too. They are the model's own, before bias, penalties, temperature and the rest [none].
+        structured_outputs: what the answer must look like [any text].
 
     Raises:
-        SamplingError: a value is out of range.
+        SamplingError: a value is out of range, or ``ignore_eos`` with ``structured_outputs``, which end the answer.
     """
 
     max_tokens: int | None = None
@@ -53,6 +62,10 @@ class SamplingParams:
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         for name, (valid, allowed) in _ALLOWED.items():
@@ -61,6 +74,15 @@ class SamplingParams:
                 raise SamplingError(f"{name} is {value!r}; it must be {allowed}")
         if self.stop is not None:
             object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if self.stop_token_ids is not None:
+            object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
+        if self.logit_bias is not None:
+            bias = {int(token): float(value) for token, value in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", bias)
+        if self.ignore_eos and self.structured_outputs is not None:
+            raise SamplingError(
+                "ignore_eos goes on after the end that structured_outputs lead to; leave one of the two out"
+            )
 
     def with_defaults(self, defaults: SamplingParams | None = None) -> Sampling:
         """Replace None by the value in ``defaults``, else by the default in brackets."""
@@ -93,6 +115,10 @@ class Sampling:
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     max_tokens_given: bool = True
 
     @property
@@ -102,6 +128,12 @@ class Sampling:
     @property
     def penalised(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise SamplingError for a token id that a vocabulary of this size does not have."""
+        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias or ())):
+            if max(ids, default=0) >= size:
+                raise SamplingError(f"{name} has token {max(ids)}; the model's vocabulary has 0 to {size - 1:,}")
 
 
 def _is_number(value: Any, low: float) -> bool:
@@ -116,6 +148,13 @@ def _are_texts(value: Any) -> bool:
     texts = (value,) if isinstance(value, str) else value
     return isinstance(texts, Sequence) and all(
         isinstance(text, str) and text and not LONE_SURROGATE.search(text) for text in texts
+    )
+
+
+def _are_biases(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        _is_int(token, 0) and _is_number(bias, -_LARGEST_BIAS) and bias <= _LARGEST_BIAS
+        for token, bias in value.items()
     )
 
 
@@ -141,5 +180,15 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
             lambda value: _is_number(value, -_LARGEST_PENALTY) and value <= _LARGEST_PENALTY,
             f"a number from -{_LARGEST_PENALTY} to {_LARGEST_PENALTY} (0 is off)",
         ),
+    ),
+    "stop_token_ids": (
+        lambda value: isinstance(value, Sequence) and all(_is_int(token, 0) for token in value),
+        "a list of token ids",
+    ),
+    "logit_bias": (_are_biases, f"a mapping of token ids to numbers from -{_LARGEST_BIAS} to {_LARGEST_BIAS}"),
+    "logprobs": (lambda value: _is_int(value, 0), "None or a whole number of at least 0"),
+    "structured_outputs": (
+        lambda value: isinstance(value, StructuredOutputsParams),
+        "StructuredOutputsParams(json=...), from qwen2vl_trt",
     ),
 }

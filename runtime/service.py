@@ -248,7 +248,7 @@ class Service:
         for token in new:
             answer = self._live.get(token.sequence.output)
             if answer is not None:  # else somebody else's request
-                answer._tell(Event(0, token.token, token.text, answer.output))
+                answer._tell(Event(0, token.token, token.text, answer.output, token.logprobs))
 
     def _let_go(self) -> None:
         """Tell those that wait for an answer that has ended."""

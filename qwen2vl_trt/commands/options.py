@@ -295,4 +295,5 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     Raises:
         SamplingError: a value that is not allowed.
     """
-    return SamplingParams(**{each.name: getattr(arguments, each.name) for each in fields(SamplingParams)})
+    names = {each.name for each in fields(SamplingParams)}
+    return SamplingParams(**{name: value for name, value in vars(arguments).items() if name in names})

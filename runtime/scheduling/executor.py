@@ -11,7 +11,7 @@ from torch import Tensor
 from qwen2vl_trt.errors import DeadlineError, ExecutionError, Qwen2VLError
 
 from ..backends.runners import Engines
-from ..request import Output
+from ..request import Output, TokenLogprobs
 from .sequence import RunningSequence
 
 
@@ -107,18 +107,21 @@ class NewToken:
     sequence: RunningSequence = field(repr=False)
     token: int
     text: str
+    logprobs: TokenLogprobs | None = None
 
 
-def take_token(sequence: RunningSequence, token: int, counters: Counters, now: float) -> NewToken:
+def take_token(
+    sequence: RunningSequence, token: int, counters: Counters, now: float, logprobs: TokenLogprobs | None = None
+) -> NewToken:
     """Add a token to a running answer and count it, at the time ``now``; the answer may end with it."""
     output, stream = sequence.output, sequence.stream
     text = stream.push(token, "deadline" if now >= output.expires else None)
-    output.append(token, text, stream.finish_reason, now)
+    output.append(token, text, stream.finish_reason, now, logprobs)
     counters.generated_tokens += 1
     if len(stream.token_ids) == 1:
         counters.first_tokens += 1
         counters.time_to_first_token_seconds += output.timings.time_to_first_token
-    return NewToken(sequence, token, text)
+    return NewToken(sequence, token, text, logprobs)
 
 
 def named(error: Exception, what: str) -> Qwen2VLError:

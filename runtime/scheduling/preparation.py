@@ -29,6 +29,7 @@ from ..preprocessing.sizes import MediaSize, Medium
 from ..request import Output, Request
 from ..sampler import check_prompt
 from ..sampling_params import Sampling
+from ..structured_outputs import GrammarCompiler, Matcher
 from .sequence import RunningSequence, token_keys
 
 
@@ -47,6 +48,7 @@ class Preparer:
     ) -> None:
         self._media, self._prompts, self._config, self._profile = media, prompts, config, profile
         self._eos_token_ids = eos_token_ids
+        self.grammars = GrammarCompiler(prompts.tokenizer.backend_tokenizer, config.text.vocab_size, eos_token_ids)
         self._strict_size, self._observe = strict_size, observe
 
     def find_media(self, request: Request, params: Sampling | None = None) -> tuple[Media, int | None]:
@@ -146,7 +148,14 @@ class Preparer:
         note = f"{name} ({size.width}x{size.height}) is resized to {what} {why}; --strict-size refuses it"
         return replace(medium, note=note)
 
-    def prepare(self, request: Request, params: Sampling, output: Output, media: list[Medium]) -> RunningSequence:
+    def prepare(
+        self,
+        request: Request,
+        params: Sampling,
+        output: Output,
+        media: list[Medium],
+        matcher: Matcher | None = None,
+    ) -> RunningSequence:
         """Tokenize a request's prompt around its media; now all that can be wrong with it is known.
 
         A ``max_tokens`` that the request did not say is lowered to what the prompt leaves. ``output`` gets the prompt's
@@ -181,6 +190,7 @@ class Preparer:
             ),
             stream=AnswerStream(self._prompts.tokenizer.backend_tokenizer, params, self._eos_token_ids),
             params=params,
+            matcher=matcher,
         )
 
     def _prompt(self, request: Request, media: list[Medium]) -> tuple[Prompt, tuple[list[Grid], list[Grid]]]:

@@ -19,6 +19,7 @@ from ..prefetcher import Job, Prefetcher
 from ..preprocessing.sizes import Medium
 from ..request import Output, Request
 from ..sampling_params import Sampling
+from ..structured_outputs import Matcher
 from .executor import named
 from .preparation import Preparer, loading_bytes, on_gpu
 from .sequence import RunningSequence
@@ -31,13 +32,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class QueuedRequest:
-    """``found`` and ``job`` are set once its turn is near, ``sequence`` once its media are loaded."""
+    """``found`` and ``job`` are set once its turn is near, ``matcher`` by the job, ``sequence`` after it."""
 
     request: Request
     params: Sampling
     output: Output
     found: Media | None = None
     job: Job | None = None
+    matcher: Matcher | None = None
     sequence: RunningSequence | None = None
 
 
@@ -109,7 +111,9 @@ class RequestQueue:
                     if media is None:
                         continue
                     more -= beyond
-                    sequence = self._preparer.prepare(queued.request, queued.params, queued.output, media)
+                    sequence = self._preparer.prepare(
+                        queued.request, queued.params, queued.output, media, queued.matcher
+                    )
                 except Exception as error:
                     queued.output.fail(named(error, "preparing the request"))
                     number -= 1
@@ -176,10 +180,16 @@ class RequestQueue:
         if queued.found is None:
             queued.found, most_tokens = self._preparer.find_media(queued.request, queued.params)
             found = queued.found
-            if found.images or found.videos:
-                load = partial(self._preparer.load, found, most_tokens)
+            if found.images or found.videos or queued.params.structured_outputs is not None:
+                load = partial(self._load, queued, found, most_tokens)
                 on_thread = self._overlap and not on_gpu([*found.images, *found.videos])
                 queued.job = self._prefetcher.submit(load, partial(loading_bytes, found), on_thread)
+
+    def _load(self, queued: QueuedRequest, found: Media, most_tokens: int | None) -> list[Medium]:
+        """Load a request's media, and compile its grammar."""
+        if queued.params.structured_outputs is not None:
+            queued.matcher = self._preparer.grammars.matcher(queued.params.structured_outputs)
+        return self._preparer.load(found, most_tokens)
 
     def _warn(self, media: Sequence[Medium]) -> None:
         """Log what was resized to fit the engines: the first of them, then that there are more."""

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -396,9 +397,10 @@ class Scheduler(Executor):
         if len(results) > 1:
             logits, greedy = torch.cat([step.logits for step in results]), None
         indices = [sequence.index for sequence in launched.sequences]
+        allowed = self._allowed(launched.sequences)
         try:
             with self._observe(Stage("sampling")):
-                launched.tokens = self._sampler(logits, indices, greedy)
+                launched.tokens = self._sampler(logits, indices, greedy, allowed)
         except Exception as error:
             for sequence in launched.sequences:
                 self._fail(sequence, error)
@@ -407,6 +409,26 @@ class Scheduler(Executor):
         for sequence in launched.sequences:
             sequence.sampled += 1
         return launched
+
+    def _allowed(self, sequences: Sequence[RunningSequence]) -> np.ndarray | None:
+        """What grammars allow as next tokens, see :class:`Sampler`; the engine works on the step meanwhile.
+
+        One step ahead the tokens of the step before are taken here, which is before this one's are sampled.
+        """
+        if all(sequence.matcher is None for sequence in sequences):
+            return None
+        self._take(self._launched)
+        self._launched = _Launched()
+        allowed = np.full((len(sequences), -(-self._decoder.vocab_size // 32)), -1, np.int32)
+        for row, sequence in zip(allowed, sequences):
+            if sequence.matcher is None or sequence.output.finished:
+                continue
+            try:
+                sequence.matcher.fill(row)
+            except Exception as error:
+                row.fill(-1)
+                self._fail(sequence, error)
+        return allowed
 
     def _calls(self, rows: Sequence[_Row]) -> list[list[_Row]]:
         """The rows of each call of the decoder."""
@@ -526,13 +548,14 @@ class Scheduler(Executor):
             return
         try:
             tokens = launched.tokens.tolist()
+            logprobs = launched.tokens.logprobs([sequence.params.logprobs for sequence in launched.sequences])
         except Exception as error:  # a GPU reports here what went wrong before
             for sequence in launched.sequences:
                 if not sequence.output.finished:
                     self._fail(sequence, error)
             return
         now = launched.sequences[0].output.clock()  # one of the pipeline for all
-        for sequence, token in zip(launched.sequences, tokens, strict=True):
+        for sequence, token, each in zip(launched.sequences, tokens, logprobs, strict=True):
             if sequence.output.finished:  # before this step was launched, or meanwhile by whoever holds it
                 self._remove(sequence)
                 continue
@@ -540,7 +563,9 @@ class Scheduler(Executor):
                 self._fail(sequence, ExecutionError(_NOT_FINITE))
                 continue
             try:
-                self._new.append(take_token(sequence, token, self._counters, now))
+                if sequence.matcher is not None:
+                    sequence.matcher.push(token)
+                self._new.append(take_token(sequence, token, self._counters, now, each))
             except Exception as error:
                 self._fail(sequence, error)
                 continue

@@ -14,6 +14,7 @@ from ..detokenizer import AnswerStream
 from ..preprocessing.sizes import Medium
 from ..request import Output
 from ..sampling_params import Sampling
+from ..structured_outputs import Matcher
 from .side_stream import ReadyEvent
 
 
@@ -40,6 +41,7 @@ class RunningSequence:
         index: its place in the sampler, as long as it has a slot.
         cached: tokens in its slot so far.
         sampled: tokens of its answer that are sampled, or are being.
+        matcher: its place in the grammar that its answer follows; None where it is free.
         counts: its prompt is counted and timed; no longer once it was preempted.
     """
 
@@ -60,6 +62,7 @@ class RunningSequence:
     index: int = 0
     cached: int = 0
     sampled: int = 0
+    matcher: Matcher | None = None
     counts: bool = True
 
     @property

@@ -94,6 +94,7 @@ class TensorRTLLMExecutor(Executor):
                 params.ignore_eos,
                 self._ends.eos_token_ids,
                 self._ends.pad_token_id,
+                params.stop_token_ids,
             )
         except Exception as error:
             output.fail(named(error, "preparing the request for TensorRT-LLM"))
@@ -205,6 +206,11 @@ def check_sampling(params: Sampling) -> None:
             # Its sampler has them in some releases alone, and leaves them out without a word in the others.
             raise SamplingError(
                 f"{name} {value:g} is not for backend tensorrt-llm; leave it out, or run the model with another backend"
+            )
+    for name in ("logit_bias", "logprobs", "structured_outputs"):
+        if getattr(params, name) is not None:
+            raise SamplingError(
+                f"{name} is not for backend tensorrt-llm; leave it out, or run the model with another backend"
             )
     if params.seed is not None and not params.greedy:
         # One generator draws for the whole batch: an answer depends on what runs beside it.

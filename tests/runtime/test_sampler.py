@@ -12,6 +12,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -367,6 +368,79 @@ def test_draws_go_on_where_a_sequence_was_interrupted():
     assert [own(step, [2]).tolist()[0] for step in logits[8:]] == whole[8:]
 
 
+def random_bias(generator, number):
+    ids = torch.randperm(VOCAB, generator=generator)[:number].tolist()
+    return {token: float(value) for token, value in zip(ids, torch.randn(number, generator=generator) * 30)}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_bias_comes_before_the_penalty_as_in_transformers(seed):
+    """Rows with biases of several lengths, and none, in slots that had others before."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(5, VOCAB, generator=generator) * 4
+    prompts = torch.randint(VOCAB, (5, 40), generator=generator).tolist()
+    own = started([Sampling(logit_bias=random_bias(generator, 9))] * 5)
+    biases = [random_bias(generator, number) if number else None for number in (0, 1, 7, 12, 0)]
+    params = [random_params(generator, logit_bias=bias) for bias in biases]
+    for slot, param in enumerate(params):
+        own.start(slot, param, prompts[slot])
+    ours = distribution(logits, params, prompts, own)
+    for row, bias in enumerate(biases):
+        biased = logits[row]
+        if bias is not None:
+            processor = SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()])
+            biased = processor(torch.tensor([prompts[row]]), logits[row][None])[0]
+        expected = transformers_distribution(biased, prompts[row], params[row])
+        torch.testing.assert_close(ours[row], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_greedy_rows_take_the_biased_argmax_and_leave_the_others_alone():
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(0))
+    best = logits.argmax(-1).tolist()
+    own = started([Sampling(), Sampling(logit_bias={7: 100}), Sampling(logit_bias={best[2]: -100}), Sampling()])
+    found = sample(own, logits, logits.argmax(-1))
+    assert found == [best[0], 7, int(logits[2].topk(2).indices[1]), best[3]]
+    own.start(1, Sampling(), [1])
+    assert sample(own, logits)[1] == best[1]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_logprobs_are_those_of_the_raw_logits(device, monkeypatch):
+    mode = Synchronisations()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin(mode))
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(5, VOCAB, generator=generator) * 4
+    asked = [None, 0, 3, 20, None]
+    params = [
+        Sampling(logprobs=asked[row], temperature=row / 2, seed=row, repetition_penalty=1.5, logit_bias={5: 9.0})
+        for row in range(5)
+    ]
+    with mode:
+        own = Sampler(5, VOCAB, META if device == "meta" else "cpu")
+        for slot, param in enumerate(params):
+            own.start(slot, param, [1, 2])
+        found = own(DeviceTensor(logits) if device == "meta" else logits, range(5))
+        assert len(mode.seen) == (1 if device == "meta" else 0)  # the one copy to the host
+        tokens = found.tolist()
+        logprobs = found.logprobs(asked)
+    expected = logits.log_softmax(-1)
+    for row, number in enumerate(asked):
+        if number is None:
+            assert logprobs[row] is None
+            continue
+        best = expected[row].topk(number)
+        assert logprobs[row].token_id == tokens[row]
+        assert logprobs[row].logprob == pytest.approx(float(expected[row, tokens[row]]), abs=1e-5)
+        assert [token for token, _ in logprobs[row].top] == best.indices.tolist()
+        assert [value for _, value in logprobs[row].top] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_logprobs_do_not_change_the_draws():
+    logits = torch.randn(20, 1, VOCAB, generator=torch.Generator().manual_seed(6))
+    drawn = [run(logits, [Sampling(temperature=1.0, seed=5, logprobs=number)], [[1]]) for number in (None, 0, 5000)]
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
 def test_prompt_outside_the_vocabulary():
     for params in (Sampling(repetition_penalty=2), Sampling(presence_penalty=1)):
         with pytest.raises(ValueError, match="prompt token 300 is outside the vocabulary of 300"):
@@ -406,6 +480,9 @@ FILTERED = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05}
         ({"temperature": 0.7, "top_k": 20}, 12),
         (FILTERED, 29),
         (FILTERED | PENALISED, 42),
+        ({"logit_bias": {3: 1.0}}, 4),
+        ({"logprobs": 0}, 5),
+        ({"logprobs": 5}, 7),
     ],
 )
 def test_operators_do_not_grow_with_the_rows(chosen, number):
@@ -465,6 +542,13 @@ def test_stop_takes_one_string_or_many(stop):
         *[("seed", value, "None or a whole number") for value in (-1, 2**63, 1.5, "1", True)],
         *[("stop", value, "not empty") for value in ("", [""], ["a", ""], [1], 3, b"x", "\ud800", ["a", "b\udfff"])],
         *[("ignore_eos", value, "True or False") for value in (1, None, "yes")],
+        *[("stop_token_ids", value, "token ids") for value in (5, [-1], ["a"], [True], [1.0], "ab")],
+        *[
+            ("logit_bias", value, "from -100 to 100")
+            for value in ([1], {"1": 1}, {1: 101}, {1: -100.5}, {1: math.nan}, {-1: 1}, {1: "a"}, {True: 1})
+        ],
+        *[("logprobs", value, "at least 0") for value in (-1, 1.5, True, "1")],
+        *[("structured_outputs", value, "StructuredOutputsParams(json=...)") for value in ({}, "json", True)],
     ],
 )
 def test_meaningless_settings_are_named(name, value, allowed):

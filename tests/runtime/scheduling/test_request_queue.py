@@ -26,7 +26,7 @@ class Preparer:
     def load(self, found, most_tokens):
         return [Medium(MediaSize(28, 28, 28, 28, (1, 2, 2), 1)) for _ in (*found.images, *found.videos)]
 
-    def prepare(self, request, params, output, media):
+    def prepare(self, request, params, output, media, matcher=None):
         self._now[0] += 2
         if request.prompt == "wrong":
             raise PromptError("this prompt is wrong")

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams
+from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams, StructuredOutputsParams
 from qwen2vl_trt.building.calibration import Calibration, training_data
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.backends import find_backend
@@ -229,6 +229,14 @@ class TestEnds:
             time.sleep(0.01)  # it is told on its own thread
         assert [result.aborted for *_, result in llm(trtllm).requests] == [1, 0]
 
+    @pytest.mark.parametrize("ignore_eos", [False, True])
+    def test_stop_tokens(self, pipeline, torch_pipeline, ignore_eos):
+        whole = torch_pipeline.generate(REQUESTS[:1], SamplingParams(20, ignore_eos=True))[0].token_ids
+        settings = SamplingParams(20, ignore_eos=ignore_eos, stop_token_ids=(whole[4],))
+        found, wanted = (each.generate(REQUESTS[:1], settings) for each in (pipeline, torch_pipeline))
+        assert answers(found) == answers(wanted)
+        assert found[0].finish_reason == "stop"
+
     def test_a_deadline_before_the_first_token(self, folder):
         now = [0.0]
         pipeline = Pipeline(
@@ -273,6 +281,9 @@ class TestRefused:
             (SamplingParams(frequency_penalty=2), "frequency_penalty 2 is not for backend tensorrt-llm"),
             (SamplingParams(temperature=0.5, min_p=0.1), "min_p 0.1 is not for backend tensorrt-llm"),
             (SamplingParams(temperature=0.5, seed=3), "seed 3 is not for backend tensorrt-llm"),
+            (SamplingParams(logit_bias={3: 1}), "logit_bias is not for backend tensorrt-llm"),
+            (SamplingParams(structured_outputs=StructuredOutputsParams(regex="a")), "structured_outputs is not for"),
+            (SamplingParams(logprobs=0), "logprobs is not for backend tensorrt-llm"),
         ],
     )
     def test_sampling(self, pipeline, settings, message):
