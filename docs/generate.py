@@ -56,7 +56,8 @@ def _command(name: str, shared: dict[tuple[str, ...], str]) -> Iterator[str]:
         else:
             yield from ("", f"Options of {title}: as of [{first}](#{_anchor(first)}).")
     if epilog := getattr(module, "EPILOG", None):
-        yield from ("", "```", epilog.strip(), "```")
+        prog = "qwen2vl-trt-build" if name == "build" else f"qwen2vl-trt {name}"
+        yield from ("", "```", (epilog % {"prog": prog}).strip(), "```")
 
 
 def _spelling(action: argparse.Action) -> str:

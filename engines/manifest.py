@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -107,14 +108,14 @@ class Manifest:
                 if folder.is_dir()
                 else f"there is no folder {folder}"
             )
-            raise NoEngineError(f"{what}. Build one with {program('build_engines.py')}.") from None
+            raise NoEngineError(f"{what}. Build one with {_build(folder)}.") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise EngineError(f"{path} cannot be read ({error}). Rebuild with {program('build_engines.py')}.") from None
+            raise EngineError(f"{path} cannot be read ({error}). Rebuild with {_build(folder)} --force.") from None
         found = raw.get("format") if isinstance(raw, dict) else None
         if found != FORMAT:
             raise EngineError(
                 f"{folder} was built in format {found!s:.60}, this release loads format {FORMAT}."
-                f" Rebuild with {program('build_engines.py')}."
+                f" Rebuild with {_build(folder)} --force."
             )
         try:
             manifest = convert(raw, cls, MANIFEST_FILE)
@@ -124,7 +125,7 @@ class Manifest:
                     raise CheckpointError(f"{MANIFEST_FILE}: {name!r} is no name of a file")
             BuildProfile.from_dict(raw["profile"])  # its names
         except (BuildError, CheckpointError) as error:
-            raise EngineError(f"{path} is corrupt ({error}). Rebuild with {program('build_engines.py')}.") from None
+            raise EngineError(f"{path} is corrupt ({error}). Rebuild with {_build(folder)} --force.") from None
         return manifest
 
     def verify(self, folder: Path, thorough: bool = False) -> Checkpoint:
@@ -157,3 +158,8 @@ def file_hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _build(folder: Path) -> str:
+    """The command that builds into a folder; of which model, the user knows."""
+    return f"{program('build_engines.py')} --model MODEL --engine-dir {shlex.quote(str(folder))}"

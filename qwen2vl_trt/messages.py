@@ -58,12 +58,13 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Media:
-    """The images and videos of messages, in order, and the options of each."""
+    """The images and videos of messages, in order, the options of each, and ``Request.cache_salt``."""
 
     images: list[Any] = field(default_factory=list)
     videos: list[Any] = field(default_factory=list)
     image_options: list[ImageOptions] = field(default_factory=list)
     video_options: list[VideoOptions] = field(default_factory=list)
+    cache_salt: str | None = None
 
 
 def to_messages(prompt: str | Sequence[Message], images: int = 0, videos: int = 0) -> list[dict[str, Any]]:
@@ -135,6 +136,43 @@ def extract_media(messages: Sequence[Message], images: Sequence[Any] = (), video
                 f" {kind}s given: {given[kind]}"
             )
     return media
+
+
+def detach_media(
+    messages: Sequence[Message],
+) -> tuple[list[dict[str, Any]], list[tuple[Literal["image", "video"], Any, str]]]:
+    """Messages with placeholders in place of their media, and the media, for a caller who loads them himself.
+
+    Returns:
+        The messages, whose parts keep their options, and of each image and video its kind, what the part has, a URL as
+        it is, and where it is.
+
+    Raises:
+        PromptError: something in a message is unknown or wrong, or a part has no image or video.
+    """
+    media: list[tuple[Literal["image", "video"], Any, str]] = []
+    for message in _read(messages):
+        for part in message.parts:
+            if part.kind != "text":
+                if part.media is None:
+                    raise PromptError(f"{part.where} is of type {part.kind} and has none")
+                media.append((part.kind, part.media, part.where))
+    return [
+        {**message, "content": [_without_media(part) for part in message["content"]]}
+        if not isinstance(message.get("content"), (str, type(None)))
+        else dict(message)
+        for message in messages
+    ], media
+
+
+def _without_media(part: Mapping[str, Any]) -> dict[str, Any]:
+    kind = _kind("a part", part)
+    if kind == "text":
+        return dict(part)
+    content = next((part[key] for key in _CONTENT_KEYS[kind] if part.get(key) is not None), None)
+    detail = {"detail": content["detail"]} if isinstance(content, Mapping) and content.get("detail") else {}
+    rest = {key: value for key, value in part.items() if key not in _CONTENT_KEYS[kind]}
+    return {**rest, **detail, "type": kind}
 
 
 @dataclass(frozen=True)

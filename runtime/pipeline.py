@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from qwen2vl_trt.errors import LimitError, MediaError, PromptError, Qwen2VLError, SamplingError
+from qwen2vl_trt.prompts import Prompt
 
 from .backends.runners import Engines, open_engines
 from .exclusive import Exclusive, exclusive
@@ -56,6 +58,9 @@ class Pipeline:
         clock: seconds, for deadlines and all timings but ``vision``, the packing of pixels and what threads load; a
             simulation brings its own.
         observe: surrounds every stage, see :mod:`qwen2vl_trt.runtime.observer`.
+
+    Attributes:
+        tokenizer: the checkpoint's.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Pipeline:
         self.options = options
         files = ModelFiles.read(folder, self._config, self.profile, options)
         self.settings, self._generation = files.settings, files.generation
+        self.tokenizer: Tokenizer = files.prompts.tokenizer.backend_tokenizer
         preprocessor = Preprocessor(
             self._config.vision,
             self.settings,
@@ -431,6 +437,21 @@ class Pipeline:
             if on_done is not None:
                 on_done(len(embeddings))
         return embeddings
+
+    def tokenize(self, request: Request) -> Prompt:
+        """The prompt that the decoder would read, image and video tokens repeated; nothing is run or cached.
+
+        Raises:
+            PromptError: not a :class:`Request`, or the prompt is wrong.
+            MediaError: an image or a video cannot be read.
+            LimitError: the prompt is longer than the engines take.
+        """
+        _check_request(request)
+        with self._alone:
+            found = self._preparer.find_media(request)
+        media = self._preparer.load(*found)  # while others' steps go on
+        with self._alone:
+            return self._preparer.prompt(request, media)[0]
 
     @exclusive
     def hidden_states(self, requests: Request | Sequence[Request]) -> list[Tensor]:

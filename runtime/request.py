@@ -58,6 +58,8 @@ class Request:
         image_options: of every image whose part of a message does not say otherwise.
         video_options: of every video, likewise; which frames are kept, of files alone, and ``sample_fps`` of frames in
             memory alone. A :class:`~qwen2vl_trt.runtime.inputs.video.Video` keeps its own rate.
+        cache_salt: prefixes and embeddings are shared only between requests of equal salts, as in vLLM: a server that
+            gives each client its own lets none learn from the time to the first token what others have sent.
 
     Raises:
         PromptError: options that are no :class:`~qwen2vl_trt.media_options.ImageOptions` or ``VideoOptions``.
@@ -70,6 +72,7 @@ class Request:
     deadline: float | None = None
     image_options: ImageOptions = ImageOptions()
     video_options: VideoOptions = VideoOptions()
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("image_options", ImageOptions), ("video_options", VideoOptions)):

@@ -19,6 +19,7 @@ LAYERS = (
     "building",
     "accuracy",
     "batch",
+    "serving",
     "benchmarks",
     "verify",
     "commands",

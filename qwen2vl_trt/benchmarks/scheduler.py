@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +154,10 @@ def prompt_calls(packed: bool) -> int:
     return decoder.calls
 
 
-def measure_revision(revision: str) -> list[Figure]:
-    """The table of another revision of this checkout, by its own ``bench scheduler``.
+def measure_beside(revision: str, steps: int, turns: int = 3) -> tuple[list[Figure], list[Figure]]:
+    """The tables of this version and of another revision of this checkout, by its own ``bench scheduler``.
+
+    They run turn about, each time in a process of its own; every figure is the median of the turns.
 
     Raises:
         BenchmarkError: this is no checkout, there is no such revision, or it does not have the command.
@@ -167,11 +169,20 @@ def measure_revision(revision: str) -> list[Figure]:
         try:
             if made.returncode:
                 raise BenchmarkError(f"--baseline {revision}: {made.stderr.strip().splitlines()[-1]}")
-            command = [sys.executable, "run.py", "bench", "scheduler", "--json"]
-            found = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            if found.returncode:
-                raise BenchmarkError(f"--baseline {revision}: it has no bench scheduler, or that failed")
-            return [Figure(**figure) for figure in json.loads(found.stdout)["figures"]]
+            command = [sys.executable, "run.py", "bench", "scheduler", "--json", "--steps", str(steps)]
+            tables: dict[Path, list[list[Figure]]] = {root: [], Path(folder): []}
+            for _ in range(turns):
+                for checkout, found in tables.items():
+                    ran = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+                    if ran.returncode:
+                        name = revision if checkout != root else "this version"
+                        raise BenchmarkError(f"--baseline {revision}: bench scheduler of {name} failed or is not there")
+                    found.append([Figure(**figure) for figure in json.loads(ran.stdout)["figures"]])
+            ours, theirs = (
+                [replace(same[0], value=statistics.median(each.value for each in same)) for same in zip(*found)]
+                for found in tables.values()
+            )
+            return ours, theirs
         finally:
             subprocess.run([*git, "remove", "--force", folder], capture_output=True)
 

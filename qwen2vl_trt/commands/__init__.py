@@ -16,6 +16,7 @@ from qwen2vl_trt.errors import require
 
 COMMANDS = {
     "generate": "answer a prompt about images and videos",
+    "serve": "a server with OpenAI's API, and a page",
     "features": "features of any number of images",
     "batch": "features of images, or answers about rows of tables, on many workers",
     "eval": "accuracy of the tiny model on held-out digits",

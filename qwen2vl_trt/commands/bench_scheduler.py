@@ -14,7 +14,11 @@ from .options import positive_number
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that :func:`run` reads."""
     parser.add_argument("--steps", type=positive_number, default=300, metavar="N", help="default %(default)s")
-    parser.add_argument("--baseline", metavar="REVISION", help="beside it, another revision of this checkout")
+    parser.add_argument(
+        "--baseline",
+        metavar="REVISION",
+        help="another revision of this checkout beside it: both turn about, three times, medians",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -22,13 +26,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure and print."""
     import torch
 
-    from qwen2vl_trt.benchmarks.scheduler import measure, measure_revision
+    from qwen2vl_trt.benchmarks.scheduler import measure, measure_beside
     from qwen2vl_trt.machine import machine, one_line
 
     beside = arguments.baseline is not None
     facts = machine(torch.device("cpu"), "torch", "tokenizers")
-    before = {each.name: each.value for each in measure_revision(arguments.baseline)} if beside else {}
-    figures = measure(arguments.steps)
+    figures, theirs = measure_beside(arguments.baseline, arguments.steps) if beside else (measure(arguments.steps), [])
+    before = {each.name: each.value for each in theirs}
     if arguments.json:
         found = {"machine": facts, "figures": [vars(figure) for figure in figures], "baseline": before}
         print(json.dumps(found, indent=1))

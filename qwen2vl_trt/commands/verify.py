@@ -39,9 +39,11 @@ def run(arguments: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"{folder}: {reason(error)}") from None
-    for name in ("verify.json", "verify.md"):
-        check_target(folder / name)
+    page, data = folder / "verify.md", folder / "verify.json"
+    for path in (page, data):
+        check_target(path)
     import torch
+    from filelock import FileLock, Timeout
 
     from qwen2vl_trt.runtime.backends.runners import parse_device
     from qwen2vl_trt.verify.report import Report, Row, facts, head, summary, table_row
@@ -55,12 +57,22 @@ def run(arguments: argparse.Namespace) -> None:
             print(*facts(report.machine), "", *head(), sep="\n")
         print(table_row(row), flush=True)
 
+    def write() -> None:
+        write_json(data, report.as_dict())
+        write_result(page, lambda path: path.write_text(report.markdown(), encoding="utf-8"))
+
     try:
-        verify(report, show, wants_gpu=arguments.device != "cpu")
-    finally:
-        write_json(folder / "verify.json", report.as_dict())
-        write_result(folder / "verify.md", lambda path: path.write_text(report.markdown(), encoding="utf-8"))
-    print(f"\n{summary(report)} in {report.seconds:.0f} s; {folder / 'verify.json'}, {folder / 'verify.md'}")
+        with FileLock(folder / ".verify.lock", timeout=0):
+            write()  # a disk that is full is known now
+            try:
+                verify(report, show, wants_gpu=arguments.device != "cpu")
+            finally:
+                write()
+    except Timeout:
+        raise FileError(f"{folder}: another verify writes there; wait for it, or give another --output-dir") from None
+    except OSError as error:
+        raise FileError(f"{folder}: {reason(error)}") from None
+    print(f"\n{summary(report)} in {report.seconds:.0f} s; {data}, {page}")
     if report.failed:
         sys.stdout.flush()
         sys.exit(FAILED)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+NO_TIME = "no time left"
+
 
 @dataclass(frozen=True)
 class Finding:

@@ -39,7 +39,7 @@ class Row:
 
 @dataclass
 class Report:
-    """Of one run; rows are added as checks end."""
+    """Of one run, ``interrupted`` until it has ended; rows are added as checks end."""
 
     command: list[str]
     minutes: float
@@ -47,7 +47,7 @@ class Report:
     machine: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     seconds: float = 0.0
-    interrupted: bool = False
+    interrupted: bool = True
 
     @property
     def failed(self) -> list[Row]:

@@ -21,7 +21,7 @@ from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.hub import ResolvedModel
 from qwen2vl_trt.planning.counts import kv_bytes_per_token
 
-from .finding import Finding
+from .finding import NO_TIME, Finding
 
 UNTIL = Until(warm_up=None, duration=1.0, iterations=2)
 _RUNS, _REACHED = 3, 0.5
@@ -34,6 +34,7 @@ _BUILT = 10e6
 """Weights of a plan that TensorRT builds a second: a guess."""
 _SPARE = 1.5
 """Memory over that of weights and cache."""
+NO_ROOM = "no memory or disk space left"
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,11 @@ def profile_of(cuda: bool) -> BuildProfile:
 
 def deepest(
     name: str, precision: Precision, plans: bool, cuda: bool, rates: Rates, seconds: float, memory: float, root: Path
-) -> RandomModel | None:
-    """The deepest model that fits the memory, the disk and a time; the shallowest needs time for its build alone."""
+) -> RandomModel | Finding:
+    """The deepest model that fits the memory, the disk and a time, or why none does.
+
+    The shallowest needs time for its build alone.
+    """
     free = shutil.disk_usage(root).free
     for model in (RandomModel(name, layers) for layers in _DEPTHS):
         needed = model.build_seconds(plans)
@@ -85,7 +89,7 @@ def deepest(
             needed += sum(seconds_of(case, model.config, precision, rates) for case in cases_of(cuda))
         if needed <= seconds and model.fits(precision, cuda, memory, free):
             return model
-    return None
+    return Finding("skipped", NO_TIME if model.fits(precision, cuda, memory, free) else NO_ROOM)
 
 
 def seconds_of(case: Case, config: Qwen2VLConfig, precision: Precision, rates: Rates) -> float:

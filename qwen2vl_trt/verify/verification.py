@@ -28,14 +28,13 @@ from qwen2vl_trt.errors import Qwen2VLError, reason
 from . import kernels, speed
 from .agreement import build_tiny, compare_tiny
 from .environment import environment, gpu, where_it_runs
-from .finding import Finding
+from .finding import NO_TIME, Finding
 from .report import Report, Row
 from .serving import requests_per_second
 
 CLIENTS = [1, 8, 64]
 _SECONDS = 1.5
 """Of each number of clients."""
-NO_TIME, NO_ROOM = "no time left", "no time, memory or disk space left"
 _OVER = 0.2
 """Of the minutes, by which a check that has begun may exceed them."""
 _PATIENCE = 60.0
@@ -85,9 +84,7 @@ class Verification:
         try:
             with self._worker:
                 self._all()
-        except KeyboardInterrupt:
-            self._report.interrupted = True
-            raise
+            self._report.interrupted = False
         finally:
             self._report.seconds = time.monotonic() - self._began
 
@@ -152,7 +149,7 @@ class Verification:
         return [_Engines(backend, each, found[1]) for each in found[2]] if isinstance(found, tuple) else []
 
     def _built(self, engines: _Engines) -> Path | None:
-        folder = self._folder / engines.label.replace(" ", "-")
+        folder = self._folder / f"{engines.backend}-{engines.precision}"
         given = (engines.backend, engines.precision, folder, max(CLIENTS))
         seconds = 90 if BACKENDS[engines.backend].plans else 12
         if self._call(f"{engines.label}: build", seconds, build_tiny, *given) is None:
@@ -182,11 +179,12 @@ class Verification:
         if self._cuda and gpus:
             memory = 0.9 * gpus[torch.device(engines.device).index or 0]["memory_bytes"]
         plans = BACKENDS[engines.backend].plans
-        model = None
-        if rates is not None:
-            model = speed.deepest(name, engines.chosen, plans, self._cuda, rates, seconds, memory, root)
-        if rates is None or model is None:
-            self._add(Row(label, Finding("skipped", NO_TIME if rates is None else NO_ROOM)))
+        if rates is None:  # its row says why
+            self._add(Row(label, Finding("skipped", "the matrix product was not measured")))
+            return
+        model = speed.deepest(name, engines.chosen, plans, self._cuda, rates, seconds, memory, root)
+        if isinstance(model, Finding):
+            self._add(Row(label, model))
             return
         label = model.label
         given = (model, engines.backend, engines.precision, self._cuda, root)

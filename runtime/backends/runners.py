@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,8 +167,10 @@ def open_engines(folder: str | Path, device: str | None = None) -> Engines:
         device: see :func:`parse_device`; by default the backend's.
 
     Raises:
-        EngineError: no engine, damaged, of another format, or not runnable here.
+        EngineError: no folder, no engine, damaged, of another format, or not runnable here.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise EngineError(f"the engine folder is {folder!r:.60}; give its path, as a string or a pathlib.Path")
     folder = Path(folder)
     while True:
         manifest = Manifest.read(folder)

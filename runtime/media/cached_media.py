@@ -31,7 +31,8 @@ class CachedMedia:
     """A :class:`~qwen2vl_trt.runtime.media.embedder.MediaEmbedder` behind an embedding cache.
 
     The key of a file is its bytes and the options of its part, so one in the cache is not even decoded; of anything
-    else its pixels and its size. So the same picture as a file and as an array is embedded twice.
+    else its pixels and its size. So the same picture as a file and as an array is embedded twice, and so is one under
+    two ``salt``.
 
     Attributes:
         hits: media that needed no engine call, those repeated within a batch included.
@@ -44,15 +45,22 @@ class CachedMedia:
         self._whole_sizes: dict[bytes, MediaSize] = {}  # of video files that were made shorter
         self.hits = self.misses = 0
 
-    def load_image(self, source: ImageSource, name: str, options: ImageOptions = ImageOptions()) -> Medium:
+    def load_image(
+        self, source: ImageSource, name: str, options: ImageOptions = ImageOptions(), salt: str = ""
+    ) -> Medium:
         """Find an image in the cache or load it; raises as ``Preprocessor.load_image``."""
         contents = file_bytes(source, name=name, limits=self._load.image_limits)
-        key = contents_key(contents, f"image {options}") if contents else None
+        key = contents_key(contents, f"image {options}{salt}") if contents else None
         entry = self._cache.find(key) if key else None
-        return entry or self._keyed(self._load.load_image(source, name, options, contents), key)
+        return entry or self._keyed(self._load.load_image(source, name, options, contents), key, salt)
 
     def load_video(
-        self, source: VideoSource, name: str, options: VideoOptions = VideoOptions(), whole: bool = True
+        self,
+        source: VideoSource,
+        name: str,
+        options: VideoOptions = VideoOptions(),
+        salt: str = "",
+        whole: bool = True,
     ) -> Medium:
         """The same for a video; raises as ``Preprocessor.load_video``.
 
@@ -61,16 +69,16 @@ class CachedMedia:
         if isinstance(source, (str, Path)):
             label = labelled(source, name)
             with opened_video(source, label) as file:  # once: what is decoded is what the key names
-                return self.load_video(file, label, options, whole)
-        key = self._video_file_key(source, options)
+                return self.load_video(file, label, options, salt, whole)
+        key = self._video_file_key(source, options, salt)
         if key and (entry := self._cache.find(key)):
             return entry
         if key and not whole and (size := self._whole_sizes.get(key)):
             return Medium(size, key=key)
-        return self._keyed(self._load.load_video(source, name, options), key)
+        return self._keyed(self._load.load_video(source, name, options), key, salt)
 
     def shorten(
-        self, medium: Medium, tokens: int, source: VideoSource, name: str, options: VideoOptions
+        self, medium: Medium, tokens: int, source: VideoSource, name: str, options: VideoOptions, salt: str = ""
     ) -> Medium | None:
         """What :meth:`load_video` gave, in so many tokens, by smaller frames and then by fewer; None if that fails."""
         shorter = self._load.sizes.video_within(tokens, medium.size, name=name, options=options)
@@ -104,12 +112,12 @@ class CachedMedia:
             self._cache.store(medium.key, made, medium.size)
         return [found[medium.key] for medium in media], times
 
-    def _keyed(self, loaded: Medium, key: bytes | None) -> Medium:
-        key = key or self._pixel_keys.key(loaded.frames, str(loaded.size.grid))
+    def _keyed(self, loaded: Medium, key: bytes | None, salt: str) -> Medium:
+        key = key or self._pixel_keys.key(loaded.frames, f"{loaded.size.grid}{salt}")
         return replace(self._cache.find(key) or loaded, key=key, size=loaded.size)
 
-    def _video_file_key(self, source: VideoSource, options: VideoOptions) -> bytes | None:
-        kind = f"video {self._load.settings.sampling} {options}"
+    def _video_file_key(self, source: VideoSource, options: VideoOptions, salt: str) -> bytes | None:
+        kind = f"video {self._load.settings.sampling} {options}{salt}"
         if isinstance(source, BoundedFile):
             return file_key(source, kind)
         return contents_key(source, kind) if isinstance(source, bytes) else None

@@ -69,6 +69,7 @@ class Preparer:
             found = replace(found, image_options=[own.over(request.image_options) for own in found.image_options])
         pairs = zip(found.videos, found.video_options, strict=True)
         found = replace(found, video_options=[options_for(video, own, request.video_options) for video, own in pairs])
+        found = replace(found, cache_salt=request.cache_salt)
         if not found.videos or self._strict_size:
             return found, None
         side = self._config.vision.spatial_merge_size
@@ -96,10 +97,10 @@ class Preparer:
     def _load(self, found: Media, most_tokens: int | None) -> list[Medium]:
         media = []
         for number, (source, options) in enumerate(zip(found.images, found.image_options, strict=True), start=1):
-            image = self._media.load_image(source, f"image {number}", options)
+            image = self._media.load_image(source, f"image {number}", options, found.cache_salt or "")
             media.append(self._noted(labelled(source, f"image {number}"), image.size, image))
         clips = [
-            (source, f"video {number}", options)
+            (source, f"video {number}", options, found.cache_salt or "")
             for number, (source, options) in enumerate(zip(found.videos, found.video_options, strict=True), start=1)
         ]
         asked = [self._media.load_video(*clip, whole=most_tokens is None) for clip in clips]
@@ -112,7 +113,9 @@ class Preparer:
             media.append(self._noted(labelled(*clip[:2]), whole.size, video))
         return media
 
-    def _shorten(self, clips: list[tuple[Any, str, VideoOptions]], videos: list[Medium], left: int) -> list[Medium]:
+    def _shorten(
+        self, clips: list[tuple[Any, str, VideoOptions, str]], videos: list[Medium], left: int
+    ) -> list[Medium]:
         """The videos in so many tokens; where that is too little, as they are.
 
         Those that are shorter than an equal share stay as they are, the others share the rest equally.
@@ -165,7 +168,7 @@ class Preparer:
             PromptError: the prompt does not fit the media.
             LimitError: prompt and answer are outside the engines' profile.
         """
-        prompt, grids = self._prompt(request, media)
+        prompt, grids = self.prompt(request, media)
         params = self._fit_answer(len(prompt.token_ids), params)
         check_prompt(params, prompt.token_ids, self._config.text.vocab_size)
         images, videos = ([medium for medium in media if medium.is_video == is_video] for is_video in (False, True))
@@ -187,13 +190,14 @@ class Preparer:
                 prompt.token_ids,
                 position_ids.numpy(),
                 [(token_id, [m.key for m in each], [m.size.tokens for m in each]) for token_id, each in kinds],
+                request.cache_salt,
             ),
             stream=AnswerStream(self._prompts.tokenizer.backend_tokenizer, params, self._eos_token_ids),
             params=params,
             matcher=matcher,
         )
 
-    def _prompt(self, request: Request, media: list[Medium]) -> tuple[Prompt, tuple[list[Grid], list[Grid]]]:
+    def prompt(self, request: Request, media: list[Medium]) -> tuple[Prompt, tuple[list[Grid], list[Grid]]]:
         images = [medium.size.grid for medium in media if not medium.is_video]
         videos = [medium.size.grid for medium in media if medium.is_video]
         prompt = self._prompts.build(request.prompt, images, videos)

@@ -106,6 +106,7 @@ def token_keys(
     token_ids: Sequence[int],
     position_ids: np.ndarray,
     media: Sequence[tuple[int, Sequence[bytes], Sequence[int]]] = (),
+    salt: str | None = None,
 ) -> np.ndarray:
     """What tells each token of a prompt from others: its id, its image or video, and its positions.
 
@@ -116,6 +117,7 @@ def token_keys(
         position_ids: ``[3, S]``, see :func:`qwen2vl_trt.mrope.rope_index`.
         media: of images and of videos: their token id, each one's 16-byte content key
             (:mod:`qwen2vl_trt.runtime.media.cached_media`) and number of tokens, in the order of the prompt.
+        salt: ``Request.cache_salt``; it is in the first token's key, and so in the hash of every block.
 
     Returns:
         ``[S, 6]`` int64: token id, content key in two halves (0 of text), three positions.
@@ -127,6 +129,8 @@ def token_keys(
         if contents:
             halves = np.frombuffer(b"".join(contents), np.int64).reshape(-1, 2)
             keys[keys[:, 0] == token_id, 1:3] = halves.repeat(lengths, axis=0)
+    if salt is not None:
+        keys[:1, 1:3] ^= np.frombuffer(hashlib.blake2b(salt.encode(), digest_size=16).digest(), np.int64)
     return keys
 
 

@@ -1,6 +1,7 @@
 """`bench scheduler`: its counts are promises, its times are only printed."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -33,4 +34,22 @@ def test_the_table(command):
 
 def test_an_unknown_revision():
     with pytest.raises(BenchmarkError, match="--baseline nonsense: "):
-        scheduler.measure_revision("nonsense")
+        scheduler.measure_beside("nonsense", 10)
+
+
+def test_revisions_are_measured_turn_about(monkeypatch):
+    values = iter([10.0, 20.0, 70.0, 80.0, 30.0, 40.0])
+    checkouts = []
+
+    def run(command, cwd=None, **options):
+        if "worktree" in command:
+            return subprocess.CompletedProcess(command, 0, "", "")
+        checkouts.append(cwd)
+        figures = [{"name": "a step", "value": next(values), "unit": "us"}]
+        return subprocess.CompletedProcess(command, 0, json.dumps({"figures": figures}), "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    ours, theirs = scheduler.measure_beside("HEAD", 10)
+    assert checkouts == [*checkouts[:2]] * 3
+    assert checkouts[0] != checkouts[1]
+    assert (ours, theirs) == ([scheduler.Figure("a step", 30.0, "us")], [scheduler.Figure("a step", 40.0, "us")])

@@ -157,7 +157,9 @@ def test_the_command_prints_a_report_or_one_line(folder, command):
     assert "largest image" in out
     code, out, errors = command("inspect", "nowhere")
     assert (code, out) == (2, "")
-    assert re.fullmatch(r"error: there is no folder nowhere. Build one with \S.*build\S*\.\n", errors)
+    assert re.fullmatch(
+        r"error: there is no folder nowhere. Build one with \S.*build\S* --model MODEL --engine-dir nowhere\.\n", errors
+    )
 
 
 def test_the_checkpoints_own_limit_of_pixels_bounds_the_largest_photo(tmp_path, command):

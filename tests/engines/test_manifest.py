@@ -12,6 +12,7 @@ from qwen2vl_trt.engines.manifest import FORMAT, BuiltFile, Manifest, file_hash
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.engines.staging import MANIFEST_FILE
 from qwen2vl_trt.errors import EngineError, program
+from qwen2vl_trt.runtime.pipeline import Pipeline
 
 BUILD = program("build_engines.py")
 
@@ -79,8 +80,10 @@ def test_writing_replaces_at_once(tmp_path, monkeypatch):
 
 def test_a_folder_without_a_manifest_is_refused(folder, tmp_path):
     (folder / MANIFEST_FILE).unlink()
-    assert refused(folder) == f"{folder} holds no engine: it has no {MANIFEST_FILE}. Build one with {BUILD}."
-    assert refused(tmp_path / "none") == f"there is no folder {tmp_path / 'none'}. Build one with {BUILD}."
+    none = tmp_path / "none"
+    command = f"{BUILD} --model MODEL --engine-dir"
+    assert refused(folder) == f"{folder} holds no engine: it has no {MANIFEST_FILE}. Build one with {command} {folder}."
+    assert refused(none) == f"there is no folder {none}. Build one with {command} {none}."
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,16 @@ def test_a_manifest_with_senseless_entries(folder, changes):
 @pytest.mark.parametrize("number", [0, FORMAT - 1, FORMAT + 1, "1", None])
 def test_another_format_is_refused(folder, number):
     edit(folder, format=number)
-    assert f"built in format {number}, this release loads format {FORMAT}" in refused(folder)
+    assert refused(folder) == (
+        f"{folder} was built in format {number}, this release loads format {FORMAT}."
+        f" Rebuild with {BUILD} --model MODEL --engine-dir {folder} --force."
+    )
+
+
+@pytest.mark.parametrize("value", [None, 3, ["a"]])
+def test_what_names_no_folder(value):
+    with pytest.raises(EngineError, match=r"the engine folder is .*; give its path"):
+        Pipeline.from_engine_dir(value)
 
 
 @pytest.mark.parametrize("name", ["vision.onnx", "decoder.onnx"])

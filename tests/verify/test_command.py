@@ -1,6 +1,8 @@
 """``run.py verify`` as a user meets it: the table, the two files, what a failure, Ctrl-C and the minutes do to them."""
 
+import errno
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from filelock import FileLock
 
 from qwen2vl_trt import published
 from qwen2vl_trt.benchmarks.measure import Until
@@ -75,7 +78,7 @@ def instant(monkeypatch):
     monkeypatch.setattr(verification, "compare_tiny", lambda *given: PASSED)
     monkeypatch.setattr(verification, "measure_rates", lambda device, dtype: rates)
     monkeypatch.setattr(verification, "requests_per_second", lambda *given: {1: 2.0, 8: 9.0})
-    monkeypatch.setattr(verification.speed, "deepest", lambda *given: None)
+    monkeypatch.setattr(verification.speed, "deepest", lambda *given: Finding("skipped", speed.NO_ROOM))
 
 
 def rows(report):
@@ -206,11 +209,16 @@ def test_a_gpu_is_asked_for_what_it_is_for(instant, monkeypatch, tmp_path):
     places = {"torch": ("2", "cuda:1", ["bf16", "fp32"]), "onnxruntime": ("1", "cpu", ["fp32"])}
     missing = Finding("skipped", "not installed")
     monkeypatch.setattr(verification, "where_it_runs", lambda name, device: places.get(name, missing))
-    monkeypatch.setattr(verification.speed, "deepest", lambda *given: asked.append(given))
+
+    def deepest(*given):
+        asked.append(given)
+        return Finding("skipped", speed.NO_ROOM)
+
+    monkeypatch.setattr(verification.speed, "deepest", deepest)
     report = verification.Report(["run.py", "verify"], 8.0, "cuda:1")
     verification.Verification(report, lambda row: None, tmp_path, wants_gpu=True).run()
     gpu = torch.device("cuda", 1)
-    folders = [tmp_path / f"tiny,-torch-{precision}" for precision in ("fp32", "bf16")]
+    folders = [tmp_path / f"torch-{precision}" for precision in ("fp32", "bf16")]
     assert asked[:-2] == [
         *((name, gpu) for name in KERNELS[:3]),
         *((name, folder, gpu) for folder in folders for name in KERNELS[3:]),
@@ -222,7 +230,7 @@ def test_a_gpu_is_asked_for_what_it_is_for(instant, monkeypatch, tmp_path):
     assert {given[6] for given in asked[-2:]} == {0.9 * 24e9}
     assert asked[-2][5] == pytest.approx(asked[-1][5] / 2, rel=0.01)  # the first leaves time for the second
     assert not report.failed
-    assert [row.name for row in report.rows if row.finding.words == verification.NO_ROOM] == ["3B", "7B"]
+    assert [row.name for row in report.rows if row.finding.words == speed.NO_ROOM] == ["3B", "7B"]
 
 
 @pytest.mark.parametrize(("load", "said"), [(9.5, True), (1.5, False)])
@@ -258,8 +266,9 @@ def test_what_does_not_fit_the_minutes_is_skipped(verify, instant, monkeypatch):
     assert code == 0
     names = list(found)
     after = names[names.index("fused attention") + 1 :]
-    assert [found[name]["words"] for name in after] == ["no time left"] * len(after)
-    assert out.count("| skipped: no time left ") == len(after)
+    unmeasured = "the matrix product was not measured"  # for lack of time, which that row says
+    assert [found[name]["words"] for name in after] == ["no time left"] * (len(after) - 1) + [unmeasured]
+    assert out.count("| skipped: no time left ") == len(after) - 1
     assert report["seconds"] == 56.0
     assert max(Here.deadlines) == pytest.approx(72)  # whatever a check does, the minutes are kept within a quarter
 
@@ -286,6 +295,26 @@ def test_an_interrupt_writes_what_there_is(verify, instant, monkeypatch, tmp_pat
     assert report["interrupted"]
     assert list(rows(report))[-1] == "FP8 products"
     assert "Interrupted after " in (tmp_path / "out" / "verify.md").read_text()
+
+
+def test_a_report_that_cannot_be_written_is_known_before_the_checks(command, instant, monkeypatch, tmp_path):
+    def full(path, *content, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    asked = []
+    monkeypatch.setattr(verification, "environment", asked.append)
+    monkeypatch.setattr(Path, "write_text", full)
+    code, _, errors = command("verify", "--device", "cpu", "--output-dir", tmp_path)
+    assert (code, errors) == (2, f"error: {tmp_path / 'verify.json'}: No space left on device\n")
+    assert not asked
+
+
+def test_two_runs_in_one_folder(command, instant, tmp_path):
+    with FileLock(tmp_path / ".verify.lock"):
+        code, _, errors = command("verify", "--device", "cpu", "--output-dir", tmp_path)
+    message = f"error: {tmp_path}: another verify writes there; wait for it, or give another --output-dir\n"
+    assert (code, errors) == (2, message)
+    assert not (tmp_path / "verify.json").exists()
 
 
 def test_with_processes_and_little_time(tmp_path):

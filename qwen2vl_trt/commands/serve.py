@@ -1,0 +1,141 @@
+"""Serve a model over HTTP, with OpenAI's API and a page to try it."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+from qwen2vl_trt.errors import FileError, UnavailableError, reason, require
+from qwen2vl_trt.serving.limits import Limits
+
+from .model import find_engines
+from .options import add_build_arguments, add_pipeline_arguments, check_decode, pipeline_options, positive_number
+
+EPILOG = (
+    """The page is at http://HOST:PORT/, the API below /v1; docs/guide/serve.md lists endpoints, fields and limits."""
+)
+
+_logger = logging.getLogger(__name__)
+
+_IMAGE_PIXELS = 50_000_000
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`run` reads."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind; default %(default)s, this machine alone")
+    parser.add_argument("--port", type=int, default=8000, help="default %(default)s; 0 takes a free one")
+    parser.add_argument("--served-model-name", metavar="NAME", help="what clients call the model; default --model")
+    parser.add_argument("--strict", action="store_true", help="refuse bodies with fields that are not known")
+    parser.add_argument(
+        "--drain-seconds", type=float, default=30.0, metavar="S", help="for answers under way at SIGTERM; default 30"
+    )
+    parser.add_argument("--metrics-prefix", default="qwen2vl:", metavar="P", help="default %(default)s")
+    group = parser.add_argument_group("who may ask, and for what")
+    group.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, one a line; default none are asked for")
+    group.add_argument(
+        "--allowed-hosts", nargs="+", metavar="NAME", help="of the header Host; default those of the loopback, if bound"
+    )
+    group.add_argument(
+        "--allowed-media-domains", nargs="+", default=[], metavar="HOST", help="to fetch from; * is all; default none"
+    )
+    group.add_argument("--allowed-local-media-path", metavar="DIR", help="file:// URLs below it are read; default none")
+    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain, PEM")
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="its key, PEM")
+    group = parser.add_argument_group("limits", "see docs/guide/serve.md")
+    for each in fields(Limits):
+        kind = positive_number if isinstance(each.default, int) else float
+        group.add_argument(
+            f"--{each.name.replace('_', '-')}",
+            type=kind,
+            default=each.default,
+            metavar="N" if kind is positive_number else "S",
+            help="default %(default)s",
+        )
+    add_pipeline_arguments(parser)
+    parser.set_defaults(image_pixel_limit=_IMAGE_PIXELS)
+    add_build_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Build what is missing, then serve until a signal."""
+    packages = {name: name for name in ("starlette", "uvicorn", "pybase64", "prometheus_client", "httpcore")}
+    require("serve", "serve", packages)
+    options = pipeline_options(arguments)
+    check_decode(arguments.decode, arguments.device)
+    import uvicorn
+
+    from qwen2vl_trt.runtime.pipeline import Pipeline
+    from qwen2vl_trt.serving.app import App, ServerSettings
+    from qwen2vl_trt.serving.server import Server
+
+    limits = Limits(**{each.name: getattr(arguments, each.name) for each in fields(Limits)})
+    keys = _keys(arguments.api_key_file)
+    local = _is_loopback(arguments.host)
+    hosts = arguments.allowed_hosts or ([*_LOOPBACK, arguments.host.lower()] if local else [])
+    app = App(
+        ServerSettings(
+            arguments.served_model_name or _name(arguments),
+            keys,
+            limits,
+            arguments.allowed_media_domains,
+            arguments.allowed_local_media_path,
+            [host.lower() for host in hosts],
+            arguments.strict,
+            arguments.metrics_prefix,
+        )
+    )
+    if not local and not keys:
+        _logger.warning("%s may be reached from elsewhere, and no key is asked for (--api-key-file)", arguments.host)
+    folder = find_engines(arguments)
+    config = uvicorn.Config(
+        app,
+        arguments.host,
+        arguments.port,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        ws="none",
+        ssl_certfile=arguments.tls_cert,
+        ssl_keyfile=arguments.tls_key,
+        timeout_graceful_shutdown=1,
+    )
+
+    def load() -> Pipeline:
+        return Pipeline.from_engine_dir(folder, arguments.device, options)
+
+    server = Server(app, load, arguments.drain_seconds, config)
+    logging.getLogger("qwen2vl_trt.serving").setLevel(logging.INFO)  # it says when it is ready, and where
+    try:
+        server.run()
+    except SystemExit:  # uvicorn's, after it has logged why
+        raise UnavailableError(f"the server could not start on {arguments.host}, port {arguments.port}") from None
+
+
+def _keys(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"--api-key-file {file}: {reason(error)}") from None
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise FileError(f"--api-key-file {file}: it has no key; write one a line")
+    return keys
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _name(arguments: argparse.Namespace) -> str:
+    given = arguments.model or (Path(arguments.engine_dir).resolve().name if arguments.engine_dir else "tiny")
+    return Path(given).name if Path(given).is_dir() else str(given)

@@ -1,0 +1,156 @@
+"""From the body of a request to what the pipeline takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import msgspec
+
+from qwen2vl_trt.errors import MediaError
+from qwen2vl_trt.media_options import ImageOptions, VideoOptions
+from qwen2vl_trt.messages import detach_media
+from qwen2vl_trt.runtime.request import Request
+from qwen2vl_trt.runtime.sampling_params import SamplingParams
+from qwen2vl_trt.runtime.structured_outputs import StructuredOutputsParams
+
+from .errors import APIError
+from .limits import Limits
+from .media import MediaSource
+from .protocol import ChatCompletionRequest, TokenizeRequest
+
+_SAME = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_IMAGE_OPTIONS = {each.name for each in fields(ImageOptions)}
+
+
+def sampling_params(body: ChatCompletionRequest, limits: Limits) -> list[SamplingParams]:
+    """The settings of each of the body's ``n`` answers, which differ in the seed.
+
+    Raises:
+        APIError: 400, a limit of the server, or fields that contradict each other.
+        SamplingError: a value that has no meaning.
+    """
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    for name, count in (
+        ("n", body.n or 1),
+        ("stop", len(stop)),
+        ("stop_token_ids", len(body.stop_token_ids or ())),
+        ("logit_bias", len(body.logit_bias or ())),
+        ("top_logprobs", body.top_logprobs or 0),
+    ):
+        most = getattr(limits, name)
+        if count > most:
+            raise APIError(400, f"{name}: {count:,} are asked for; this server takes up to {most:,}", param=name)
+    if body.top_logprobs and not body.logprobs:
+        raise APIError(400, "top_logprobs: it needs logprobs: true", param="top_logprobs")
+    params = SamplingParams(
+        **{name: getattr(body, name) for name in _SAME},
+        max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        top_k=0 if body.top_k == -1 else body.top_k,
+        seed=body.seed,
+        stop=tuple(stop) if body.stop is not None else None,
+        stop_token_ids=None if body.stop_token_ids is None else tuple(body.stop_token_ids),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        logit_bias=_logit_bias(body.logit_bias),
+        structured_outputs=_structured_outputs(body, limits),
+    )
+    if body.seed is None:
+        return [params] * (body.n or 1)
+    return [replace(params, seed=(body.seed + number) % (1 << 63)) for number in range(body.n or 1)]
+
+
+def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
+    try:
+        return {int(token): bias for token, bias in given.items()} if given else None
+    except ValueError:
+        raise APIError(400, "logit_bias: its keys are token ids, as strings", param="logit_bias") from None
+
+
+def _structured_outputs(body: ChatCompletionRequest, limits: Limits) -> StructuredOutputsParams | None:
+    own, form = body.structured_outputs, body.response_format
+    asked = (
+        {name: value for name, value in msgspec.structs.asdict(own).items() if value not in (None, False)}
+        if own
+        else {}
+    )
+    if form is None or form.type == "text":
+        name = "structured_outputs"
+    elif asked:
+        message = "response_format and structured_outputs contradict each other; give one"
+        raise APIError(400, message, param="structured_outputs")
+    else:
+        name = "response_format"
+        if form.type == "json_object":
+            asked = {"json_object": True}
+        elif form.json_schema is None:
+            raise APIError(400, "response_format: type json_schema needs json_schema", param=name)
+        else:
+            asked = {"json": form.json_schema.schema}
+    if not asked:
+        return None
+    size = sum(len(value if isinstance(value, str) else json.dumps(value)) for value in asked.values())
+    if size > limits.schema_bytes:
+        raise APIError(400, f"{name}: {size:,} bytes; this server takes up to {limits.schema_bytes:,}", param=name)
+    if _deeper(asked, limits.schema_depth + 1):
+        raise APIError(400, f"{name}: nested deeper than {limits.schema_depth}, which this server takes", param=name)
+    return StructuredOutputsParams(**asked)
+
+
+def _deeper(value: Any, most: int) -> bool:
+    """Whether objects and lists are nested deeper than that."""
+    layer = [value]
+    for _ in range(most):
+        inner = [each for item in layer for each in (item.values() if isinstance(item, dict) else item)]
+        layer = [each for each in inner if isinstance(each, (dict, list))]
+    return bool(layer)
+
+
+def media_options(given: Mapping[str, Any] | None) -> tuple[ImageOptions, VideoOptions]:
+    """``mm_processor_kwargs`` as options of all images and of all videos; or APIError 400."""
+    given = given or {}
+    try:
+        videos = VideoOptions(**given)
+        return ImageOptions(**{name: value for name, value in given.items() if name in _IMAGE_OPTIONS}), videos
+    except TypeError:
+        reason = f"unknown name; known are {', '.join(each.name for each in fields(VideoOptions))}"
+    except MediaError as error:
+        reason = str(error)
+    raise APIError(400, f"mm_processor_kwargs: {reason}", param="mm_processor_kwargs")
+
+
+async def conversation(
+    body: ChatCompletionRequest | TokenizeRequest,
+    source: MediaSource,
+    limits: Limits,
+    cache_salt: str | None = None,
+    deadline: float | None = None,
+) -> Request:
+    """A request of OpenAI's messages, its images and videos fetched.
+
+    Raises:
+        APIError: 400, too many images, or a medium that is not taken or cannot be had.
+        PromptError: the messages are wrong.
+    """
+    image_options, video_options = media_options(body.mm_processor_kwargs)
+    messages, media = detach_media(body.messages)
+    for kind, most in (("image", limits.images), ("video", limits.videos)):
+        count = sum(each == kind for each, _, _ in media)
+        if count > most:
+            raise APIError(400, f"messages: {count:,} {kind}s; this server takes up to {most:,}", param="messages")
+    fetched = await source.fetch_all(media)
+    images, videos = (
+        [found for found, (each, _, _) in zip(fetched, media, strict=True) if each == kind]
+        for kind in ("image", "video")
+    )
+    return Request(
+        messages,
+        images,  # type: ignore[arg-type]  # bytes; frames of a video alone are lists
+        videos,
+        deadline=deadline,
+        image_options=image_options,
+        video_options=video_options,
+        cache_salt=cache_salt,
+    )

@@ -1,0 +1,117 @@
+"""Bodies of requests: OpenAI's fields, and those that vLLM adds to them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from .errors import APIError
+
+Body = TypeVar("Body", bound=Struct)
+
+_Count = Annotated[int, Meta(ge=1, lt=1 << 31)]
+_TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+_Text = Annotated[str, Meta(min_length=1)]
+_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+_Messages = Annotated[list[dict[str, Any]], Meta(min_length=1)]
+
+_UNUSED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
+"""OpenAI's fields that change no answer; no client is warned of them."""
+
+
+class StreamOptions(Struct):
+    """``include_usage``: a last event with the tokens used."""
+
+    include_usage: bool | None = None
+
+
+class JSONSchema(Struct):
+    """OpenAI's ``json_schema``; answers keep to it whatever ``strict`` says."""
+
+    schema: dict[str, Any]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct):
+    """OpenAI's ``response_format``."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+
+class StructuredOutputs(Struct):
+    """vLLM's ``structured_outputs``; see :class:`~qwen2vl_trt.runtime.structured_outputs.StructuredOutputsParams`."""
+
+    json: str | dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+class ChatCompletionRequest(Struct, kw_only=True):
+    """POST /v1/chat/completions; None takes the checkpoint's default."""
+
+    messages: _Messages
+    model: str | None = None
+    max_tokens: _Count | None = None
+    max_completion_tokens: _Count | None = None
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, lt=1 << 31)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    n: _Count | None = None
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
+    stop: _Text | list[_Text] | None = None
+    stop_token_ids: list[_TokenId] | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(ge=1e-4, le=1e4)] | None = None
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, lt=1 << 31)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    timeout: Annotated[float, Meta(gt=0)] | None = None
+
+
+class TokenizeRequest(Struct, kw_only=True):
+    """POST /tokenize: a conversation, whose images are counted too."""
+
+    messages: _Messages
+    model: str | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+
+
+def parse(body: bytes, kind: type[Body]) -> tuple[Body, list[str]]:
+    """Read a body.
+
+    Returns:
+        It, and the names of the fields that nothing here knows.
+
+    Raises:
+        APIError: 400, no JSON, or a field of a wrong type or outside its range.
+    """
+    try:
+        parsed = msgspec.json.decode(body, type=kind)
+        names = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError as error:
+        message, _, place = str(error).partition(" - at `$")
+        param = place.rstrip("`").lstrip(".") or None
+        if missing := re.search(r"missing required field `(\w+)`", message):
+            param = f"{param}.{missing[1]}" if param else missing[1]
+        raise APIError(400, f"{param or 'the body'}: {message}", param=param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise APIError(400, f"the body is no JSON: {error}") from None
+    except RecursionError:
+        raise APIError(400, "the body is nested too deeply") from None
+    return parsed, sorted(set(names) - set(kind.__struct_fields__) - _UNUSED)

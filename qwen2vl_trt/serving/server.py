@@ -1,0 +1,87 @@
+"""The life of a server: the model is loaded while /health answers already, signals drain it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from socket import socket
+from types import FrameType
+
+import uvicorn
+
+from qwen2vl_trt.errors import Qwen2VLError
+from qwen2vl_trt.runtime.pipeline import Pipeline
+from qwen2vl_trt.runtime.service import Service
+
+from .app import App
+
+_logger = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """Serves an application until a signal.
+
+    The first SIGTERM or SIGINT lets the answers under way end, and refuses new requests meanwhile; a second one ends
+    at once.
+
+    Args:
+        app: the application.
+        open_pipeline: loads the model, on a thread.
+        drain_seconds: for the answers under way.
+        config: uvicorn's.
+
+    Attributes:
+        failure: why the model could not be loaded, which ends the server.
+    """
+
+    def __init__(
+        self, app: App, open_pipeline: Callable[[], Pipeline], drain_seconds: float, config: uvicorn.Config
+    ) -> None:
+        super().__init__(config)
+        self.failure: Exception | None = None
+        self._application, self._open_pipeline, self._drain_seconds = app, open_pipeline, drain_seconds
+        self._service: Service | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain, or end at once; see the class."""
+        self._captured_signals.append(sig)  # raised again at the end, as uvicorn does: it decides the exit code
+        if self._application.draining:
+            self.should_exit = self.force_exit = True
+        self._application.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end: asked ten times a second."""
+        if self._application.draining and not self.should_exit:
+            self._drain_seconds -= 0.1
+            self.should_exit = not self._application.running or self._drain_seconds <= 0
+            if self.should_exit and self._application.running:
+                self.force_exit = True
+        return await super().on_tick(counter)
+
+    def run(self, sockets: list[socket] | None = None) -> None:
+        """Serve, and load the model beside; returns after a signal, or raises why the model could not be loaded."""
+        # A daemon: a signal during the load ends the process.
+        threading.Thread(target=self._load, name="load-model", daemon=True).start()
+        try:
+            super().run(sockets)
+        finally:
+            if self._service is not None:
+                self._service.close()
+        if self.failure is not None:
+            raise self.failure
+
+    def _load(self) -> None:
+        try:
+            pipeline = self._open_pipeline()
+            self._service = Service(pipeline, self._application.settings.limits.pending)
+            self._application.open(self._service, pipeline)
+            scheme = "https" if self.config.is_ssl else "http"
+            addresses = [listener.getsockname()[:2] for server in self.servers for listener in server.sockets]
+            for host, port in addresses:
+                _logger.info("ready at %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
+        except Exception as error:
+            if not isinstance(error, Qwen2VLError):
+                _logger.exception("the model could not be loaded")
+            self.failure = error
+            self.should_exit = True

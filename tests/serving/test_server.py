@@ -1,0 +1,475 @@
+"""The server with real clients over real sockets: answers, streams, refusals, hang-ups, its end."""
+
+import base64
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from qwen2vl_trt import Pipeline, Request, SamplingParams, Service
+from qwen2vl_trt.engines.backends import find_backend
+from qwen2vl_trt.engines.build import build_engines
+from qwen2vl_trt.engines.profile import BuildProfile
+from qwen2vl_trt.hub import resolve_model
+
+openai = pytest.importorskip("openai", reason="openai is not installed")
+uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+from qwen2vl_trt.serving.app import App, ServerSettings  # noqa: E402
+from qwen2vl_trt.serving.limits import Limits  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS = (ROOT / "docs" / "digits.png").read_bytes()
+QUESTION = "What digits are in the image?"
+PATIENCE = 60
+
+
+def url(data=DIGITS):
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def messages(text=QUESTION, images=(DIGITS,), **options):
+    parts = [{"type": "image_url", "image_url": {"url": url(image)}, **options} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+@pytest.fixture(scope="module")
+def engine_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served") / "engines"
+    profile = BuildProfile(4, 1024, max_batch_size=2, max_num_seqs=4, max_input_len=512, max_seq_len=640)
+    build_engines(resolve_model("tiny"), *find_backend("torch", "fp32"), profile, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(engine_dir):
+    return Pipeline.from_engine_dir(engine_dir, "cpu")
+
+
+@pytest.fixture(scope="module")
+def service(pipeline):
+    with Service(pipeline, max_pending=16) as service:
+        yield service
+
+
+@contextmanager
+def serving(app):
+    config = uvicorn.Config(app, port=0, log_level="error", lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = server.force_exit = True
+    thread.join(PATIENCE)
+
+
+@contextmanager
+def opened(service, pipeline, **settings):
+    app = App(ServerSettings(**{"model": "tiny"} | settings))
+    app.open(service, pipeline)
+    with serving(app) as address:
+        yield app, address
+
+
+@pytest.fixture(scope="module")
+def server(service, pipeline):
+    with opened(service, pipeline) as (app, address):
+        yield app, address
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server[1]}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
+
+
+@pytest.fixture
+def web(server):
+    with httpx.Client(base_url=server[1], timeout=PATIENCE) as web:
+        yield web
+
+
+def idle(service):
+    end = time.monotonic() + PATIENCE
+    while service.counters().running or service.counters().queued:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+class TestAnswers:
+    def test_whole_with_usage_and_sizes(self, client, pipeline):
+        response = client.chat.completions.create(model="tiny", messages=messages())
+        expected = pipeline.generate(Request(QUESTION, [DIGITS]))[0]
+        (choice,) = response.choices
+        assert (choice.message.content, choice.finish_reason) == (expected.text, "stop") == ("92059", "stop")
+        usage = response.usage
+        assert (usage.prompt_tokens, usage.completion_tokens) == (expected.prompt_tokens, len(expected.token_ids))
+        assert response.model_extra["images"] == [expected.images[0].as_json()]
+        assert response.model_extra["timings"]["total"] > 0
+
+    def test_a_stream_is_the_same(self, client):
+        given = {"model": "tiny", "messages": messages(), "seed": 5, "temperature": 1.0, "max_tokens": 12}
+        whole = client.chat.completions.create(**given)
+        *chunks, last = client.chat.completions.create(**given, stream=True, stream_options={"include_usage": True})
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+        assert (last.choices, last.usage.completion_tokens) == ([], whole.usage.completion_tokens)
+        assert last.model_extra["images"] == whole.model_extra["images"]
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_several_answers_are_those_of_following_seeds(self, client, pipeline, stream):
+        given = {"model": "tiny", "messages": messages(), "seed": 7, "temperature": 1.5, "max_tokens": 8, "n": 3}
+        params = [SamplingParams(max_tokens=8, temperature=1.5, seed=7 + number) for number in range(3)]
+        expected = [each.text for each in pipeline.generate([Request(QUESTION, [DIGITS])] * 3, params)]
+        if stream:
+            texts = ["", "", ""]
+            for chunk in client.chat.completions.create(**given, stream=True):
+                texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+        else:
+            texts = [each.message.content for each in client.chat.completions.create(**given).choices]
+        assert texts == expected
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_log_probabilities(self, client, pipeline, stream):
+        given = {"model": "tiny", "messages": messages(), "logprobs": True, "top_logprobs": 3}
+        expected = pipeline.generate(Request(QUESTION, [DIGITS]), SamplingParams(logprobs=3))[0]
+        if stream:
+            found = [
+                each
+                for chunk in client.chat.completions.create(**given, stream=True)
+                if chunk.choices[0].logprobs
+                for each in chunk.choices[0].logprobs.content
+            ]
+        else:
+            found = client.chat.completions.create(**given).choices[0].logprobs.content
+        assert [each.logprob for each in found] == [each.logprob for each in expected.logprobs]
+        assert [[top.logprob for top in each.top_logprobs] for each in found] == [
+            [logprob for _, logprob in each.top] for each in expected.logprobs
+        ]
+        assert bytes(byte for each in found[:5] for byte in each.bytes) == b"92059"
+
+    def test_schemas(self, client):
+        properties = {"digit": {"enum": ["two", "nine"]}}
+        schema = {"type": "object", "properties": properties, "required": ["digit"], "additionalProperties": False}
+        form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        for seed in range(10):
+            response = client.chat.completions.create(
+                model="tiny", messages=messages(), response_format=form, temperature=1.5, seed=seed, max_tokens=200
+            )
+            (choice,) = response.choices
+            assert choice.finish_reason == "stop"
+            assert json.loads(choice.message.content)["digit"] in ("two", "nine")
+        response = client.chat.completions.create(
+            model="tiny", messages=messages(), extra_body={"structured_outputs": {"choice": ["a cat", "a dog"]}}
+        )
+        assert response.choices[0].message.content in ("a cat", "a dog")
+
+    def test_sizes_of_images(self, client):
+        whole = client.chat.completions.create(model="tiny", messages=messages())
+        parts = client.chat.completions.create(model="tiny", messages=messages(max_pixels=28 * 28 * 6))
+        kwargs = client.chat.completions.create(
+            model="tiny", messages=messages(), extra_body={"mm_processor_kwargs": {"max_pixels": 28 * 28 * 6}}
+        )
+        tokens = [each.model_extra["images"][0]["tokens"] for each in (whole, parts, kwargs)]
+        assert tokens[0] > 6 >= tokens[1] == tokens[2]
+
+    def test_tokenize_counts_images(self, client, web):
+        used = client.chat.completions.create(model="tiny", messages=messages()).usage
+        found = web.post("/tokenize", json={"messages": messages()}).json()
+        assert found["count"] == len(found["tokens"]) == used.prompt_tokens
+        assert found["image_tokens"] == 20
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("given", "param"),
+        [
+            ({"n": 10**9}, "n"),
+            ({"n": "2"}, "n"),
+            ({"temperature": -1}, "temperature"),
+            ({"messages": []}, "messages"),
+            ({"messages": "hello"}, "messages"),
+            ({"stop": ["a"] * 5}, "stop"),
+            ({"top_logprobs": 2}, "top_logprobs"),
+            ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+            ({"logit_bias": {"x": 1}}, "logit_bias"),
+            ({"logit_bias": {"99999": 1}}, None),
+            ({"max_tokens": 10**6}, None),
+            ({"response_format": {"type": "json_schema"}}, "response_format"),
+            ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}}, None),
+            ({"structured_outputs": {"regex": "a" * 70000}}, "structured_outputs"),
+            ({"mm_processor_kwargs": {"pixels": 1}}, "mm_processor_kwargs"),
+            ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, None),
+        ],
+    )
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_fields(self, web, given, param, stream):
+        response = web.post("/v1/chat/completions", json={"messages": messages(), "stream": stream} | given)
+        error = response.json()["error"]
+        assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+        assert error["message"]
+
+    @pytest.mark.parametrize(
+        ("address", "status"),
+        [
+            (url(b"no image"), 400),
+            ("/etc/passwd", 400),
+            ("file:///etc/passwd", 400),
+            ("http://127.0.0.1:1/a.png", 400),
+            ("http://[::1]/a.png", 400),
+            ("data:image/png;base64,!", 400),
+        ],
+    )
+    def test_media(self, web, address, status):
+        part = {"type": "image_url", "image_url": {"url": address}}
+        for each in (part, {"type": "image", "image": address}, {"type": "video_url", "video_url": {"url": address}}):
+            body = {"messages": [{"role": "user", "content": [each]}]}
+            response = web.post("/v1/chat/completions", json=body)
+            assert response.status_code == status
+            assert "passwd" not in response.text
+
+    def test_a_schema_of_ten_thousand_levels(self, web):
+        schema = '{"items":' * 10_000 + "{}" + "}" * 10_000
+        body = f'{{"messages":[{{"role":"user","content":"a"}}],"structured_outputs":{{"json":{schema}}}}}'
+        response = web.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400
+
+    def test_statuses_of_http(self, web):
+        assert web.post("/v1/chat/completions", content="{}").status_code == 415
+        assert web.get("/v1/chat/completions").status_code == 405
+        assert web.get("/v1/nothing").status_code == 404
+        assert web.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
+        assert web.post("/v1/chat/completions", json={"model": "other", "messages": messages()}).status_code == 404
+        headers = {"Content-Type": "application/json"}
+        assert web.post("/v1/chat/completions", content="{", headers=headers).status_code == 400
+        assert web.post("/v1/chat/completions", content=b'{"messages": "\xff"}', headers=headers).status_code == 400
+        assert web.post("/v1/chat/completions", content="[" * 100_000, headers=headers).status_code == 400
+
+    def test_a_deadline(self, web):
+        response = web.post("/v1/chat/completions", json={"messages": messages(), "timeout": 1e-6})
+        assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+    def test_unknown_fields_are_named(self, web, service, pipeline):
+        body = {"messages": messages("Hi", ()), "max_tokens": 1, "colour\r\nX: y": 1, "user": "me"}
+        response = web.post("/v1/chat/completions", json=body)
+        assert (response.status_code, response.headers["X-Ignored-Fields"]) == (200, "colour%0D%0AX%3A%20y")
+        with opened(service, pipeline, strict=True) as (_, address):
+            assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 400
+
+    def test_bodies_have_a_size_and_a_time(self, service, pipeline):
+        limits = Limits(body_bytes=10_000, body_bytes_in_flight=15_000, body_seconds=0.5)
+        with opened(service, pipeline, limits=limits) as (app, address):
+            path, headers = f"{address}/v1/chat/completions", {"Content-Type": "application/json"}
+            assert httpx.post(path, content=b" " * 10_001, headers=headers).status_code == 413
+            assert httpx.post(path, content=iter([b" " * 5_000] * 3), headers=headers).status_code == 413
+
+            def slow():
+                yield b"{"
+                time.sleep(1.5)
+
+            assert httpx.post(path, content=slow(), headers=headers).status_code == 408
+            app._bytes_in_flight = 10_000
+            response = httpx.post(path, content=b" " * 6_000, headers=headers)
+            assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+            assert app._bytes_in_flight == 10_000
+
+
+class TestWhoMayAsk:
+    def test_keys(self, service, pipeline):
+        with opened(service, pipeline, api_keys=["alpha", "beta"]) as (_, address):
+            body = {"messages": messages()}
+            for given in (None, "Bearer", "Bearer gamma", "Basic alpha", "Bearer alpha2", "alpha"):
+                headers = {} if given is None else {"Authorization": given}
+                response = httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers)
+                assert (response.status_code, response.headers["WWW-Authenticate"]) == (401, "Bearer")
+                assert httpx.get(f"{address}/metrics", headers=headers).status_code == 401
+            assert httpx.get(f"{address}/health").status_code == httpx.get(f"{address}/ready").status_code == 200
+            assert httpx.get(address).status_code == 200  # the page asks for the key
+            cached = []
+            for key in ("alpha", "alpha", "beta"):
+                client = openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
+                answer = client.chat.completions.create(model="tiny", messages=messages(images=(DIGITS, DIGITS)))
+                cached.append(answer.usage.prompt_tokens_details.cached_tokens)
+            assert cached[0] == cached[2] == 0 < cached[1]
+
+    def test_another_host_name(self, service, pipeline):
+        with opened(service, pipeline, allowed_hosts=["localhost", "127.0.0.1"]) as (_, address):
+            assert httpx.get(f"{address}/health").status_code == 200
+            response = httpx.get(f"{address}/health", headers={"Host": "evil.example:80"})
+            assert (response.status_code, response.json()["error"]["code"]) == (400, "wrong_host")
+
+
+class TestHangingUp:
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_it_ends_the_answers(self, web, service, stream):
+        body = {"messages": messages(), "ignore_eos": True, "max_tokens": 550, "n": 4, "stream": stream}
+        before = service.counters().cancelled
+        timeout = httpx.Timeout(PATIENCE, read=0.3)
+        # A whole answer is not there in time; of a stream one line is read.
+        with (
+            suppress(httpx.ReadTimeout),
+            web.stream("POST", "/v1/chat/completions", json=body, timeout=timeout) as response,
+        ):
+            assert stream
+            next(response.iter_lines())
+        idle(service)
+        assert service.counters().cancelled == before + 4
+
+    def test_requests_above_the_limit(self, web, service):
+        response = web.post("/v1/chat/completions", json={"messages": messages(), "n": 8, "max_tokens": 3})
+        assert response.status_code == 200
+        service._max_pending, before = 3, service._max_pending
+        try:
+            response = web.post("/v1/chat/completions", json={"messages": messages(), "n": 4})
+            assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+            idle(service)  # those of them that were taken are cancelled
+        finally:
+            service._max_pending = before
+
+
+def test_metrics_count_what_was_asked(service, pipeline):
+    parser = pytest.importorskip("prometheus_client.parser")
+    with opened(service, pipeline, metrics_prefix="vllm:") as (_, address):
+        for number in range(3):
+            body = {"messages": messages(), "max_tokens": 2 + number, "ignore_eos": True}
+            assert httpx.post(f"{address}/v1/chat/completions", json=body, timeout=PATIENCE).status_code == 200
+        assert httpx.post(f"{address}/v1/chat/completions", json={}).status_code == 400
+        text = httpx.get(f"{address}/metrics").text
+    found = {}
+    for family in parser.text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[(sample.name, *sample.labels.values())] = sample.value
+    assert found[("vllm:request_success_total", "length")] == 3
+    assert found[("vllm:request_generation_tokens_sum",)] == 2 + 3 + 4
+    assert found[("vllm:inter_token_latency_seconds_count",)] == 1 + 2 + 3
+    assert found[("vllm:time_to_first_token_seconds_count",)] == 3
+    assert (found[("vllm:http_responses_total", "200")], found[("vllm:http_responses_total", "400")]) == (3, 1)
+    assert found[("vllm:num_requests_running",)] == found[("vllm:num_requests_waiting",)] == 0
+
+
+def test_before_the_model_is_loaded_and_when_it_stops(service, pipeline):
+    app = App(ServerSettings("tiny"))
+    with serving(app) as address:
+        assert httpx.get(f"{address}/health").status_code == 200
+        assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "tiny"
+        for open_now in (False, True):
+            if open_now:
+                app.open(service, pipeline)
+                app.draining = True
+            assert httpx.get(f"{address}/ready").status_code == 503
+            response = httpx.post(f"{address}/v1/chat/completions", json={"messages": messages()})
+            assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+        app.draining = False
+        assert httpx.get(f"{address}/ready").status_code == 200
+
+
+def test_the_document_names_every_field(web):
+    document = web.get("/openapi.json").json()
+    fields = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+    assert {"messages", "top_k", "structured_outputs", "mm_processor_kwargs", "timeout"} <= set(fields)
+    assert set(document["paths"]) == {
+        *("/", "/health", "/ready", "/metrics", "/version", "/openapi.json", "/v1/models", "/v1/models/{model}"),
+        *("/v1/chat/completions", "/tokenize"),
+    }
+
+
+class TestCommand:
+    """``run.py serve`` in a process of its own."""
+
+    @contextmanager
+    def started(self, engine_dir, tmp_path, *options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, str(ROOT / "run.py"), "serve", "--engine-dir", str(engine_dir), "--device", "cpu"]
+        process = subprocess.Popen(
+            [*command, "--port", str(port), *options], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        try:
+            address, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
+            while True:
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < end
+                try:
+                    if httpx.get(f"{address}/ready").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.1)
+            yield process, address
+        finally:
+            process.kill()
+            process.communicate()
+
+    def test_sigterm_lets_streams_end(self, engine_dir, tmp_path):
+        with self.started(engine_dir, tmp_path) as (process, address):
+            body = {"messages": messages(), "stream": True, "ignore_eos": True, "max_tokens": 300}
+            texts = [None] * 4
+            begun = threading.Semaphore(0)
+
+            def read(number):
+                with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=PATIENCE) as response:
+                    lines = []
+                    for line in response.iter_lines():
+                        if not lines:
+                            begun.release()
+                        lines.append(line)
+                    texts[number] = lines
+
+            threads = [threading.Thread(target=read, args=[number]) for number in range(4)]
+            for thread in threads:
+                thread.start()
+            for _ in threads:
+                assert begun.acquire(timeout=PATIENCE)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            if process.poll() is None:
+                assert httpx.get(f"{address}/ready").status_code == 503
+            for thread in threads:
+                thread.join(PATIENCE)
+            assert all("data: [DONE]" in lines for lines in texts)
+            assert process.wait(PATIENCE) == 143
+
+    def test_a_second_signal_ends_at_once(self, engine_dir, tmp_path):
+        with self.started(engine_dir, tmp_path) as (process, address):
+            body = {"messages": messages(), "stream": True, "ignore_eos": True, "max_tokens": 550, "n": 8}
+            with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=PATIENCE) as response:
+                next(response.iter_lines())
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.3)
+                process.send_signal(signal.SIGINT)
+                assert process.wait(PATIENCE) == 130
+
+    def test_a_port_that_is_taken(self, engine_dir, tmp_path):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            command = [
+                sys.executable,
+                str(ROOT / "run.py"),
+                "serve",
+                "--engine-dir",
+                str(engine_dir),
+                "--device",
+                "cpu",
+            ]
+            port = str(taken.getsockname()[1])
+            done = subprocess.run([*command, "--port", port], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert f"port {port}" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_keys_of_an_empty_file(self, engine_dir, tmp_path, command):
+        (tmp_path / "keys").write_text("# none\n")
+        code, _, error = command("serve", "--engine-dir", engine_dir, "--api-key-file", tmp_path / "keys")
+        assert code == 2
+        assert "no key" in error
