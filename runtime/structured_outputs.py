@@ -207,5 +207,5 @@ def _grammar(params: StructuredOutputsParams) -> str:
 
 
 def _short(problem: str) -> str:
-    problem = " ".join(problem.split())
+    problem = " ".join(problem.partition("<state>")[0].split())  # behind it is the parser's own
     return problem if len(problem) <= _LONGEST_REASON else f"{problem[:_LONGEST_REASON]}..."

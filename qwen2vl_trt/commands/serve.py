@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import math
+import re
 from dataclasses import fields
 from pathlib import Path
 
-from qwen2vl_trt.errors import FileError, UnavailableError, reason, require
+from qwen2vl_trt.errors import FileError, LimitError, UnavailableError, reason, require
 from qwen2vl_trt.serving.limits import Limits
 
 from .model import find_engines
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--served-model-name", metavar="NAME", help="what clients call the model; default --model")
     parser.add_argument("--strict", action="store_true", help="refuse bodies with fields that are not known")
     parser.add_argument(
-        "--drain-seconds", type=float, default=30.0, metavar="S", help="for answers under way at SIGTERM; default 30"
+        "--drain-seconds", type=_seconds, default=30.0, metavar="S", help="for answers under way at SIGTERM; default 30"
     )
     parser.add_argument("--metrics-prefix", default="qwen2vl:", metavar="P", help="default %(default)s")
     group = parser.add_argument_group("who may ask, and for what")
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tls-key", type=Path, metavar="FILE", help="its key, PEM")
     group = parser.add_argument_group("limits", "see docs/guide/serve.md")
     for each in fields(Limits):
-        kind = positive_number if isinstance(each.default, int) else float
+        kind = positive_number if isinstance(each.default, int) else _seconds
         group.add_argument(
             f"--{each.name.replace('_', '-')}",
             type=kind,
@@ -72,6 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qwen2vl_trt.serving.app import App, ServerSettings
     from qwen2vl_trt.serving.server import Server
 
+    _check(arguments)
     limits = Limits(**{each.name: getattr(arguments, each.name) for each in fields(Limits)})
     keys = _keys(arguments.api_key_file)
     local = _is_loopback(arguments.host)
@@ -116,16 +119,42 @@ def run(arguments: argparse.Namespace) -> None:
         raise UnavailableError(f"the server could not start on {arguments.host}, port {arguments.port}") from None
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise FileError or LimitError for what no server can be made of."""
+    if (arguments.tls_cert is None) != (arguments.tls_key is None):
+        raise FileError("--tls-cert and --tls-key go together; give both or neither")
+    for name in ("tls_cert", "tls_key"):
+        file = getattr(arguments, name)
+        if file is not None:
+            try:
+                file.read_bytes()
+            except OSError as error:
+                raise FileError(f"--{name.replace('_', '-')} {file}: {reason(error)}") from None
+    if not 0 <= arguments.port <= 65535:
+        raise LimitError(f"--port {arguments.port}; it is 0 to 65535")
+    if not re.fullmatch(r"[A-Za-z_:][A-Za-z0-9_:]*", arguments.metrics_prefix):
+        raise LimitError("--metrics-prefix has letters, digits, _ and :, and begins with no digit")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
 def _keys(file: Path | None) -> list[str]:
     if file is None:
         return []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"--api-key-file {file}: {reason(error)}") from None
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise FileError(f"--api-key-file {file}: it has no key; write one a line")
+    if not all(key.isascii() and key.isprintable() for key in keys):
+        raise FileError(f"--api-key-file {file}: a key has other characters than printable ASCII")
     return keys
 
 

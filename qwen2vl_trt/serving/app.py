@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -40,7 +41,9 @@ from .protocol import Body, ChatCompletionRequest, TokenizeRequest, parse
 from .responses import ChatCompletion
 
 KEEP_ALIVE_SECONDS = 15.0
+_CANCEL_SECONDS = 5.0
 _OPEN = ("/health", "/ready")  # without a key
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:/?#\[\]@]+)(?::[0-9]+)?")
 
 _logger = logging.getLogger(__name__)
 
@@ -90,6 +93,7 @@ class App:
         self._pipeline: Pipeline | None = None
         self._source = MediaSource(settings.limits, settings.allowed_media_domains, settings.allowed_local_media_path)
         self._keys = {_digest(key): hashlib.sha256(key.encode()).hexdigest() for key in settings.api_keys}
+        self._answers: set[Answer] = set()  # under way
         self._bytes_in_flight = 0
         self._created = int(time.time())
         self.metrics = Metrics(
@@ -137,11 +141,10 @@ class App:
     def _admit(self, request: Request) -> None:
         """See to the host and the key; raises APIError 400 or 401."""
         hosts = self.settings.allowed_hosts
-        host = request.headers.get("host", "")
-        name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
-        if hosts and name.lower() not in hosts:
+        host = _HOST.fullmatch(request.headers.get("host", ""))
+        if hosts and (host is None or host[1].lower() not in hosts):
             raise APIError(400, "the header Host names another server (--allowed-hosts)", code="wrong_host")
-        path = request.url.path
+        path = request.scope["path"]  # that of request.url depends on the header Host
         if not self._keys or path in _OPEN or (path == "/" and request.method in ("GET", "HEAD")):
             return
         if self._key(request) is None:
@@ -165,7 +168,7 @@ class App:
         return _json({"status": "alive"})
 
     async def _ready(self, request: Request) -> Response:
-        self._opened()
+        self.check_open()
         return _json({"status": "ready"})
 
     async def _metrics(self, request: Request) -> Response:
@@ -199,8 +202,8 @@ class App:
 
     # POST
 
-    async def _tokenize(self, request: Request, body: bytes, stack: AsyncExitStack) -> Response:
-        pipeline, _ = self._opened()
+    async def _tokenize(self, request: Request, body: bytearray, stack: AsyncExitStack) -> Response:
+        pipeline, _ = self.check_open()
         parsed, headers = await self._parsed(body, TokenizeRequest)
         self._check_model(parsed.model)
         asked = await conversation(parsed, self._source, self.settings.limits)
@@ -210,11 +213,11 @@ class App:
         counts = {"count": len(prompt.token_ids), "image_tokens": media, "max_model_len": pipeline.profile.max_seq_len}
         return _json({**counts, "tokens": prompt.token_ids}, headers=headers)
 
-    async def _chat(self, request: Request, body: bytes, stack: AsyncExitStack) -> Response:
-        pipeline, service = self._opened()
+    async def _chat(self, request: Request, body: bytearray, stack: AsyncExitStack) -> Response:
+        pipeline, service = self.check_open()
         parsed, headers = await self._parsed(body, ChatCompletionRequest)
         self._check_model(parsed.model)
-        params = sampling_params(parsed, self.settings.limits)
+        params = await asyncio.to_thread(sampling_params, parsed, self.settings.limits)
         began = time.perf_counter()
         salt = self._key(request) if self._keys else None
         asked = await conversation(parsed, self._source, self.settings.limits, salt, parsed.timeout)
@@ -222,7 +225,8 @@ class App:
         answers = []
         for each in params:
             answers.append(service.submit(asked, each))
-            stack.callback(self._settle, answers[-1])
+            self._answers.add(answers[-1])
+            stack.push_async_callback(self._settle, answers[-1])
         events = _merged(answers, self.metrics)
         stack.push_async_callback(events.aclose)
         completion = ChatCompletion(self.settings.model, _token_bytes(pipeline))
@@ -237,18 +241,30 @@ class App:
         usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)
         # What is wrong with a request is known before its first token, while there is still a status to send.
         first = asyncio.ensure_future(anext(events, None))
-        stack.callback(first.cancel)
+        stack.push_async_callback(_cancelled, first)
         await asyncio.wait([first], timeout=KEEP_ALIVE_SECONDS)
         if first.done():
             first.result()
         return _EventStream(_chunks(first, events, answers, completion, usage), headers)
 
-    def _settle(self, answer: Answer) -> None:
-        """The client has its answer, or has hung up."""
+    async def _settle(self, answer: Answer) -> None:
+        """The client has its answer, or has hung up, and the answer ends within a step."""
         answer.cancel()
+        with move_on_after(_CANCEL_SECONDS):
+            await answer
+        self._answers.discard(answer)
         self.metrics.answer(answer.output)
 
-    def _opened(self) -> tuple[Pipeline, Service]:
+    def end(self) -> None:
+        """One of ``running`` has ended."""
+        self.running -= 1
+
+    def cancel_all(self) -> None:
+        """End the answers under way; their streams say so."""
+        for answer in [*self._answers]:
+            answer.cancel()
+
+    def check_open(self) -> tuple[Pipeline, Service]:
         if self.draining:
             raise overloaded("the server is stopping and takes no more requests")
         if self._pipeline is None or self._service is None:
@@ -260,7 +276,7 @@ class App:
             message = f"there is no such model; this server has {self.settings.model}"
             raise APIError(404, message, param="model", code="model_not_found")
 
-    async def _parsed(self, body: bytes, kind: type[Body]) -> tuple[Body, dict[str, str]]:
+    async def _parsed(self, body: bytearray, kind: type[Body]) -> tuple[Body, dict[str, str]]:
         parsed, unknown = await asyncio.to_thread(parse, body, kind)
         if not unknown:
             return parsed, {}
@@ -270,7 +286,7 @@ class App:
         return parsed, {"X-Ignored-Fields": names}
 
     @asynccontextmanager
-    async def body(self, request: Request) -> AsyncIterator[bytes]:
+    async def body(self, request: Request) -> AsyncIterator[bytearray]:
         """The body of a request; its bytes count as held until the request has ended.
 
         Raises:
@@ -299,7 +315,7 @@ class App:
             if patience.cancelled_caught:
                 message = f"the body was not there after {limits.body_seconds:g} s"
                 raise APIError(408, message, headers={"Connection": "close"})
-            yield bytes(whole)
+            yield whole
         finally:
             self._bytes_in_flight -= len(whole)
 
@@ -307,21 +323,19 @@ class App:
 class _Endpoint:
     """A handler with a body that ends when its client hangs up."""
 
-    def __init__(self, app: App, handler: Callable[[Request, bytes, AsyncExitStack], Awaitable[Response]]) -> None:
+    def __init__(self, app: App, handler: Callable[[Request, bytearray, AsyncExitStack], Awaitable[Response]]) -> None:
         self._app, self._handler = app, handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._app.running += 1
-        try:
+        self._app.check_open()
+        with suppress(ClientDisconnect):
             await self._serve(Request(scope, receive), scope, receive, send)
-        except ClientDisconnect:
-            return
-        finally:
-            self._app.running -= 1
 
     async def _serve(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
         async with AsyncExitStack() as stack:
             body = await stack.enter_async_context(self._app.body(request))
+            self._app.running += 1
+            stack.callback(self._app.end)
             work = asyncio.ensure_future(self._respond(request, body, stack, scope, receive, send))
             del body
             gone = asyncio.ensure_future(_hang_up(receive))
@@ -331,13 +345,10 @@ class _Endpoint:
                     return
                 work.result()
             finally:
-                for task in (work, gone):
-                    task.cancel()
-                    with suppress(asyncio.CancelledError, Exception):
-                        await task
+                await _cancelled(work, gone)
 
     async def _respond(
-        self, request: Request, body: bytes, stack: AsyncExitStack, scope: Scope, receive: Receive, send: Send
+        self, request: Request, body: bytearray, stack: AsyncExitStack, scope: Scope, receive: Receive, send: Send
     ) -> None:
         try:
             response = await self._handler(request, body, stack)
@@ -345,6 +356,8 @@ class _Endpoint:
             response = _error(_translated(error))
         except APIError as error:
             response = _error(error)
+        except RecursionError:
+            response = _error(APIError(400, "the body is nested too deeply"))
         await response(scope, receive, send)
 
 
@@ -373,9 +386,7 @@ class _EventStream(Response):
                 await send({"type": "http.response.body", "body": body, "more_body": True})
                 following = asyncio.ensure_future(anext(self._chunks, None))
         finally:
-            following.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await following
+            await _cancelled(following)
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
@@ -437,9 +448,14 @@ async def _merged(answers: Sequence[Answer], metrics: Metrics) -> AsyncGenerator
             left -= found[1] is None
             yield found
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _cancelled(*tasks)
+
+
+async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks, and wait for their end; what they raise is lost."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _hang_up(receive: Receive) -> None:
@@ -469,7 +485,7 @@ def _byte_letters() -> dict[str, int]:
 
 def _translated(error: Qwen2VLError) -> APIError:
     told = from_library(error)
-    if told.status >= 500 and told.status != 504:
+    if told.status == 500:
         _logger.error("%s", error)
     return told
 

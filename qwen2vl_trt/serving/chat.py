@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -40,7 +41,7 @@ def sampling_params(body: ChatCompletionRequest, limits: Limits) -> list[Samplin
         ("logit_bias", len(body.logit_bias or ())),
         ("top_logprobs", body.top_logprobs or 0),
     ):
-        most = getattr(limits, name)
+        most = min(limits.n, limits.pending) if name == "n" else getattr(limits, name)
         if count > most:
             raise APIError(400, f"{name}: {count:,} are asked for; this server takes up to {most:,}", param=name)
     if body.top_logprobs and not body.logprobs:
@@ -91,11 +92,11 @@ def _structured_outputs(body: ChatCompletionRequest, limits: Limits) -> Structur
             asked = {"json": form.json_schema.schema}
     if not asked:
         return None
+    if _deeper(asked, limits.schema_depth + 1):
+        raise APIError(400, f"{name}: nested deeper than {limits.schema_depth}, which this server takes", param=name)
     size = sum(len(value if isinstance(value, str) else json.dumps(value)) for value in asked.values())
     if size > limits.schema_bytes:
         raise APIError(400, f"{name}: {size:,} bytes; this server takes up to {limits.schema_bytes:,}", param=name)
-    if _deeper(asked, limits.schema_depth + 1):
-        raise APIError(400, f"{name}: nested deeper than {limits.schema_depth}, which this server takes", param=name)
     return StructuredOutputsParams(**asked)
 
 
@@ -135,7 +136,13 @@ async def conversation(
         PromptError: the messages are wrong.
     """
     image_options, video_options = media_options(body.mm_processor_kwargs)
-    messages, media = detach_media(body.messages)
+    contents = (message.get("content") for message in body.messages)
+    parts = len(body.messages) + sum(len(content) for content in contents if isinstance(content, list))
+    if parts > limits.parts:
+        raise APIError(
+            400, f"messages: {parts:,} with their parts; this server takes {limits.parts:,}", param="messages"
+        )
+    messages, media = await asyncio.to_thread(detach_media, body.messages)
     for kind, most in (("image", limits.images), ("video", limits.videos)):
         count = sum(each == kind for each, _, _ in media)
         if count > most:

@@ -1,4 +1,7 @@
-"""What a client is told of an error: OpenAI's object and a status, without a path, an address or a library's text."""
+"""What a client is told of an error: OpenAI's object and a status, without a path, an address or a library's text.
+
+One library speaks: llguidance says where a client's schema, regex or grammar is wrong.
+"""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ class Limits:
         body_bytes: of a request's body.
         body_bytes_in_flight: of all bodies that are held at one time.
         body_seconds: until a body is there.
+        parts: of a request: its messages, and the texts and media in them.
         images: of a request.
         image_bytes: of an image, encoded.
         videos: of a request.
@@ -34,6 +35,7 @@ class Limits:
     body_bytes: int = 64 << 20
     body_bytes_in_flight: int = 1 << 30
     body_seconds: float = 30.0
+    parts: int = 4096
     images: int = 16
     image_bytes: int = 32 << 20
     videos: int = 4

@@ -92,7 +92,7 @@ class TokenizeRequest(Struct, kw_only=True):
     mm_processor_kwargs: dict[str, Any] | None = None
 
 
-def parse(body: bytes, kind: type[Body]) -> tuple[Body, list[str]]:
+def parse(body: bytes | bytearray, kind: type[Body]) -> tuple[Body, list[str]]:
     """Read a body.
 
     Returns:
@@ -114,4 +114,4 @@ def parse(body: bytes, kind: type[Body]) -> tuple[Body, list[str]]:
         raise APIError(400, f"the body is no JSON: {error}") from None
     except RecursionError:
         raise APIError(400, "the body is nested too deeply") from None
-    return parsed, sorted(set(names) - set(kind.__struct_fields__) - _UNUSED)
+    return parsed, sorted(names.keys() - set(kind.__struct_fields__) - _UNUSED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from socket import socket
 from types import FrameType
@@ -15,6 +16,9 @@ from qwen2vl_trt.runtime.pipeline import Pipeline
 from qwen2vl_trt.runtime.service import Service
 
 from .app import App
+
+_CUT_SECONDS = 1.0
+"""In which streams that are cut end by themselves."""
 
 _logger = logging.getLogger(__name__)
 
@@ -41,22 +45,27 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.failure: Exception | None = None
         self._application, self._open_pipeline, self._drain_seconds = app, open_pipeline, drain_seconds
+        self._drain_end: float | None = None  # by the monotonic clock, once it drains
         self._service: Service | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain, or end at once; see the class."""
         self._captured_signals.append(sig)  # raised again at the end, as uvicorn does: it decides the exit code
         if self._application.draining:
-            self.should_exit = self.force_exit = True
+            self._drain_end = 0.0
         self._application.draining = True
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end: asked ten times a second."""
-        if self._application.draining and not self.should_exit:
-            self._drain_seconds -= 0.1
-            self.should_exit = not self._application.running or self._drain_seconds <= 0
-            if self.should_exit and self._application.running:
-                self.force_exit = True
+        app = self._application
+        if app.draining:
+            if self._drain_end is None:
+                self._drain_end = time.monotonic() + self._drain_seconds
+            late = time.monotonic() - self._drain_end
+            if late > 0:
+                app.cancel_all()  # each stream says that it was cut
+            if not app.running or late > _CUT_SECONDS:
+                self.should_exit = self.force_exit = True
         return await super().on_tick(counter)
 
     def run(self, sockets: list[socket] | None = None) -> None:

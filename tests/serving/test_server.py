@@ -254,6 +254,33 @@ class TestRefusals:
         assert web.post("/v1/chat/completions", content=b'{"messages": "\xff"}', headers=headers).status_code == 400
         assert web.post("/v1/chat/completions", content="[" * 100_000, headers=headers).status_code == 400
 
+    @pytest.mark.parametrize("levels", [900, 985, 995, 5_000])
+    def test_other_fields_that_are_nested(self, web, levels):
+        deep = '{"a":' * levels + "1" + "}" * levels
+        for field in (
+            f'"response_format":{{"type":"json_schema","json_schema":{{"schema":{deep}}}}}',
+            f'"mm_processor_kwargs":{{"max_pixels":{deep}}}',
+            f'"colour":{deep},"n":9',
+        ):
+            body = f'{{"messages":[{{"role":"user","content":"a"}}],{field}}}'
+            response = web.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+            assert response.status_code == 400
+
+    def test_messages_and_parts_are_counted(self, web):
+        part = {"type": "text", "text": "a"}
+        for given in ([{"role": "user", "content": "a"}] * 4097, [{"role": "user", "content": [part] * 4096}]):
+            response = web.post("/v1/chat/completions", json={"messages": given})
+            assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
+            assert "4,097" in response.json()["error"]["message"]
+
+    def test_a_schema_that_cannot_be_followed_says_so_in_its_own_words(self, web):
+        for schema in ({"$ref": "#"}, {"properties": {f"p{n}": {} for n in range(2_200)}, "type": "object"}):
+            body = {"messages": messages("Hi", ()), "structured_outputs": {"json": schema}}
+            response = web.post("/v1/chat/completions", json=body)
+            assert response.status_code == 400
+            assert "structured_outputs" in response.json()["error"]["message"]
+            assert "<state>" not in response.text
+
     def test_a_deadline(self, web):
         response = web.post("/v1/chat/completions", json={"messages": messages(), "timeout": 1e-6})
         assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
@@ -302,17 +329,25 @@ class TestWhoMayAsk:
             assert cached[0] == cached[2] == 0 < cached[1]
 
     def test_another_host_name(self, service, pipeline):
-        with opened(service, pipeline, allowed_hosts=["localhost", "127.0.0.1"]) as (_, address):
-            assert httpx.get(f"{address}/health").status_code == 200
-            response = httpx.get(f"{address}/health", headers={"Host": "evil.example:80"})
-            assert (response.status_code, response.json()["error"]["code"]) == (400, "wrong_host")
+        with opened(service, pipeline, allowed_hosts=["localhost", "127.0.0.1", "[::1]"]) as (_, address):
+            for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:80"):
+                assert httpx.get(f"{address}/health", headers={"Host": host}).status_code == 200
+            for host in ("evil.example:80", "localhost:80:evil", "[::1]evil", "localhost:1/health?", "localhost:[", ""):
+                response = httpx.get(f"{address}/health", headers={"Host": host})
+                assert (response.status_code, response.json()["error"]["code"]) == (400, "wrong_host")
+
+    @pytest.mark.parametrize("host", ["localhost:1/health?", "a/health#", "[", "localhost:["])
+    def test_a_host_name_opens_no_other_address(self, service, pipeline, host):
+        with opened(service, pipeline, api_keys=["alpha"]) as (_, address):
+            body, headers = {"messages": messages()}, {"Host": host}
+            assert httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers).status_code == 401
 
 
 class TestHangingUp:
     @pytest.mark.parametrize("stream", [False, True])
     def test_it_ends_the_answers(self, web, service, stream):
         body = {"messages": messages(), "ignore_eos": True, "max_tokens": 550, "n": 4, "stream": stream}
-        before = service.counters().cancelled
+        before, cancelled = service.counters().cancelled, self.cancelled(web)
         timeout = httpx.Timeout(PATIENCE, read=0.3)
         # A whole answer is not there in time; of a stream one line is read.
         with (
@@ -323,6 +358,22 @@ class TestHangingUp:
             next(response.iter_lines())
         idle(service)
         assert service.counters().cancelled == before + 4
+        end = time.monotonic() + PATIENCE
+        while self.cancelled(web) != cancelled + 4:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    def cancelled(self, web):
+        name = 'qwen2vl:request_success_total{finished_reason="cancelled"} '
+        return sum(float(line.removeprefix(name)) for line in web.get("/metrics").text.splitlines() if name in line)
+
+    def test_before_the_first_token(self, web, service, caplog):
+        body = {"messages": messages(), "stream": True}
+        for number in range(12):
+            with suppress(httpx.ReadTimeout):
+                web.post("/v1/chat/completions", json=body, timeout=httpx.Timeout(PATIENCE, read=0.004 * (number + 1)))
+        idle(service)
+        assert not [record for record in caplog.records if record.name.startswith(("uvicorn", "asyncio"))]
 
     def test_requests_above_the_limit(self, web, service):
         response = web.post("/v1/chat/completions", json={"messages": messages(), "n": 8, "max_tokens": 3})
@@ -449,6 +500,37 @@ class TestCommand:
                 process.send_signal(signal.SIGINT)
                 assert process.wait(PATIENCE) == 130
 
+    def test_what_is_not_done_in_time_is_cut_and_says_so(self, engine_dir, tmp_path):
+        with self.started(engine_dir, tmp_path, "--drain-seconds", "0.2") as (process, address):
+            body = {"messages": messages(), "stream": True, "ignore_eos": True, "max_tokens": 550, "n": 8}
+            with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=PATIENCE) as response:
+                lines = response.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                *_, last, _ = lines
+            assert last == "data: [DONE]"
+            assert process.wait(PATIENCE) == 143
+            assert b"Traceback" not in process.stderr.read()
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ("--port", "99999"),
+            ("--drain-seconds", "nan"),
+            ("--body-seconds", "0"),
+            ("--tls-key", "key.pem"),
+            ("--tls-cert", "none.pem", "--tls-key", "none.pem"),
+            ("--metrics-prefix", "a b"),
+            ("--api-key-file", "none"),
+            ("--allowed-local-media-path", "none"),
+            ("--allowed-media-domains", "http://a/b"),
+        ],
+    )
+    def test_options_that_have_no_meaning(self, engine_dir, options, command):
+        code, _, error = command("serve", "--engine-dir", engine_dir, *options)
+        assert code == 2
+        assert options[0].lstrip("-") in error or options[1] in error
+
     def test_a_port_that_is_taken(self, engine_dir, tmp_path):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
@@ -469,7 +551,8 @@ class TestCommand:
         assert "Traceback" not in done.stderr
 
     def test_keys_of_an_empty_file(self, engine_dir, tmp_path, command):
-        (tmp_path / "keys").write_text("# none\n")
-        code, _, error = command("serve", "--engine-dir", engine_dir, "--api-key-file", tmp_path / "keys")
-        assert code == 2
-        assert "no key" in error
+        for text, said in (("# none\n  # none\n", "no key"), ("schl\u00fcssel", "ASCII")):
+            (tmp_path / "keys").write_text(text, encoding="utf-8-sig")
+            code, _, error = command("serve", "--engine-dir", engine_dir, "--api-key-file", tmp_path / "keys")
+            assert code == 2
+            assert said in error
