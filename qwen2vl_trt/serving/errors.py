@@ -5,6 +5,7 @@ One library speaks: llguidance says where a client's schema, regex or grammar is
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from qwen2vl_trt.errors import (
 )
 
 RETRY_SECONDS = 1
+
+_logger = logging.getLogger(__name__)
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _LIBRARIES_SPEAK_AFTER = (
@@ -65,6 +68,11 @@ def overloaded(message: str) -> APIError:
     return APIError(503, message, code="overloaded", headers={"Retry-After": str(RETRY_SECONDS)})
 
 
+def failed() -> APIError:
+    """500, which tells a client nothing."""
+    return APIError(500, "the server failed at this request; its log says why")
+
+
 def from_library(error: Qwen2VLError) -> APIError:
     """What a client is told of an error of the library, whose media were given as bytes, never as paths."""
     if isinstance(error, (MediaError, PromptError, SamplingError, LimitError)):
@@ -73,7 +81,8 @@ def from_library(error: Qwen2VLError) -> APIError:
         return APIError(504, str(error), code="deadline_exceeded")
     if isinstance(error, UnavailableError):  # its message may quote what the engine died of
         return overloaded("the server takes no more requests now; try again later")
-    return APIError(500, "the server failed at this request; its log says why")
+    _logger.error("%s", error)
+    return failed()
 
 
 def _own_words(message: str) -> str:

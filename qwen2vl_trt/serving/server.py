@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
             late = time.monotonic() - self._drain_end
             if late > 0:
                 app.cancel_all()  # each stream says that it was cut
-            if not app.running or late > _CUT_SECONDS:
+            if not app.bodies.running or late > _CUT_SECONDS:
                 self.should_exit = self.force_exit = True
         return await super().on_tick(counter)
 

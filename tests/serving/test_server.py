@@ -304,10 +304,10 @@ class TestRefusals:
                 time.sleep(1.5)
 
             assert httpx.post(path, content=slow(), headers=headers).status_code == 408
-            app._bytes_in_flight = 10_000
+            app.bodies.held = 10_000
             response = httpx.post(path, content=b" " * 6_000, headers=headers)
             assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
-            assert app._bytes_in_flight == 10_000
+            assert app.bodies.held == 10_000
 
 
 class TestWhoMayAsk:
