@@ -384,7 +384,7 @@ WRONG_OPTIONS = {
 WRONG_OPTIONS |= {
     ("bench", "seed"): "invalid choice: 'seed' (choose from ",
     ("bench", "--json", "build"): "bench build is a command: it comes before the options",
-    ("compere",): "unknown command 'compere'; there are generate, features",
+    ("compere",): "unknown command 'compere'; there are generate, serve",
 }
 WITH_ENGINES = {
     (*ASK, "--max-batch-size", "4"): "runs as it was built",
