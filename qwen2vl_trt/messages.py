@@ -20,7 +20,8 @@ from .errors import MediaError, PromptError
 from .media_options import ImageOptions, VideoOptions
 
 Message = Mapping[str, Any]
-Kind = Literal["text", "image", "video"]
+MediaKind = Literal["image", "video"]
+Kind = Literal["text"] | MediaKind
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -51,7 +52,7 @@ _TEMPLATE_KEYS = {  # of a message, for the chat template
     "tool": ("name", "tool_call_id"),
 }
 _LOW_DETAIL = 256 * 28 * 28  # pixels; 256 tokens
-_FRAME_LISTS = ("video/jpeg", "video/png")
+FRAME_LISTS = ("video/jpeg", "video/png")
 _PLACEHOLDER = re.compile(r"<(image|video)>")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -138,9 +139,7 @@ def extract_media(messages: Sequence[Message], images: Sequence[Any] = (), video
     return media
 
 
-def detach_media(
-    messages: Sequence[Message],
-) -> tuple[list[dict[str, Any]], list[tuple[Literal["image", "video"], Any, str]]]:
+def detach_media(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[tuple[MediaKind, Any, str]]]:
     """Messages with placeholders in place of their media, and the media, for a caller who loads them himself.
 
     Returns:
@@ -150,7 +149,7 @@ def detach_media(
     Raises:
         PromptError: something in a message is unknown or wrong, or a part has no image or video.
     """
-    media: list[tuple[Literal["image", "video"], Any, str]] = []
+    media: list[tuple[MediaKind, Any, str]] = []
     for message in _read(messages):
         for part in message.parts:
             if part.kind != "text":
@@ -395,12 +394,12 @@ def _decoded(url: str, where: str) -> bytes | list[bytes]:
     try:
         if "base64" not in parameters:
             return unquote_to_bytes(payload)
-        if kind in _FRAME_LISTS:
+        if kind in FRAME_LISTS:
             return [_from_base64(frame) for frame in payload.split(",")]
         if "," in payload:
             raise PromptError(
                 f"{where}: the data: URL of type {shown(kind)} is a list;"
-                f" only {' and '.join(_FRAME_LISTS)} may be, of frames"
+                f" only {' and '.join(FRAME_LISTS)} may be, of frames"
             )
         return _from_base64(payload)
     except ValueError:

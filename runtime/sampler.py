@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -134,10 +134,10 @@ class SampledTokens:
             self._copied.synchronize()
         return [int(token) if token == token else None for token in self._host[:, 0].tolist()]
 
-    def logprobs(self, asked: Sequence[int | None]) -> list[TokenLogprobs | None]:
+    def logprobs(self, asked: Iterable[int | None]) -> list[TokenLogprobs | None]:
         """Of each row's token and as many of the likeliest as it asked for; only after :meth:`tolist`."""
         if self._logprobs is None:
-            return [None] * len(asked)
+            return [None] * len(self.tokens)
         own = self._logprobs if self.tokens.device.type == "cpu" else self._host[:, 1:]
         found: list[TokenLogprobs | None] = []
         for number, (token, logprob, *top) in zip(asked, own.tolist(), strict=True):

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen2vl_trt.engines.backends import find_backend
-from qwen2vl_trt.engines.build import build_engines
 from qwen2vl_trt.engines.profile import BuildProfile
-from qwen2vl_trt.hub import resolve_model
+from tests.support.engine_folders import build
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "What digits are in the image?"
@@ -18,10 +16,8 @@ QUESTION = "What digits are in the image?"
 
 @pytest.fixture(scope="module")
 def engine_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server") / "engines"
     profile = BuildProfile(4, 1024, max_batch_size=2, max_num_seqs=2, max_input_len=512, max_seq_len=640)
-    build_engines(resolve_model("tiny"), *find_backend("torch", "fp32"), profile, folder)
-    return folder
+    return build("tiny", tmp_path_factory.mktemp("examples") / "engines", "torch", profile=profile)
 
 
 def test_the_script(engine_dir, monkeypatch, capsys):

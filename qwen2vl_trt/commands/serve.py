@@ -16,9 +16,7 @@ from qwen2vl_trt.serving.limits import Limits
 from .model import find_engines
 from .options import add_build_arguments, add_pipeline_arguments, check_decode, pipeline_options, positive_number
 
-EPILOG = (
-    """The page is at http://HOST:PORT/, the API below /v1; docs/guide/serve.md lists endpoints, fields and limits."""
-)
+EPILOG = "The page is at http://HOST:PORT/, the API below /v1; docs/guide/serve.md lists endpoints, fields and limits."
 
 _logger = logging.getLogger(__name__)
 
@@ -67,6 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
     packages = {name: name for name in ("starlette", "uvicorn", "pybase64", "prometheus_client", "httpcore")}
     require("serve", "serve", packages)
     options = pipeline_options(arguments)
+    _check(arguments)
+    keys = _keys(arguments.api_key_file)
     check_decode(arguments.decode, arguments.device)
     import uvicorn
 
@@ -74,9 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qwen2vl_trt.serving.app import App, ServerSettings
     from qwen2vl_trt.serving.server import Server
 
-    _check(arguments)
     limits = Limits(**{each.name: getattr(arguments, each.name) for each in fields(Limits)})
-    keys = _keys(arguments.api_key_file)
     local = _is_loopback(arguments.host)
     hosts = arguments.allowed_hosts or ([*_LOOPBACK, arguments.host.lower()] if local else [])
     app = App(

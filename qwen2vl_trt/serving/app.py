@@ -22,12 +22,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwen2vl_trt import __version__
+from qwen2vl_trt.errors import Qwen2VLError
 from qwen2vl_trt.runtime.pipeline import Pipeline
 from qwen2vl_trt.runtime.service import Answer, Service
 
 from .chat import conversation, sampling_params
 from .endpoint import Bodies, Endpoint, as_error, as_json
-from .errors import APIError, failed, overloaded
+from .errors import APIError, failed, from_library, overloaded
 from .limits import Limits
 from .media import MediaSource
 from .metrics import CONTENT_TYPE, Metrics
@@ -35,7 +36,8 @@ from .openapi import document
 from .page import page
 from .protocol import Body, ChatCompletionRequest, TokenizeRequest, parse
 from .responses import ChatCompletion, token_bytes_of
-from .streams import KEEP_ALIVE_SECONDS, EventStream, cancelled, chunks, merged
+from .streams import KEEP_ALIVE_SECONDS, EventStream, chunks, merged
+from .tasks import cancelled
 
 _CANCEL_SECONDS = 5.0
 _OPEN = ("/health", "/ready")  # without a key
@@ -85,7 +87,7 @@ class App:
         self._service: Service | None = None
         self._pipeline: Pipeline | None = None
         self._source = MediaSource(settings.limits, settings.allowed_media_domains, settings.allowed_local_media_path)
-        self._keys = {_digest(key): hashlib.sha256(key.encode()).hexdigest() for key in settings.api_keys}
+        self._keys = [_digest(key) for key in settings.api_keys]
         self._answers: set[Answer] = set()  # under way
         self.bodies = Bodies(settings.limits)
         self._created = int(time.time())
@@ -107,7 +109,9 @@ class App:
         ]
         self._app: ASGIApp = Starlette(
             routes=routes,
-            exception_handlers={APIError: _on_error, HTTPException: _on_http_error, Exception: _on_crash},
+            exception_handlers=dict.fromkeys(
+                (APIError, Qwen2VLError, RecursionError, HTTPException, Exception), _on_error
+            ),
         )
 
     def open(self, service: Service, pipeline: Pipeline) -> None:
@@ -132,7 +136,8 @@ class App:
         await self._app(scope, receive, counted)
 
     def _admit(self, request: Request) -> None:
-        """See to the host and the key; raises APIError 400 or 401."""
+        """See to the host and the key, which ``state.cache_salt`` follows; raises APIError 400 or 401."""
+        request.state.cache_salt = None
         hosts = self.settings.allowed_hosts
         host = _HOST.fullmatch(request.headers.get("host", ""))
         if hosts and (host is None or host[1].lower() not in hosts):
@@ -140,7 +145,8 @@ class App:
         path = request.scope["path"]  # that of request.url depends on the header Host
         if not self._keys or path in _OPEN or (path == "/" and request.method in ("GET", "HEAD")):
             return
-        if self._key(request) is None:
+        request.state.cache_salt = self._key(request)
+        if request.state.cache_salt is None:
             headers = {"WWW-Authenticate": "Bearer"}
             raise APIError(401, "an API key is missing or wrong (Authorization: Bearer ...)", headers=headers)
 
@@ -148,8 +154,8 @@ class App:
         """What caches of the request's key are salted with; None for an unknown key. All keys are compared."""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = _digest(key.strip() if scheme.lower() == "bearer" else "")
-        found = [salt for digest, salt in self._keys.items() if hmac.compare_digest(digest, given)]
-        return found[0] if found else None
+        found = [digest for digest in self._keys if hmac.compare_digest(digest, given)]
+        return found[0].hex() if found else None
 
     # GET
 
@@ -212,7 +218,7 @@ class App:
         self._check_model(parsed.model)
         params = await asyncio.to_thread(sampling_params, parsed, self.settings.limits)
         began = time.perf_counter()
-        salt = self._key(request) if self._keys else None
+        salt = request.state.cache_salt
         asked = await conversation(parsed, self._source, self.settings.limits, salt, parsed.timeout)
         self.metrics.observe("media_fetch_seconds", time.perf_counter() - began)
         answers = []
@@ -281,16 +287,12 @@ def _digest(key: str) -> bytes:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, APIError)
-    return as_error(error)
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    words = {404: "there is no such address", 405: f"{request.method} is not allowed here"}
-    message = words.get(error.status_code, error.detail)
-    return as_error(APIError(error.status_code, message, headers=error.headers))
-
-
-async def _on_crash(request: Request, error: Exception) -> Response:
-    return as_error(failed())
+    if isinstance(error, Qwen2VLError):
+        error = from_library(error)
+    elif isinstance(error, RecursionError):
+        error = APIError(400, "the body is nested too deeply")
+    elif isinstance(error, HTTPException):
+        words = {404: "there is no such address", 405: f"{request.method} is not allowed here"}
+        message = words.get(error.status_code, error.detail)
+        error = APIError(error.status_code, message, headers=error.headers)
+    return as_error(error if isinstance(error, APIError) else failed())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 import msgspec
 
-from qwen2vl_trt.errors import MediaError
+from qwen2vl_trt.errors import MediaError, SamplingError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.messages import detach_media
 from qwen2vl_trt.runtime.request import Request
@@ -56,7 +55,7 @@ def sampling_params(body: ChatCompletionRequest, limits: Limits) -> list[Samplin
         ignore_eos=bool(body.ignore_eos),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         logit_bias=_logit_bias(body.logit_bias),
-        structured_outputs=_structured_outputs(body, limits),
+        structured_outputs=_structured_outputs(body),
     )
     if body.seed is None:
         return [params] * (body.n or 1)
@@ -70,7 +69,7 @@ def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
         raise APIError(400, "logit_bias: its keys are token ids, as strings", param="logit_bias") from None
 
 
-def _structured_outputs(body: ChatCompletionRequest, limits: Limits) -> StructuredOutputsParams | None:
+def _structured_outputs(body: ChatCompletionRequest) -> StructuredOutputsParams | None:
     own, form = body.structured_outputs, body.response_format
     asked = (
         {name: value for name, value in msgspec.structs.asdict(own).items() if value not in (None, False)}
@@ -92,21 +91,10 @@ def _structured_outputs(body: ChatCompletionRequest, limits: Limits) -> Structur
             asked = {"json": form.json_schema.schema}
     if not asked:
         return None
-    if _deeper(asked, limits.schema_depth + 1):
-        raise APIError(400, f"{name}: nested deeper than {limits.schema_depth}, which this server takes", param=name)
-    size = sum(len(value if isinstance(value, str) else json.dumps(value)) for value in asked.values())
-    if size > limits.schema_bytes:
-        raise APIError(400, f"{name}: {size:,} bytes; this server takes up to {limits.schema_bytes:,}", param=name)
-    return StructuredOutputsParams(**asked)
-
-
-def _deeper(value: Any, most: int) -> bool:
-    """Whether objects and lists are nested deeper than that."""
-    layer = [value]
-    for _ in range(most):
-        inner = [each for item in layer for each in (item.values() if isinstance(item, dict) else item)]
-        layer = [each for each in inner if isinstance(each, (dict, list))]
-    return bool(layer)
+    try:
+        return StructuredOutputsParams(**asked)
+    except SamplingError as error:
+        raise APIError(400, str(error), param=name) from None
 
 
 def media_options(given: Mapping[str, Any] | None) -> tuple[ImageOptions, VideoOptions]:

@@ -1,4 +1,4 @@
-"""What every endpoint with a body has in common: its limits, errors as JSON, and an end where the client hangs up."""
+"""What every endpoint with a body has in common: its limits, JSON, and an end where the client hangs up."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from qwen2vl_trt.errors import Qwen2VLError
-
-from .errors import APIError, from_library, overloaded
+from .errors import APIError, overloaded
 from .limits import Limits
-from .streams import cancelled
+from .tasks import cancelled
 
 
 class Bodies:
@@ -98,14 +96,7 @@ class Endpoint:
     async def _respond(
         self, request: Request, body: bytearray, stack: AsyncExitStack, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        try:
-            response = await self._handler(request, body, stack)
-        except Qwen2VLError as error:
-            response = as_error(from_library(error))
-        except APIError as error:
-            response = as_error(error)
-        except RecursionError:
-            response = as_error(APIError(400, "the body is nested too deeply"))
+        response = await self._handler(request, body, stack)
         await response(scope, receive, send)
 
 
@@ -115,8 +106,10 @@ async def _hang_up(receive: Receive) -> None:
 
 
 def as_json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A response of JSON."""
     return Response(msgspec.json.encode(value), status, headers, "application/json")
 
 
 def as_error(error: APIError) -> Response:
+    """The response of an error."""
     return as_json(error.as_json(), error.status, error.headers)

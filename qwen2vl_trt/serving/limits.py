@@ -27,8 +27,6 @@ class Limits:
         stop_token_ids: tokens that end an answer.
         top_logprobs: likeliest tokens that are told of each place.
         logit_bias: tokens with a bias.
-        schema_bytes: of a JSON schema, a regex or a grammar.
-        schema_depth: levels of a JSON schema.
         pending: requests that are under way or wait.
     """
 
@@ -49,6 +47,4 @@ class Limits:
     stop_token_ids: int = 64
     top_logprobs: int = 20
     logit_bias: int = 300
-    schema_bytes: int = 64 << 10
-    schema_depth: int = 32
     pending: int = 256

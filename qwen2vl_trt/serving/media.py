@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import anyio
@@ -26,12 +26,12 @@ import httpcore
 import pybase64
 
 from qwen2vl_trt.errors import MediaError
-from qwen2vl_trt.messages import file_path
+from qwen2vl_trt.messages import FRAME_LISTS, MediaKind, file_path
 
 from .errors import APIError, overloaded
 from .limits import Limits
+from .tasks import cancelled
 
-Kind = Literal["image", "video"]
 Address = IPv4Address | IPv6Address
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 
@@ -48,7 +48,6 @@ _NEVER = (
     IPv6Network("fec0::/10"),  # site-local
 )
 _AZURE_HOST = IPv4Address("168.63.129.16")  # public by number, the machine's own host in Azure
-_FRAME_LISTS = ("video/jpeg", "video/png")
 
 
 def is_public(address: Address) -> bool:
@@ -113,7 +112,7 @@ class MediaSource:
         self._resolve = resolve or self._getaddrinfo
         self._places = asyncio.Semaphore(limits.fetches)
 
-    async def fetch_all(self, media: Sequence[tuple[Kind, Any, str]]) -> list[bytes | list[bytes]]:
+    async def fetch_all(self, media: Sequence[tuple[MediaKind, Any, str]]) -> list[bytes | list[bytes]]:
         """Several at once: of each its kind, its URL or a list of the URLs of its frames, and where it is.
 
         Raises:
@@ -123,11 +122,9 @@ class MediaSource:
         try:
             return list(await asyncio.gather(*tasks))
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancelled(*tasks)
 
-    async def fetch(self, url: str, kind: Kind, where: str) -> bytes | list[bytes]:
+    async def fetch(self, url: str, kind: MediaKind, where: str) -> bytes | list[bytes]:
         """The bytes of an image or a video; a list of those of its frames of ``data:video/jpeg;base64,A,B,...``.
 
         Args:
@@ -162,7 +159,7 @@ class MediaSource:
         finally:
             self._places.release()
 
-    async def _fetch_one(self, kind: Kind, source: Any, where: str) -> bytes | list[bytes]:
+    async def _fetch_one(self, kind: MediaKind, source: Any, where: str) -> bytes | list[bytes]:
         if isinstance(source, str):
             return await self.fetch(source, kind, where)
         if kind == "image" or not isinstance(source, list) or not all(isinstance(url, str) for url in source):
@@ -186,7 +183,7 @@ class MediaSource:
 
     # data:
 
-    def _decode(self, url: str, kind: Kind, most: int, where: str) -> bytes | list[bytes]:
+    def _decode(self, url: str, kind: MediaKind, most: int, where: str) -> bytes | list[bytes]:
         header, comma, payload = url[len("data:") :].partition(",")
         media_type, *parameters = (field.strip().lower() for field in header[:_LONGEST_URL].split(";"))
         if not comma or len(header) > _LONGEST_URL:
@@ -198,7 +195,7 @@ class MediaSource:
                 return _whole(unquote_to_bytes(payload), most, where)
             except UnicodeEncodeError:
                 raise APIError(400, f"{where}: the data: URL is not valid text") from None
-        if kind == "video" and media_type in _FRAME_LISTS:
+        if kind == "video" and media_type in FRAME_LISTS:
             self._check_frames(payload.count(",") + 1, where)
             frames = payload.split(",")
             if sum(map(_least_bytes, frames)) > most:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qwen2vl_trt.runtime.request import Output, TokenLogprobs
 
@@ -113,18 +114,15 @@ def _end(output: Output) -> dict[str, str]:
 
 def token_bytes_of(tokenizer: Tokenizer) -> TokenBytes:
     """Bytes of a token: byte-level tokenizers, as all of Qwen are, write each byte as a letter."""
+    letters = _byte_letters()
 
     def token_bytes(token_id: int) -> bytes:
         token = tokenizer.id_to_token(token_id) or ""
-        letters = _byte_letters()
-        return bytes(map(letters.__getitem__, token)) if all(map(letters.__contains__, token)) else token.encode()
+        return bytes(map(letters.__getitem__, token)) if letters.keys() >= set(token) else token.encode()
 
     return token_bytes
 
 
 @lru_cache(maxsize=1)
 def _byte_letters() -> dict[str, int]:
-    """The letter of each byte, from GPT-2 (https://github.com/openai/gpt-2/blob/master/src/encoder.py)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}

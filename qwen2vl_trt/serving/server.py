@@ -50,7 +50,8 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain, or end at once; see the class."""
-        self._captured_signals.append(sig)  # raised again at the end, as uvicorn does: it decides the exit code
+        super().handle_exit(sig, frame)  # it raises the signal again at the end, which decides the exit code
+        self.should_exit = self.force_exit = False
         if self._application.draining:
             self._drain_end = 0.0
         self._application.draining = True

@@ -19,6 +19,7 @@ from qwen2vl_trt.runtime.service import Answer
 from .errors import failed, from_library
 from .metrics import Metrics
 from .responses import ChatCompletion
+from .tasks import cancelled
 
 KEEP_ALIVE_SECONDS = 15.0
 
@@ -113,10 +114,3 @@ async def merged(answers: Sequence[Answer], metrics: Metrics) -> AsyncGenerator[
             yield found
     finally:
         await cancelled(*tasks)
-
-
-async def cancelled(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel tasks, and wait for their end; what they raise is lost."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

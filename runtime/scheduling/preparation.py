@@ -198,6 +198,7 @@ class Preparer:
         )
 
     def prompt(self, request: Request, media: list[Medium]) -> tuple[Prompt, tuple[list[Grid], list[Grid]]]:
+        """A request's prompt around its media, and the grids of images and of videos; raises as :meth:`prepare`."""
         images = [medium.size.grid for medium in media if not medium.is_video]
         videos = [medium.size.grid for medium in media if medium.is_video]
         prompt = self._prompts.build(request.prompt, images, videos)

@@ -548,7 +548,7 @@ class Scheduler(Executor):
             return
         try:
             tokens = launched.tokens.tolist()
-            logprobs = launched.tokens.logprobs([sequence.params.logprobs for sequence in launched.sequences])
+            logprobs = launched.tokens.logprobs(sequence.params.logprobs for sequence in launched.sequences)
         except Exception as error:  # a GPU reports here what went wrong before
             for sequence in launched.sequences:
                 if not sequence.output.finished:

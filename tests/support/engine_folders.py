@@ -47,7 +47,7 @@ def write_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def build(checkpoint: Path, folder: Path, backend: str, precision: str = "fp32", profile: BuildProfile = PROFILE):
+def build(checkpoint: str | Path, folder: Path, backend: str, precision: str = "fp32", profile: BuildProfile = PROFILE):
     """Build engines and return their folder."""
     chosen, precision = find_backend(backend, precision)
     build_engines(resolve_model(checkpoint), chosen, precision, profile, folder)
