@@ -6,6 +6,7 @@ A process of its own takes seconds to start, so most cases run ``main`` here, th
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -111,7 +112,8 @@ def test_an_answer_is_the_same_in_every_form(call, engines, user):
     code, out, errors = call(run, *engines, *question, "--max-tokens", 12, "--json")
     assert (code, errors) == (0, "")
     found = json.loads(out)
-    assert set(found) == {"answer", "token_ids", "finish_reason", "images", "videos", "timings"}
+    assert set(found) == {"answer", "token_ids", "finish_reason", "logprobs", "images", "videos", "timings"}
+    assert found["logprobs"] is None
     assert found["answer"] + "\n" == answer
     assert found["finish_reason"] == "length"
     assert len(found["token_ids"]) == 12
@@ -126,6 +128,38 @@ def test_an_answer_is_the_same_in_every_form(call, engines, user):
     assert (code, errors) == (0, "")
     code, _, errors = call(run, *engines, "--prompt", "big", "--image", "big.png", "--max-pixels", 35280)
     assert (code, errors) == (0, "")
+
+
+def test_the_form_of_an_answer(call, quick, user):
+    schema = {"enum": ["seven", "eight"]}
+    (user / "schema.json").write_text(json.dumps(schema))
+    (user / "grammar.lark").write_text('start: "<" /[0-9]{2}/ ">"')
+    question = (*quick, "--prompt", "x", "--max-tokens", 64)
+    for options, pattern in (
+        (("--json-schema", "schema.json"), '"(seven|eight)"'),
+        (("--regex", "[ab]{3}"), "[ab]{3}"),
+        (("--choice", "left", "--choice", "right"), "left|right"),
+        (("--grammar", "grammar.lark"), "<[0-9]{2}>"),
+    ):
+        code, out, errors = call(run, *question, *options)
+        assert (code, errors) == (0, "")
+        assert re.fullmatch(pattern, out[:-1]), options
+    code, out, errors = call(run, *question, "--json-object", "--logit-bias", "60=-100", "7=2.5")
+    assert (code, errors, out[:1]) == (0, "", "{")
+
+
+def test_single_tokens_of_an_answer(call, quick):
+    question = (*quick, "--prompt", "x", "--json")
+    code, out, errors = call(run, *question, "--max-tokens", 8, "--logit-bias", "60=100", "--logprobs", 2)
+    assert (code, errors) == (0, "")
+    found = json.loads(out)
+    assert found["token_ids"] == [60] * 8
+    assert [each["token_id"] for each in found["logprobs"]] == [60] * 8
+    assert all(len(each["top"]) == 2 and each["top"][0][1] >= each["top"][1][1] for each in found["logprobs"])
+    code, out, errors = call(run, *question, "--logit-bias", "60=100", "--stop-token-ids", 7, 60)
+    assert (code, errors) == (0, "")
+    found = json.loads(out)
+    assert (found["token_ids"], found["answer"], found["finish_reason"]) == ([60], "", "stop")
 
 
 def test_sizes_are_named_and_options_of_media_are_followed(call, quick, caplog):
@@ -341,6 +375,16 @@ WRONG_OPTIONS = {
     (*ASK, "--repetition-penalty", "1e300"): "repetition_penalty is 1e+300",
     (*ASK, "--seed", "-1"): "seed is -1",
     (*ASK, "--stop", ""): "stop is",
+    (*ASK, "--logit-bias", "5"): "--logit-bias: '5' is no ID=X",
+    (*ASK, "--logit-bias", "x=2"): "--logit-bias: 'x=2' is no ID=X",
+    (*ASK, "--logit-bias", "5=nan"): "logit_bias is {5: nan}",
+    (*ASK, "--stop-token-ids", "x"): "--stop-token-ids: 'x' is not a whole number",
+    (*ASK, "--logprobs", "2"): "--logprobs are printed with --json alone",
+    (*ASK, "--regex", "a", "--choice", "b"): "--choice: not allowed with argument --regex",
+    (*ASK, "--choice", ""): "structured_outputs.choice must be",
+    (*ASK, "--json-schema", "none.json"): "--json-schema none.json: No such file",
+    (*ASK, "--json-schema", "a.png"): "--json-schema a.png: 'utf-8' codec",
+    (*ASK, "--grammar", "nothing"): "--grammar nothing: Is a directory",
     (*ASK, "--json", "--stream"): "not allowed with",
     (*ASK, "--model", "nothing"): "config.json",
     (*ASK, "--model", "unknown"): "unknown model 'unknown'",

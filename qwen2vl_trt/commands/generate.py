@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import json
 
+from qwen2vl_trt.errors import SamplingError
+
 from .model import open_pipeline
 from .options import (
     add_build_arguments,
@@ -13,6 +15,7 @@ from .options import (
     add_sampling_arguments,
     media_options,
     sampling_params,
+    whole_number,
 )
 
 
@@ -26,7 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print answer, token_ids, finish_reason, sizes of the media and timings"
     )
     form.add_argument("--stream", action="store_true", help="print the answer as it comes")
-    add_sampling_arguments(parser.add_argument_group("answer"))
+    group = parser.add_argument_group("answer")
+    add_sampling_arguments(group)
+    group.add_argument(
+        "--logprobs",
+        type=whole_number,
+        metavar="N",
+        help="with --json, log-probabilities of each token, and of the N likeliest in its place",
+    )
     add_pipeline_arguments(parser, media=True)
     add_build_arguments(parser)
 
@@ -34,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the answer."""
     params, (image_options, video_options) = sampling_params(arguments), media_options(arguments)
+    if params.logprobs is not None and not arguments.json:
+        raise SamplingError("--logprobs are printed with --json alone; add it, or leave --logprobs out")
     from qwen2vl_trt.runtime.inputs.files import opened
     from qwen2vl_trt.runtime.request import Request
 
@@ -60,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
             "answer": output.text,
             "token_ids": output.token_ids,
             "finish_reason": output.finish_reason,
+            "logprobs": output.logprobs and [dataclasses.asdict(each) for each in output.logprobs],
             "images": [size.as_json() for size in output.images],
             "videos": [size.as_json() for size in output.videos],
             "timings": dataclasses.asdict(output.timings),

@@ -15,10 +15,11 @@ from qwen2vl_trt.engines.backends import BACKENDS, DEFAULT_BACKEND
 from qwen2vl_trt.engines.options import ATTENTION_MASKS, HARDWARE_COMPATIBILITY, VISION_BACKENDS
 from qwen2vl_trt.engines.precision import FP16_REFUSED
 from qwen2vl_trt.engines.profile import BuildProfile, flag
-from qwen2vl_trt.errors import MediaError, shortened
+from qwen2vl_trt.errors import FileError, MediaError, reason, shortened
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.runtime.options import PipelineOptions
 from qwen2vl_trt.runtime.sampling_params import SamplingParams
+from qwen2vl_trt.runtime.structured_outputs import StructuredOutputsParams
 
 from .process import USAGE
 
@@ -286,14 +287,58 @@ def add_sampling_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end the answer before this text; default the checkpoint's"
     )
+    group.add_argument(
+        "--stop-token-ids", type=whole_number, nargs="+", metavar="ID", help="end the answer after one of these tokens"
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
+    group.add_argument(
+        "--logit-bias",
+        type=_token_bias,
+        nargs="+",
+        metavar="ID=X",
+        help="add X, -100 to 100, to the logits of token ID",
+    )
+    form = group.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=path_name, metavar="FILE", help="the answer is JSON that keeps to it")
+    form.add_argument("--json-object", action="store_true", help="the answer is a JSON object")
+    form.add_argument("--regex", metavar="TEXT", help="the whole answer matches it (Rust's syntax)")
+    form.add_argument("--choice", action="append", metavar="TEXT", help="the answer is one of these; repeat")
+    form.add_argument("--grammar", type=path_name, metavar="FILE", help="the answer follows it (Lark or GBNF)")
+
+
+def _token_bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no ID=X, a token and what to add to its logit") from None
 
 
 def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     """What the options say.
 
     Raises:
+        FileError: a schema or a grammar cannot be read.
         SamplingError: a value that is not allowed.
     """
-    names = {each.name for each in fields(SamplingParams)}
-    return SamplingParams(**{name: value for name, value in vars(arguments).items() if name in names})
+    given = {each.name: getattr(arguments, each.name, each.default) for each in fields(SamplingParams)}
+    given["logit_bias"] = dict(arguments.logit_bias) if arguments.logit_bias else None
+    form = {
+        "json": _text(arguments.json_schema, "--json-schema"),
+        "json_object": arguments.json_object,
+        "regex": arguments.regex,
+        "choice": arguments.choice,
+        "grammar": _text(arguments.grammar, "--grammar"),
+    }
+    if form != dict.fromkeys(form) | {"json_object": False}:
+        given["structured_outputs"] = StructuredOutputsParams(**form)
+    return SamplingParams(**given)
+
+
+def _text(file: Path | None, option: str) -> str | None:
+    if file is None:
+        return None
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{option} {file}: {reason(error)}") from None
