@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
             "answer": output.text,
             "token_ids": output.token_ids,
             "finish_reason": output.finish_reason,
-            "logprobs": output.logprobs and [dataclasses.asdict(each) for each in output.logprobs],
+            "logprobs": None if output.logprobs is None else [dataclasses.asdict(each) for each in output.logprobs],
             "images": [size.as_json() for size in output.images],
             "videos": [size.as_json() for size in output.videos],
             "timings": dataclasses.asdict(output.timings),

@@ -321,9 +321,9 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
         FileError: a schema or a grammar cannot be read.
         SamplingError: a value that is not allowed.
     """
-    given = {each.name: getattr(arguments, each.name, each.default) for each in fields(SamplingParams)}
+    given: dict[str, Any] = {each.name: getattr(arguments, each.name, each.default) for each in fields(SamplingParams)}
     given["logit_bias"] = dict(arguments.logit_bias) if arguments.logit_bias else None
-    form = {
+    form: dict[str, Any] = {
         "json": _text(arguments.json_schema, "--json-schema"),
         "json_object": arguments.json_object,
         "regex": arguments.regex,
