@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: run test check changed test-lowest test-kernels lint docs clean
+.PHONY: run test check changed test-lowest test-kernels test-serve lint docs clean
 
 run: .venv/run
 	@echo "Building the tiny model's engines, 5 MB in artifacts/ (nothing to build when they are there), then asking:"
@@ -27,6 +27,11 @@ test-lowest: .venv/lowest/installed
 # beside a PyTorch for the CPU this one writes to stderr whenever a process ends.
 test-kernels: .venv/test .venv/kernels
 	PYTHONPATH=.venv/kernels $(BIN)/python -m pytest --numprocesses logical tests/runtime/preprocessing/test_triton_writer.py
+
+# The server under load and fuzzing tools, in virtual environments of their own, for evalscope and guidellm ask for different
+# releases of datasets: 5 minutes, 3 GB. For PyTorch's build for a CPU see test-lowest.
+test-serve: .venv/test .venv/tools/installed .venv/evalscope/installed
+	SERVING_TOOLS=.venv/tools/bin:.venv/evalscope/bin $(BIN)/python -m pytest tests/serving/test_clients.py
 
 # The fast loop: lint, types, the pages, and the tests of what git says has changed since BASE (make check BASE=main).
 BASE ?= HEAD
@@ -74,6 +79,14 @@ lint: .venv/test
 	rm -rf $@.part
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part dashscope==2.0.2
 	mv $@.part $@
+
+.venv/tools/installed .venv/evalscope/installed: | .venv/bin/python
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 $(PACKAGES)
+	touch $@
+
+.venv/tools/installed: PACKAGES := guidellm==0.8.1 schemathesis==4.32.5 locust==2.47.0
+.venv/evalscope/installed: PACKAGES := "evalscope[perf]==1.14.1"
 
 clean:
 	rm -rf .venv artifacts build *.egg-info

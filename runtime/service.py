@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import atexit
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -24,15 +25,21 @@ class Answer:
 
     All three begin with the first token. Leaving them before the end, by ``break``, an exception or a cancelled task,
     cancels the request. An answer that is not read goes on to its end. ``output`` is the answer so far.
+
+    Attributes:
+        output: as far as it has come.
+        token_times: when each token came, in seconds of ``time.perf_counter()``.
     """
 
     def __init__(self, output: Output, hang_up: Callable[[Answer], None]) -> None:
         self.output = output
+        self.token_times: list[float] = []
         self._hang_up = hang_up
         self._events: list[Event] = []
         self._over = False
         self._changed = threading.Condition()
-        self._waiters: list[_Waiter] = []
+        self._waiters: list[_Waiter] = []  # for the next token
+        self._end_waiters: list[_Waiter] = []
 
     def __iter__(self) -> Iterator[Event]:
         """Its tokens, each as it comes; raises what the request failed with, after those there are."""
@@ -85,38 +92,62 @@ class Answer:
             with self._changed:
                 if len(self._events) > seen or self._over:
                     return self._events[seen:], self._over
-                loop = asyncio.get_running_loop()
-                waiter = loop.create_future()
-                self._waiters.append((loop, waiter))
+                waiter = _waiter(self._waiters)
             await waiter
 
     async def _whole(self) -> Output:
-        with suppress(Qwen2VLError):  # which the output has
-            async for _ in self:
-                pass
+        try:
+            with self._changed:
+                waiter = None if self._over else _waiter(self._end_waiters)
+            if waiter is not None:
+                await waiter
+        finally:
+            self.cancel()
         return self.output
 
     def _raise(self) -> None:
         if self.output.error is not None:
             raise self.output.error
 
-    def _tell(self, event: Event | None) -> None:
-        """Add a token, or None for the end; on the service's thread."""
+    def _tell(self, event: Event | None, now: float) -> list[_Waiter]:
+        """Add a token, or None for the end; on the service's thread. Returns who is to be woken."""
         with self._changed:
+            waiters, self._waiters = self._waiters, []
             if event is None:
                 self._over = True
+                waiters += self._end_waiters
             else:
                 self._events.append(event)
-            waiters, self._waiters = self._waiters, []
+                self.token_times.append(now)
             self._changed.notify_all()
-        for loop, waiter in waiters:
-            with suppress(RuntimeError):  # its loop is closed: nobody waits
-                loop.call_soon_threadsafe(_wake, waiter)
+        return waiters
 
 
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():  # its task was cancelled
-        waiter.set_result(None)
+def _waiter(waiters: list[_Waiter]) -> asyncio.Future[None]:
+    loop = asyncio.get_running_loop()
+    waiters.append((loop, loop.create_future()))
+    return waiters[-1][1]
+
+
+def _wake(waiters: list[_Waiter]) -> None:
+    """Wake tasks of any loops, each loop once: that writes to its socket."""
+    loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for loop, waiter in waiters:
+        loops.setdefault(loop, []).append(waiter)
+    for loop, futures in loops.items():
+        with suppress(RuntimeError):  # it is closed: nobody waits
+            loop.call_soon_threadsafe(_set, futures)
+
+
+def _set(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():  # its task was cancelled
+            future.set_result(None)
+
+
+def _end(answers: Iterable[Answer]) -> None:
+    now = time.perf_counter()
+    _wake([waiter for answer in answers for waiter in answer._tell(None, now)])
 
 
 class Service:
@@ -245,10 +276,12 @@ class Service:
         return not self._closed or bool(self._arrived) or self._pipeline.busy
 
     def _tell(self, new: list[NewToken]) -> None:
+        now, waiters = time.perf_counter(), []
         for token in new:
             answer = self._live.get(token.sequence.output)
             if answer is not None:  # else somebody else's request
-                answer._tell(Event(0, token.token, token.text, answer.output, token.logprobs))
+                waiters += answer._tell(Event(0, token.token, token.text, answer.output, token.logprobs), now)
+        _wake(waiters)
 
     def _let_go(self) -> None:
         """Tell those that wait for an answer that has ended."""
@@ -256,14 +289,13 @@ class Service:
             over = [answer for output, answer in self._live.items() if output.finished]
             for answer in over:
                 del self._live[answer.output]
-        for answer in over:
-            answer._tell(None)
+        _end(over)
 
     def _fail(self, error: Qwen2VLError) -> None:
         """The pipeline itself broke: its requests end, and no more are taken."""
         with self._changed:
             self._closed = f"the service has failed: {error}"
             live, self._live = self._live, {}
-        for output, answer in live.items():
+        for output in live:
             output.fail(error)
-            answer._tell(None)
+        _end(live.values())

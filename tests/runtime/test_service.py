@@ -90,6 +90,29 @@ def test_tokens_come_while_the_answer_grows(service):
     assert 1 < len(answer.result(PATIENCE).token_ids) < 100
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_loop_is_woken_once_a_step_and_once_where_answers_are_awaited(service, streamed):
+    tokens, woken = 40, []
+
+    async def read(answer):
+        return [event async for event in answer] if streamed else await answer
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *call: (woken.append(call), wake(*call))
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        submitted = [service.submit(Request("x"), params) for _ in range(3)]
+        await asyncio.gather(*map(read, submitted))
+        return submitted
+
+    for answer in within_patience(main()):
+        assert len(answer.token_times) == len(answer.output.token_ids) == tokens
+        assert answer.token_times == sorted(answer.token_times)
+    # The requests may begin a step or two apart.
+    assert len(woken) <= (tokens + 10 if streamed else 3)
+
+
 def leave_by_break(service):
     answer = service.submit(random_request(1), LONG)
     for _ in answer:
