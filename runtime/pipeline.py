@@ -363,6 +363,7 @@ class Pipeline:
             found.running = executor.running
             found.kept_prefix_tokens = executor.kept_tokens
             found.kv_cache_bytes = executor.cache_bytes
+            found.kv_cache_usage = executor.cache_usage
         return found
 
     @exclusive

@@ -36,6 +36,7 @@ _GAUGES = {
     "num_requests_running": ("requests whose prompt is read or whose answer grows", "running"),
     "num_requests_waiting": ("requests that wait for a slot", "queued"),
     "kv_cache_bytes": ("bytes of the key-value cache", "kv_cache_bytes"),
+    "kv_cache_usage_perc": ("share of its rows or pages in use, 0 to 1", "kv_cache_usage"),
     "mm_cache_bytes": ("bytes of the embedding cache", "embedding_bytes"),
 }
 _COUNTERS = {

@@ -46,6 +46,7 @@ class Counters:
         embedding_bytes: bytes of the embeddings kept, *now*.
         kept_prefix_tokens: tokens of ended requests that the key-value cache still holds, *now*.
         kv_cache_bytes: bytes of the key-value cache, *now*.
+        kv_cache_usage: share of its rows or pages that running requests have, 0 to 1, *now*.
     """
 
     queued: int = 0
@@ -72,6 +73,7 @@ class Counters:
     embedding_bytes: int = 0
     kept_prefix_tokens: int = 0
     kv_cache_bytes: int = 0
+    kv_cache_usage: float = 0.0
 
     @property
     def mean_queue_seconds(self) -> float:
@@ -156,6 +158,11 @@ class Executor:
     def cache_bytes(self) -> int:
         """Of the key-value cache, 0 where that is not known."""
         return 0
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of that cache in use, 0 where that is not known."""
+        return 0.0
 
     @property
     def running(self) -> int:

@@ -60,6 +60,11 @@ class KVCacheManager:
         raise NotImplementedError
 
     @property
+    def usage(self) -> float:
+        """Share of the rows or pages that running requests have, 0 to 1."""
+        raise NotImplementedError
+
+    @property
     def occupied(self) -> list[RunningSequence]:
         """The requests that have a slot, by slot."""
         return [sequence for sequence in self._sequences if sequence is not None]
@@ -128,6 +133,10 @@ class SlotManager(KVCacheManager):
     @property
     def kept_tokens(self) -> int:
         return int(self._kept.sum())
+
+    @property
+    def usage(self) -> float:
+        return len(self.occupied) / len(self._sequences)
 
     def held(self, slot: int) -> int:
         """Tokens in a slot that must stay as they are."""
@@ -279,6 +288,10 @@ class PageManager(KVCacheManager):
     @property
     def kept_tokens(self) -> int:
         return self._kept_pages * PAGE  # counted: other threads ask
+
+    @property
+    def usage(self) -> float:
+        return 1 - len(self._free) / (self._cache.pages - 1)  # page 0 is nobody's
 
     def wait(self, sequence: RunningSequence) -> Wait | None:
         pages = self._match(sequence)

@@ -115,6 +115,10 @@ class Scheduler(Executor):
         return self._decoder.cache.nbytes
 
     @property
+    def cache_usage(self) -> float:
+        return self._cache.usage
+
+    @property
     def kept_tokens(self) -> int:
         return self._cache.kept_tokens
 

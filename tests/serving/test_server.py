@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -403,6 +404,10 @@ def test_metrics_count_what_was_asked(service, pipeline):
     assert found[("vllm:time_to_first_token_seconds_count",)] == 3
     assert (found[("vllm:http_responses_total", "200")], found[("vllm:http_responses_total", "400")]) == (3, 1)
     assert found[("vllm:num_requests_running",)] == found[("vllm:num_requests_waiting",)] == 0
+    dashboard = (ROOT / "docs/guide/grafana.json").read_text()
+    shown = set(re.findall(r"qwen2vl:(\w+)", dashboard))
+    assert len(shown) > 15
+    assert {f"vllm:{name}" for name in shown} <= {name for name, *_ in found}
 
 
 def test_before_the_model_is_loaded_and_when_it_stops(service, pipeline):

@@ -1102,3 +1102,8 @@ def test_the_search_of_a_prefix_does_not_grow_with_the_slots(kind, slots, monkey
     assert manager.allocate(made[-1])
     assert made[-1].cached == 1024
     assert len(held) <= 2
+    shared_pages = 4
+    assert manager.usage == pytest.approx(1 if kind == "rows" else (shared_pages + slots) / (5 * slots))
+    for one in manager.occupied:
+        manager.release(one)
+    assert manager.usage == 0  # whatever is kept

@@ -385,6 +385,7 @@ def test_counters_follow_the_requests(make):
     found = pipeline.counters()
     assert 0 < found.running <= 4
     assert found.queued + found.running + found.finished == 9
+    assert 0 < found.kv_cache_usage <= 1
     drain(pipeline)
     found = pipeline.counters()
     assert (found.finished, found.queued, found.running, found.started) == (9, 0, 0, 9)
@@ -396,6 +397,7 @@ def test_counters_follow_the_requests(make):
     assert found.tokens_per_second == pytest.approx(found.generated_tokens / found.step_seconds)
     assert found.kv_cache_bytes == pipeline.engines.decoder.cache.nbytes
     assert found.kept_prefix_tokens > 0
+    assert found.kv_cache_usage == 0
     assert timings[-1].queue > timings[0].queue
     for t in timings:
         assert t.queue + t.preprocess + t.vision + t.prefill + t.decode <= t.total + 1e-9
