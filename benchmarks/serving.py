@@ -1,10 +1,10 @@
-"""`run.py serve` beside `transformers serve` and vLLM, on the same weights and under the same client, guidellm.
+"""`run.py serve` beside `transformers serve` and vLLM, on the same weights and under the same client, evalscope.
 
-The peers and guidellm lie in virtual environments of their own (docs/guide/serve.md, Measured). Weights are random, of
+The peers and evalscope lie in virtual environments of their own (docs/guide/serve.md, Measured). Weights are random, of
 the published shape of a model with a few layers; every request has a picture of its own. A server is started, measured
 and ended before the next one starts, and figures are printed as Markdown.
 
-    python benchmarks/serving.py --guidellm G/bin/guidellm --peer transformers=T/bin/transformers --peer vllm=V/bin/vllm
+    benchmarks/serving.py --evalscope E/bin/evalscope --peer transformers=T/bin/transformers --peer vllm=V/bin/vllm
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import shlex
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,14 +35,13 @@ from qwen2vl_trt.benchmarks.random_model import random_checkpoint  # noqa: E402
 from qwen2vl_trt.checkpoint import SINGLE_FILE  # noqa: E402
 from qwen2vl_trt.published import SHAPES  # noqa: E402
 
-NAME = "benchmark"
 START_SECONDS = 900
 
 
 def main() -> None:
     """Measure each server, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--guidellm", type=Path, required=True, help="the program")
+    parser.add_argument("--evalscope", type=Path, required=True, help="the program")
     parser.add_argument(
         "--peer", action="append", default=[], metavar="KIND=PROGRAM", help="transformers=... or vllm=...; repeat"
     )
@@ -66,22 +64,26 @@ def main() -> None:
             for clients in arguments.clients:
                 rows.append((name, clients, _measured(arguments, model, address, clients)))
                 print(name, clients, rows[-1][2], file=sys.stderr)
-    print("| server | clients | requests/s | first token, s | between tokens, ms |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| server | clients | requests/s | first token, s | between tokens, ms | tokens of an answer |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name, clients, found in sorted(rows, key=lambda row: row[1]):
-        rate, first, between = found["requests_per_second"], found["first_token"], found["between_tokens"]
-        print(f"| {name} | {clients} | {rate:.2f} | {first:.2f} | {between:.0f} |")
+        first, between = found["Avg TTFT (ms)"] / 1000, found["Avg TPOT (ms)"]
+        rate, tokens = found["Req Throughput (req/s)"], found["Avg Output Tokens"]
+        print(f"| {name} | {clients} | {rate:.2f} | {first:.2f} | {between:.0f} | {tokens:.1f} |")
 
 
 def _servers(arguments: argparse.Namespace, model: Path) -> dict[str, list[str]]:
     """The command of each server, without its port."""
     peers = {
-        "transformers": ["serve", "--force-model", model, "--dtype", arguments.dtype, "--device", "cpu"],
-        "vllm": ["serve", model, "--served-model-name", NAME, "--dtype", arguments.dtype, "--max-model-len", 1024],
+        "transformers": ["serve", model, "--dtype", arguments.dtype, "--device", "cpu"],
+        "vllm": [
+            *("serve", model, "--dtype", arguments.dtype, "--max-model-len", 1024, "--gpu-memory-utilization", 0.4),
+            *("--limit-mm-per-prompt", '{"image": 1, "video": 0}', "--mm-processor-kwargs", '{"max_pixels": 802816}'),
+        ],
     }
     most = max(arguments.clients)
     limits = ["--max-num-seqs", most, "--max-input-len", 768, "--max-seq-len", 1024, "--max-hw-dims", 1024]
-    ours = ["serve", "--model", model, "--served-model-name", NAME, "--backend", arguments.backend, *limits]
+    ours = ["serve", "--model", model, "--served-model-name", model, "--backend", arguments.backend, *limits]
     ours += ["--engine-dir", f"{model}-{arguments.backend}"]
     commands: dict[str, list[Any]] = {"qwen2vl-trt": [sys.executable, ROOT / "run.py", *ours]}
     for peer in arguments.peer:
@@ -152,34 +154,26 @@ def _wait_until_ready(address: str) -> None:
 
 
 def _measured(arguments: argparse.Namespace, model: Path, address: str, clients: int) -> dict[str, float]:
-    """Medians over the requests of one run of guidellm; a request that fails ends the program."""
-    name = str(model) if "transformers" in address else NAME
+    """What evalscope finds; a request that fails ends the program."""
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        size, tokens = arguments.size, arguments.output_tokens
+        number = max(arguments.requests, clients)
         command = [
-            *(arguments.guidellm, "run", "--disable-progress"),
-            *("--backend", f"kind=openai_http,target={address},model={name}"),
-            *("--profile", f"kind=concurrent,streams={clients}"),
-            *("--constraint", f"kind=max_requests,count={max(arguments.requests, clients)}"),
-            *("--tokenizer", f"kind=hf_auto,model={model}"),
-            *("--data", f"kind=synthetic_image,width={size},height={size},content=noise,output_tokens={tokens}"),
-            *("--output", f"kind=json,path={report}"),
+            *(arguments.evalscope, "perf", "--api", "openai", "--url", f"{address}/v1/chat/completions"),
+            *("--model", model, "--tokenizer-path", model, "--stream", "--seed", 1, "--no-test-connection"),
+            *("--dataset", "random_vl", "--image-width", arguments.size, "--image-height", arguments.size),
+            *("--min-prompt-length", 8, "--max-prompt-length", 9, "--max-tokens", arguments.output_tokens),
+            *("--warmup-num", clients, "--number", number, "--parallel", clients),
+            *("--outputs-dir", folder, "--no-timestamp"),
         ]
         env = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"error: guidellm failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-        (run,) = json.loads(report.read_text())["benchmarks"]
-    totals = run["metrics"]["request_totals"]
-    if totals["errored"]:
-        raise SystemExit(f"error: requests failed: {str(run['requests']['errored'][0])[:2000]}")
-    good = run["requests"]["successful"]
-    return {
-        "requests_per_second": totals["successful"] / run["duration"],
-        "first_token": statistics.median(each["time_to_first_token_ms"] for each in good) / 1000,
-        "between_tokens": statistics.median(each["inter_token_latency_ms"] for each in good),
-    }
+        reports = [*Path(folder).glob("**/benchmark_summary.json")]
+        if done.returncode or len(reports) != 1:
+            raise SystemExit(f"error: evalscope failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        found: dict[str, float] = json.loads(reports[0].read_text())
+    if found["Failed Requests"] or found["Total Requests"] < number:
+        raise SystemExit(f"error: requests failed: {found}")
+    return found
 
 
 if __name__ == "__main__":
