@@ -60,12 +60,16 @@ class ChatTemplate:
         for piece in self._template.generate(given, add_generation_prompt=True):
             pieces.append(piece)
             size += len(piece)
-            if size > self._characters:
-                raise LimitError(
-                    f"the prompt has over {self._characters:,} characters, more than {self._tokens:,} tokens"
-                    " (--max-input-len) stand for. Shorten it, or rebuild."
-                )
+            self.check_length(size)
         return "".join(pieces)
+
+    def check_length(self, characters: int) -> None:
+        """Raise LimitError for a text of so many characters, if it is too long."""
+        if characters > self._characters:
+            raise LimitError(
+                f"the prompt has over {self._characters:,} characters, more than {self._tokens:,} tokens"
+                " (--max-input-len) stand for. Shorten it, or rebuild."
+            )
 
     def _bounded(self, work: Callable[[], T], failing: str) -> T:
         try:

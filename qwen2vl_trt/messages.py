@@ -1,4 +1,4 @@
-"""A request's prompt: a string, or messages as OpenAI, Qwen or Transformers write them (docs/guide/inputs.md).
+"""A prompt: a string, token ids, or messages as OpenAI, Qwen or Transformers write them (docs/guide/inputs.md).
 
 In a string ``<image>`` and ``<video>`` are placeholders; without one the images come first, then the videos, then the
 text. In messages ``<image>`` is text. A key that is neither used nor ignored is an error; a value of None is no value.
@@ -11,8 +11,9 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from reprlib import repr as shown
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 from urllib.parse import unquote_to_bytes
 from urllib.request import url2pathname
 
@@ -68,6 +69,12 @@ class Media:
     cache_salt: str | None = None
 
 
+def is_token_ids(prompt: Any) -> TypeGuard[Sequence[int]]:
+    """Whether a prompt is a list of token ids, as its first item tells."""
+    listed = isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes, bytearray))
+    return listed and len(prompt) > 0 and isinstance(prompt[0], Integral)
+
+
 def to_messages(prompt: str | Sequence[Message], images: int = 0, videos: int = 0) -> list[dict[str, Any]]:
     """A prompt in the form that chat templates take, without the media.
 
@@ -82,7 +89,7 @@ def to_messages(prompt: str | Sequence[Message], images: int = 0, videos: int = 
         PromptError: placeholders do not match the media, the prompt is empty, or something in it is unknown or wrong.
     """
     if isinstance(prompt, str):
-        parts = _split(_checked_text(prompt, "the prompt"))
+        parts = _split(checked_text(prompt, "the prompt"))
         if all(part.kind == "text" for part in parts):
             parts = [_Part("image")] * images + [_Part("video")] * videos + parts
         messages = [_Message("user", parts, {})]
@@ -102,8 +109,10 @@ def to_messages(prompt: str | Sequence[Message], images: int = 0, videos: int = 
     ]
 
 
-def extract_media(messages: Sequence[Message], images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Media:
-    """The images and videos of messages, in order.
+def extract_media(
+    messages: Sequence[Message] | Sequence[int], images: Sequence[Any] = (), videos: Sequence[Any] = ()
+) -> Media:
+    """The images and videos of messages, in order; token ids have none.
 
     A part has its own (``{"type": "image", "image": ...}``, ``{"type": "image_url", "image_url": {"url": ...}}``,
     ``{"type": "video", "video": ..., "fps": ...}``) as a path, ``file://`` or ``data:`` URL or any object that the
@@ -112,6 +121,10 @@ def extract_media(messages: Sequence[Message], images: Sequence[Any] = (), video
     Raises:
         PromptError: too few or too many media, a remote URL, or something unknown or wrong.
     """
+    if is_token_ids(messages):
+        if images or videos:
+            raise PromptError("a prompt of token ids takes no images and videos; give a text or messages with them")
+        return Media()
     pools = {"image": list(images), "video": list(videos)}
     given = {kind: len(pool) for kind, pool in pools.items()}
     empty = {"image": 0, "video": 0}
@@ -224,11 +237,11 @@ def _message(where: str, message: Any) -> _Message:
         if key != "tool_calls":
             if not isinstance(value, str):
                 raise PromptError(f"{where}: {key} is {shown(value)}, not a string")
-            _checked_text(value, f"{where}, {key}")
+            checked_text(value, f"{where}, {key}")
     if content is None and role == "assistant":  # it may have made calls alone
         content = ""
     if isinstance(content, str):
-        parts = [_Part("text", _checked_text(content, where), where=where)]
+        parts = [_Part("text", checked_text(content, where), where=where)]
     elif isinstance(content, Sequence) and not isinstance(content, (bytes, bytearray)):
         parts = [_part(f"{where}, part {number}", part) for number, part in enumerate(content, start=1)]
     else:
@@ -251,7 +264,7 @@ def _part(where: str, part: Any) -> _Part:
         _reject_unknown(where, given, ("type", *known))
         if not isinstance(content, str):
             raise PromptError(f"{where} is a text part without 'text'")
-        return _Part(kind, _checked_text(content, where), where=where)
+        return _Part(kind, checked_text(content, where), where=where)
     if isinstance(content, Mapping):
         inner = {key: value for key, value in content.items() if value is not None}
         content = inner.pop("url", None)
@@ -323,7 +336,7 @@ def _tool_call(where: str, call: Any) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise PromptError(f"{where}: the arguments are {shown(arguments)}, not an object")
     read = {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    _checked_text(json.dumps(read, ensure_ascii=False), where)
+    checked_text(json.dumps(read, ensure_ascii=False), where)
     return read
 
 
@@ -334,7 +347,8 @@ def _reject_unknown(where: str, given: Mapping[Any, Any], known: Collection[str]
             raise PromptError(f"{where} has the unknown key {shown(key)}; known are {', '.join(known)}")
 
 
-def _checked_text(text: str, where: str) -> str:
+def checked_text(text: str, where: str) -> str:
+    """A text; raises PromptError for one with a lone surrogate."""
     found = LONE_SURROGATE.search(text)
     if found:
         raise PromptError(

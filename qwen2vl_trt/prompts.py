@@ -10,14 +10,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 from .chat_template import ChatTemplate
 from .config import Qwen2VLConfig, read_json
 from .errors import CheckpointError, LimitError, PromptError
 from .foreign import lacking
-from .messages import Message, to_messages
+from .messages import Message, checked_text, is_token_ids, to_messages
 from .special_tokens import SpecialTokenEscaper
 
 Grid = Sequence[int]
@@ -31,7 +33,10 @@ _SAMPLES = {"name": "b", "tool_calls": [_CALL], "reasoning_content": "b"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, with an image or video token for each row of the vision output, and the rendered template."""
+    """Token ids, with an image or video token for each row of the vision output, and the rendered template.
+
+    The text of a prompt of token ids is what they stand for.
+    """
 
     token_ids: list[int]
     text: str
@@ -71,7 +76,7 @@ class PromptBuilder:
             if self.tokenizer.convert_ids_to_tokens(token_id) is None:
                 raise CheckpointError(f"{folder}: the tokenizer lacks the {name} token {token_id} of config.json")
         # A token is some bytes of the text; composed (NFC), a text has more bytes than half its characters.
-        most_tokens = max_input_len or config.text.max_position_embeddings
+        self._most_tokens = most_tokens = max_input_len or config.text.max_position_embeddings
         characters = max(_FEWEST_CHARACTERS, 2 * max(map(len, self.tokenizer.get_vocab())) * most_tokens)
         try:
             source = self.tokenizer.get_chat_template()
@@ -91,17 +96,21 @@ class PromptBuilder:
 
     def build(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[Message] | Sequence[int],
         image_grids: Sequence[Grid] = (),
         video_grids: Sequence[Grid] = (),
     ) -> Prompt:
-        """Token ids of a prompt; grids are ``(t, h, w)`` in patches, in order of appearance.
+        """Token ids of a prompt; grids are ``(t, h, w)`` in patches, in order of appearance. Token ids have none.
 
         Raises:
-            PromptError: as :func:`~qwen2vl_trt.messages.to_messages`, or the chat template refuses the messages.
-            LimitError: more text than ``max_input_len`` tokens stand for.
+            PromptError: as :func:`~qwen2vl_trt.messages.to_messages`, the chat template refuses the messages, or one of
+                the token ids is none of the vocabulary's, or the image or video token.
+            LimitError: more text than ``max_input_len`` tokens stand for, or more token ids.
         """
-        messages = to_messages(prompt, len(image_grids), len(video_grids))
+        if is_token_ids(prompt):
+            ids = self._checked_ids(prompt)
+            return Prompt(ids, self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))
+        messages = to_messages(prompt, len(image_grids), len(video_grids))  # type: ignore[arg-type]  # no ids
         self._check_written(messages)
         try:
             if self._allow_special_tokens:
@@ -118,6 +127,36 @@ class PromptBuilder:
         ids = self._repeat(ids, self.config.image_token_id, "image", image_grids)
         ids = self._repeat(ids, self.config.video_token_id, "video", video_grids)
         return Prompt(ids, text)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as it is, without the chat template; any thread may.
+
+        Raises:
+            PromptError: the tokenizer does not take it.
+            LimitError: it is longer than ``max_input_len`` tokens stand for.
+        """
+        self._template.check_length(len(checked_text(text, "the prompt")))
+        encode = self._escaper.encode_plain if self._allow_special_tokens else self._escaper.encode_ordinary
+        return encode(text)
+
+    def _checked_ids(self, prompt: Sequence[Any]) -> list[int]:
+        if len(prompt) > self._most_tokens:
+            raise LimitError(
+                f"the prompt has {len(prompt):,} token ids, more than {self._most_tokens:,} (--max-input-len). Shorten"
+                " it, or rebuild."
+            )
+        size, media = self.config.text.vocab_size, (self.config.image_token_id, self.config.video_token_id)
+        for number, token in enumerate(prompt, start=1):
+            if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= int(token) < size:
+                raise PromptError(
+                    f"token {number} of the prompt is {shown(token)}; the model's vocabulary has 0 to {size - 1:,}"
+                )
+            if token in media:
+                raise PromptError(
+                    f"token {number} of the prompt is {token}, which stands for an image or a video; give a text or"
+                    " messages with it"
+                )
+        return [int(token) for token in prompt]
 
     def _dry_run(self, part: dict[str, str]) -> list[int]:
         return self._escaper.encode_plain(self._render([{"role": "user", "content": [part]}]))

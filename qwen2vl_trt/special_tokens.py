@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from threading import Lock
 from typing import Any
 
 from .errors import PromptError
@@ -19,10 +20,10 @@ _BLANK = "\ufffd"  # in place of a stand-in, for the tokenizer
 
 
 class SpecialTokenEscaper:
-    """Escapes special tokens in texts for one tokenizer of Transformers."""
+    """Escapes special tokens in texts for one tokenizer of Transformers; any thread may."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._alone = tokenizer, Lock()
         specials = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._specials = frozenset(specials)
         self._spellings = re.compile("|".join(map(re.escape, specials.values())))
@@ -73,20 +74,22 @@ class SpecialTokenEscaper:
         end = 0
         for token, (first, after) in zip(found["input_ids"], found["offset_mapping"], strict=True):
             if token in self._specials:
-                ids += [*self._ordinary(plain[end:first]), token]
+                ids += [*self.encode_ordinary(plain[end:first]), token]
                 end = after
-        return ids + self._ordinary(plain[end:])
+        return ids + self.encode_ordinary(plain[end:])
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids as Transformers has them, special tokens in texts included; raises as :meth:`encode`."""
         return self._call(text, split_special_tokens=False)["input_ids"]
 
-    def _ordinary(self, text: str) -> list[int]:
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Token ids of a text, in which special tokens are ordinary characters; raises as :meth:`encode`."""
         return self._call(text, split_special_tokens=True)["input_ids"] if text else []
 
     def _call(self, text: str, **options: Any) -> Any:
         try:
-            return self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, **options)
+            with self._alone:  # its options are the tokenizer's until the next call
+                return self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, **options)
         except Exception as error:  # the Rust side raises bare Exception
             raise PromptError(f"the prompt cannot be tokenized: {' '.join(str(error)[:300].split())}") from None
 

@@ -76,6 +76,7 @@ class Pipeline:
         self.profile = engines.manifest.profile
         self.options = options
         files = ModelFiles.read(folder, self._config, self.profile, options)
+        self._prompts = files.prompts
         self.settings, self._generation = files.settings, files.generation
         self.tokenizer: Tokenizer = files.prompts.tokenizer.backend_tokenizer
         preprocessor = Preprocessor(
@@ -220,14 +221,18 @@ class Pipeline:
 
         Args:
             request: see there.
-            params: by default the checkpoint's ``generation_config.json``.
+            params: by default the checkpoint's ``generation_config.json``; features need none.
             output: where the answer goes, if :meth:`new_output` has made it when the request arrived.
 
         Raises:
             PromptError: not a :class:`Request`.
+            EngineError: it asks for features that the backend does not give.
         """
         self.load()  # not a part of the request's time
-        sampling = self.decided(params)
+        _check_request(request)
+        if request.features == "last_hidden_state":
+            _ = self.engines.decoder  # refused where the backend shows nothing of it
+        sampling = self.decided(params) if request.features is None else Sampling(max_tokens=1)
         output = output or self.new_output(request)
         self._counters.submitted += 1
         if sampling.max_tokens_given and sampling.max_tokens >= self.profile.max_seq_len:
@@ -454,6 +459,17 @@ class Pipeline:
         with self._alone:
             return self._preparer.prompt(request, media)[0]
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as it is, without the chat template; ``Request.prompt`` takes them. It waits for no step.
+
+        Special tokens that it spells are plain text, unless ``allow_special_tokens``.
+
+        Raises:
+            PromptError: a lone surrogate, or the tokenizer does not take it.
+            LimitError: it has more characters than the engines' longest prompt stands for.
+        """
+        return self._prompts.encode(text)
+
     @exclusive
     def hidden_states(self, requests: Request | Sequence[Request]) -> list[Tensor]:
         """Decoder hidden states ``[S, hidden]`` of each prompt, after the final norm, image tokens included.
@@ -548,17 +564,27 @@ class Pipeline:
                 sequence.output.timings.preprocess += times.preprocess
                 sequence.output.timings.vision = times.vision
             self._queue.remove(sequence)
-            self._executor().add(sequence)
+            if sequence.features == "image_features":
+                ready.wait(*sequence.found)
+                sequence.finish()
+            else:
+                self._executor().add(sequence)
 
     def _embed(self, group: Sequence[RunningSequence]) -> StageTimes:
         """Make what a decoder reads of each prompt; their media are embedded together. Returns the time of that."""
         executor = self._executor()
-        seen = [] if executor.takes_pixels else [sequence.media for sequence in group]
+        seen = [
+            [] if executor.takes_pixels and sequence.features != "image_features" else sequence.media
+            for sequence in group
+        ]
         embeds, times = self._cached_media.embed([medium for media in seen for medium in media])
         following = iter(embeds)
-        for sequence in group:
-            own = [] if executor.takes_pixels else [*islice(following, len(sequence.media))]
-            sequence.inputs_embeds = executor.inputs_embeds(sequence, own)
+        for sequence, media in zip(group, seen, strict=True):
+            own = [*islice(following, len(media))]
+            if sequence.features == "image_features":
+                sequence.found = own
+            else:
+                sequence.inputs_embeds = executor.inputs_embeds(sequence, own)
         return times
 
     def _prepare_named(self, request: Request, name: str) -> RunningSequence:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from reprlib import Repr
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -19,6 +19,9 @@ from .inputs.images import ImageSource, split_batch
 from .inputs.video import VideoSource
 from .preprocessing.sizes import MediaSize
 from .sampling_params import SamplingParams
+
+Features = Literal["last_hidden_state", "image_features"]
+"""The decoder's state of a prompt's last token, or what the vision engine gives of its images and videos."""
 
 
 class _Short(Repr):
@@ -48,8 +51,9 @@ class Request:
     """One prompt with its images and videos.
 
     Attributes:
-        prompt: text, with ``<image>`` and ``<video>`` at their places or without (images first, then videos); or
-            messages in OpenAI's or Qwen's form, whose parts may carry the media themselves.
+        prompt: text, with ``<image>`` and ``<video>`` at their places or without (images first, then videos);
+            messages in OpenAI's or Qwen's form, whose parts may carry the media themselves; or token ids, which the
+            decoder reads as they are, without the chat template and without media.
         images: see :func:`qwen2vl_trt.runtime.inputs.images.load_image` for what is taken.
         videos: see :func:`qwen2vl_trt.runtime.inputs.video.load_video`.
         deadline: seconds from its submission after which the answer is no longer wanted. One that has begun then ends
@@ -60,21 +64,26 @@ class Request:
             memory alone. A :class:`~qwen2vl_trt.runtime.inputs.video.Video` keeps its own rate.
         cache_salt: prefixes and embeddings are shared only between requests of equal salts, as in vLLM: a server that
             gives each client its own lets none learn from the time to the first token what others have sent.
+        features: what is asked for in place of an answer; it comes in ``Output.features``, beside running answers.
 
     Raises:
-        PromptError: options that are no :class:`~qwen2vl_trt.media_options.ImageOptions` or ``VideoOptions``.
+        PromptError: options that are no :class:`~qwen2vl_trt.media_options.ImageOptions` or ``VideoOptions``, or
+            features that there are not.
         DeadlineError: ``deadline`` is no finite number above 0.
     """
 
-    prompt: str | Sequence[dict[str, Any]]
+    prompt: str | Sequence[dict[str, Any]] | Sequence[int]
     images: Sequence[ImageSource] = ()
     videos: Sequence[VideoSource] = ()
     deadline: float | None = None
     image_options: ImageOptions = ImageOptions()
     video_options: VideoOptions = VideoOptions()
     cache_salt: str | None = None
+    features: Features | None = None
 
     def __post_init__(self) -> None:
+        if self.features is not None and self.features not in get_args(Features):
+            raise PromptError(f"features is {self.features!r}; known are {', '.join(get_args(Features))}")
         for name, kind in (("image_options", ImageOptions), ("video_options", VideoOptions)):
             given = getattr(self, name)
             if type(given) is not kind:  # VideoOptions are ImageOptions too
@@ -166,6 +175,8 @@ class Output:
         images: what became of each image, in the order of the prompt, once the request is prepared.
         videos: likewise of each video.
         logprobs: of each of ``token_ids``; None where they were not asked for.
+        features: FP32 on the host, once it has ended: ``[C]`` after the decoder's final norm for ``last_hidden_state``;
+            ``[tokens, C]`` of each image and then of each video for ``image_features``.
         timings: see :class:`Timings`.
         arrival: when it was made, by the clock.
         expires: the clock's time at which its deadline passes; infinity where it has none.
@@ -184,6 +195,7 @@ class Output:
         self.images: list[MediaSize] = []
         self.videos: list[MediaSize] = []
         self.logprobs: list[TokenLogprobs] | None = None
+        self.features: list[Tensor] = []
         self.clock = clock
         self._text: list[str] = []
         self._token_ids: list[int] = []
@@ -255,6 +267,12 @@ class Output:
         timings.decode = elapsed - timings.time_to_first_token
         if finish_reason is not None:
             self._end(finish_reason, None)
+
+    def finish(self, features: list[Tensor]) -> None:
+        """End a request for features with them."""
+        if not self.finished:
+            self.features = features
+        self._end("stop", None)
 
     def fail(self, error: Qwen2VLError) -> None:
         """End the request with an error."""

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -24,9 +24,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from qwen2vl_trt import __version__
 from qwen2vl_trt.errors import Qwen2VLError
 from qwen2vl_trt.runtime.pipeline import Pipeline
+from qwen2vl_trt.runtime.request import Request as PipelineRequest
+from qwen2vl_trt.runtime.sampling_params import SamplingParams
 from qwen2vl_trt.runtime.service import Answer, Service
 
 from .chat import conversation, sampling_params
+from .completions import check_completion, echoes, plain_prompts
+from .embeddings import check_alone, check_embedding, embeddings
 from .endpoint import Bodies, Endpoint, as_error, as_json
 from .errors import APIError, failed, from_library, overloaded
 from .limits import Limits
@@ -34,10 +38,19 @@ from .media import MediaSource
 from .metrics import CONTENT_TYPE, Metrics
 from .openapi import document
 from .page import page
-from .protocol import Body, ChatCompletionRequest, TokenizeRequest, parse
-from .responses import ChatCompletion, token_bytes_of
+from .protocol import (
+    Body,
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    GenerationRequest,
+    TokenizeRequest,
+    parse,
+)
+from .responses import ChatCompletion, Completion
 from .streams import KEEP_ALIVE_SECONDS, EventStream, chunks, merged
 from .tasks import cancelled
+from .text_completion import TextCompletion
 
 _CANCEL_SECONDS = 5.0
 _OPEN = ("/health", "/ready")  # without a key
@@ -105,6 +118,8 @@ class App:
             Route("/v1/models", self._models),
             Route("/v1/models/{model:path}", self._model),
             Route("/v1/chat/completions", Endpoint(self.bodies, self.check_open, self._chat), methods=["POST"]),
+            Route("/v1/completions", Endpoint(self.bodies, self.check_open, self._completions), methods=["POST"]),
+            Route("/v1/embeddings", Endpoint(self.bodies, self.check_open, self._embeddings), methods=["POST"]),
             Route("/tokenize", Endpoint(self.bodies, self.check_open, self._tokenize), methods=["POST"]),
         ]
         self._app: ASGIApp = Starlette(
@@ -221,15 +236,38 @@ class App:
         salt = request.state.cache_salt
         asked = await conversation(parsed, self._source, self.settings.limits, salt, parsed.timeout)
         self.metrics.observe("media_fetch_seconds", time.perf_counter() - began)
-        answers = []
-        for each in params:
-            answers.append(service.submit(asked, each))
-            self._answers.add(answers[-1])
-            stack.push_async_callback(self._settle, answers[-1])
+        completion = ChatCompletion(self.settings.model, pipeline.tokenizer)
+        return await self._generate(service, [(asked, each) for each in params], completion, parsed, headers, stack)
+
+    async def _completions(self, request: Request, body: bytearray, stack: AsyncExitStack) -> Response:
+        pipeline, service = self.check_open()
+        parsed, headers = await self._parsed(body, CompletionRequest)
+        self._check_model(parsed.model)
+        check_completion(parsed)
+        limits, salt = self.settings.limits, request.state.cache_salt
+        params = await asyncio.to_thread(sampling_params, parsed, limits)
+        prompts = await asyncio.to_thread(plain_prompts, parsed.prompt, "prompt", len(params), pipeline, limits)
+        requests = [PipelineRequest(each.token_ids, deadline=parsed.timeout, cache_salt=salt) for each in prompts]
+        asked = [(each, own) for each in requests for own in params]
+        texts = await asyncio.to_thread(echoes, prompts, pipeline.tokenizer) if parsed.echo else [""] * len(prompts)
+        starts = [text for text in texts for _ in params]
+        completion = TextCompletion(self.settings.model, pipeline.tokenizer, starts, len(prompts))
+        return await self._generate(service, asked, completion, parsed, headers, stack)
+
+    async def _generate(
+        self,
+        service: Service,
+        asked: Sequence[tuple[PipelineRequest, SamplingParams]],
+        completion: Completion,
+        body: GenerationRequest,
+        headers: dict[str, str],
+        stack: AsyncExitStack,
+    ) -> Response:
+        """The answers to requests, whole or as a stream."""
+        answers = self._submit(service, asked, stack)
         events = merged(answers, self.metrics)
         stack.push_async_callback(events.aclose)
-        completion = ChatCompletion(self.settings.model, token_bytes_of(pipeline.tokenizer))
-        if not parsed.stream:
+        if not body.stream:
             async for _ in events:
                 pass
             for answer in answers:
@@ -237,7 +275,7 @@ class App:
                     raise answer.output.error
             whole = completion.whole([answer.output for answer in answers])
             return as_json(whole, headers=headers)
-        usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)
+        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         # What is wrong with a request is known before its first token, while there is still a status to send.
         first = asyncio.ensure_future(anext(events, None))
         stack.push_async_callback(cancelled, first)
@@ -245,6 +283,38 @@ class App:
         if first.done():
             first.result()
         return EventStream(chunks(first, events, answers, completion, usage), headers)
+
+    async def _embeddings(self, request: Request, body: bytearray, stack: AsyncExitStack) -> Response:
+        pipeline, service = self.check_open()
+        parsed, headers = await self._parsed(body, EmbeddingRequest)
+        self._check_model(parsed.model)
+        check_embedding(parsed, pipeline.engines.checkpoint.config.text.hidden_size)
+        limits, salt = self.settings.limits, request.state.cache_salt
+        if parsed.input is None:
+            conversed = await conversation(parsed, self._source, limits, salt, parsed.timeout)
+            check_alone(parsed, conversed)
+            asked = [conversed]
+        else:
+            prompts = await asyncio.to_thread(plain_prompts, parsed.input, "input", 1, pipeline, limits)
+            asked = [PipelineRequest(each.token_ids, deadline=parsed.timeout, cache_salt=salt) for each in prompts]
+        wanted = [(replace(each, features=parsed.pooling), None) for each in asked]
+        outputs = [await answer for answer in self._submit(service, wanted, stack)]
+        found = await asyncio.to_thread(embeddings, parsed, self.settings.model, outputs)
+        return await asyncio.to_thread(as_json, found, headers=headers)
+
+    def _submit(
+        self,
+        service: Service,
+        asked: Sequence[tuple[PipelineRequest, SamplingParams | None]],
+        stack: AsyncExitStack,
+    ) -> list[Answer]:
+        """Queue requests; the stack ends them."""
+        answers = []
+        for each in asked:
+            answers.append(service.submit(*each))
+            self._answers.add(answers[-1])
+            stack.push_async_callback(self._settle, answers[-1])
+        return answers
 
     async def _settle(self, answer: Answer) -> None:
         """The client has its answer, or has hung up, and the answer ends within a step."""

@@ -19,13 +19,13 @@ from qwen2vl_trt.runtime.structured_outputs import StructuredOutputsParams
 from .errors import APIError
 from .limits import Limits
 from .media import MediaSource
-from .protocol import ChatCompletionRequest, TokenizeRequest
+from .protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, GenerationRequest, TokenizeRequest
 
 _SAME = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _IMAGE_OPTIONS = {each.name for each in fields(ImageOptions)}
 
 
-def sampling_params(body: ChatCompletionRequest, limits: Limits) -> list[SamplingParams]:
+def sampling_params(body: ChatCompletionRequest | CompletionRequest, limits: Limits) -> list[SamplingParams]:
     """The settings of each of the body's ``n`` answers, which differ in the seed.
 
     Raises:
@@ -33,27 +33,31 @@ def sampling_params(body: ChatCompletionRequest, limits: Limits) -> list[Samplin
         SamplingError: a value that has no meaning.
     """
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    for name, count in (
-        ("n", body.n or 1),
-        ("stop", len(stop)),
-        ("stop_token_ids", len(body.stop_token_ids or ())),
-        ("logit_bias", len(body.logit_bias or ())),
-        ("top_logprobs", body.top_logprobs or 0),
+    if isinstance(body, CompletionRequest):
+        logprobs_field, most_tokens, logprobs = "logprobs", body.max_tokens, body.logprobs
+    else:
+        if body.top_logprobs and not body.logprobs:
+            raise APIError(400, "top_logprobs: it needs logprobs: true", param="top_logprobs")
+        logprobs_field, logprobs = "top_logprobs", (body.top_logprobs or 0) if body.logprobs else None
+        most_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    for name, count, most in (
+        ("n", body.n or 1, min(limits.n, limits.pending)),
+        ("stop", len(stop), limits.stop),
+        ("stop_token_ids", len(body.stop_token_ids or ()), limits.stop_token_ids),
+        ("logit_bias", len(body.logit_bias or ()), limits.logit_bias),
+        (logprobs_field, logprobs or 0, limits.top_logprobs),
     ):
-        most = min(limits.n, limits.pending) if name == "n" else getattr(limits, name)
         if count > most:
             raise APIError(400, f"{name}: {count:,} are asked for; this server takes up to {most:,}", param=name)
-    if body.top_logprobs and not body.logprobs:
-        raise APIError(400, "top_logprobs: it needs logprobs: true", param="top_logprobs")
     params = SamplingParams(
         **{name: getattr(body, name) for name in _SAME},
-        max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        max_tokens=most_tokens,
         top_k=0 if body.top_k == -1 else body.top_k,
         seed=body.seed,
         stop=tuple(stop) if body.stop is not None else None,
         stop_token_ids=None if body.stop_token_ids is None else tuple(body.stop_token_ids),
         ignore_eos=bool(body.ignore_eos),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        logprobs=logprobs,
         logit_bias=_logit_bias(body.logit_bias),
         structured_outputs=_structured_outputs(body),
     )
@@ -69,7 +73,7 @@ def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
         raise APIError(400, "logit_bias: its keys are token ids, as strings", param="logit_bias") from None
 
 
-def _structured_outputs(body: ChatCompletionRequest) -> StructuredOutputsParams | None:
+def _structured_outputs(body: GenerationRequest) -> StructuredOutputsParams | None:
     own, form = body.structured_outputs, body.response_format
     asked = (
         {name: value for name, value in msgspec.structs.asdict(own).items() if value not in (None, False)}
@@ -111,7 +115,7 @@ def media_options(given: Mapping[str, Any] | None) -> tuple[ImageOptions, VideoO
 
 
 async def conversation(
-    body: ChatCompletionRequest | TokenizeRequest,
+    body: ChatCompletionRequest | EmbeddingRequest | TokenizeRequest,
     source: MediaSource,
     limits: Limits,
     cache_salt: str | None = None,
@@ -124,13 +128,14 @@ async def conversation(
         PromptError: the messages are wrong.
     """
     image_options, video_options = media_options(body.mm_processor_kwargs)
-    contents = (message.get("content") for message in body.messages)
-    parts = len(body.messages) + sum(len(content) for content in contents if isinstance(content, list))
+    given = body.messages or []
+    contents = (message.get("content") for message in given)
+    parts = len(given) + sum(len(content) for content in contents if isinstance(content, list))
     if parts > limits.parts:
         raise APIError(
             400, f"messages: {parts:,} with their parts; this server takes {limits.parts:,}", param="messages"
         )
-    messages, media = await asyncio.to_thread(detach_media, body.messages)
+    messages, media = await asyncio.to_thread(detach_media, given)
     for kind, most in (("image", limits.images), ("video", limits.videos)):
         count = sum(each == kind for each, _, _ in media)
         if count > most:

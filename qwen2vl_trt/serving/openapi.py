@@ -9,7 +9,7 @@ import msgspec
 
 from qwen2vl_trt import __version__
 
-from .protocol import ChatCompletionRequest, TokenizeRequest
+from .protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, GenerationRequest, TokenizeRequest
 
 _ERRORS = {
     400: "a field is wrong, or a medium cannot be decoded",
@@ -20,6 +20,7 @@ _ERRORS = {
     415: "not application/json",
     422: "a URL that is allowed cannot be fetched",
     500: "the server failed",
+    501: "the backend gives no hidden states",
     503: "too many requests, loading, or stopping; see Retry-After",
     504: "the request's timeout passed before its first token",
 }
@@ -35,6 +36,8 @@ _GET = {
 }
 _POST = {
     "/v1/chat/completions": ("an answer, or with stream a stream of chunks", ChatCompletionRequest),
+    "/v1/completions": ("the continuation of texts, or with stream a stream of chunks", CompletionRequest),
+    "/v1/embeddings": ("pooled hidden states of texts and messages, or pooled features of images", EmbeddingRequest),
     "/tokenize": ("the tokens of a conversation, images included", TokenizeRequest),
 }
 
@@ -56,9 +59,9 @@ def document() -> dict[str, Any]:
     paths["/v1/models/{model}"]["get"]["parameters"] = [
         {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     ]
-    for (path, (text, _)), schema in zip(_POST.items(), schemas, strict=True):
+    for (path, (text, kind)), schema in zip(_POST.items(), schemas, strict=True):
         done = _content(text, "application/json")
-        if path == "/v1/chat/completions":
+        if issubclass(kind, GenerationRequest):
             done["content"]["text/event-stream"] = {"schema": {"type": "string"}}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         paths[path] = {"post": {"summary": text, "requestBody": body, "responses": {"200": done, **errors}}}

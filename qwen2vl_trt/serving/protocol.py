@@ -8,18 +8,27 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from qwen2vl_trt.runtime.request import Features
+
 from .errors import APIError
 
 Body = TypeVar("Body", bound=Struct)
 
 _Count = Annotated[int, Meta(ge=1, lt=1 << 31)]
-_TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 _Text = Annotated[str, Meta(min_length=1)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
+_Number = Annotated[int, Meta(ge=0, lt=1 << 31)]
 _Messages = Annotated[list[dict[str, Any]], Meta(min_length=1)]
+
+Prompts = str | Annotated[list[str | _Number | list[_Number]], Meta(min_length=1)]
+"""A text or token ids, or a list of one of them."""
 
 _UNUSED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
 """OpenAI's fields that change no answer; no client is warned of them."""
+
+
+_MOST_COMMAS = 1 << 18
+"""Of a body, which has no more values than that beside its nesting: each takes memory, and the time of all threads."""
 
 
 class StreamOptions(Struct):
@@ -54,13 +63,11 @@ class StructuredOutputs(Struct):
     grammar: str | None = None
 
 
-class ChatCompletionRequest(Struct, kw_only=True):
-    """POST /v1/chat/completions; None takes the checkpoint's default."""
+class GenerationRequest(Struct, kw_only=True):
+    """What bodies that ask for text have in common; None takes the checkpoint's default."""
 
-    messages: _Messages
     model: str | None = None
     max_tokens: _Count | None = None
-    max_completion_tokens: _Count | None = None
     temperature: Annotated[float, Meta(ge=0)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, lt=1 << 31)] | None = None
@@ -68,19 +75,50 @@ class ChatCompletionRequest(Struct, kw_only=True):
     n: _Count | None = None
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
     stop: _Text | list[_Text] | None = None
-    stop_token_ids: list[_TokenId] | None = None
+    stop_token_ids: list[_Number] | None = None
     ignore_eos: bool | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     repetition_penalty: Annotated[float, Meta(ge=1e-4, le=1e4)] | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, lt=1 << 31)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    mm_processor_kwargs: dict[str, Any] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    timeout: Annotated[float, Meta(gt=0)] | None = None
+
+
+class ChatCompletionRequest(GenerationRequest, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: _Messages
+    max_completion_tokens: _Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: _Number | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    """POST /v1/completions; ``max_tokens`` is OpenAI's 16 where it is left out, the checkpoint's default where null."""
+
+    prompt: Prompts
+    max_tokens: _Count | None = 16
+    logprobs: _Number | None = None
+    echo: bool | None = None
+    best_of: _Count | None = None
+    suffix: str | None = None
+
+
+class EmbeddingRequest(Struct, kw_only=True):
+    """POST /v1/embeddings: ``input`` as OpenAI has it, or ``messages`` as vLLM has them."""
+
+    input: Prompts | None = None
+    messages: _Messages | None = None
+    model: str | None = None
+    pooling: Features = "last_hidden_state"
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: _Count | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
     timeout: Annotated[float, Meta(gt=0)] | None = None
 
 
@@ -99,8 +137,10 @@ def parse(body: bytes | bytearray, kind: type[Body]) -> tuple[Body, list[str]]:
         It, and the names of the fields that nothing here knows.
 
     Raises:
-        APIError: 400, no JSON, or a field of a wrong type or outside its range.
+        APIError: 400, no JSON, or a field of a wrong type or outside its range; 413, too many values.
     """
+    if body.count(b",") > _MOST_COMMAS:
+        raise APIError(413, f"the body has over {_MOST_COMMAS:,} commas: too many values; give fewer at a time")
     try:
         parsed = msgspec.json.decode(body, type=kind)
         names = msgspec.json.decode(body, type=dict[str, msgspec.Raw])

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from tokenizers import Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -18,51 +18,67 @@ TokenBytes = Callable[[int], bytes]
 """The bytes that a token stands for."""
 
 
-class ChatCompletion:
+class Completion:
     """The objects of one request.
 
     Args:
         model: its served name.
-        token_bytes: for log-probabilities.
+        tokenizer: of the checkpoint, for log-probabilities.
+        prompts: number of prompts, whose answers follow one another.
     """
 
-    def __init__(self, model: str, token_bytes: TokenBytes) -> None:
-        self._token_bytes = token_bytes
-        self._common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    prefix: ClassVar[str]
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
+    def __init__(self, model: str, tokenizer: Tokenizer, prompts: int = 1) -> None:
+        self._token_bytes, self._prompts = token_bytes_of(tokenizer), prompts
+        self._common = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
         """The answer of a request without a stream."""
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": output.text},
-                "logprobs": self._logprobs(output.logprobs),
-                **_end(output),
-            }
-            for index, output in enumerate(outputs)
-        ]
-        return {**self._common, "object": "chat.completion", "choices": choices, **account(outputs)}
+        choices = [self._choice(index, output) for index, output in enumerate(outputs)]
+        return {**self._common, "object": self.kind, "choices": choices, **account(outputs, self._prompts)}
 
     def chunk(self, index: int, text: str, logprobs: TokenLogprobs | None, first: bool) -> dict[str, Any]:
         """A token of a stream."""
+        raise NotImplementedError
+
+    def end(self, index: int, output: Output, first: bool, text: str) -> dict[str, Any]:
+        """The end of an answer, and text that came with no token; one that has no token at all begins here too."""
+        raise NotImplementedError
+
+    def usage(self, outputs: Sequence[Output]) -> dict[str, Any]:
+        """The last chunk, where ``stream_options.include_usage`` asks for it."""
+        return self._chunk([]) | account(outputs, self._prompts)
+
+    def _choice(self, index: int, output: Output) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        for choice in choices:
+            choice.setdefault("finish_reason", None)
+        return {**self._common, "object": self.chunk_kind, "choices": choices}
+
+
+class ChatCompletion(Completion):
+    """The objects of a request to /v1/chat/completions."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def chunk(self, index: int, text: str, logprobs: TokenLogprobs | None, first: bool) -> dict[str, Any]:
         delta = {"role": "assistant", "content": text} if first else {"content": text}
         return self._chunk(
             [{"index": index, "delta": delta, "logprobs": self._logprobs(None if logprobs is None else [logprobs])}]
         )
 
     def end(self, index: int, output: Output, first: bool, text: str) -> dict[str, Any]:
-        """The end of an answer, and text that came with no token; one that has no token at all begins here too."""
         delta = ({"role": "assistant"} if first else {}) | ({"content": text} if first or text else {})
-        return self._chunk([{"index": index, "delta": delta, "logprobs": None, **_end(output)}])
+        return self._chunk([{"index": index, "delta": delta, "logprobs": None, **end_of(output)}])
 
-    def usage(self, outputs: Sequence[Output]) -> dict[str, Any]:
-        """The last chunk, where ``stream_options.include_usage`` asks for it."""
-        return self._chunk([]) | account(outputs)
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        for choice in choices:
-            choice.setdefault("finish_reason", None)
-        return {**self._common, "object": "chat.completion.chunk", "choices": choices}
+    def _choice(self, index: int, output: Output) -> dict[str, Any]:
+        message = {"role": "assistant", "content": output.text}
+        return {"index": index, "message": message, "logprobs": self._logprobs(output.logprobs), **end_of(output)}
 
     def _logprobs(self, tokens: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
         if tokens is None:
@@ -79,23 +95,28 @@ class ChatCompletion:
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         data = self._token_bytes(token_id)
-        # JSON has no infinity, which a token of probability 0 has; vLLM writes the same number.
-        return {"token": data.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(data)}
+        return {"token": data.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(data)}
 
 
-def account(outputs: Sequence[Output]) -> dict[str, Any]:
-    """Tokens used by the answers to one prompt, the sizes of its media, and the seconds of the first answer."""
-    first = outputs[0]
+def finite(logprob: float) -> float:
+    """JSON has no infinity, which a token of probability 0 has; vLLM writes the same number."""
+    return max(logprob, -9999.0)
+
+
+def account(outputs: Sequence[Output], prompts: int = 1) -> dict[str, Any]:
+    """Tokens used by the answers to so many prompts, the sizes of the first's media, and the first answer's seconds."""
+    first, answered = outputs[0], outputs[:: len(outputs) // prompts]
+    prompt = sum(output.prompt_tokens for output in answered)
     completion = sum(len(output.token_ids) for output in outputs)
     details = {
-        "cached_tokens": first.reused_tokens,
+        "cached_tokens": sum(output.reused_tokens for output in answered),
         "image_tokens": sum(medium.tokens for medium in [*first.images, *first.videos]),
     }
     return {
         "usage": {
-            "prompt_tokens": first.prompt_tokens,
+            "prompt_tokens": prompt,
             "completion_tokens": completion,
-            "total_tokens": first.prompt_tokens + completion,
+            "total_tokens": prompt + completion,
             "prompt_tokens_details": details,
         },
         "images": [image.as_json() for image in first.images],
@@ -104,7 +125,7 @@ def account(outputs: Sequence[Output]) -> dict[str, Any]:
     }
 
 
-def _end(output: Output) -> dict[str, str]:
+def end_of(output: Output) -> dict[str, str]:
     """OpenAI has no reason for a deadline: the answer is cut short, and ``stop_reason`` says by what."""
     if output.finish_reason == "stop":
         return {"finish_reason": "stop"}

@@ -18,7 +18,7 @@ from qwen2vl_trt.runtime.service import Answer
 
 from .errors import failed, from_library
 from .metrics import Metrics
-from .responses import ChatCompletion
+from .responses import Completion
 from .tasks import cancelled
 
 KEEP_ALIVE_SECONDS = 15.0
@@ -59,7 +59,7 @@ async def chunks(
     first: asyncio.Future[tuple[int, Event | None] | None],
     events: AsyncIterator[tuple[int, Event | None]],
     answers: Sequence[Answer],
-    completion: ChatCompletion,
+    completion: Completion,
     usage: bool,
 ) -> AsyncIterator[dict[str, Any]]:
     """The chunks of a stream; an error is the last of them."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.engines.profile import BuildProfile, flag
-from qwen2vl_trt.errors import LimitError, MediaError
+from qwen2vl_trt.errors import LimitError, MediaError, PromptError
 from qwen2vl_trt.media_options import VideoOptions
 from qwen2vl_trt.messages import Media, extract_media, resolve_url
 from qwen2vl_trt.mrope import rope_index
@@ -165,9 +165,11 @@ class Preparer:
         length and the sizes of the media.
 
         Raises:
-            PromptError: the prompt does not fit the media.
+            PromptError: the prompt does not fit the media, or features of none are asked for.
             LimitError: prompt and answer are outside the engines' profile.
         """
+        if request.features == "image_features" and not media:
+            raise PromptError("features is 'image_features', and the request has no image and no video")
         prompt, grids = self.prompt(request, media)
         params = self._fit_answer(len(prompt.token_ids), params)
         check_prompt(params, prompt.token_ids, self._config.text.vocab_size)
@@ -195,6 +197,7 @@ class Preparer:
             stream=AnswerStream(self._prompts.tokenizer.backend_tokenizer, params, self._eos_token_ids),
             params=params,
             matcher=matcher,
+            features=request.features,
         )
 
     def prompt(self, request: Request, media: list[Medium]) -> tuple[Prompt, tuple[list[Grid], list[Grid]]]:

@@ -482,8 +482,15 @@ class Scheduler(Executor):
         stage = Stage("decode" if all(row.answers for row in rows) else "prefill", outputs, chunks)
         if not self._decoder.packed:
             chunks, embeds, positions, wanted = self._filled(chunks, embeds, positions, wanted)
+        ending = [row.sequence.features is not None and row.length >= row.sequence.unread for row in rows]
+        hidden = hidden or any(ending)
         with self._observe(stage):
             step = self._decoder.step(chunks, embeds, positions, None if len(wanted) == len(chunks) else wanted, hidden)
+        if any(ending):
+            assert step.hidden_states is not None
+            for row, states, ends in zip(rows, step.hidden_states.split([row.length for row in rows]), ending):
+                if ends:
+                    row.sequence.found = [states[-1].clone()]  # before the next step
         for row in rows:
             self._advance(row)
         return step
@@ -569,7 +576,10 @@ class Scheduler(Executor):
             try:
                 if sequence.matcher is not None:
                     sequence.matcher.push(token)
-                self._new.append(take_token(sequence, token, self._counters, now, each))
+                if sequence.features is None:
+                    self._new.append(take_token(sequence, token, self._counters, now, each))
+                else:
+                    sequence.finish()
             except Exception as error:
                 self._fail(sequence, error)
                 continue

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..detokenizer import AnswerStream
 from ..preprocessing.sizes import Medium
-from ..request import Output
+from ..request import Features, Output
 from ..sampling_params import Sampling
 from ..structured_outputs import Matcher
 from .side_stream import ReadyEvent
@@ -43,6 +43,8 @@ class RunningSequence:
         sampled: tokens of its answer that are sampled, or are being.
         matcher: its place in the grammar that its answer follows; None where it is free.
         counts: its prompt is counted and timed; no longer once it was preempted.
+        features: what is asked for in place of an answer.
+        found: these features, on the device.
     """
 
     output: Output
@@ -64,6 +66,8 @@ class RunningSequence:
     sampled: int = 0
     matcher: Matcher | None = None
     counts: bool = True
+    features: Features | None = None
+    found: list[Tensor] = field(default_factory=list)
 
     @property
     def prompt_length(self) -> int:
@@ -78,6 +82,10 @@ class RunningSequence:
     def reading(self) -> bool:
         """Whether there are any."""
         return self.cached < len(self.token_ids)
+
+    def finish(self) -> None:
+        """End it with the features that it has; the host waits for them."""
+        self.output.finish([each.to("cpu", torch.float32, copy=True) for each in self.found])
 
     def known_keys(self) -> np.ndarray:
         """Keys of every token in the slot that the host knows, those of the answer included."""

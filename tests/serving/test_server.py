@@ -1,10 +1,12 @@
 """The server with real clients over real sockets: answers, streams, refusals, hang-ups, its end."""
 
 import base64
+import io
 import json
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -14,10 +16,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
 
-from qwen2vl_trt import Pipeline, Request, SamplingParams, Service
+from qwen2vl_trt import Pipeline, Request, SamplingParams, Service, StructuredOutputsParams
 from qwen2vl_trt.engines.profile import BuildProfile
+from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.runtime.backends.runners import Engines
 from tests.support.engine_folders import build
+from tests.support.requests import picture
 
 openai = pytest.importorskip("openai", reason="openai is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
@@ -47,6 +55,12 @@ def engine_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipeline(engine_dir):
+    return Pipeline.from_engine_dir(engine_dir, "cpu")
+
+
+@pytest.fixture(scope="module")
+def quiet(engine_dir):
+    """A pipeline without a service, whose tokens hidden_states would take."""
     return Pipeline.from_engine_dir(engine_dir, "cpu")
 
 
@@ -188,6 +202,238 @@ class TestAnswers:
         assert found["image_tokens"] == 20
 
 
+class TestCompletions:
+    """/v1/completions: texts and token ids that the model goes on with."""
+
+    def test_a_text_goes_on_as_its_token_ids_do(self, client, pipeline):
+        ids = pipeline.encode("What digits are")
+        expected = pipeline.generate(Request(ids), SamplingParams(max_tokens=16))[0]
+        for prompt in ("What digits are", ids):
+            response = client.completions.create(model="tiny", prompt=prompt)
+            (choice,) = response.choices
+            assert (choice.text, choice.finish_reason) == (expected.text, expected.finish_reason)
+            usage = response.usage
+            assert (usage.prompt_tokens, usage.completion_tokens) == (len(ids), len(expected.token_ids))
+        assert response.object == "text_completion"
+
+    def test_the_chat_template_as_token_ids_is_the_chat(self, client, web):
+        chat = messages("Read both:", ())
+        ids = web.post("/tokenize", json={"messages": chat}).json()["tokens"]
+        answer = client.chat.completions.create(model="tiny", messages=chat, max_tokens=9).choices[0].message.content
+        assert client.completions.create(model="tiny", prompt=ids, max_tokens=9).choices[0].text == answer
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("echo", [False, True])
+    def test_prompts_times_n(self, client, pipeline, stream, echo):
+        prompts = ["What digits", "Read both: \u5317", "How many <image> <|im_end|>"]
+        given = {"model": "tiny", "max_tokens": 7, "temperature": 1.5, "seed": 3, "n": 2, "echo": echo}
+        params = [SamplingParams(max_tokens=7, temperature=1.5, seed=3 + number) for number in range(2)]
+        requests = [Request(pipeline.encode(prompt)) for prompt in prompts]
+        expected = [
+            (prompt if echo else "") + pipeline.generate(request, each)[0].text
+            for prompt, request in zip(prompts, requests)
+            for each in params
+        ]
+        used = sum(len(request.prompt) for request in requests)
+        for prompt in (prompts, [request.prompt for request in requests]):
+            if stream:
+                texts = [""] * 6
+                options = {"stream": True, "stream_options": {"include_usage": True}}
+                *chunks, last = client.completions.create(prompt=prompt, best_of=2, **given, **options)
+                for chunk in chunks:
+                    texts[chunk.choices[0].index] += chunk.choices[0].text
+                assert last.choices == []
+                usage = last.usage
+            else:
+                response = client.completions.create(prompt=prompt, **given)
+                texts, usage = [choice.text for choice in response.choices], response.usage
+            assert texts == expected
+            assert usage.prompt_tokens == used
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_log_probabilities(self, client, pipeline, stream):
+        form = {"choice": ["\U0001f600 two \u5317\u4eac"]}  # characters of several tokens
+        given = {"model": "tiny", "prompt": "Read", "logprobs": 2, "extra_body": {"structured_outputs": form}}
+        params = SamplingParams(max_tokens=16, logprobs=2, structured_outputs=StructuredOutputsParams(**form))
+        pipeline.clear_caches()
+        expected = pipeline.generate(Request(pipeline.encode("Read")), params)[0]
+        assert expected.text == form["choice"][0]
+        pipeline.clear_caches()
+        if stream:
+            parts = [
+                chunk.choices[0].logprobs
+                for chunk in client.completions.create(**given, stream=True)
+                if chunk.choices[0].logprobs
+            ]
+        else:
+            parts = [client.completions.create(**given).choices[0].logprobs]
+        tokens, logprobs, top, offsets = (
+            [each for part in parts for each in getattr(part, name)]
+            for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        )
+        assert logprobs == [each.logprob for each in expected.logprobs]
+        for token, logprob, each, told in zip(tokens, logprobs, expected.logprobs, top, strict=True):
+            assert told[token] == logprob
+            assert set(told.values()) == {logprob, *(number for _, number in each.top)}
+            assert len(told) == len({each.token_id, *(number for number, _ in each.top)})
+        assert any(token.startswith("bytes:\\x") for token in tokens)  # a part of a character
+        data = b""
+        for token, offset in zip(tokens, offsets):
+            assert offset == len(data.decode(errors="ignore"))
+            data += bytes.fromhex(token[6:].replace("\\x", "")) if token.startswith("bytes:") else token.encode()
+        assert data.decode() == expected.text + "<|im_end|>"
+
+    def test_structured_answers_and_stops(self, client):
+        extra = {"structured_outputs": {"choice": ["a cat", "a dog"]}}
+        response = client.completions.create(model="tiny", prompt="It is", extra_body=extra)
+        assert response.choices[0].text in ("a cat", "a dog")
+        response = client.completions.create(model="tiny", prompt="It is", extra_body=extra, stop=" ")
+        assert response.choices[0].text == "a"
+
+    @pytest.mark.parametrize(
+        ("given", "param"),
+        [
+            ({"prompt": []}, "prompt"),
+            ({"prompt": ""}, "prompt"),
+            ({"prompt": ["a", ""]}, "prompt"),
+            ({"prompt": [[]]}, "prompt"),
+            ({"prompt": ["a", 5]}, "prompt"),
+            ({"prompt": ["a", [5]]}, "prompt"),
+            ({"prompt": {"a": 1}}, "prompt"),
+            ({"prompt": [-1]}, "prompt[0]"),
+            ({"prompt": [10**6]}, None),
+            ({"prompt": ["a"] * 300}, "prompt"),
+            ({"prompt": ["a"] * 100, "n": 3}, "prompt"),
+            ({"prompt": "a" * 10**7}, None),
+            ({"prompt": [5] * 10**5}, None),
+            ({"suffix": "b"}, "suffix"),
+            ({"best_of": 2}, "best_of"),
+            ({"echo": True, "logprobs": 1}, "logprobs"),
+            ({"logprobs": 21}, "logprobs"),
+            ({"logprobs": True}, "logprobs"),
+            ({"max_tokens": 0}, "max_tokens"),
+            ({"max_tokens": 10**6}, None),
+            ({"n": 10**9}, "n"),
+            ({"structured_outputs": {"regex": "("}}, None),
+        ],
+    )
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_refusals(self, web, given, param, stream):
+        response = web.post("/v1/completions", json={"prompt": "a", "stream": stream} | given)
+        error = response.json()["error"]
+        assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+
+    def test_token_ids_of_images_are_refused(self, web, pipeline):
+        for token in (pipeline.engines.checkpoint.config.image_token_id, 10**6):
+            for stream in (False, True):
+                response = web.post("/v1/completions", json={"prompt": [5, token], "stream": stream})
+                assert response.status_code == 400
+        body = {"prompt": "<|image_pad|>", "max_tokens": None}
+        assert web.post("/v1/completions", json=body).status_code == 200
+
+    def test_a_hang_up_ends_every_answer(self, web, service):
+        before = service.counters().cancelled
+        body = {"prompt": ["a", "b"], "ignore_eos": True, "max_tokens": 550, "n": 2, "stream": True}
+        with web.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_lines())
+        idle(service)
+        assert service.counters().cancelled == before + 4
+
+
+class TestEmbeddings:
+    """/v1/embeddings beside answers, which stay as they are."""
+
+    def near(self, found, expected):
+        vector = normalize(expected, dim=0)
+        assert torch.tensor(found).shape == vector.shape
+        assert (torch.tensor(found) - vector).norm() < 1e-4
+
+    @pytest.mark.parametrize("form", ["float", "base64"])
+    def test_texts_and_token_ids(self, client, quiet, form):
+        texts = ["What digits are in the image?", "Read both: <|im_end|>", "a"]
+        ids = [quiet.encode(text) for text in texts]
+        states = [each[-1] for each in quiet.hidden_states([Request(each) for each in ids])]
+        for given, expected in ((texts, states), (ids, states), (texts[0], states[:1]), (ids[1], states[1:2])):
+            response = client.embeddings.create(model="tiny", input=given, encoding_format=form)
+            assert [each.index for each in response.data] == list(range(len(expected)))
+            for each, state in zip(response.data, expected, strict=True):
+                if form == "base64":
+                    each.embedding = list(struct.unpack(f"<{len(state)}f", base64.b64decode(each.embedding)))
+                self.near(each.embedding, state)
+        assert response.usage.prompt_tokens == response.usage.total_tokens == len(ids[1])
+
+    def test_the_client_decodes_base64(self, client, quiet):
+        state = quiet.hidden_states(Request(quiet.encode("a")))[0][-1]
+        response = client.embeddings.create(model="tiny", input="a", dimensions=len(state))
+        self.near(response.data[0].embedding, state)
+
+    def test_messages_with_images(self, web, quiet):
+        state = quiet.hidden_states(Request(QUESTION, [DIGITS]))[0][-1]
+        found = web.post("/v1/embeddings", json={"messages": messages()}).json()
+        self.near(found["data"][0]["embedding"], state)
+        assert found["images"][0]["tokens"] == 20
+        small = web.post("/v1/embeddings", json={"messages": messages(max_pixels=28 * 28 * 6)}).json()
+        assert small["images"][0]["tokens"] <= 6
+        assert small["usage"]["prompt_tokens"] < found["usage"]["prompt_tokens"]
+
+    def test_features_of_images(self, web, quiet):
+        wide = picture(1, 56, 112)
+        file = io.BytesIO()
+        Image.fromarray(wide).save(file, "PNG")
+        parts = messages("", (DIGITS, file.getvalue()))[0]["content"][:2]
+        body = {"messages": [{"role": "user", "content": parts}], "pooling": "image_features"}
+        found = web.post("/v1/embeddings", json=body).json()
+        features = quiet.embed_images([DIGITS, wide])
+        for each, expected in zip(found["data"], features, strict=True):
+            self.near(each["embedding"], expected.mean(dim=0))
+        assert found["usage"]["total_tokens"] == sum(map(len, features))
+        assert [image["tokens"] for image in found["images"]] == list(map(len, features))
+
+    def test_beside_a_stream(self, client, service):
+        given = {"model": "tiny", "messages": messages(), "max_tokens": 200, "extra_body": {"ignore_eos": True}}
+        expected = client.chat.completions.create(**given).choices[0].message.content
+        before = service.counters()
+        stream = client.chat.completions.create(**given, stream=True)
+        text = next(stream).choices[0].delta.content
+        for number in range(5):
+            assert len(client.embeddings.create(model="tiny", input=[f"What? {number}", "Read"]).data) == 2
+        assert text + "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
+        assert service.counters().finished == before.finished + 11
+
+    @pytest.mark.parametrize(
+        ("given", "param"),
+        [
+            ({}, "input"),
+            ({"input": "a", "messages": [{"role": "user", "content": "a"}]}, "input"),
+            ({"input": []}, "input"),
+            ({"input": ["a", ""]}, "input"),
+            ({"input": ["a"] * 257}, "input"),
+            ({"input": [10**6]}, None),
+            ({"input": "a", "dimensions": 7}, "dimensions"),
+            ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
+            ({"input": "a", "pooling": "mean"}, "pooling"),
+            ({"input": "a", "pooling": "image_features"}, "pooling"),
+            ({"messages": messages(), "pooling": "image_features"}, "messages"),
+            ({"messages": [{"role": "user", "content": "a"}], "pooling": "image_features"}, "messages"),
+            ({"messages": [{"role": "user", "content": []}], "pooling": "image_features"}, None),
+            ({"messages": messages(), "mm_processor_kwargs": {"pixels": 1}}, "mm_processor_kwargs"),
+        ],
+    )
+    def test_refusals(self, web, given, param):
+        response = web.post("/v1/embeddings", json=given)
+        error = response.json()["error"]
+        assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+
+    def test_a_backend_without_hidden_states(self, web, monkeypatch):
+        def refused(engines):
+            raise EngineError("/srv/engines gives tokens alone")
+
+        monkeypatch.setattr(Engines, "decoder", property(refused))
+        response = web.post("/v1/embeddings", json={"input": "a"})
+        assert (response.status_code, response.json()["error"]["code"]) == (501, "not_supported")
+        assert "/srv" not in response.text
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("given", "param"),
@@ -272,6 +518,21 @@ class TestRefusals:
             assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
             assert "4,097" in response.json()["error"]["message"]
 
+    @pytest.mark.parametrize(
+        ("path", "begin", "value", "end"),
+        [
+            ("/v1/completions", b'{"prompt":[', b"[5],", b"[5]]}"),
+            ("/v1/embeddings", b'{"input":[', b"5,", b"5]}"),
+            ("/v1/chat/completions", b'{"messages":[', b"{},", b"{}]}"),
+            ("/tokenize", b'{"messages":[{"role":"user","content":"a"}],"x":[', b"1,", b"1]}"),
+        ],
+    )
+    def test_a_flood_of_values_is_not_read(self, web, path, begin, value, end):
+        headers = {"Content-Type": "application/json"}
+        response = web.post(path, content=begin + value * 262_145 + end, headers=headers)
+        assert response.status_code == 413
+        assert "262,144 commas" in response.json()["error"]["message"]
+
     def test_a_schema_that_cannot_be_followed_says_so_in_its_own_words(self, web):
         for schema in ({"$ref": "#"}, {"properties": {f"p{n}": {} for n in range(2_200)}, "type": "object"}):
             body = {"messages": messages("Hi", ()), "structured_outputs": {"json": schema}}
@@ -280,8 +541,18 @@ class TestRefusals:
             assert "structured_outputs" in response.json()["error"]["message"]
             assert "<state>" not in response.text
 
-    def test_a_deadline(self, web):
-        response = web.post("/v1/chat/completions", json={"messages": messages(), "timeout": 1e-6})
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            ("/v1/chat/completions", {"messages": messages()}),
+            ("/v1/completions", {"prompt": ["a", "b"]}),
+            ("/v1/completions", {"prompt": "a", "stream": True}),
+            ("/v1/embeddings", {"input": "a"}),
+            ("/v1/embeddings", {"messages": messages()}),
+        ],
+    )
+    def test_a_deadline(self, web, path, body):
+        response = web.post(path, json=body | {"timeout": 1e-6})
         assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
 
     def test_unknown_fields_are_named(self, web, service, pipeline):
@@ -320,12 +591,15 @@ class TestWhoMayAsk:
                 assert httpx.get(f"{address}/metrics", headers=headers).status_code == 401
             assert httpx.get(f"{address}/health").status_code == httpx.get(f"{address}/ready").status_code == 200
             assert httpx.get(address).status_code == 200  # the page asks for the key
-            cached = []
+            chat, text = [], []
             for key in ("alpha", "alpha", "beta"):
                 client = openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
                 answer = client.chat.completions.create(model="tiny", messages=messages(images=(DIGITS, DIGITS)))
-                cached.append(answer.usage.prompt_tokens_details.cached_tokens)
-            assert cached[0] == cached[2] == 0 < cached[1]
+                chat.append(answer.usage.prompt_tokens_details.cached_tokens)
+                answer = client.completions.create(model="tiny", prompt="What digits are in the image? " * 9)
+                text.append(answer.usage.prompt_tokens_details.cached_tokens)
+            for cached in (chat, text):
+                assert cached[0] == cached[2] == 0 < cached[1]
 
     def test_another_host_name(self, service, pipeline):
         with opened(service, pipeline, allowed_hosts=["localhost", "127.0.0.1", "[::1]"]) as (_, address):
@@ -432,7 +706,7 @@ def test_the_document_names_every_field(web):
     assert {"messages", "top_k", "structured_outputs", "mm_processor_kwargs", "timeout"} <= set(fields)
     assert set(document["paths"]) == {
         *("/", "/health", "/ready", "/metrics", "/version", "/openapi.json", "/v1/models", "/v1/models/{model}"),
-        *("/v1/chat/completions", "/tokenize"),
+        *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize"),
     }
 
 

@@ -52,8 +52,8 @@ class FakeCache:
 class FakeDecoder:
     """Writes the embeddings into its rows and predicts (sum of a row's tokens) mod V: a wrong cache shows.
 
-    A call that no engine would take fails the test, whatever the scheduler catches, and a step overwrites the logits of
-    the one before.
+    A call that no engine would take fails the test, whatever the scheduler catches, and a step overwrites the logits
+    and the hidden states, which are the embeddings, of the one before.
     """
 
     vocab_size, enqueues = VOCABULARY, True
@@ -63,7 +63,7 @@ class FakeDecoder:
         self.cache = FakeCache(slots, capacity)
         self.calls, self.resets = [], 0
         self.fails = lambda call: None  # raises what the engine is to raise
-        self._logits = torch.empty(0)
+        self._logits = self._states = torch.empty(0)
 
     def embed(self, token_ids):
         return torch.as_tensor(token_ids, dtype=torch.float32)[:, None]
@@ -86,13 +86,15 @@ class FakeDecoder:
         call = Call(list(chunks), position_ids)
         self.fails(call)
         self._logits.fill_(torch.nan)
+        self._states.fill_(torch.nan)
         logits = torch.zeros(len(chunks), VOCABULARY)
         for row, (chunk, embeds) in enumerate(zip(chunks, inputs_embeds.split(lengths))):
             self.write(chunk, embeds[:, 0], max(longest, chunk.length))
             logits[row, int(self.read(chunk).sum()) % VOCABULARY] = 1
         self.calls.append(call)
         self._logits = logits if wanted is None else logits[list(wanted)]
-        return Step(self._logits, inputs_embeds if hidden else None)
+        self._states = inputs_embeds.clone()
+        return Step(self._logits, self._states if hidden else None)
 
     def write(self, chunk, tokens, padded):
         row = self.cache.rows[chunk.slot]

@@ -571,6 +571,41 @@ def test_an_answer_that_ends_at_its_deadline_of_itself_has_its_own_reason():
 # What fails
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("budget", [5, 100])
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_end_their_request_beside_answers(kind, budget, ahead):
+    """A hidden state is the last token here; of a call that fails for all the rows are tried alone."""
+    decoder = make_decoder(kind, 4)
+    scheduler = Scheduler(decoder, budget, ahead=ahead)
+    prompts = [[token, token + 1, 3 * token][: 1 + token % 3] * (token % 4 + 1) for token in range(1, 11)]
+    answers, features = [], []
+    for round_ in range(2):  # the second finds prefixes
+        decoder.fails = failing(1, RuntimeError("row"), times=1)
+        waiting = []
+        for prompt in prompts:
+            asked = sequence(prompt, params=Sampling(1))
+            asked.features = "last_hidden_state"
+            answered = sequence(prompt, max_tokens=6)
+            features.append(asked)
+            answers.append(answered)
+            waiting += [asked, answered] if round_ else [answered, asked]
+        while waiting or scheduler.busy:
+            while waiting and scheduler.free_slots:
+                scheduler.add(waiting.pop(0))
+            new = scheduler.step()
+            assert all(token.sequence in answers for token in new)
+    for asked, answered in zip(features, answers):
+        if asked.output.error is None:
+            assert [each.tolist() for each in asked.output.features] == [[float(asked.token_ids[-1])]]
+            assert (asked.output.token_ids, asked.output.finish_reason) == ([], "stop")
+        if answered.output.error is None:
+            assert answered.output.token_ids == expected(answered.token_ids, 6)
+    failed = [each for each in [*features, *answers] if each.output.error is not None]
+    assert len(failed) <= 2
+    assert scheduler.free_slots == 4
+
+
 def failing(slot, error, times=1000):
     left = [times]
 

@@ -309,6 +309,18 @@ class TestRefused:
         with pytest.raises(EngineError, match=r"gives tokens alone: hidden_states .* need --backend torch"):
             pipeline.hidden_states(REQUESTS[:1])
         assert len(trtllm.LLM.made) == made  # refused before anything is loaded
+        with pytest.raises(EngineError, match="gives tokens alone"):
+            pipeline.submit(replace(REQUESTS[0], features="last_hidden_state"))
+        assert not pipeline.busy
+
+    def test_features_of_images_beside_answers(self, pipeline, expected, torch_pipeline):
+        request = Request("", [picture(1), picture(2)], features="image_features")
+        *found, output = pipeline.generate([*REQUESTS, request], [*LENGTHS, SamplingParams()])
+        assert answers(found) == expected
+        for features, wanted in zip(
+            output.features, torch_pipeline.embed_images([picture(1), picture(2)]), strict=True
+        ):
+            assert features.equal(wanted)
 
     def test_features_of_images_need_no_decoder(self, pipeline, trtllm, torch_pipeline):
         made = len(trtllm.LLM.made)
