@@ -265,16 +265,14 @@ class App:
     ) -> Response:
         """The answers to requests, whole or as a stream."""
         answers = self._submit(service, asked, stack)
-        events = merged(answers, self.metrics)
-        stack.push_async_callback(events.aclose)
         if not body.stream:
-            async for _ in events:
-                pass
-            for answer in answers:
-                if answer.output.error is not None:
-                    raise answer.output.error
-            whole = completion.whole([answer.output for answer in answers])
-            return as_json(whole, headers=headers)
+            outputs = await asyncio.gather(*answers)
+            for output in outputs:
+                if output.error is not None:
+                    raise output.error
+            return as_json(completion.whole(outputs), headers=headers)
+        events = merged(answers)
+        stack.push_async_callback(events.aclose)
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         # What is wrong with a request is known before its first token, while there is still a status to send.
         first = asyncio.ensure_future(anext(events, None))
@@ -322,7 +320,7 @@ class App:
         with move_on_after(_CANCEL_SECONDS):
             await answer
         self._answers.discard(answer)
-        self.metrics.answer(answer.output)
+        self.metrics.answer(answer)
 
     def cancel_all(self) -> None:
         """End the answers under way; their streams say so."""

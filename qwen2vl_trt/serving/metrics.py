@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from qwen2vl_trt.runtime.request import Output
+from qwen2vl_trt.runtime.service import Answer
 
 if TYPE_CHECKING:
     from qwen2vl_trt.runtime.scheduling.executor import Counters
@@ -100,8 +101,9 @@ class Metrics:
         """Count a response."""
         self._responses.labels(status).inc()
 
-    def answer(self, output: Output) -> None:
+    def answer(self, answer: Answer) -> None:
         """Count an answer that has ended."""
+        output = answer.output
         if output.finish_reason is None:
             return
         self._success.labels(output.finish_reason).inc()
@@ -116,6 +118,8 @@ class Metrics:
         ):
             self.observe(name, value)
         if output.token_ids:
+            for earlier, later in pairwise(answer.token_times):
+                self.observe("inter_token_latency_seconds", later - earlier)
             self.observe("time_to_first_token_seconds", timings.time_to_first_token)
             self.observe("request_prefill_time_seconds", timings.prefill)
             self.observe("request_decode_time_seconds", timings.decode)

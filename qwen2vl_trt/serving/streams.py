@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
@@ -17,7 +16,6 @@ from qwen2vl_trt.runtime.request import Event
 from qwen2vl_trt.runtime.service import Answer
 
 from .errors import failed, from_library
-from .metrics import Metrics
 from .responses import Completion
 from .tasks import cancelled
 
@@ -86,18 +84,13 @@ async def chunks(
         yield failed().as_json()
 
 
-async def merged(answers: Sequence[Answer], metrics: Metrics) -> AsyncGenerator[tuple[int, Event | None], None]:
+async def merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Event | None], None]:
     """The tokens of answers as they come, by the answer's number, and None at its end; raises what one failed with."""
     queue: asyncio.Queue[tuple[int, Event | None] | Exception] = asyncio.Queue()
 
     async def read(index: int, answer: Answer) -> None:
-        last = None
         try:
             async for event in answer:
-                now = time.perf_counter()
-                if last is not None:
-                    metrics.observe("inter_token_latency_seconds", now - last)
-                last = now
                 queue.put_nowait((index, event))
             queue.put_nowait((index, None))
         except Exception as error:
