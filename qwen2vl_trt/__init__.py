@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .runtime.scheduling.executor import Counters
     from .runtime.service import Answer, Service
     from .runtime.structured_outputs import StructuredOutputsParams
+    from .runtime.tool_calls import ToolCall, ToolCallParser, parse_tool_calls, tool_call_grammar
 
 __all__ = [
     "Answer",
@@ -70,9 +71,13 @@ __all__ = [
     "StructuredOutputsParams",
     "Timings",
     "TokenLogprobs",
+    "ToolCall",
+    "ToolCallParser",
     "UnavailableError",
     "Video",
     "VideoOptions",
+    "parse_tool_calls",
+    "tool_call_grammar",
 ]
 __version__ = "0.1.0"
 
@@ -95,8 +100,12 @@ _MODULES = {
     "StructuredOutputsParams": "runtime.structured_outputs",
     "Timings": "runtime.request",
     "TokenLogprobs": "runtime.request",
+    "ToolCall": "runtime.tool_calls",
+    "ToolCallParser": "runtime.tool_calls",
     "Video": "runtime.inputs.video",
     "VideoOptions": "media_options",
+    "parse_tool_calls": "runtime.tool_calls",
+    "tool_call_grammar": "runtime.tool_calls",
 }
 
 

@@ -29,7 +29,7 @@ class ChatTemplate:
     """A compiled template. Not bounded: the memory of a single operation, and the time of some (``|format``).
 
     Args:
-        source: Jinja, as in ``chat_template.jinja``.
+        source: Jinja, as in ``chat_template.jinja``; kept as an attribute.
         variables: besides the messages, as Transformers gives ``eos_token`` and the like.
         characters: longest text.
         tokens: the prompt limit that ``characters`` follows from; for the message.
@@ -43,20 +43,21 @@ class ChatTemplate:
         self, source: str, variables: Mapping[str, Any], characters: int, tokens: int, seconds: float = SECONDS
     ) -> None:
         self._variables, self._characters, self._tokens, self._seconds = variables, characters, tokens, seconds
+        self.source = source
         self._template = self._bounded(lambda: _environment().from_string(source), "cannot be compiled")
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of a conversation, up to the beginning of the answer.
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The text of a conversation, up to the beginning of the answer; ``tools`` are OpenAI's.
 
         Raises:
             PromptError: the template refuses the messages, fails, or takes too long.
             LimitError: the text is too long.
         """
-        return self._bounded(lambda: self._write(messages), "refuses the messages")
+        return self._bounded(lambda: self._write(messages, tools), "refuses the messages")
 
-    def _write(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def _write(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
         pieces, size = [], 0
-        given = {**self._variables, "messages": messages, "tools": None, "documents": None}
+        given = {**self._variables, "messages": messages, "tools": tools, "documents": None}
         for piece in self._template.generate(given, add_generation_prompt=True):
             pieces.append(piece)
             size += len(piece)

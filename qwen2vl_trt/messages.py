@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from reprlib import repr as shown
@@ -107,6 +107,22 @@ def to_messages(prompt: str | Sequence[Message], images: int = 0, videos: int = 
         {"role": message.role, "content": [part.for_template for part in message.parts], **message.fields}
         for message in messages
     ]
+
+
+def to_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """OpenAI's tools for the chat template, as they are but for a ``type`` that may be left out.
+
+    Raises:
+        PromptError: they are no list, one is not of OpenAI's form, or two have one name.
+    """
+    if not isinstance(tools, Sequence) or isinstance(tools, (str, bytes)):
+        raise PromptError(f"tools is {shown(tools)}, not a list")
+    read = [_from_json(f"tool {number}", tool, _tool) for number, tool in enumerate(tools, start=1)]
+    names = [tool["function"]["name"] for tool in read]
+    for number, name in enumerate(names, start=1):
+        if name in names[: number - 1]:
+            raise PromptError(f"tool {number} has the name of another, {shown(name)}; give each its own")
+    return read
 
 
 def extract_media(
@@ -312,32 +328,49 @@ def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
     """OpenAI's calls with their arguments, which OpenAI writes as a JSON string, as objects."""
     if not isinstance(calls, Sequence) or isinstance(calls, (str, bytes)):
         raise PromptError(f"{where}: tool_calls is {shown(calls)}, not a list")
-    read = []
-    for number, call in enumerate(calls, start=1):
-        place = f"{where}, tool call {number}"
-        try:
-            read.append(_tool_call(place, json.loads(json.dumps(call))))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise PromptError(f"{place} is no JSON: {str(error)[:200]}") from None
-    return read
+    return [_from_json(f"{where}, tool call {number}", call, _tool_call) for number, call in enumerate(calls, start=1)]
+
+
+def _from_json(where: str, value: Any, read: Callable[[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    """What ``read`` makes of a value, which has JSON's types by then, and whose texts are checked."""
+    try:
+        found = read(where, json.loads(json.dumps(value)))
+        checked_text(json.dumps(found, ensure_ascii=False), where)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise PromptError(f"{where} is no JSON: {str(error)[:200]}") from None
+    return found
+
+
+def _function(where: str, value: Any, form: str, keys: Collection[str]) -> dict[str, Any]:
+    """The function of a tool or of a call."""
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise PromptError(f"{where} is not of the form {{'function': {{'name': ..., '{form}': ...}}}}")
+    _reject_unknown(where, value, keys)
+    if value.get("type") not in (None, "function"):
+        raise PromptError(f"{where} has the unknown type {shown(value['type'])}; known is function")
+    return function
+
+
+def _tool(where: str, tool: Any) -> dict[str, Any]:
+    function = _function(where, tool, "parameters", ("type", "function"))
+    if not isinstance(function.get("description", ""), (str, type(None))):
+        raise PromptError(f"{where}: the description is {shown(function['description'])}, not a string")
+    parameters = function.get("parameters")
+    if parameters is not None and not (isinstance(parameters, dict) and parameters.get("type", "object") == "object"):
+        raise PromptError(f"{where}: the parameters are {shown(parameters)}, not a JSON schema of an object")
+    return {"type": "function", **tool}
 
 
 def _tool_call(where: str, call: Any) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise PromptError(f"{where} is not of the form {{'function': {{'name': ..., 'arguments': ...}}}}")
-    _reject_unknown(where, call, ("id", "type", "function"))
-    if call.get("type") not in (None, "function"):
-        raise PromptError(f"{where} has the unknown type {shown(call['type'])}; known is function")
+    function = _function(where, call, "arguments", ("id", "type", "function"))
     _reject_unknown(f"{where}, function", function, ("name", "arguments"))
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
     if not isinstance(arguments, dict):
         raise PromptError(f"{where}: the arguments are {shown(arguments)}, not an object")
-    read = {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    checked_text(json.dumps(read, ensure_ascii=False), where)
-    return read
+    return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _reject_unknown(where: str, given: Mapping[Any, Any], known: Collection[str]) -> None:

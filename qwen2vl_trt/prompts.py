@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -19,7 +19,7 @@ from .chat_template import ChatTemplate
 from .config import Qwen2VLConfig, read_json
 from .errors import CheckpointError, LimitError, PromptError
 from .foreign import lacking
-from .messages import Message, checked_text, is_token_ids, to_messages
+from .messages import Message, checked_text, is_token_ids, to_messages, to_tools
 from .special_tokens import SpecialTokenEscaper
 
 Grid = Sequence[int]
@@ -28,6 +28,8 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 _NO_TEMPLATE = "has no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
 _FEWEST_CHARACTERS = 65_536  # lower bound of a text's limit: some templates have long system messages
 _CALL = {"type": "function", "function": {"name": "b", "arguments": {"c": "d"}}}
+_TOOL = {"type": "function", "function": {"name": "b", "description": "b", "parameters": {"type": "object"}}}
+_SYSTEM = {"role": "system"}
 _SAMPLES = {"name": "b", "tool_calls": [_CALL], "reasoning_content": "b"}
 
 
@@ -50,6 +52,8 @@ class PromptBuilder:
         config: its configuration.
         allow_special_tokens: special tokens that texts spell are such, as in Transformers.
         max_input_len: most tokens of a prompt, by default the model's; a text that must have more is not tokenized.
+        chat_template: Jinja in place of the checkpoint's. Of a checkpoint with several, ``default`` is taken, and
+            ``tool_use`` for conversations with tools, as in Transformers.
 
     Raises:
         CheckpointError: no readable tokenizer, one of another model, or no chat template that writes a text, an image
@@ -62,12 +66,17 @@ class PromptBuilder:
         config: Qwen2VLConfig,
         allow_special_tokens: bool = False,
         max_input_len: int | None = None,
+        chat_template: str | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(folder)
+        if chat_template is not None:
+            if not chat_template:
+                raise CheckpointError("the chat template that was given is empty; give its text, or None")
+            self.tokenizer.chat_template = chat_template
         self._escaper = SpecialTokenEscaper(self.tokenizer)
         self._allow_special_tokens = allow_special_tokens
-        self._written: dict[tuple[str, str], bool] = {}
+        self._written: dict[tuple[ChatTemplate, str, str], bool] = {}
         ids = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
         tokens = {self.tokenizer.convert_ids_to_tokens(token_id) for token_id in ids if token_id is not None}
         self._media_tokens = sorted(tokens - {None})
@@ -79,13 +88,16 @@ class PromptBuilder:
         self._most_tokens = most_tokens = max_input_len or config.text.max_position_embeddings
         characters = max(_FEWEST_CHARACTERS, 2 * max(map(len, self.tokenizer.get_vocab())) * most_tokens)
         try:
-            source = self.tokenizer.get_chat_template()
-            self._template = ChatTemplate(source, self.tokenizer.special_tokens_map, characters, most_tokens)
+            self._template, self._tool_template = (
+                ChatTemplate(source, self.tokenizer.special_tokens_map, characters, most_tokens)
+                for source in (self.tokenizer.get_chat_template(tools=tools) for tools in (None, [_TOOL]))
+            )
             self._dry_run({"type": "text", "text": "a"})
             nothing = self._dry_run({"type": "text", "text": ""})
             written = {name: self._dry_run({"type": name}) for name in media}
         except (PromptError, LimitError, ValueError) as error:
-            raise CheckpointError(f"{_template_file(Path(folder))}: {error}") from None
+            where = _template_file(Path(folder)) if chat_template is None else "the chat template that was given"
+            raise CheckpointError(f"{where}: {error}") from None
         for name, token_id in media.items():
             if written[name] != nothing and written[name].count(token_id) != 1:
                 token = self.tokenizer.convert_ids_to_tokens(token_id)
@@ -99,28 +111,39 @@ class PromptBuilder:
         prompt: str | Sequence[Message] | Sequence[int],
         image_grids: Sequence[Grid] = (),
         video_grids: Sequence[Grid] = (),
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Prompt:
-        """Token ids of a prompt; grids are ``(t, h, w)`` in patches, in order of appearance. Token ids have none.
+        """Token ids of a prompt; grids are ``(t, h, w)`` in patches, in order of appearance; tools are OpenAI's.
+
+        Token ids have neither.
 
         Raises:
-            PromptError: as :func:`~qwen2vl_trt.messages.to_messages`, the chat template refuses the messages, or one of
-                the token ids is none of the vocabulary's, or the image or video token.
+            PromptError: as :func:`~qwen2vl_trt.messages.to_messages` and ``to_tools``, the chat template refuses the
+                messages or writes no tools, or one of the token ids is none of the vocabulary's, or the image or video
+                token.
             LimitError: more text than ``max_input_len`` tokens stand for, or more token ids.
         """
+        functions = to_tools(tools)
         if is_token_ids(prompt):
+            if functions:
+                raise PromptError("a prompt of token ids takes no tools; give messages, or leave the tools out")
             ids = self._checked_ids(prompt)
             return Prompt(ids, self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))
         messages = to_messages(prompt, len(image_grids), len(video_grids))  # type: ignore[arg-type]  # no ids
-        self._check_written(messages)
+        called = any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+        template = self._tool_template if functions or called else self._template
+        if "developer" not in template.source:  # OpenAI's newer name of the system
+            messages = [message | _SYSTEM if message["role"] == "developer" else message for message in messages]
+        self._check_written(template, messages, bool(functions))
         try:
             if self._allow_special_tokens:
-                self._check_media_tokens(messages)
+                self._check_media_tokens([*messages, *({"content": [], "tool": tool} for tool in functions)])
             else:
-                messages = self._escaper.escape(messages)
+                messages, functions = self._escaper.escape(messages), self._escaper.escape(functions)
         except RecursionError:
-            raise PromptError("the arguments of a tool call are nested too deeply") from None
+            raise PromptError("a tool or the arguments of a tool call are nested too deeply") from None
         try:
-            escaped = self._render(messages)
+            escaped = self._render(template, messages, functions)
         except PromptError as error:  # it may quote a text
             raise PromptError(self._escaper.unescape_message(str(error))) from None
         text, ids = self._escaper.unescape(escaped), self._escaper.encode(escaped)
@@ -159,9 +182,11 @@ class PromptBuilder:
         return [int(token) for token in prompt]
 
     def _dry_run(self, part: dict[str, str]) -> list[int]:
-        return self._escaper.encode_plain(self._render([{"role": "user", "content": [part]}]))
+        return self._escaper.encode_plain(self._render(self._template, [{"role": "user", "content": [part]}]))
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
+    def _render(
+        self, template: ChatTemplate, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> str:
         # A message of nothing but text goes in as a string: every chat template takes that.
         plain = [
             {**message, "content": "".join(part["text"] for part in message["content"])}
@@ -169,7 +194,7 @@ class PromptBuilder:
             else message
             for message in messages
         ]
-        return self._template.render(plain)
+        return template.render(plain, tools or None)
 
     def _check_media_tokens(self, messages: list[dict[str, Any]]) -> None:
         """An image token that no pixels belong to would shift every position after it."""
@@ -182,31 +207,39 @@ class PromptBuilder:
                     " mark an image's place with <image>, a video's with <video>"
                 )
 
-    def _check_written(self, messages: list[dict[str, Any]]) -> None:
-        """Refuse roles and keys that the template does not write; they would be dropped without a word."""
+    def _check_written(self, template: ChatTemplate, messages: list[dict[str, Any]], tools: bool) -> None:
+        """Refuse tools, roles and keys that the template does not write; they would be dropped without a word."""
+        if tools and not self._writes(template, "", "tools"):
+            raise PromptError(
+                "the checkpoint's chat template does not write tools; give one that does (--chat-template)"
+            )
         for number, message in enumerate(messages, start=1):
             role = message["role"]
-            if role in ("developer", "tool") and not self._writes(role, "role"):
+            if role in ("developer", "tool") and not self._writes(template, role, "role"):
                 raise PromptError(f"message {number}: the checkpoint's chat template does not write the role {role!r}")
             for key in _SAMPLES.keys() & message.keys():
                 # A tool's name is that of the call that it answers.
-                if (role, key) != ("tool", "name") and not self._writes(role, key):
+                if (role, key) != ("tool", "name") and not self._writes(template, role, key):
                     raise PromptError(
                         f"message {number}: the checkpoint's chat template does not write {key!r}; leave it out"
                     )
 
-    def _writes(self, role: str, key: str) -> bool:
-        if (role, key) not in self._written:
+    def _writes(self, template: ChatTemplate, role: str, key: str) -> bool:
+        if (template, role, key) not in self._written:
             first, message = {"role": "user", "content": "a"}, {"role": role, "content": "a"}
-            without, with_it = (
-                ([first], message) if key == "role" else ([first, message], message | {key: _SAMPLES[key]})
-            )
+            without: list[dict[str, Any]] = [first]
+            with_it = without
+            if key == "role":
+                with_it = [first, message]
+            elif key != "tools":
+                without, with_it = [first, message], [first, message | {key: _SAMPLES[key]}]
             try:
-                written = self._template.render([first, with_it]) != self._template.render(without)
+                tools = [_TOOL] if key == "tools" else None
+                written = template.render(with_it, tools) != template.render(without)
             except PromptError:
                 written = True  # it looks at what it refuses
-            self._written[role, key] = written
-        return self._written[role, key]
+            self._written[template, role, key] = written
+        return self._written[template, role, key]
 
     def _repeat(self, ids: list[int], token_id: int, kind: str, grids: Sequence[Grid]) -> list[int]:
         found = ids.count(token_id)

@@ -43,7 +43,9 @@ class ModelFiles:
         if not isinstance(options, PipelineOptions):
             raise LimitError(f"options is a {type(options).__name__}; give PipelineOptions(...), from qwen2vl_trt")
         settings = options.preprocessor_settings(folder, profile)
-        prompts = PromptBuilder(folder, config, options.allow_special_tokens, profile.max_input_len)
+        prompts = PromptBuilder(
+            folder, config, options.allow_special_tokens, profile.max_input_len, options.chat_template
+        )
         size = config.text.vocab_size
         if len(prompts.tokenizer) > size:
             raise CheckpointError(

@@ -31,6 +31,7 @@ class PipelineOptions:
         generation_config: ``auto`` takes what a request does not say from the checkpoint's ``generation_config.json``;
             ``none`` takes neutral values.
         allow_special_tokens: special tokens in a user's text are read as such; by default they are plain text.
+        chat_template: Jinja in place of the checkpoint's chat template, such as one that writes tools.
         max_num_tokens: most prompt tokens that run before the answers under way get their next token, and most image
             tokens of a vision call, unless one image has more; by default 512 on a CPU, 2,048 on a GPU.
         decode: where JPEG files are decoded; the GPU, by nvImageCodec, makes pixels that differ by a level or so.
@@ -57,6 +58,7 @@ class PipelineOptions:
     image_pixel_limit: int = 100_000_000
     generation_config: Literal["auto", "none"] = "auto"
     allow_special_tokens: bool = False
+    chat_template: str | None = None
     max_num_tokens: int | None = None
     decode: Literal["cpu", "gpu"] = "cpu"
     reuse_prefixes: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from reprlib import Repr
 from typing import Any, Literal, get_args
@@ -64,6 +64,8 @@ class Request:
             memory alone. A :class:`~qwen2vl_trt.runtime.inputs.video.Video` keeps its own rate.
         cache_salt: prefixes and embeddings are shared only between requests of equal salts, as in vLLM: a server that
             gives each client its own lets none learn from the time to the first token what others have sent.
+        tools: OpenAI's, ``{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}``, for
+            a chat template that writes them.
         features: what is asked for in place of an answer; it comes in ``Output.features``, beside running answers.
 
     Raises:
@@ -79,6 +81,7 @@ class Request:
     image_options: ImageOptions = ImageOptions()
     video_options: VideoOptions = VideoOptions()
     cache_salt: str | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
     features: Features | None = None
 
     def __post_init__(self) -> None:

@@ -33,6 +33,8 @@ _JSON: dict[str, Any] = {
     "overrides": {"lenient": False, "coerce_one_of": False},  # what it cannot hold an answer to is an error
 }
 
+_DUMPS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 MOST_DEPTH = 32
 """Of the objects and arrays in a schema."""
 
@@ -70,7 +72,7 @@ class StructuredOutputsParams:
         (name,) = given
         value = getattr(self, name)
         if name == "json":
-            value = _schema(value)
+            value = _schema(value, "structured_outputs.json")
         elif name == "choice":
             wrong = isinstance(value, str) or not isinstance(value, Sequence) or not value
             if wrong or not all(isinstance(text, str) and text for text in value):
@@ -95,9 +97,29 @@ class StructuredOutputsParams:
         return next(each.name for each in fields(self) if getattr(self, each.name))
 
 
-def _schema(schema: Any) -> str:
+def lark_json(schema: Any, where: str, blanks: bool = True) -> str:
+    """A JSON schema as an expression of a grammar in Lark's syntax.
+
+    Args:
+        schema: text or a mapping.
+        where: it is, for SamplingError.
+        blanks: answers may differ from ``json.dumps`` in blanks and line ends.
+
+    Raises:
+        SamplingError: it is none, is too deep, or cannot be compiled.
+    """
+    from llguidance import LLMatcher
+
+    options = _JSON["overrides"] | (_JSON["defaults"] if blanks else _DUMPS)
+    text = json.dumps(json.loads(_schema(schema, where)) | {"x-guidance": options})
+    problem = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(text))
+    if problem:
+        raise SamplingError(f"{where} cannot be compiled: {_short(problem)}")
+    return f"%json {text}"
+
+
+def _schema(schema: Any, where: str) -> str:
     """A schema as text, with its type and its depth checked."""
-    where = "structured_outputs.json"
     too_deep = SamplingError(f"{where} is nested more than {MOST_DEPTH} levels deep; make it flatter ($ref and $defs)")
     text = schema
     if isinstance(text, str):

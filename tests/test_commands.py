@@ -382,9 +382,9 @@ WRONG_OPTIONS = {
     (*ASK, "--logprobs", "2"): "--logprobs are printed with --json alone",
     (*ASK, "--regex", "a", "--choice", "b"): "--choice: not allowed with argument --regex",
     (*ASK, "--choice", ""): "structured_outputs.choice must be",
-    (*ASK, "--json-schema", "none.json"): "--json-schema none.json: No such file",
-    (*ASK, "--json-schema", "a.png"): "--json-schema a.png: 'utf-8' codec",
-    (*ASK, "--grammar", "nothing"): "--grammar nothing: Is a directory",
+    (*ASK, "--json-schema", "none.json"): "--json-schema: none.json: No such file",
+    (*ASK, "--json-schema", "a.png"): "--json-schema: a.png: 'utf-8' codec",
+    (*ASK, "--grammar", "nothing"): "--grammar: nothing: Is a directory",
     (*ASK, "--json", "--stream"): "not allowed with",
     (*ASK, "--model", "nothing"): "config.json",
     (*ASK, "--model", "unknown"): "unknown model 'unknown'",
@@ -514,9 +514,12 @@ def test_a_home_of_nobody_is_one_line(call):
 def test_what_a_build_would_be_wasted_on_is_known_before_it(call, user):
     shutil.copytree(user / "model", user / "silent")
     (user / "silent" / "chat_template.jinja").unlink()
+    (user / "wrong.jinja").write_text("{% for %}")
     for script, *arguments, message in (
         (run, *ASK, "--model", "model", "--image", "none.png", "image 1 (none.png): no such file"),
         (run, *ASK, "--model", "model", "--image", "a.png", "--video", "a.mp4", "video 1 (a.mp4): no such file"),
+        (run, *ASK, "--model", "model", "--chat-template", "none.jinja", "none.jinja: No such file"),
+        (run, *ASK, "--model", "model", "--chat-template", "wrong.jinja", "given: the chat template cannot be"),
         (run, *ASK, "--model", "silent", "silent has no chat template"),
         (build_engines, "--model", "silent", "silent has no chat template"),
     ):

@@ -15,7 +15,7 @@ from qwen2vl_trt.engines.backends import BACKENDS, DEFAULT_BACKEND
 from qwen2vl_trt.engines.options import ATTENTION_MASKS, HARDWARE_COMPATIBILITY, VISION_BACKENDS
 from qwen2vl_trt.engines.precision import FP16_REFUSED
 from qwen2vl_trt.engines.profile import BuildProfile, flag
-from qwen2vl_trt.errors import FileError, MediaError, reason, shortened
+from qwen2vl_trt.errors import MediaError, reason, shortened
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.runtime.options import PipelineOptions
 from qwen2vl_trt.runtime.sampling_params import SamplingParams
@@ -73,6 +73,14 @@ def positive_number(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def text_of_file(name: str) -> str:
+    """The type of an option that names a file of text: what it holds."""
+    try:
+        return Path(name).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, a null byte
+        raise argparse.ArgumentTypeError(f"{name}: {reason(error)}") from None
 
 
 def path_name(text: str) -> Path:
@@ -219,6 +227,12 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser, files: bool = True, 
         " that the tokenizer does not call special (<tool_call>, <|fim_prefix|>) are tokens either way",
     )
     group.add_argument(
+        "--chat-template",
+        type=text_of_file,
+        metavar="FILE",
+        help="Jinja in place of the checkpoint's chat template; examples/tools.jinja is Qwen2.5-VL's with tools",
+    )
+    group.add_argument(
         "--generation-config",
         choices=("auto", "none"),
         default="auto",
@@ -299,11 +313,11 @@ def add_sampling_arguments(group: argparse._ActionsContainer) -> None:
         help="add X, -100 to 100, to the logits of token ID",
     )
     form = group.add_mutually_exclusive_group()
-    form.add_argument("--json-schema", type=path_name, metavar="FILE", help="the answer is JSON that keeps to it")
+    form.add_argument("--json-schema", type=text_of_file, metavar="FILE", help="the answer is JSON that keeps to it")
     form.add_argument("--json-object", action="store_true", help="the answer is a JSON object")
     form.add_argument("--regex", metavar="TEXT", help="the whole answer matches it (Rust's syntax)")
     form.add_argument("--choice", action="append", metavar="TEXT", help="the answer is one of these; repeat")
-    form.add_argument("--grammar", type=path_name, metavar="FILE", help="the answer follows it (Lark or GBNF)")
+    form.add_argument("--grammar", type=text_of_file, metavar="FILE", help="the answer follows it (Lark or GBNF)")
 
 
 def _token_bias(text: str) -> tuple[int, float]:
@@ -318,27 +332,17 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     """What the options say.
 
     Raises:
-        FileError: a schema or a grammar cannot be read.
         SamplingError: a value that is not allowed.
     """
     given: dict[str, Any] = {each.name: getattr(arguments, each.name, each.default) for each in fields(SamplingParams)}
     given["logit_bias"] = dict(arguments.logit_bias) if arguments.logit_bias else None
     form: dict[str, Any] = {
-        "json": _text(arguments.json_schema, "--json-schema"),
+        "json": arguments.json_schema,
         "json_object": arguments.json_object,
         "regex": arguments.regex,
         "choice": arguments.choice,
-        "grammar": _text(arguments.grammar, "--grammar"),
+        "grammar": arguments.grammar,
     }
     if form != dict.fromkeys(form) | {"json_object": False}:
         given["structured_outputs"] = StructuredOutputsParams(**form)
     return SamplingParams(**given)
-
-
-def _text(file: Path | None, option: str) -> str | None:
-    if file is None:
-        return None
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{option} {file}: {reason(error)}") from None

@@ -51,6 +51,7 @@ from .responses import ChatCompletion, Completion
 from .streams import KEEP_ALIVE_SECONDS, EventStream, chunks, merged
 from .tasks import cancelled
 from .text_completion import TextCompletion
+from .tool_calls import ToolCompletion, with_calls
 
 _CANCEL_SECONDS = 5.0
 _OPEN = ("/health", "/ready")  # without a key
@@ -232,11 +233,15 @@ class App:
         parsed, headers = await self._parsed(body, ChatCompletionRequest)
         self._check_model(parsed.model)
         params = await asyncio.to_thread(sampling_params, parsed, self.settings.limits)
+        params = await asyncio.to_thread(with_calls, parsed, params, pipeline.tokenizer, self.settings.limits)
         began = time.perf_counter()
         salt = request.state.cache_salt
         asked = await conversation(parsed, self._source, self.settings.limits, salt, parsed.timeout)
         self.metrics.observe("media_fetch_seconds", time.perf_counter() - began)
         completion = ChatCompletion(self.settings.model, pipeline.tokenizer)
+        if asked.tools:
+            several = parsed.parallel_tool_calls is not False
+            completion = ToolCompletion(self.settings.model, pipeline.tokenizer, several)
         return await self._generate(service, [(asked, each) for each in params], completion, parsed, headers, stack)
 
     async def _completions(self, request: Request, body: bytearray, stack: AsyncExitStack) -> Response:

@@ -20,6 +20,7 @@ from .errors import APIError
 from .limits import Limits
 from .media import MediaSource
 from .protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, GenerationRequest, TokenizeRequest
+from .tool_calls import usable_tools
 
 _SAME = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _IMAGE_OPTIONS = {each.name for each in fields(ImageOptions)}
@@ -135,6 +136,7 @@ async def conversation(
         raise APIError(
             400, f"messages: {parts:,} with their parts; this server takes {limits.parts:,}", param="messages"
         )
+    tools = await asyncio.to_thread(usable_tools, body, limits)
     messages, media = await asyncio.to_thread(detach_media, given)
     for kind, most in (("image", limits.images), ("video", limits.videos)):
         count = sum(each == kind for each, _, _ in media)
@@ -153,4 +155,5 @@ async def conversation(
         image_options=image_options,
         video_options=video_options,
         cache_salt=cache_salt,
+        tools=tools,
     )

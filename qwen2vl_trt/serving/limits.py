@@ -22,6 +22,7 @@ class Limits:
         image_fetch_seconds: until an image of a URL is there, whatever its host sends meanwhile.
         video_fetch_seconds: likewise of a video.
         fetches: URLs that are fetched at one time; others wait for as many seconds as their fetch may take.
+        tools: that a model may call.
         n: answers to one prompt.
         stop: strings that end an answer.
         stop_token_ids: tokens that end an answer.
@@ -42,6 +43,7 @@ class Limits:
     image_fetch_seconds: float = 10.0
     video_fetch_seconds: float = 30.0
     fetches: int = 16
+    tools: int = 128
     n: int = 8
     stop: int = 4
     stop_token_ids: int = 64

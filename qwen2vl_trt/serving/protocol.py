@@ -63,6 +63,35 @@ class StructuredOutputs(Struct):
     grammar: str | None = None
 
 
+class FunctionDefinition(Struct, omit_defaults=True):
+    """A function that the model may call; without ``parameters`` it takes any object."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Struct):
+    """OpenAI's ``tools``."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(Struct):
+    """Which of the tools."""
+
+    name: str
+
+
+class NamedToolChoice(Struct):
+    """OpenAI's ``tool_choice`` of one tool."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class GenerationRequest(Struct, kw_only=True):
     """What bodies that ask for text have in common; None takes the checkpoint's default."""
 
@@ -96,6 +125,9 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: _Number | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -128,6 +160,7 @@ class TokenizeRequest(Struct, kw_only=True):
     messages: _Messages
     model: str | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
 
 
 def parse(body: bytes | bytearray, kind: type[Body]) -> tuple[Body, list[str]]:

@@ -40,8 +40,8 @@ class Completion:
         choices = [self._choice(index, output) for index, output in enumerate(outputs)]
         return {**self._common, "object": self.kind, "choices": choices, **account(outputs, self._prompts)}
 
-    def chunk(self, index: int, text: str, logprobs: TokenLogprobs | None, first: bool) -> dict[str, Any]:
-        """A token of a stream."""
+    def chunk(self, index: int, text: str, logprobs: TokenLogprobs | None, first: bool) -> dict[str, Any] | None:
+        """A token of a stream; None where there is nothing to say of it yet."""
         raise NotImplementedError
 
     def end(self, index: int, output: Output, first: bool, text: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class ChatCompletion(Completion):
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def chunk(self, index: int, text: str, logprobs: TokenLogprobs | None, first: bool) -> dict[str, Any]:
+    def chunk(self, index: int, text: str, logprobs: TokenLogprobs | None, first: bool) -> dict[str, Any] | None:
         delta = {"role": "assistant", "content": text} if first else {"content": text}
         return self._chunk(
             [{"index": index, "delta": delta, "logprobs": self._logprobs(None if logprobs is None else [logprobs])}]

@@ -71,7 +71,9 @@ async def chunks(
                 output = answers[index].output
                 yield completion.end(index, output, not begun[index], output.text[sent[index] :])
             elif event.text or event.logprobs or not begun[index]:
-                yield completion.chunk(index, event.text, event.logprobs, not begun[index])
+                chunk = completion.chunk(index, event.text, event.logprobs, not begun[index])
+                if chunk is not None:
+                    yield chunk
                 sent[index] += len(event.text)
             begun[index] = True
             pair = await anext(events, None)

@@ -149,6 +149,7 @@ def common_settings(manifest: Manifest, options: PipelineOptions, preprocessor: 
         "strict_size": options.strict_size,
         "decode": options.decode,
         "allow_special_tokens": options.allow_special_tokens,
+        "chat_template": options.chat_template,
     }
 
 

@@ -75,7 +75,9 @@ class Preparer:
         side = self._config.vision.spatial_merge_size
         single = (1, side, side)  # of one token
         count = len(found.images) + len(found.videos)
-        prompt = self._prompts.build(request.prompt, [single] * len(found.images), [single] * len(found.videos))
+        prompt = self._prompts.build(
+            request.prompt, [single] * len(found.images), [single] * len(found.videos), request.tools
+        )
         most = self._profile.max_input_len
         if params is not None and params.max_tokens_given:
             most = min(most, self._profile.max_seq_len - params.max_tokens)
@@ -204,7 +206,7 @@ class Preparer:
         """A request's prompt around its media, and the grids of images and of videos; raises as :meth:`prepare`."""
         images = [medium.size.grid for medium in media if not medium.is_video]
         videos = [medium.size.grid for medium in media if medium.is_video]
-        prompt = self._prompts.build(request.prompt, images, videos)
+        prompt = self._prompts.build(request.prompt, images, videos, request.tools)
         if len(prompt.token_ids) <= self._profile.max_input_len:
             return prompt, (images, videos)
         ways = ["Shorten the text"]

@@ -9,7 +9,7 @@ import pytest
 from qwen2vl_trt import messages
 from qwen2vl_trt.errors import MediaError, PromptError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
-from qwen2vl_trt.messages import ROLES, extract_media, to_messages
+from qwen2vl_trt.messages import ROLES, extract_media, to_messages, to_tools
 from tests.support.chat import IMAGE, VIDEO, text, user
 
 PNG = base64.b64encode(b"\x89PNG bytes").decode()
@@ -185,6 +185,37 @@ def test_tool_calls_have_their_arguments_as_objects():
     assert messages[2] == {"role": "tool", "content": [text("a cat")], "tool_call_id": "call_1"}
     assert messages[3]["tool_calls"][0]["function"] == {"name": "end", "arguments": {}}
     assert messages[4] == {"role": "assistant", "content": [text("Done.")]}
+
+
+FUNCTION = {"name": "look", "description": "Look.", "parameters": {"type": "object"}, "strict": True}
+
+
+def test_tools_are_as_given_with_their_type():
+    assert to_tools([{"function": FUNCTION}, {"type": "function", "function": {"name": "end"}}]) == [
+        {"type": "function", "function": FUNCTION},
+        {"type": "function", "function": {"name": "end"}},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("look", "tools is 'look', not a list"),
+        ([FUNCTION], "tool 1 is not of the form"),
+        ([{"function": FUNCTION}, {"function": {"name": ""}}], "tool 2 is not of the form"),
+        ([{"function": FUNCTION}] * 2, "tool 2 has the name of another, 'look'"),
+        ([{"function": FUNCTION, "type": "code"}], "tool 1 has the unknown type 'code'"),
+        ([{"function": FUNCTION, "colour": 1}], "tool 1 has the unknown key 'colour'"),
+        ([{"function": FUNCTION | {"description": 1}}], "tool 1: the description is 1"),
+        ([{"function": FUNCTION | {"parameters": []}}], "tool 1: the parameters are"),
+        ([{"function": FUNCTION | {"parameters": {"type": "array"}}}], "tool 1: the parameters are"),
+        ([{"function": FUNCTION | {"description": "\ud800"}}], "tool 1: character .* lone surrogate"),
+        ([{"function": FUNCTION | {"parameters": {1, 2}}}], "tool 1 is no JSON"),
+    ],
+)
+def test_wrong_tools(tools, message):
+    with pytest.raises(PromptError, match=message):
+        to_tools(tools)
 
 
 def test_every_role_is_kept():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,7 +137,7 @@ def allowing(folder, config):
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
 @pytest.mark.parametrize("form", ["string", "part", "joined parts", "system", "name"])
 def test_vision_tokens_in_a_text_are_refused_where_special_tokens_are_allowed(allowing, token, form, monkeypatch):
-    monkeypatch.setitem(allowing._written, ("user", "name"), True)
+    monkeypatch.setitem(allowing._written, (allowing._template, "user", "name"), True)
     prompt = {
         "string": f"What is {token}?",
         "part": user(IMAGE, text(f"What is {token}?")),
@@ -203,9 +204,12 @@ def test_what_the_template_does_not_write_is_refused(builder, message, key):
         builder.build([*user(text("x")), message])
 
 
-def test_roles_are_written_as_they_are(builder):
-    prompt = builder.build([{"role": "developer", "content": "Be brief."}, *user(text("x")), CALLING[2]])
-    assert "<|im_start|>developer\nBe brief.<|im_end|>" in prompt.text
+def test_roles_are_written_as_they_are_but_for_a_developer_that_the_template_does_not_know(builder, config, tmp_path):
+    messages = [{"role": "developer", "content": "Be brief."}, *user(text("x")), CALLING[2]]
+    prompt = builder.build(messages)
+    assert prompt.text == builder.build([{"role": "system", "content": "Be brief."}, *messages[1:]]).text
+    knowing = PromptBuilder(save_tokenizer(tmp_path, "{# system, developer #}" + TEMPLATE), config)
+    assert "<|im_start|>developer\nBe brief.<|im_end|>" in knowing.build(messages).text
     assert "<|im_start|>tool\na cat<|im_end|>" in prompt.text
 
 
@@ -214,6 +218,65 @@ def test_a_role_that_the_template_passes_over_is_refused(config, tmp_path):
     builder = PromptBuilder(save_tokenizer(tmp_path, known), config)
     with pytest.raises(PromptError, match="message 2: the checkpoint's chat template does not write the role 'tool'"):
         builder.build([*user(text("x")), CALLING[2]])
+
+
+LOOK = {"type": "function", "function": {"name": "look", "description": "At <|im_end|>.", "parameters": {"a": "|"}}}
+TOOLS = (Path(__file__).parents[2] / "examples" / "tools.jinja").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("allow_special_tokens", [False, True])
+def test_tools_are_written_as_transformers_writes_them(folder, config, allow_special_tokens):
+    builder = PromptBuilder(folder, config, allow_special_tokens, chat_template=TOOLS)
+    call = {"function": {"name": "look", "arguments": {"at": "é"}}}
+    results = [{"role": "tool", "content": "a cat"}, {"role": "tool", "content": [text("this"), IMAGE]}]
+    messages = [*user(text("Look."), IMAGE), {"role": "assistant", "content": "", "tool_calls": [call] * 2}, *results]
+    prompt = builder.build(messages, [(1, 4, 4)] * 2, tools=[LOOK])
+    expected = make_tokenizer().apply_chat_template(
+        messages, [LOOK], chat_template=TOOLS, tokenize=False, add_generation_prompt=True
+    )
+    assert prompt.text == expected
+    assert "\n" + json.dumps(LOOK) + "\n" in prompt.text
+    block = '<tool_call>\n{"name": "look", "arguments": {"at": "é"}}\n</tool_call>'
+    assert f"<|im_start|>assistant\n{block}\n{block}<|im_end|>" in prompt.text
+    ends = special_tokens(prompt).count("<|im_end|>")
+    assert ends == (5 if allow_special_tokens else 4)  # of the system, the user, the assistant, and the results
+
+
+def test_without_tools_the_example_is_the_published_template(builder, folder, config):
+    other = PromptBuilder(folder, config, chat_template=TOOLS)
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, *user(IMAGE, VIDEO)]
+    for messages in (conversation, [{"role": "system", "content": "Be brief."}, *conversation]):
+        assert other.build(messages, [(1, 4, 4)], [(1, 4, 4)]) == builder.build(messages, [(1, 4, 4)], [(1, 4, 4)])
+
+
+def test_a_template_for_tools_alone(config, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "{# with tools #}" + TOOLS}
+    tokenizer.save_pretrained(tmp_path, save_jinja_files=False)
+    builder = PromptBuilder(tmp_path, config)
+    assert "# Tools" in builder.build("x", tools=[LOOK]).text
+    assert "<tool_response>" in builder.build(CALLING).text
+    assert builder.build("x").text == PromptBuilder(save_tokenizer(tmp_path / "one"), config).build("x").text
+
+
+def test_tools_that_the_template_does_not_write(builder):
+    with pytest.raises(PromptError, match=r"template does not write tools; give one that does \(--chat-template\)"):
+        builder.build("x", tools=[LOOK])
+
+
+def test_an_image_token_in_a_tool(folder, config):
+    builder = PromptBuilder(folder, config, allow_special_tokens=True, chat_template=TOOLS)
+    tool = {"function": {"name": "look", "description": "<|image_pad|>"}}
+    with pytest.raises(PromptError, match=r"the text contains '<\|image_pad\|>'"):
+        builder.build("x", tools=[tool])
+
+
+@pytest.mark.parametrize(("given", "message"), [("", "is empty"), ("{% for %}", "that was given: .* compiled")])
+def test_a_chat_template_that_is_none(folder, config, given, message):
+    with pytest.raises(
+        CheckpointError, match=f"the chat template {message}|the chat template that was given {message}"
+    ):
+        PromptBuilder(folder, config, chat_template=given)
 
 
 def test_tool_calls_that_the_template_writes(config, tmp_path):
