@@ -22,7 +22,7 @@ from torch import Tensor
 from qwen2vl_trt.errors import LimitError, MediaError, PromptError, Qwen2VLError, SamplingError
 from qwen2vl_trt.prompts import Prompt
 
-from .backends.runners import Engines, open_engines
+from .backends.runners import Engines, VisionRunner, open_engines
 from .exclusive import Exclusive, exclusive
 from .inputs.images import ImageLimits, ImageSource, check_pixels
 from .media.cached_media import CachedMedia, EmbeddingCache
@@ -58,6 +58,7 @@ class Pipeline:
         clock: seconds, for deadlines and all timings but ``vision``, the packing of pixels and what threads load; a
             simulation brings its own.
         observe: surrounds every stage, see :mod:`qwen2vl_trt.runtime.observer`.
+        vision: embeds in place of the folder's vision engine, which is not loaded then.
 
     Attributes:
         tokenizer: the checkpoint's.
@@ -69,6 +70,7 @@ class Pipeline:
         options: PipelineOptions | None = None,
         clock: Callable[[], float] = time.perf_counter,
         observe: Observer = unobserved,
+        vision: VisionRunner | None = None,
     ) -> None:
         options = options or PipelineOptions()
         folder, self._config = engines.checkpoint.folder, engines.checkpoint.config
@@ -89,7 +91,7 @@ class Pipeline:
         )
         self._tokens_per_step = options.tokens_per_step(engines.device)
         self._media = MediaEmbedder(
-            preprocessor, engines.vision, self.profile, self._config.vision, observe, self._tokens_per_step
+            preprocessor, vision or engines.vision, self.profile, self._config.vision, observe, self._tokens_per_step
         )
         defaults = self._generation.defaults
         changed = {

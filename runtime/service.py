@@ -210,6 +210,11 @@ class Service:
         self._pipeline.interrupt()
         return answer
 
+    @property
+    def closed(self) -> str | None:
+        """Why it takes no more requests; None while it does."""
+        return self._closed
+
     def counters(self) -> Counters:
         """The pipeline's :class:`Counters`, with those that are about to be queued."""
         found = self._pipeline.counters()

@@ -40,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 LONGEST = (
     "test_ray.py",
+    "test_replicas.py",
     "test_commands.py",
     "test_tensorrt_build.py",
     "test_fp8.py",

@@ -1,36 +1,19 @@
-"""Partitions handed to workers by Ray Data, whose driver is a process and a session of its own.
-
-Ray answers a signal in its own ways: an exit code for the driver's SIGTERM, a C++ stack where the raylet gets one
-first, agents that live on for a minute. So no signal for the command's process group reaches it, and the command itself
-ends all that the driver has started.
-"""
+"""Partitions handed to workers by Ray Data."""
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
-import psutil
-
-from qwen2vl_trt.errors import BatchError, Qwen2VLError
+from qwen2vl_trt.errors import BatchError
 
 from .partition_file import Done
+from .ray_driver import RayDriver
 from .rows import Partition
 from .worker import Worker, WorkerSettings
-
-_PATIENCE = 10.0  # seconds for processes that were killed to be gone
-_OBJECT_STORE_BYTES = 200 << 20
-"""Only descriptions of partitions pass through it: rows and results go from and to files."""
 
 
 @dataclass
@@ -67,118 +50,16 @@ class Tally:
         self.first_failure = self.first_failure or first
 
 
-class Driver:
-    """A driver that is connected to Ray, see :func:`connect`; at the end of its ``with`` nothing of it is left.
+class Driver(RayDriver):
+    """A driver of a batch job."""
 
-    Attributes:
-        resources: what Ray has: ``CPU``, ``GPU`` and so on.
-    """
-
-    def __init__(self, address: str | None, num_cpus: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_drive, args=(there, address, num_cpus), daemon=True)
-        try:
-            self._process.start()
-            there.close()
-            self.resources: dict[str, float] = self._receive()
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __enter__(self) -> Driver:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._process.pid is not None:
-            self._process.kill()
-            self._process.join()
-            _end_session(self._process.pid)
-        self._pipe.close()
+    way_out = "run again with --resume to go on"
 
     def run(
         self, partitions: Sequence[Partition], settings: WorkerSettings, num_cpus: int, num_gpus: float
     ) -> Iterator[dict[str, Any]]:
         """See :func:`run_partitions`."""
-        self._pipe.send((partitions, settings, num_cpus, num_gpus))
-        while (row := self._receive()) is not None:
-            yield row
-
-    def _receive(self) -> Any:
-        try:
-            answer = self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            code = self._process.exitcode
-            raise BatchError(
-                f"the process of Ray's driver ended with code {code}; run again with --resume to go on"
-            ) from None
-        if isinstance(answer, Qwen2VLError):
-            raise answer
-        return answer
-
-
-def _drive(pipe: Connection, address: str | None, num_cpus: int) -> None:
-    if hasattr(os, "setsid"):
-        os.setsid()
-    # Python's messages alone, which say what worker was lost: Ray's C++ warns of its own design, and prints stacks.
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        with connect(address, num_cpus) as resources:
-            pipe.send(resources)
-            for row in run_partitions(*pipe.recv()):
-                pipe.send(row)
-        pipe.send(None)  # once Ray has been shut down
-    except Qwen2VLError as error:
-        pipe.send(error)
-
-
-def _end_with_parent() -> None:
-    """Whatever ended it: nobody is left to end this process and what it has started."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    _end_session(os.getpid())
-    os._exit(1)
-
-
-def _end_session(session: int) -> None:
-    """Kill every process of a session but the caller; also those whose parents have ended, of which no tree knows."""
-    if not hasattr(os, "getsid"):
-        return
-    found = []
-    for process in psutil.process_iter():
-        with suppress(OSError, psutil.Error):
-            if os.getsid(process.pid) == session and process.pid != os.getpid():
-                process.send_signal(signal.SIGKILL)
-                found.append(process)
-    psutil.wait_procs(found, _PATIENCE)
-
-
-@contextmanager
-def connect(address: str | None, num_cpus: int) -> Iterator[dict[str, float]]:
-    """Ray for a ``with``: a cluster's (``auto``, ``ray://host:port``); for None one of this machine that ends with it.
-
-    Yields what it has: ``CPU``, ``GPU`` and so on. Raises BatchError where there is no cluster.
-    """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what later releases do, instead of a warning
-    import ray
-
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-    try:
-        ray.init(address or "local", **options)
-    except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:
-        where = f"--address {address}: no Ray cluster there" if address else "Ray does not start on this machine"
-        raise BatchError(f"{where}: {error}") from None
-    try:
-        with redirect_stdout(sys.stderr):  # where Ray says which worker was lost, and how
-            yield ray.cluster_resources()
-    finally:
-        ray.shutdown()
+        return self.stream(run_partitions, partitions, settings, num_cpus, num_gpus)
 
 
 def run_partitions(

@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen2vl_trt.errors import FileError, LimitError, UnavailableError, reason, require
 from qwen2vl_trt.serving.limits import Limits
@@ -17,6 +18,10 @@ from .model import find_engines
 from .options import add_build_arguments, add_pipeline_arguments, check_decode, pipeline_options, positive_number
 
 EPILOG = "The page is at http://HOST:PORT/, the API below /v1; docs/guide/serve.md lists endpoints, fields and limits."
+
+if TYPE_CHECKING:
+    from qwen2vl_trt.runtime.options import PipelineOptions
+    from qwen2vl_trt.serving.app import ServerSettings
 
 _logger = logging.getLogger(__name__)
 
@@ -32,6 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="refuse bodies with fields that are not known")
     parser.add_argument(
         "--drain-seconds", type=_seconds, default=30.0, metavar="S", help="for answers under way at SIGTERM; default 30"
+    )
+    parser.add_argument(
+        "--replicas",
+        type=_replicas,
+        metavar="N",
+        help="copies of the model, with Ray Serve; MIN:MAX as requests need; default one, without Ray",
+    )
+    parser.add_argument(
+        "--encoder-replicas",
+        type=positive_number,
+        default=0,
+        metavar="M",
+        help="processes with the vision engine, which the --replicas then do not load; default none",
     )
     parser.add_argument("--metrics-prefix", default="qwen2vl:", metavar="P", help="default %(default)s")
     group = parser.add_argument_group("who may ask, and for what")
@@ -64,6 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Build what is missing, then serve until a signal."""
     packages = {name: name for name in ("starlette", "uvicorn", "pybase64", "prometheus_client", "httpcore")}
     require("serve", "serve", packages)
+    if arguments.replicas:
+        require("serve --replicas", "ray", {"ray": "ray", "pyarrow": "pyarrow", "mmh3": "ray[serve]"})
     options = pipeline_options(arguments)
     _check(arguments)
     keys = _keys(arguments.api_key_file)
@@ -77,21 +97,24 @@ def run(arguments: argparse.Namespace) -> None:
     limits = Limits(**{each.name: getattr(arguments, each.name) for each in fields(Limits)})
     local = _is_loopback(arguments.host)
     hosts = arguments.allowed_hosts or ([*_LOOPBACK, arguments.host.lower()] if local else [])
-    app = App(
-        ServerSettings(
-            arguments.served_model_name or _name(arguments),
-            keys,
-            limits,
-            arguments.allowed_media_domains,
-            arguments.allowed_local_media_path,
-            [host.lower() for host in hosts],
-            arguments.strict,
-            arguments.metrics_prefix,
-        )
+    settings = ServerSettings(
+        arguments.served_model_name or _name(arguments),
+        keys,
+        limits,
+        arguments.allowed_media_domains,
+        arguments.allowed_local_media_path,
+        [host.lower() for host in hosts],
+        arguments.strict,
+        arguments.metrics_prefix,
     )
+    app = App(settings)
     if not local and not keys:
         _logger.warning("%s may be reached from elsewhere, and no key is asked for (--api-key-file)", arguments.host)
     folder = find_engines(arguments)
+    logging.getLogger("qwen2vl_trt.serving").setLevel(logging.INFO)  # it says when it is ready, and where
+    if arguments.replicas:
+        _serve_replicas(arguments, settings, folder.resolve(), options)
+        return
     config = uvicorn.Config(
         app,
         arguments.host,
@@ -110,11 +133,27 @@ def run(arguments: argparse.Namespace) -> None:
         return Pipeline.from_engine_dir(folder, arguments.device, options)
 
     server = Server(app, load, arguments.drain_seconds, config)
-    logging.getLogger("qwen2vl_trt.serving").setLevel(logging.INFO)  # it says when it is ready, and where
     try:
         server.run()
     except SystemExit:  # uvicorn's, after it has logged why
         raise UnavailableError(f"the server could not start on {arguments.host}, port {arguments.port}") from None
+
+
+def _serve_replicas(
+    arguments: argparse.Namespace, settings: ServerSettings, folder: Path, options: PipelineOptions
+) -> None:
+    from qwen2vl_trt.engines.manifest import Manifest
+    from qwen2vl_trt.serving.deployment import ReplicaSettings
+    from qwen2vl_trt.serving.replicas import serve_replicas
+
+    http = {"host": arguments.host, "port": arguments.port}
+    if arguments.tls_cert is not None:
+        http |= {"ssl_certfile": str(arguments.tls_cert.resolve()), "ssl_keyfile": str(arguments.tls_key.resolve())}
+    least, most = arguments.replicas
+    seqs = Manifest.read(folder).profile.max_num_seqs
+    drain, encoders = arguments.drain_seconds, arguments.encoder_replicas
+    replicas = ReplicaSettings(settings, folder, options, least, most, seqs, drain, http, encoders)
+    serve_replicas(replicas, arguments.device)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -130,8 +169,21 @@ def _check(arguments: argparse.Namespace) -> None:
                 raise FileError(f"--{name.replace('_', '-')} {file}: {reason(error)}") from None
     if not 0 <= arguments.port <= 65535:
         raise LimitError(f"--port {arguments.port}; it is 0 to 65535")
+    if arguments.encoder_replicas and not arguments.replicas:
+        raise LimitError("--encoder-replicas is for decoders in processes of their own; give --replicas N too")
+    if arguments.replicas and not arguments.port:
+        raise LimitError("--port 0 is not for --replicas: Ray Serve does not say which port it took; name one")
     if not re.fullmatch(r"[A-Za-z_:][A-Za-z0-9_:]*", arguments.metrics_prefix):
         raise LimitError("--metrics-prefix has letters, digits, _ and :, and begins with no digit")
+
+
+def _replicas(text: str) -> tuple[int, int]:
+    """From ``N`` or ``MIN:MAX``."""
+    least, _, most = text.partition(":")
+    found = int(least), int(most or least)
+    if not 1 <= found[0] <= found[1]:
+        raise ValueError
+    return found
 
 
 def _seconds(text: str) -> float:

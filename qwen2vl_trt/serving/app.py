@@ -109,7 +109,15 @@ class App:
             settings.metrics_prefix, lambda: None if self._service is None else self._service.counters()
         )
         self._page = page()
-        routes = [
+        self._app: ASGIApp = Starlette(
+            routes=self._routes(),
+            exception_handlers=dict.fromkeys(
+                (APIError, Qwen2VLError, RecursionError, HTTPException, Exception), _on_error
+            ),
+        )
+
+    def _routes(self) -> list[Route]:
+        return [
             Route("/", self._index),
             Route("/health", self._health),
             Route("/ready", self._ready),
@@ -123,12 +131,6 @@ class App:
             Route("/v1/embeddings", Endpoint(self.bodies, self.check_open, self._embeddings), methods=["POST"]),
             Route("/tokenize", Endpoint(self.bodies, self.check_open, self._tokenize), methods=["POST"]),
         ]
-        self._app: ASGIApp = Starlette(
-            routes=routes,
-            exception_handlers=dict.fromkeys(
-                (APIError, Qwen2VLError, RecursionError, HTTPException, Exception), _on_error
-            ),
-        )
 
     def open(self, service: Service, pipeline: Pipeline) -> None:
         """Take requests from now on."""
@@ -333,11 +335,13 @@ class App:
             answer.cancel()
 
     def check_open(self) -> tuple[Pipeline, Service]:
-        """What answers requests; raises APIError 503 before it is loaded and once the server drains."""
+        """What answers requests; raises APIError 503 before it is loaded, once it has failed or the server drains."""
         if self.draining:
             raise overloaded("the server is stopping and takes no more requests")
         if self._pipeline is None or self._service is None:
             raise overloaded("the model is being loaded; try again later")
+        if self._service.closed is not None:  # its log says why
+            raise overloaded("the server takes no more requests now; try again later")
         return self._pipeline, self._service
 
     def _check_model(self, name: str | None) -> None:

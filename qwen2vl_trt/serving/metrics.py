@@ -124,6 +124,10 @@ class Metrics:
             self.observe("request_prefill_time_seconds", timings.prefill)
             self.observe("request_decode_time_seconds", timings.decode)
 
+    def families(self) -> list[Metric]:
+        """All of them, as data."""
+        return list(self._registry.collect())
+
     def text(self) -> bytes:
         """All of them, as Prometheus reads them."""
         return generate_latest(self._registry)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 import qwen2vl_trt.batch.driver
-from qwen2vl_trt.batch.driver import connect
+from qwen2vl_trt.batch.ray_driver import connect
 from qwen2vl_trt.batch.worker import Worker
 from qwen2vl_trt.commands import call
 from qwen2vl_trt.errors import BatchError, FeaturesError, MediaError, MissingDependencyError, SamplingError
@@ -285,6 +285,6 @@ def test_ray_is_not_installed(batch, images, monkeypatch):
 def test_there_is_no_cluster(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", "/nowhere")
-    with pytest.raises(BatchError, match="--address auto: no Ray cluster there"), connect("auto", 1):
+    with pytest.raises(BatchError, match="no Ray cluster at auto"), connect("auto", 1):
         pass
     assert not sys.modules["ray"].is_initialized()

@@ -793,6 +793,10 @@ class TestCommand:
         "options",
         [
             ("--port", "99999"),
+            ("--port", "0", "--replicas", "2"),
+            ("--replicas", "0"),
+            ("--replicas", "3:2"),
+            ("--encoder-replicas", "2"),
             ("--drain-seconds", "nan"),
             ("--body-seconds", "0"),
             ("--tls-key", "key.pem"),
