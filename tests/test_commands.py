@@ -112,8 +112,9 @@ def test_an_answer_is_the_same_in_every_form(call, engines, user):
     code, out, errors = call(run, *engines, *question, "--max-tokens", 12, "--json")
     assert (code, errors) == (0, "")
     found = json.loads(out)
-    assert set(found) == {"answer", "token_ids", "finish_reason", "logprobs", "images", "videos", "timings"}
-    assert found["logprobs"] is None
+    media = {"images", "videos"}
+    assert set(found) == {"answer", "tool_calls", "token_ids", "finish_reason", "logprobs", "timings"} | media
+    assert (found["logprobs"], found["tool_calls"]) == (None, [])
     assert found["answer"] + "\n" == answer
     assert found["finish_reason"] == "length"
     assert len(found["token_ids"]) == 12
@@ -146,6 +147,32 @@ def test_the_form_of_an_answer(call, quick, user):
         assert re.fullmatch(pattern, out[:-1]), options
     code, out, errors = call(run, *question, "--json-object", "--logit-bias", "60=-100", "7=2.5")
     assert (code, errors, out[:1]) == (0, "", "{")
+
+
+def test_tools_of_a_prompt(call, quick, user):
+    function = {"name": "count", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}}
+    (user / "tools.json").write_text(json.dumps([{"type": "function", "function": function}]))
+    (user / "called.lark").write_text('start: "<tool_call>{\\"name\\": \\"count\\", \\"arguments\\": {}}</tool_call>"')
+    asked = (*quick, "--prompt", "x", "--tools", "tools.json", "--max-tokens", 90)
+    assert_one_line(call(run, *asked), "template does not write tools", asked)
+    parts = "".join(
+        f"{{% if part.type == '{kind}' %}}<|vision_start|><|{kind}_pad|><|vision_end|>{{% endif %}}"
+        for kind in ("image", "video")
+    )
+    (user / "short.jinja").write_text(
+        "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for message in messages %}"
+        "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+        f"{parts}{{{{ part.text }}}}{{% endfor %}}{{% endif %}}{{% endfor %}}"
+    )
+    template = ("--chat-template", "short.jinja")
+    code, out, errors = call(run, *asked, *template, "--grammar", "called.lark", "--json")
+    assert (code, errors) == (0, "")
+    found = json.loads(out)
+    assert (found["answer"], found["tool_calls"]) == ("", [{"name": "count", "arguments": "{}"}])
+    (user / "tools.json").write_text("{")
+    assert_one_line(call(run, *asked), "--tools: no JSON", asked)
+    (user / "tools.json").write_text('[{"type": "function"}]')
+    assert_one_line(call(run, *asked), "tool 1", asked)
 
 
 def test_single_tokens_of_an_answer(call, quick):
