@@ -6,10 +6,12 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+import zlib
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -164,3 +166,36 @@ def test_memory_over_2000_different_images(server):
                 cached = metrics(address)["mm_cache_bytes"]
                 resident.append(round((psutil.Process(process.pid).memory_info().rss - cached) / 1e6))
     assert max(resident) < 1.05 * resident[1], f"{resident} MB, and a cache of {cached / 1e6:.0f} MB"
+
+
+def _huge_png():
+    """The header of a PNG of 30,000 x 30,000 pixels, and the little data that a flat one compresses to."""
+    rows = zlib.compressobj(9)
+    data = b"".join(rows.compress(bytes(1 + 3 * 30_000)) for _ in range(30_000)) + rows.flush()
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+
+
+def test_what_is_too_large_is_refused_and_takes_no_memory(server):
+    process, address = server
+    image = {"url": "data:image/png;base64," + base64.b64encode(_huge_png()).decode()}
+    asked = [{"role": "user", "content": "x"}]
+    schema = "{" + '"a":{' * 10_000 + "}" * 10_000 + "}"
+    form = '{"type": "json_schema", "json_schema": {"schema": ' + schema + "}}"
+    bodies = {
+        "image": json.dumps({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": image}]}]}),
+        "n": json.dumps({"messages": asked, "n": 10**9}),
+        "schema": '{"messages": [{"role": "user", "content": "x"}], "response_format": ' + form + "}",
+        "bytes": b" " * (64 << 20) + b"{}",
+        "chunks": (b" " * (1 << 20) for _ in range(65)),
+    }
+    before, most = psutil.Process(process.pid).memory_info().rss, 0
+    with httpx.Client(base_url=address, timeout=PATIENCE, headers={"Content-Type": "application/json"}) as web:
+        for name, body in bodies.items():
+            with suppress(httpx.WriteError):  # it hangs up on who goes on to send
+                status = web.post("/v1/chat/completions", content=body).status_code
+                assert 400 <= status < 500, name
+            most = max(most, psutil.Process(process.pid).memory_info().rss)
+    assert most - before < 200e6
