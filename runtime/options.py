@@ -28,6 +28,9 @@ class PipelineOptions:
         cap_pixels_per_frame: see :meth:`~qwen2vl_trt.runtime.preprocessing.settings.PreprocessorSettings.from_folder`.
         strict_size: refuse an image or a video that does not fit the engines' limits; by default it is resized to fit.
         image_pixel_limit: most pixels of an image file or a Pillow image, checked before it is decoded.
+        video_pixel_limit: most pixels of the frames of a video that are kept, together; larger frames are shrunk when
+            they are decoded. By default 768 frames in full HD.
+        video_decode_seconds: most seconds of reading and decoding a video.
         generation_config: ``auto`` takes what a request does not say from the checkpoint's ``generation_config.json``;
             ``none`` takes neutral values.
         allow_special_tokens: special tokens in a user's text are read as such; by default they are plain text.
@@ -47,8 +50,8 @@ class PipelineOptions:
             waits, one request of any size.
 
     Raises:
-        LimitError: ``max_num_tokens`` or ``image_pixel_limit`` below 1, or ``embedding_cache_bytes`` or ``ahead_bytes``
-            below 0.
+        LimitError: ``max_num_tokens``, ``image_pixel_limit`` or ``video_pixel_limit`` below 1,
+            ``video_decode_seconds`` not above 0, or ``embedding_cache_bytes`` or ``ahead_bytes`` below 0.
     """
 
     min_pixels: int | None = None
@@ -56,6 +59,8 @@ class PipelineOptions:
     cap_pixels_per_frame: bool = True
     strict_size: bool = False
     image_pixel_limit: int = 100_000_000
+    video_pixel_limit: int = 768 * 1920 * 1080
+    video_decode_seconds: float = 3600.0
     generation_config: Literal["auto", "none"] = "auto"
     allow_special_tokens: bool = False
     chat_template: str | None = None
@@ -72,6 +77,10 @@ class PipelineOptions:
             raise LimitError(f"max_num_tokens is {most!r}; a step reads a whole number of tokens, at least 1 token")
         if self.image_pixel_limit < 1:
             raise LimitError(f"image_pixel_limit is {self.image_pixel_limit}; an image has at least 1 pixel")
+        if self.video_pixel_limit < 1:
+            raise LimitError(f"video_pixel_limit is {self.video_pixel_limit}; a video has at least 1 pixel")
+        if not self.video_decode_seconds > 0:  # true for NaN too
+            raise LimitError(f"video_decode_seconds is {self.video_decode_seconds:g}; decoding takes more than 0 s")
         if self.embedding_cache_bytes < 0:
             raise LimitError(f"embedding_cache_bytes is {self.embedding_cache_bytes}; 0 keeps no embedding")
         if self.ahead_bytes < 0:

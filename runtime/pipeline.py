@@ -24,6 +24,7 @@ from qwen2vl_trt.prompts import Prompt
 
 from .backends.runners import Engines, VisionRunner, open_engines
 from .exclusive import Exclusive, exclusive
+from .inputs.clips import VideoLimits
 from .inputs.images import ImageLimits, ImageSource, check_pixels
 from .media.cached_media import CachedMedia, EmbeddingCache
 from .media.embedder import MediaEmbedder, StageTimes
@@ -88,6 +89,7 @@ class Pipeline:
             engines.dtype,
             decode=options.decode,
             image_limits=ImageLimits(options.image_pixel_limit),
+            video_limits=VideoLimits(options.video_pixel_limit, options.video_decode_seconds),
         )
         self._tokens_per_step = options.tokens_per_step(engines.device)
         self._media = MediaEmbedder(

@@ -127,6 +127,7 @@ class Timings:
     Attributes:
         queue: from the request's arrival to the first chunk of its prompt, less ``preprocess`` and ``vision``.
         preprocess: loading, resizing and packing the pixels.
+        load: of it, reading and decoding the images and videos.
         vision: the vision engine.
         prefill: from the first chunk of the prompt to the first token.
         time_to_first_token: from the request's arrival.
@@ -136,6 +137,7 @@ class Timings:
 
     queue: float = 0.0
     preprocess: float = 0.0
+    load: float = 0.0
     vision: float = 0.0
     prefill: float = 0.0
     time_to_first_token: float = 0.0

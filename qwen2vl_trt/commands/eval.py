@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=whole_number, default=1000, metavar="N", help="a task; default %(default)s")
     parser.add_argument("--seed", type=whole_number, default=0, help="default %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    add_pipeline_arguments(parser, files=False)
+    add_pipeline_arguments(parser, files=False, videos=True)
     add_build_arguments(parser)
 
 

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --json, log-probabilities of each token, and of the N likeliest in its place",
     )
-    add_pipeline_arguments(parser, media=True)
+    add_pipeline_arguments(parser, videos=True, media=True)
     add_build_arguments(parser)
 
 

@@ -181,11 +181,14 @@ def add_decode_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_pipeline_arguments(parser: argparse.ArgumentParser, files: bool = True, media: bool = False) -> None:
+def add_pipeline_arguments(
+    parser: argparse.ArgumentParser, files: bool = True, videos: bool = False, media: bool = False
+) -> None:
     """Add the options that :func:`pipeline_options` reads.
 
     Args:
         files: the command reads image files, and takes ``--decode``.
+        videos: it has videos.
         media: and those that :func:`media_options` reads.
     """
     group = parser.add_argument_group("images and videos")
@@ -198,7 +201,7 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser, files: bool = True, 
     group.add_argument(
         "--strict-size", action="store_true", help="refuse what does not fit the engines instead of resizing it"
     )
-    if media or not files:  # the command has videos
+    if videos:
         group.add_argument(
             "--no-cap-pixels-per-frame",
             dest="cap_pixels_per_frame",
@@ -206,8 +209,21 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser, files: bool = True, 
             help="frames of a video may be as large as images where the checkpoint has no limits for them;"
             " default 128 to 768 tokens a frame",
         )
-    else:
-        parser.set_defaults(cap_pixels_per_frame=True)
+        group.add_argument(
+            "--video-pixel-limit",
+            type=int,
+            metavar="N",
+            default=PipelineOptions.video_pixel_limit,
+            help="most pixels of a video's frames that are kept, together; larger frames are shrunk; default"
+            " %(default)s",
+        )
+        group.add_argument(
+            "--video-decode-seconds",
+            type=float,
+            metavar="S",
+            default=PipelineOptions.video_decode_seconds,
+            help="most seconds of reading and decoding a video; default %(default)g",
+        )
     group.add_argument(
         "--image-pixel-limit",
         type=int,

@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-_IMAGE_PIXELS = 50_000_000
+_IMAGE_PIXELS, _VIDEO_PIXELS, _VIDEO_SECONDS = 50_000_000, 256_000_000, 30.0
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -73,8 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="N" if kind is positive_number else "S",
             help="default %(default)s",
         )
-    add_pipeline_arguments(parser)
-    parser.set_defaults(image_pixel_limit=_IMAGE_PIXELS)
+    add_pipeline_arguments(parser, videos=True)
+    parser.set_defaults(
+        image_pixel_limit=_IMAGE_PIXELS, video_pixel_limit=_VIDEO_PIXELS, video_decode_seconds=_VIDEO_SECONDS
+    )
     add_build_arguments(parser)
 
 
@@ -92,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from qwen2vl_trt.runtime.pipeline import Pipeline
     from qwen2vl_trt.serving.app import App, ServerSettings
-    from qwen2vl_trt.serving.server import Server
+    from qwen2vl_trt.serving.server import Server, TimedProtocol
 
     limits = Limits(**{each.name: getattr(arguments, each.name) for each in fields(Limits)})
     local = _is_loopback(arguments.host)
@@ -119,6 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
         app,
         arguments.host,
         arguments.port,
+        http=partial(TimedProtocol, seconds=limits.body_seconds),  # type: ignore[arg-type]  # it makes one
         log_level="warning",
         access_log=False,
         lifespan="off",

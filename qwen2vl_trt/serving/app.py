@@ -223,7 +223,7 @@ class App:
         pipeline, _ = self.check_open()
         parsed, headers = await self._parsed(body, TokenizeRequest)
         self._check_model(parsed.model)
-        asked = await conversation(parsed, self._source, self.settings.limits)
+        asked = await conversation(parsed, self._source, self.settings.limits, request.state.hold)
         prompt = await asyncio.to_thread(pipeline.tokenize, asked)
         config = pipeline.engines.checkpoint.config
         media = sum(prompt.token_ids.count(token) for token in (config.image_token_id, config.video_token_id))
@@ -237,8 +237,8 @@ class App:
         params = await asyncio.to_thread(sampling_params, parsed, self.settings.limits)
         params = await asyncio.to_thread(with_calls, parsed, params, pipeline.tokenizer, self.settings.limits)
         began = time.perf_counter()
-        salt = request.state.cache_salt
-        asked = await conversation(parsed, self._source, self.settings.limits, salt, parsed.timeout)
+        hold, salt = request.state.hold, request.state.cache_salt
+        asked = await conversation(parsed, self._source, self.settings.limits, hold, salt, parsed.timeout)
         self.metrics.observe("media_fetch_seconds", time.perf_counter() - began)
         completion = ChatCompletion(self.settings.model, pipeline.tokenizer)
         if asked.tools:
@@ -296,7 +296,7 @@ class App:
         check_embedding(parsed, pipeline.engines.checkpoint.config.text.hidden_size)
         limits, salt = self.settings.limits, request.state.cache_salt
         if parsed.input is None:
-            conversed = await conversation(parsed, self._source, limits, salt, parsed.timeout)
+            conversed = await conversation(parsed, self._source, limits, request.state.hold, salt, parsed.timeout)
             check_alone(parsed, conversed)
             asked = [conversed]
         else:

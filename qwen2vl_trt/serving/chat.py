@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -119,13 +119,14 @@ async def conversation(
     body: ChatCompletionRequest | EmbeddingRequest | TokenizeRequest,
     source: MediaSource,
     limits: Limits,
+    hold: Callable[[int], None],
     cache_salt: str | None = None,
     deadline: float | None = None,
 ) -> Request:
     """A request of OpenAI's messages, its images and videos fetched.
 
     Raises:
-        APIError: 400, too many images, or a medium that is not taken or cannot be had.
+        APIError: 400, too many images, or a medium that is not taken or cannot be had; what ``hold`` raises.
         PromptError: the messages are wrong.
     """
     image_options, video_options = media_options(body.mm_processor_kwargs)
@@ -142,7 +143,7 @@ async def conversation(
         count = sum(each == kind for each, _, _ in media)
         if count > most:
             raise APIError(400, f"messages: {count:,} {kind}s; this server takes up to {most:,}", param="messages")
-    fetched = await source.fetch_all(media)
+    fetched = await source.fetch_all(media, hold)
     images, videos = (
         [found for found, (each, _, _) in zip(fetched, media, strict=True) if each == kind]
         for kind in ("image", "video")

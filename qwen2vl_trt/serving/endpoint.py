@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -19,7 +19,12 @@ from .tasks import cancelled
 
 
 class Bodies:
-    """Reads the bodies of requests; ``running`` have theirs and are under way, ``held`` is the bytes of all."""
+    """Reads the bodies of requests.
+
+    Attributes:
+        held: bytes of all bodies, and of what is fetched for them.
+        running: requests that have their body and are under way.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self._limits, self.held, self.running = limits, 0, 0
@@ -27,6 +32,8 @@ class Bodies:
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytearray]:
         """The body of a request; its bytes count as held until the request has ended.
+
+        ``request.state.hold`` counts more bytes likewise: it is called with their number, and raises APIError 503 too.
 
         Raises:
             APIError: 408, 413, 415, or 503 where too many bytes are held.
@@ -42,25 +49,38 @@ class Bodies:
         if length.isdecimal() and int(length) > limits.body_bytes:
             raise too_large
         whole = bytearray()
-        try:
+        with self._holding() as hold:
             with move_on_after(limits.body_seconds) as patience:
                 async for piece in request.stream():
                     whole += piece
-                    self.held += len(piece)
                     if len(whole) > limits.body_bytes:
                         raise too_large
-                    if self.held > limits.body_bytes_in_flight:
-                        raise overloaded("the bodies of other requests take all memory for them; try again later")
+                    hold(len(piece))
             if patience.cancelled_caught:
                 message = f"the body was not there after {limits.body_seconds:g} s"
                 raise APIError(408, message, headers={"Connection": "close"})
+            request.state.hold = hold
             self.running += 1
             try:
                 yield whole
             finally:
                 self.running -= 1
+
+    @contextmanager
+    def _holding(self) -> Iterator[Callable[[int], None]]:
+        own = 0
+
+        def hold(size: int) -> None:
+            nonlocal own
+            own += size
+            self.held += size
+            if self.held > self._limits.body_bytes_in_flight:
+                raise overloaded("other requests take all memory for bodies and media; try again later")
+
+        try:
+            yield hold
         finally:
-            self.held -= len(whole)
+            self.held -= own
 
 
 class Endpoint:

@@ -11,8 +11,8 @@ class Limits:
 
     Attributes:
         body_bytes: of a request's body.
-        body_bytes_in_flight: of all bodies that are held at one time.
-        body_seconds: until a body is there.
+        body_bytes_in_flight: of all bodies that are held at one time, and of the media that were fetched for them.
+        body_seconds: until a request's header is there, and then until its body is.
         parts: of a request: its messages, and the texts and media in them.
         images: of a request.
         image_bytes: of an image, encoded.

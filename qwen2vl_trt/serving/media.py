@@ -34,6 +34,8 @@ from .tasks import cancelled
 
 Address = IPv4Address | IPv6Address
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
+Hold = Callable[[int], None]
+"""Called with the number of the bytes that are read, as they come; those of ``data:`` are their body's already."""
 
 _PORTS = {"http": 80, "https": 443}
 _LONGEST_URL = 8192
@@ -112,36 +114,39 @@ class MediaSource:
         self._resolve = resolve or self._getaddrinfo
         self._places = asyncio.Semaphore(limits.fetches)
 
-    async def fetch_all(self, media: Sequence[tuple[MediaKind, Any, str]]) -> list[bytes | list[bytes]]:
+    async def fetch_all(self, media: Sequence[tuple[MediaKind, Any, str]], hold: Hold) -> list[bytes | list[bytes]]:
         """Several at once: of each its kind, its URL or a list of the URLs of its frames, and where it is.
 
         Raises:
             APIError: of the first that fails; the others are let go.
         """
-        tasks = [asyncio.ensure_future(self._fetch_one(*each)) for each in media]
+        tasks = [asyncio.ensure_future(self._fetch_one(*each, hold)) for each in media]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
             await cancelled(*tasks)
 
-    async def fetch(self, url: str, kind: MediaKind, where: str) -> bytes | list[bytes]:
+    async def fetch(self, url: str, kind: MediaKind, where: str, hold: Hold) -> bytes | list[bytes]:
         """The bytes of an image or a video; a list of those of its frames of ``data:video/jpeg;base64,A,B,...``.
 
         Args:
             url: ``data:``, and what the constructor allows.
             kind: chooses the limits.
             where: in the request, for messages: ``message 1, part 2``.
+            hold: see :data:`Hold`.
 
         Raises:
             APIError: 400, not allowed or not decodable; 413, too large; 422, an allowed address that fails or is slow;
-                503, too many are fetched.
+                503, too many are fetched, or what ``hold`` raises.
         """
         most = self._limits.image_bytes if kind == "image" else self._limits.video_bytes
         scheme = url[:8].partition(":")[0].lower()
         if scheme == "data":
             return await anyio.to_thread.run_sync(self._decode, url, kind, most, where)
         if scheme == "file":
-            return await anyio.to_thread.run_sync(self._read, url, most, where)
+            contents = await anyio.to_thread.run_sync(self._read, url, most, where)
+            hold(len(contents))
+            return contents
         if scheme not in _PORTS:
             raise APIError(400, f"{where}: a URL begins with data:, https:, http: or file:")
         target = self._target(url, where)
@@ -153,22 +158,22 @@ class MediaSource:
             raise overloaded(f"{where}: too many URLs are being fetched; try again later") from None
         try:
             with anyio.fail_after(seconds):
-                return await self._get(target, most, where)
+                return await self._get(target, most, where, hold)
         except TimeoutError:
             raise APIError(422, f"{where}: the URL took over {seconds:g} s") from None
         finally:
             self._places.release()
 
-    async def _fetch_one(self, kind: MediaKind, source: Any, where: str) -> bytes | list[bytes]:
+    async def _fetch_one(self, kind: MediaKind, source: Any, where: str, hold: Hold) -> bytes | list[bytes]:
         if isinstance(source, str):
-            return await self.fetch(source, kind, where)
+            return await self.fetch(source, kind, where, hold)
         if kind == "image" or not isinstance(source, list) or not all(isinstance(url, str) for url in source):
             raise APIError(400, f"{where}: its {kind} is no URL")
         self._check_frames(len(source), where)
         frames: list[bytes] = []
         size = 0
         for number, url in enumerate(source, start=1):
-            frame = await self.fetch(url, "image", f"{where}, frame {number}")
+            frame = await self.fetch(url, "image", f"{where}, frame {number}", hold)
             assert isinstance(frame, bytes)  # of an image
             size += len(frame)
             if size > self._limits.video_bytes:
@@ -279,7 +284,7 @@ class MediaSource:
             raise APIError(400, f"{where}: the URL's host is not on the public internet")
         return str(addresses[0])
 
-    async def _get(self, target: _Target, most: int, where: str) -> bytes:
+    async def _get(self, target: _Target, most: int, where: str, hold: Hold) -> bytes:
         address = await self._address(target, where)
         usual = target.port == _PORTS[target.scheme]
         name = f"[{target.host}]" if ":" in target.host else target.host
@@ -301,12 +306,12 @@ class MediaSource:
         async with httpcore.AsyncConnectionPool(ssl_context=self._ssl_context, max_keepalive_connections=0) as pool:
             try:
                 async with pool.stream("GET", url, headers=headers, extensions=certified) as response:
-                    return await _body(response, most, where)
+                    return await _body(response, most, where, hold)
             except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError, ValueError):
                 raise APIError(422, f"{where}: the URL cannot be fetched") from None
 
 
-async def _body(response: httpcore.Response, most: int, where: str) -> bytes:
+async def _body(response: httpcore.Response, most: int, where: str, hold: Hold) -> bytes:
     headers = {name.lower(): value.strip() for name, value in response.headers}
     if 300 <= response.status < 400:
         raise APIError(422, f"{where}: the URL redirects; give the one that it leads to")
@@ -322,6 +327,7 @@ async def _body(response: httpcore.Response, most: int, where: str) -> bytes:
         size += len(piece)
         if size > most:
             raise _too_large(where, most)
+        hold(len(piece))
         pieces.append(piece)
     return _whole(b"".join(pieces), most, where)
 

@@ -29,6 +29,7 @@ _HISTOGRAMS = {
     "request_preprocess_time_seconds": ("loading, resizing and packing of images and videos", _SECONDS),
     "request_vision_time_seconds": ("vision engine", _SECONDS),
     "media_fetch_seconds": ("until the images and videos of a request are there as bytes", _SECONDS),
+    "media_decode_seconds": ("of preprocessing, reading and decoding them", _SECONDS),
     "request_prompt_tokens": ("of a prompt, images included", _TOKENS),
     "request_generation_tokens": ("of an answer", _TOKENS),
 }
@@ -112,6 +113,7 @@ class Metrics:
             ("e2e_request_latency_seconds", timings.total),
             ("request_queue_time_seconds", timings.queue),
             ("request_preprocess_time_seconds", timings.preprocess),
+            ("media_decode_seconds", timings.load),
             ("request_vision_time_seconds", timings.vision),
             ("request_prompt_tokens", output.prompt_tokens),
             ("request_generation_tokens", len(output.token_ids)),

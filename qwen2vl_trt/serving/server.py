@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
 from collections.abc import Callable
 from socket import socket
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwen2vl_trt.errors import Qwen2VLError
 from qwen2vl_trt.runtime.pipeline import Pipeline
@@ -21,6 +24,43 @@ _CUT_SECONDS = 1.0
 """In which streams that are cut end by themselves."""
 
 _logger = logging.getLogger(__name__)
+
+
+class TimedProtocol(H11Protocol):
+    """Closes a connection whose next request is not there in time.
+
+    uvicorn waits without an end for a connection's first byte, for the rest of a header, and for that of a body whose
+    request is answered already. A header's bytes are bounded by h11, but not by httptools, which it takes if it can.
+
+    Args:
+        seconds: for each of these.
+    """
+
+    def __init__(self, *given: Any, seconds: float, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._seconds = seconds
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _watch(self) -> None:
+        waits = self.cycle is None or self.cycle.response_complete
+        if waits and self._timer is None:
+            self._timer = self.loop.call_later(self._seconds, self.transport.close)
+        elif not waits and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class Server(uvicorn.Server):

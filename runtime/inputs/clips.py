@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, islice
 from typing import BinaryIO, Protocol, cast
@@ -23,8 +25,8 @@ from .images import load_image
 MAX_FRAME_PIXELS = 139264 * 256
 """Of a frame that is decoded: as in level 6.2, the highest of H.264 and HEVC; 8192x4320 is within it."""
 
-MAX_BYTES = 768 * 3 * 1920 * 1080
-"""Of a video's decoded frames: the default maximum of frames in full HD."""
+MAX_FRAMES = 1 << 22
+"""Of a file: 38 hours at 30 a second. The timeline that is read first takes up to 150 bytes a frame."""
 
 VideoFile = io.RawIOBase | io.BufferedIOBase
 """Open for reading, and seekable."""
@@ -36,6 +38,42 @@ _MIN_DELAY, _DEFAULT_DELAY = 10, 100
 """Milliseconds. As in browsers, a delay of up to the first becomes the second."""
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VideoLimits:
+    """Maxima of one video.
+
+    Attributes:
+        pixels: of the frames that are kept, together; larger frames are shrunk. By default 768 frames in full HD.
+        seconds: of reading and decoding a file, or the files that are its frames.
+    """
+
+    pixels: int = 768 * 1920 * 1080
+    seconds: float = 3600.0
+
+    def timer(self, label: str, clock: Callable[[], float] = time.monotonic) -> Callable[[], None]:
+        """To be called for each frame: it raises MediaError once ``seconds`` have passed from now."""
+        end = clock() + self.seconds
+
+        def check() -> None:
+            if clock() > end:
+                raise MediaError(
+                    f"{label}: not decoded within {self.seconds:g} s (--video-decode-seconds). Shorten it or scale it"
+                    " down, or raise the limit."
+                )
+
+        return check
+
+    def shrunk(self, frame: Tensor, count: int, label: str) -> Tensor:
+        """A frame ``[3, H, W]``, smaller if ``count`` of them would exceed ``pixels``."""
+        height, width = frame.shape[1:]
+        scale = math.sqrt(self.pixels / (count * height * width))
+        if scale >= 1:
+            return frame
+        size = max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+        _logger.info("%s: %d frames of %dx%d are held as %dx%d", label, count, width, height, size[1], size[0])
+        return interpolate(frame[None], size, mode="bilinear", antialias=True)[0]
 
 
 class Clip(Protocol):
@@ -114,18 +152,10 @@ def check_frame(width: int, height: int, label: str) -> None:
         raise MediaError(f"{label}: frames of {width}x{height} are over {MAX_FRAME_PIXELS:,} pixels; scale it down")
 
 
-def shrink_to_fit(frame: Tensor, count: int, label: str) -> Tensor:
-    """A frame ``[3, H, W]``, shrunk if ``count`` of them would exceed :data:`MAX_BYTES`.
-
-    At the default number of frames it still has more pixels than the model sees.
-    """
-    height, width = frame.shape[1:]
-    if count * frame.nbytes <= MAX_BYTES:
-        return frame
-    scale = math.sqrt(MAX_BYTES / (count * frame.nbytes))
-    size = max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
-    _logger.info("%s: %d frames of %dx%d are held as %dx%d", label, count, width, height, size[1], size[0])
-    return interpolate(frame[None], size, mode="bilinear", antialias=True)[0]
+def check_count(count: int, label: str) -> None:
+    """Raises MediaError above :data:`MAX_FRAMES`, while they are counted."""
+    if count > MAX_FRAMES:
+        raise MediaError(f"{label}: more than {MAX_FRAMES:,} frames, the most that are read of a video; cut it")
 
 
 def is_image_file(file: VideoFile) -> bool:
@@ -138,8 +168,8 @@ def is_image_file(file: VideoFile) -> bool:
 class Animation:
     """An animated image file as a :class:`Clip`; each frame has its own delay."""
 
-    def __init__(self, file: VideoFile, label: str) -> None:
-        self._file, self._label = file, label
+    def __init__(self, file: VideoFile, label: str, limits: VideoLimits, check_time: Callable[[], None]) -> None:
+        self._file, self._label, self._limits, self._check_time = file, label, limits, check_time
         self.size = (0, 0)
 
     def timeline(self) -> Timeline:
@@ -148,16 +178,17 @@ class Animation:
         for image in self._frames():
             delay = int(image.info.get("duration") or 0)
             delays.append(delay if delay > _MIN_DELAY else _DEFAULT_DELAY)
+            check_count(len(delays), self._label)
         *ticks, end = accumulate(delays, initial=0)
         return Timeline(tuple(ticks), Fraction(end), Fraction(1, 1000))
 
     def decode(self, indices: Sequence[int], timeline: Timeline) -> tuple[dict[int, Tensor], Timeline]:
         wanted, frames = set(indices), {}
-        for index, image in enumerate(self._frames()):
+        for index, image in enumerate(islice(self._frames(), max(indices) + 1)):
             if index in wanted:
                 frame = load_image(image, name=f"{self._label}, frame {index + 1}")
                 self.size = (frame.shape[1], frame.shape[2])
-                frames[index] = shrink_to_fit(frame, len(indices), self._label)
+                frames[index] = self._limits.shrunk(frame, len(indices), self._label)
         return frames, timeline
 
     def _frames(self) -> Iterator[Image.Image]:
@@ -168,5 +199,6 @@ class Animation:
                 raise MediaError(f"{self._label}: a still image, not a video; give it as an image")
             first = int(bool(image.info.get("default_image")))  # a PNG's fallback for viewers without animation
             for frame in islice(ImageSequence.Iterator(image), first, None):
+                self._check_time()
                 frame.load()
                 yield frame

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -20,7 +21,7 @@ from torch import Tensor
 from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.media_options import VideoOptions
 
-from .clips import Animation, Clip, VideoFile, is_image_file, sample_clip, shrink_to_fit
+from .clips import Animation, Clip, VideoFile, VideoLimits, is_image_file, sample_clip
 from .files import MAX_VIDEO_BYTES, BoundedFile, labelled, opened, too_large
 from .frame_sampling import DEFAULT_FPS, FILE_OPTIONS, FrameSampling, requested_rate, requested_sampling
 from .images import ImageLimits, ImageSource, channels_first, load_image, rgb
@@ -77,7 +78,9 @@ def load_video(
     *,
     sampling: FrameSampling | None = None,
     name: str | None = None,
-    limits: ImageLimits | None = None,
+    limits: VideoLimits | None = None,
+    image_limits: ImageLimits | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> LoadedVideo:
     """Read one video.
 
@@ -91,33 +94,43 @@ def load_video(
             in memory have :data:`DEFAULT_FPS`, with a warning.
         sampling: defaults for files, ``FrameSampling()`` if not given.
         name: for error messages, such as ``"video 1"``; a path is always named.
-        limits: of frames that are image files or Pillow images, ``ImageLimits()`` by default.
+        limits: of what is decoded, ``VideoLimits()`` by default.
+        image_limits: of each frame that is an image file or a Pillow image, ``ImageLimits()`` by default.
+        clock: seconds, for the time that decoding may take.
 
     Returns:
         Frames as from :func:`~qwen2vl_trt.runtime.inputs.images.load_image`, and their rate.
 
     Raises:
         MediaError: no such file, not regular, no video stream, no frame, truncated or corrupt, frames of different
-            sizes or kinds, or options that are out of range, contradict each other or do not apply.
+            sizes or kinds, not decoded in time, or options that are out of range, contradict each other or do not
+            apply.
         MissingDependencyError: a file, and PyAV is not installed.
     """
     options = options or VideoOptions()
-    label = name or "video"
+    label = labelled(source, name) if isinstance(source, (str, Path)) else name or "video"
+    most = limits or VideoLimits()
+    check_time = most.timer(label, clock)
+
+    def from_file(file: VideoFile) -> LoadedVideo:
+        given = file, label, most, check_time
+        clip: Clip = Animation(*given) if is_image_file(file) else VideoStream(*given)
+        return _sampled(clip, options, sampling or FrameSampling(), label)
+
     if isinstance(source, (str, Path)):
-        label = labelled(source, name)
         with opened_video(source, label) as file:
-            return _from_file(file, options, sampling or FrameSampling(), label)
+            return from_file(file)
     if isinstance(source, (bytes, bytearray, memoryview)):
         if not len(source):
             raise MediaError(f"{label}: empty (0 bytes)")
-        return _from_file(BytesIO(source), options, sampling or FrameSampling(), label)
+        return from_file(BytesIO(source))
     if isinstance(source, BoundedFile):
-        return _from_file(source, options, sampling or FrameSampling(), label)
+        return from_file(source)
     if not isinstance(source, (Video, np.ndarray, Tensor, Sequence)):
         raise MediaError(
             f"{label}: a {type(source).__name__} is no video; give a path, bytes, an array or a list of frames"
         )
-    return _from_memory(source, options, limits, label)
+    return _from_memory(source, options, most, check_time, image_limits, label)
 
 
 @contextmanager
@@ -129,15 +142,19 @@ def opened_video(path: str | Path, label: str) -> Iterator[BoundedFile]:
         yield BoundedFile(file)
 
 
-def _from_file(file: VideoFile, options: VideoOptions, sampling: FrameSampling, label: str) -> LoadedVideo:
+def _sampled(clip: Clip, options: VideoOptions, sampling: FrameSampling, label: str) -> LoadedVideo:
     sampling = requested_sampling(options, sampling, label)
-    clip: Clip = Animation(file, label) if is_image_file(file) else VideoStream(file, label)
     frames, fps = sample_clip(clip, sampling, options.video_start, options.video_end, label)
     return LoadedVideo(list(_same_size(frames, label)), fps, clip.size)
 
 
 def _from_memory(
-    source: Video | np.ndarray | Tensor | Sequence[Any], options: VideoOptions, limits: ImageLimits | None, label: str
+    source: Video | np.ndarray | Tensor | Sequence[Any],
+    options: VideoOptions,
+    limits: VideoLimits,
+    check_time: Callable[[], None],
+    image_limits: ImageLimits | None,
+    label: str,
 ) -> LoadedVideo:
     size = None
     fps = requested_rate(options, label)
@@ -151,10 +168,11 @@ def _from_memory(
     if not len(source):
         raise MediaError(f"{label}: no frames")
     frames = []
-    for frame, given in zip(_same_size(_frames(source, label, limits), label), source):
+    for frame, given in zip(_same_size(_frames(source, label, image_limits), label), source):
+        check_time()
         size = size or (frame.shape[1], frame.shape[2])
         # Arrays are in the caller's memory already; frames that are decoded here are limited as a file's.
-        frames.append(frame if isinstance(given, (np.ndarray, Tensor)) else shrink_to_fit(frame, len(source), label))
+        frames.append(frame if isinstance(given, (np.ndarray, Tensor)) else limits.shrunk(frame, len(source), label))
     assert size is not None  # there are frames
     if fps is None:
         _logger.warning("%s: no rate given for its frames; %g a second are assumed (sample_fps)", label, DEFAULT_FPS)

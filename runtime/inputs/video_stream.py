@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from torch import Tensor
 
 from qwen2vl_trt.errors import MediaError, MissingDependencyError
 
-from .clips import MAX_FRAME_PIXELS, VideoFile, check_frame, shrink_to_fit
+from .clips import MAX_FRAME_PIXELS, VideoFile, VideoLimits, check_count, check_frame
 from .frame_sampling import Stamp, Timeline
 from .images import channels_first, rgb
 
@@ -45,23 +45,25 @@ class VideoStream:
         MissingDependencyError: PyAV is not installed.
     """
 
-    def __init__(self, file: VideoFile, label: str) -> None:
+    def __init__(self, file: VideoFile, label: str, limits: VideoLimits, check_time: Callable[[], None]) -> None:
         try:
             import av  # noqa: F401
         except ImportError:
             raise MissingDependencyError(f"{label}: reading a video file needs PyAV; pip install av") from None
-        self._file, self._label = file, label
+        self._file, self._label, self._limits, self._check_time = file, label, limits, check_time
         self._number = self._packets = 0
 
     def timeline(self) -> Timeline:
         """From the packets' timestamps."""
         with self._opened() as container:
             streams = self._streams(container)
-            packets: dict[int, int] = Counter()
+            packets: Counter[int] = Counter()
             stamps: dict[int, list[Stamp]] = defaultdict(list)
             for packet in container.demux(streams):
+                self._check_time()
                 if packet.size:
                     packets[packet.stream_index] += 1
+                    check_count(packets.total(), self._label)
                     if not packet.is_discard:  # an edit list hides it
                         stamps[packet.stream_index].append((packet.pts, packet.duration or 0))
             stream = max(streams, key=lambda stream: packets[stream.index])
@@ -86,14 +88,14 @@ class VideoStream:
             check_frame(stream.width, stream.height, self._label)
             stream.thread_type = "AUTO"
             stream.codec_context.options = {"max_pixels": _OPTIONS["max_pixels"]}
-            for number, frame in enumerate(container.decode(video=self._number)):
+            for number, frame in enumerate(self._decoded(container)):
                 stamps.append((frame.pts, frame.duration or 0))
                 if number in wanted:
                     if frame.is_corrupt:
                         raise MediaError(f"{self._label}: frame {number + 1} is corrupt")
                     pixels = self._pixels(frame)
                     self.size = (pixels.shape[1], pixels.shape[2])
-                    frames[number] = shrink_to_fit(pixels, len(indices), self._label)
+                    frames[number] = self._limits.shrunk(pixels, len(indices), self._label)
                 expected = timeline.first + timeline.ticks[number] if number < len(timeline.ticks) else None
                 agree = agree and frame.pts is not None and frame.pts == expected
                 if agree and number == last:
@@ -101,6 +103,12 @@ class VideoStream:
             if len(stamps) < max(1, _MIN_DECODED * self._packets):
                 raise self._truncated(len(stamps), self._packets)
             return frames, _timeline(stream, stamps)
+
+    def _decoded(self, container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
+        """All frames; the time is looked at for each packet, of which one may give no frame."""
+        for packet in container.demux(video=self._number):
+            self._check_time()
+            yield from cast("list[av.VideoFrame]", packet.decode())
 
     def _streams(self, container: av.container.InputContainer) -> list[av.VideoStream]:
         from av.stream import Disposition

@@ -24,6 +24,7 @@ from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.windows import Grid, WindowLayout, window_layout
 
+from ..inputs.clips import VideoLimits
 from ..inputs.files import labelled
 from ..inputs.images import ImageLimits, ImageSource, load_image
 from ..inputs.jpeg_decoder import JpegDecoder, check_gpu_decoding
@@ -75,6 +76,7 @@ class Preprocessor:
         kernels: of a GPU.
         decode: ``"gpu"`` decodes JPEG files by nvImageCodec, whose pixels differ from Pillow's by about a level.
         image_limits: of image files, ``ImageLimits()`` by default.
+        video_limits: of videos, ``VideoLimits()`` by default.
         memory_limit: bytes of pixels that a GPU resizes at a time, and of each of two pinned and two device buffers.
 
     Raises:
@@ -93,6 +95,7 @@ class Preprocessor:
         kernels: Kernels = "auto",
         decode: Decode = "cpu",
         image_limits: ImageLimits | None = None,
+        video_limits: VideoLimits | None = None,
         memory_limit: int = DEFAULT_LIMIT,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
@@ -102,7 +105,7 @@ class Preprocessor:
         self.sizes = SizeRules(config, self.settings)
         self.device = torch.device(device)
         self.dtype = dtype
-        self.image_limits = image_limits or ImageLimits()
+        self.image_limits, self.video_limits = image_limits or ImageLimits(), video_limits or VideoLimits()
         if decode == "gpu":
             check_gpu_decoding(self.device)
         self._decoder = JpegDecoder(self.device) if decode == "gpu" else None
@@ -137,7 +140,14 @@ class Preprocessor:
 
     def load_video(self, source: VideoSource, name: str, options: VideoOptions = VideoOptions()) -> Medium:
         """Decode and sample a video and choose its frames' size; otherwise as :meth:`load_image`."""
-        video = load_video(source, options, sampling=self.settings.sampling, name=name, limits=self.image_limits)
+        video = load_video(
+            source,
+            options,
+            sampling=self.settings.sampling,
+            name=name,
+            limits=self.video_limits,
+            image_limits=self.image_limits,
+        )
         height, width = video.source_size
         label = labelled(source, name)
         size = self.sizes.video(len(video.frames), height, width, video.fps, name=label, options=options)

@@ -119,8 +119,10 @@ class RequestQueue:
                     number -= 1
                     continue
                 queued.sequence, queued.found = sequence, None
-                seconds = job.seconds if job is not None and job.on_thread else 0.0
-                queued.output.timings.preprocess = self._clock() - began + seconds
+                timings = queued.output.timings
+                timings.load = 0.0 if job is None else job.seconds
+                on_thread_seconds = timings.load if on_thread else 0.0
+                timings.preprocess = self._clock() - began + on_thread_seconds
                 self._warn(media)
         finally:
             if any(queued.output.finished for queued in self._queue):

@@ -16,7 +16,7 @@ pytest.importorskip("httpcore")
 pytest.importorskip("pybase64")
 
 from qwen2vl_trt.errors import MediaError
-from qwen2vl_trt.serving.errors import APIError
+from qwen2vl_trt.serving.errors import APIError, overloaded
 from qwen2vl_trt.serving.limits import Limits
 from qwen2vl_trt.serving.media import MediaSource, is_public
 
@@ -58,6 +58,10 @@ async def listening(answer=b"", tls=None, host="127.0.0.1"):
         server.close()
 
 
+def free(size):
+    """Bytes that nobody counts."""
+
+
 def resolving(*answers):
     """A resolver that gives one list of addresses after the other, and the names that it was asked."""
     asked, left = [], list(answers)
@@ -76,7 +80,7 @@ def local(port, limits=SMALL, **options):
 
 
 def fetched(source, url, kind="image"):
-    return asyncio.run(source.fetch(url, kind, "message 1, part 2"))
+    return asyncio.run(source.fetch(url, kind, "message 1, part 2", free))
 
 
 def status(source, url, kind="image"):
@@ -89,7 +93,7 @@ def status(source, url, kind="image"):
 async def answered(answer, limits=SMALL, path="/a.png", tls=None, **options):
     async with listening(answer, tls=tls) as (port, requests):
         url = f"{'https' if tls else 'http'}://example.org:{port}{path}"
-        return await local(port, limits, **options).fetch(url, "image", "image 1"), requests
+        return await local(port, limits, **options).fetch(url, "image", "image 1", free), requests
 
 
 def failure(answer, limits=SMALL, **options):
@@ -200,7 +204,7 @@ class TestListenerIsNeverReached:
                 everything = ["*", *(f"{host}:{port}" for host in hosts)]
                 for domains in ((), ["*"], everything):
                     with pytest.raises(APIError) as caught:
-                        await MediaSource(Limits(), domains).fetch(form.format(port=port), "image", "image 1")
+                        await MediaSource(Limits(), domains).fetch(form.format(port=port), "image", "image 1", free)
                     assert caught.value.status == 400
                     assert "127" not in caught.value.message
                 assert not requests
@@ -269,7 +273,9 @@ class TestDomains:
     def test_a_name_is_compared_in_lower_case(self):
         async def run():
             async with listening(sized(b"pixels")) as (port, requests):
-                assert await local(port).fetch(f"HTTP://EXAMPLE.ORG:{port}/A?b=C#d", "image", "image 1") == b"pixels"
+                assert (
+                    await local(port).fetch(f"HTTP://EXAMPLE.ORG:{port}/A?b=C#d", "image", "image 1", free) == b"pixels"
+                )
                 assert requests[0].startswith(b"GET /A?b=C HTTP/1.1\r\nHost: example.org:%d\r\n" % port)
 
         asyncio.run(run())
@@ -362,7 +368,7 @@ class TestHosts:
             async with listening(held) as (port, requests):
                 source, url = local(port, limits), f"http://example.org:{port}/"
                 both = await asyncio.gather(
-                    *(source.fetch(url, "image", "image 1") for _ in range(2)), return_exceptions=True
+                    *(source.fetch(url, "image", "image 1", free) for _ in range(2)), return_exceptions=True
                 )
                 gate.set()
             assert both[0].status == 422
@@ -376,11 +382,50 @@ class TestHosts:
             async with listening(sized(b"pixels")) as (port, _):
                 source, url = local(port), f"http://example.org:{port}/"
                 media = [("image", url, "image 1"), ("video", [url, url], "video 1")]
-                assert await source.fetch_all(media) == [b"pixels", [b"pixels", b"pixels"]]
+                assert await source.fetch_all(media, free) == [b"pixels", [b"pixels", b"pixels"]]
                 for wrong in (("image", 3, "image 2"), ("video", [url] * 5, "video 2"), ("video", [], "video 3")):
                     with pytest.raises(APIError) as caught:
-                        await source.fetch_all([*media, wrong])
+                        await source.fetch_all([*media, wrong], free)
                     assert caught.value.status == 400
+
+        asyncio.run(run())
+
+
+class TestBytesInFlight:
+    """What is fetched counts while it comes, beside what other requests hold."""
+
+    def test_every_byte_counts_while_it_comes(self, tmp_path):
+        (tmp_path / "a.png").write_bytes(b"x" * 600)
+
+        async def run():
+            held = []
+            async with listening(sized(b"y" * 900)) as (port, _):
+                source, url = local(port, allowed_local_media_path=tmp_path), f"http://example.org:{port}/"
+                local_file = f"file://{tmp_path}/a.png"
+                media = [("image", url, "1"), ("video", [url, "data:,pixels"], "2"), ("image", local_file, "3")]
+                await source.fetch_all(media, held.append)
+            assert sum(held) == 900 + 900 + 600
+
+        asyncio.run(run())
+
+    def test_it_ends_where_there_is_no_room(self):
+        """Before the host has sent everything: here it never does."""
+        gone = asyncio.Event()
+
+        async def endless(writer):
+            writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"64\r\n" + b"x" * 100 + b"\r\n")
+            await writer.drain()
+            await gone.wait()
+
+        def hold(size):
+            raise overloaded("full")
+
+        async def run():
+            async with listening(endless) as (port, _):
+                with pytest.raises(APIError, match="full") as caught:
+                    await local(port).fetch(f"http://example.org:{port}/", "image", "image 1", hold)
+                gone.set()
+            assert caught.value.status == 503
 
         asyncio.run(run())
 
@@ -423,7 +468,7 @@ class TestCertificates:
                 resolve, _ = resolving(["127.0.0.1"])
                 source = MediaSource(SMALL, [f"other.org:{port}"], resolve=resolve, is_allowed=bool, ssl_context=client)
                 with pytest.raises(APIError) as caught:
-                    await source.fetch(f"https://other.org:{port}/", "image", "image 1")
+                    await source.fetch(f"https://other.org:{port}/", "image", "image 1", free)
                 assert caught.value.status == 422
                 assert not any(requests)
 

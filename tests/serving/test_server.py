@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -24,11 +25,14 @@ from qwen2vl_trt import Pipeline, Request, SamplingParams, Service, StructuredOu
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.runtime.backends.runners import Engines
+from qwen2vl_trt.runtime.inputs.clips import VideoLimits
 from tests.support.engine_folders import build
 from tests.support.requests import picture
 
 openai = pytest.importorskip("openai", reason="openai is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+from qwen2vl_trt.commands import serve  # noqa: E402
+from qwen2vl_trt.commands.options import Parser, pipeline_options  # noqa: E402
 from qwen2vl_trt.serving.app import App, ServerSettings  # noqa: E402
 from qwen2vl_trt.serving.limits import Limits  # noqa: E402
 
@@ -562,6 +566,29 @@ class TestRefusals:
         with opened(service, pipeline, strict=True) as (_, address):
             assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 400
 
+    def test_fetched_bytes_count_as_their_body_does(self, service, pipeline, tmp_path):
+        (tmp_path / "digits.png").write_bytes(DIGITS)
+        source = tmp_path / "digits.png"
+        body = {"messages": [{"role": "user", "content": [{"type": "image", "image": f"file://{source}"}]}]}
+        limits = Limits(body_bytes_in_flight=len(DIGITS))  # enough for the body alone
+        for each, status in ((limits, 503), (replace(limits, body_bytes_in_flight=1 << 20), 200)):
+            settings = {"limits": each, "allowed_local_media_path": tmp_path}
+            with opened(service, pipeline, **settings) as (app, address):
+                for path in ("/v1/chat/completions", "/tokenize", "/v1/embeddings"):
+                    asked = body if path != "/v1/embeddings" else body | {"pooling": "image_features"}
+                    response = httpx.post(f"{address}{path}", json=asked, timeout=PATIENCE)
+                    assert response.status_code == status, response.text
+                    assert response.headers.get("Retry-After") == ("1" if status == 503 else None)
+                    assert app.bodies.held == 0
+
+    def test_a_video_that_takes_too_long(self, web, pipeline, monkeypatch):
+        monkeypatch.setattr(pipeline._media.preprocessor, "video_limits", VideoLimits(seconds=-1.0))
+        frames = "data:video/jpeg;base64," + ",".join([base64.b64encode(DIGITS).decode()] * 4)
+        body = {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": frames}}]}]}
+        response = web.post("/v1/chat/completions", json=body)
+        assert response.status_code == 400
+        assert "not decoded within -1 s (--video-decode-seconds)" in response.json()["error"]["message"]
+
     def test_bodies_have_a_size_and_a_time(self, service, pipeline):
         limits = Limits(body_bytes=10_000, body_bytes_in_flight=15_000, body_seconds=0.5)
         with opened(service, pipeline, limits=limits) as (app, address):
@@ -676,6 +703,8 @@ def test_metrics_count_what_was_asked(service, pipeline):
     assert found[("vllm:request_generation_tokens_sum",)] == 2 + 3 + 4
     assert found[("vllm:inter_token_latency_seconds_count",)] == 1 + 2 + 3
     assert found[("vllm:time_to_first_token_seconds_count",)] == 3
+    assert found[("vllm:media_decode_seconds_count",)] == 3
+    assert 0 < found[("vllm:media_decode_seconds_sum",)] < found[("vllm:request_preprocess_time_seconds_sum",)]
     assert (found[("vllm:http_responses_total", "200")], found[("vllm:http_responses_total", "400")]) == (3, 1)
     assert found[("vllm:num_requests_running",)] == found[("vllm:num_requests_waiting",)] == 0
     dashboard = (ROOT / "docs/guide/grafana.json").read_text()
@@ -811,6 +840,22 @@ class TestCommand:
         code, _, error = command("serve", "--engine-dir", engine_dir, *options)
         assert code == 2
         assert options[0].lstrip("-") in error or options[1] in error
+
+    def test_limits_of_media_are_lower_than_the_librarys(self):
+        parser = Parser()
+        serve.add_arguments(parser)
+        for given, pixels, seconds in (([], 256_000_000, 30.0), (["--video-pixel-limit", "9"], 9, 30.0)):
+            options = pipeline_options(parser.parse_args(given))
+            assert options.image_pixel_limit == 50_000_000
+            assert (options.video_pixel_limit, options.video_decode_seconds) == (pixels, seconds)
+
+    def test_a_header_that_never_ends(self, engine_dir, tmp_path):
+        with self.started(engine_dir, tmp_path, "--body-seconds", "0.5") as (_, address):
+            port = int(address.rpartition(":")[2])
+            for begin in (b"", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"):
+                with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
+                    connection.sendall(begin)
+                    assert connection.recv(100) == b""
 
     def test_a_port_that_is_taken(self, engine_dir, tmp_path):
         with socket.socket() as taken:

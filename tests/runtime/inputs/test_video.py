@@ -63,7 +63,7 @@ class TestMemory:
     def test_image_limits_are_those_of_frames(self):
         small = Image.new("RGB", (20, 10))
         with pytest.raises(MediaError, match="frame 1: 20x10 is 200 pixels; at most 199"):
-            load_video([small], limits=ImageLimits(pixels=199))
+            load_video([small], image_limits=ImageLimits(pixels=199))
 
     def test_every_form_agrees(self):
         video = frames()

@@ -1,10 +1,13 @@
 """Video files that mean harm, and things that are no files: one file is opened, and memory has a bound."""
 
 import os
+import re
 import struct
 import threading
+from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 
 import av
@@ -15,6 +18,7 @@ from PIL import Image
 
 from qwen2vl_trt.errors import MediaError
 from qwen2vl_trt.runtime.inputs import clips, video_stream
+from qwen2vl_trt.runtime.inputs.clips import VideoLimits
 from qwen2vl_trt.runtime.inputs.files import BoundedFile
 from qwen2vl_trt.runtime.inputs.frame_sampling import FrameSampling
 from qwen2vl_trt.runtime.inputs.video import Video, load_video
@@ -69,7 +73,7 @@ class TestSecondFiles:
             asked.append(url)
             raise PermissionError(url)
 
-        def count(container):
+        def packets(container):
             return sum(packet.size > 0 for packet in container.demux())
 
         path = tmp_path / f"hostile.{kind}"
@@ -77,7 +81,7 @@ class TestSecondFiles:
         permissive = {"enable_drefs": "1", "use_absolute_path": "1"}
         try:
             with path.open("rb") as file, av.open(file, options=permissive, io_open=refuse) as container:
-                opens = bool(asked) or count(container) == 4
+                opens = bool(asked) or packets(container) == 4
         except (av.FFmpegError, OSError):
             opens = bool(asked)
         assert opens, "FFmpeg as it comes does not open another file for this one: the test tests nothing"
@@ -167,36 +171,122 @@ class TestMemory:
         with pytest.raises(MediaError):
             load_video(raw)
 
-    def test_frames_that_take_too_much_are_held_smaller(self, tmp_path, monkeypatch):
+    def test_frames_that_take_too_much_are_held_smaller(self, tmp_path):
         path = save_video(str(tmp_path / "a.mp4"), pictures(20, 64, 96))
         sampling = FrameSampling(fps=10)
         whole = load_video(path, sampling=sampling)
-        monkeypatch.setattr(clips, "MAX_BYTES", sum(frame.nbytes for frame in whole.frames))
-        assert [frame.shape for frame in load_video(path, sampling=sampling).frames] == [(3, 64, 96)] * 20
-        monkeypatch.setattr(clips, "MAX_BYTES", clips.MAX_BYTES // 4)
-        held = load_video(path, sampling=sampling)
+        most = 20 * 64 * 96
+        enough = load_video(path, sampling=sampling, limits=VideoLimits(most))
+        assert [frame.shape for frame in enough.frames] == [(3, 64, 96)] * 20
+        held = load_video(path, sampling=sampling, limits=VideoLimits(most // 4))
         assert [frame.shape for frame in held.frames] == [(3, 32, 48)] * 20
         assert held.fps == whole.fps
         for frame, small in zip(whole.frames, held.frames):
             mean = torch.nn.functional.avg_pool2d(frame.float(), 2)
             assert (mean - small.float()).abs().mean() < 3
 
-    def test_frames_that_are_files_are_held_smaller_too(self, monkeypatch, tmp_path):
+    def test_frames_that_are_files_are_held_smaller_too(self, tmp_path):
         """Those that the caller has in memory stay as they are."""
-        monkeypatch.setattr(clips, "MAX_BYTES", 4 * 3 * 32 * 48)
         given = pictures(4, 64, 96)
         files = []
         for number, frame in enumerate(given):
             files.append(tmp_path / f"{number}.png")
             Image.fromarray(frame).save(files[-1])
         for frames, size in ((files, (32, 48)), ([Image.open(file) for file in files], (32, 48)), (given, (64, 96))):
-            video = load_video(Video(frames, 2.0))
+            video = load_video(Video(frames, 2.0), limits=VideoLimits(4 * 32 * 48))
             assert [frame.shape for frame in video.frames] == [(3, *size)] * 4
             assert video.source_size == (64, 96)
 
     def test_a_long_clip_of_full_hd_is_held_whole(self):
         frame = torch.zeros(3, 1080, 1920, dtype=torch.uint8)
-        assert clips.shrink_to_fit(frame, FrameSampling().max_frames, "") is frame
+        assert VideoLimits().shrunk(frame, FrameSampling().max_frames, "") is frame
+
+    def test_frames_of_a_file_are_counted(self, tmp_path, monkeypatch):
+        files = [save_video(str(tmp_path / "a.mp4"), pictures(9)), animation("GIF", 9), animation("WEBP", 9)]
+        for most, refused in ((9, False), (8, True)):
+            monkeypatch.setattr(clips, "MAX_FRAMES", most)
+            for file in files:
+                if refused:
+                    with pytest.raises(MediaError, match=r"video 1\b.*: more than 8 frames, the most"):
+                        load_video(file, name="video 1")
+                else:
+                    assert load_video(file).frames
+
+
+def animation(kind, count, height=32, width=48):
+    file = BytesIO()
+    first, *others = map(Image.fromarray, pictures(count, height, width))
+    first.save(file, kind, save_all=True, append_images=others, duration=100)
+    return file.getvalue()
+
+
+class TestTime:
+    """Decoding has a time, which is looked at between frames and between packets without a frame."""
+
+    @pytest.fixture(params=["mp4", "GIF", "WEBP", "PNG", "frames"])
+    def source(self, request, tmp_path):
+        if request.param == "mp4":
+            return Path(save_video(str(tmp_path / "a.mp4"), pictures(40)))
+        if request.param == "frames":
+            return Video([png(picture) for picture in pictures(40)], 2.0)
+        return animation(request.param, 40)
+
+    def test_it_ends_once_the_time_is_over(self, source):
+        """The clock goes on by a second each time that it is looked at."""
+        for seconds in (1.0, 20.0):
+            ticks = count()
+            with pytest.raises(MediaError) as caught:
+                load_video(source, name="video 1", limits=VideoLimits(seconds=seconds), clock=ticks.__next__)
+            assert re.fullmatch(
+                rf"video 1.*: not decoded within {seconds:g} s \(--video-decode-seconds\)\. .*raise the limit\.",
+                str(caught.value),
+            )
+            assert next(ticks) == seconds + 2  # at once, whatever is left of it
+        ticks = count()
+        assert load_video(source, limits=VideoLimits(seconds=1000.0), clock=ticks.__next__).frames
+        assert next(ticks) > 20
+
+    def test_packets_that_give_no_frame(self, tmp_path, monkeypatch):
+        class Silent:
+            """A decoder that takes all packets and gives nothing."""
+
+            def __init__(self, container):
+                self.streams = container.streams
+
+            def demux(self, **streams):
+                return (self for _ in range(1000))
+
+            def decode(self):
+                return []
+
+        stream = video_stream.VideoStream
+        opened = stream._opened
+
+        @contextmanager
+        def silent(clip):
+            with opened(clip) as container:
+                yield Silent(container)
+
+        decode = stream.decode
+
+        def decode_silently(clip, *given):
+            monkeypatch.setattr(stream, "_opened", silent)
+            return decode(clip, *given)
+
+        monkeypatch.setattr(stream, "decode", decode_silently)
+        ticks = count()
+        with pytest.raises(MediaError, match="not decoded within 500 s"):
+            load_video(
+                save_video(str(tmp_path / "a.mp4"), pictures()),
+                limits=VideoLimits(seconds=500.0),
+                clock=ticks.__next__,
+            )
+
+
+def png(picture):
+    file = BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
 
 
 def decoded(raw):

@@ -10,6 +10,7 @@ from qwen2vl_trt import Video
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import LimitError, MediaError
 from qwen2vl_trt.media_options import VideoOptions
+from qwen2vl_trt.runtime.inputs.clips import VideoLimits
 from tests.support.fake_vision import embedder, picture
 from tests.support.media_files import save_video
 
@@ -141,10 +142,10 @@ def test_a_cpu_takes_few_patches_at_a_time():
     assert engine.calls == [1, 1, 1]
 
 
-def test_a_video_that_is_held_smaller_keeps_its_original_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("qwen2vl_trt.runtime.inputs.clips.MAX_BYTES", 4 * 3 * 56 * 84)
+def test_a_video_that_is_held_smaller_keeps_its_original_size(tmp_path):
     path = save_video(tmp_path / "clip.mp4", [picture(n, 112, 168) for n in range(4)])
     media, _ = embedder()
+    media.preprocessor.video_limits = VideoLimits(4 * 56 * 84)
     loaded = media.preprocessor.load_video(path, "video 1")
     assert loaded.frames[0].shape == (3, 56, 84)
     assert (loaded.size.width, loaded.size.height) == (168, 112)

@@ -92,7 +92,20 @@ def test_an_answer_that_never_fits_is_told_before_its_turn(queue, add):
 def test_preparing_is_timed(queue, add):
     output = add()
     queue.prepare(1, 1)
-    assert output.timings.preprocess == 2
+    assert (output.timings.preprocess, output.timings.load) == (2, 0)
+
+
+@pytest.mark.parametrize("on_thread", [False, True])
+def test_loading_is_timed_apart(now, on_thread):
+    queue = RequestQueue(Preparer(now), Prefetcher(1), on_thread, lambda: now[0])
+    output = Output(clock=lambda: now[0])
+    queue.add(Request("What?", [0]), Sampling(max_tokens=3), output)
+    (queued,) = queue._queue
+    while queued.sequence is None:
+        queue.prepare(1, 1)
+    timings, loading = output.timings, queued.job.seconds
+    assert timings.load == loading > 0
+    assert timings.preprocess == 2 + (loading if on_thread else 0)  # this thread's seconds are the queue's clock's
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from qwen2vl_trt import Pipeline, PipelineOptions, Request, SamplingParams
 from qwen2vl_trt.errors import CheckpointError, DeadlineError, ExecutionError, LimitError, MediaError
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.inputs.clips import VideoLimits
 from qwen2vl_trt.tiny.model import config_dict
 from qwen2vl_trt.tiny.tokenizer import write_processor_files
 from tests.support.bounds import FP32_BEHIND_BOTH
@@ -364,9 +365,21 @@ def test_numbers_that_overflow_end_their_answer_and_leave_nothing_in_its_slot(ma
 
 
 def test_impossible_options_are_refused(engines):
-    for options, message in (({"max_num_tokens": 0}, "at least 1 token"), ({"embedding_cache_bytes": -1}, "0 keeps")):
+    for options, message in (
+        ({"max_num_tokens": 0}, "at least 1 token"),
+        ({"embedding_cache_bytes": -1}, "0 keeps"),
+        ({"video_pixel_limit": 0}, "video_pixel_limit is 0; a video has at least 1 pixel"),
+        ({"video_decode_seconds": 0.0}, "video_decode_seconds is 0; decoding takes more than 0 s"),
+        ({"video_decode_seconds": math.nan}, "video_decode_seconds is nan"),
+    ):
         with pytest.raises(LimitError, match=message):
             Pipeline(engines["torch"], PipelineOptions(**options))
+
+
+def test_limits_of_videos_are_those_of_the_options(engines):
+    options = PipelineOptions(video_pixel_limit=5, video_decode_seconds=7.0)
+    for each, limits in ((options, VideoLimits(5, 7.0)), (PipelineOptions(), VideoLimits())):
+        assert Pipeline(engines["torch"], each)._media.preprocessor.video_limits == limits
 
 
 # Counters
