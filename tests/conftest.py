@@ -52,6 +52,7 @@ LONGEST = (
     "test_pipeline.py",
     "test_telemetry.py",
     "test_answers.py",
+    "test_page.py",
 )
 """Files of a minute or half of one: they come first, or one worker would still be at one when the other has ended."""
 

@@ -1,4 +1,4 @@
-"""The API that the page talks to, in the server's shapes; the question chooses the answer."""
+"""The API that the page talks to, in the server's shapes; the question chooses the answer: ``say X`` is answered X."""
 
 import asyncio
 import json
@@ -19,12 +19,7 @@ MODEL = {
     "patch_size": 14,
     "merge_size": 2,
 }
-BOXES = (
-    '```json\n[{"bbox_2d": [8, 4, 48, 50], "label": "nine <b>"}, {"bbox_2d": [70, 0, 126, 42], "label": "two"}]\n```'
-)
-ANSWERS = {"boxes": BOXES, "markup": "<img src=x onerror=alert(1)>"}
 LAST = {
-    "images": [{"original_size": [267, 70], "resized_size": [280, 56], "tokens": 20}],
     "timings": {"time_to_first_token": 0.042, "decode": 0.1, "total": 0.142},
     "usage": {
         "prompt_tokens": 48,
@@ -32,6 +27,10 @@ LAST = {
         "total_tokens": 54,
         "prompt_tokens_details": {"cached_tokens": 16, "image_tokens": 20},
     },
+}
+ENDS = {
+    "long": {"finish_reason": "length"},
+    "late": {"finish_reason": "length", "stop_reason": "cancelled"},
 }
 
 
@@ -44,15 +43,17 @@ def _event(value: dict) -> str:
     return f"data: {json.dumps({'id': 'chatcmpl-1', 'object': 'chat.completion.chunk'} | value)}\n\n"
 
 
-def stub(bodies: list[dict], keys: list[str | None], wanted_key: str | None = None) -> Starlette:
-    """Appends to ``bodies`` and ``keys`` what each request to chat brings."""
+def stub(
+    bodies: list[dict], keys: list[str | None], sizes: list[tuple[int, int]], wanted_key: str | None = None
+) -> Starlette:
+    """Appends to ``bodies`` and ``keys`` what each request to chat brings; its images are resized to ``sizes``."""
 
     async def events(question: str) -> AsyncIterator[str]:
-        def delta(text: str | None, finish: str | None = None) -> str:
-            return _event({"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": finish}]})
+        def delta(text: str | None, **ends: str) -> str:
+            return _event({"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None} | ends]})
 
         yield ": keep-alive\n\n"
-        for letter in ANSWERS.get(question, "92059"):
+        for letter in question[4:] if question.startswith("say ") else "92059":
             yield delta(letter)
             await asyncio.sleep(0)
         if question == "break":
@@ -64,8 +65,8 @@ def stub(bodies: list[dict], keys: list[str | None], wanted_key: str | None = No
         while question == "slow":
             yield delta(" and")
             await asyncio.sleep(0.02)
-        yield delta(None, "stop")
-        yield _event({"choices": [], **LAST})
+        yield delta(None, **ENDS.get(question, {"finish_reason": "stop"}))
+        yield _event({"choices": [], "images": [{"resized_size": size} for size in sizes], **LAST})
         yield "data: [DONE]\n\n"
 
     async def chat(request: Request) -> Response:
