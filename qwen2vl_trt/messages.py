@@ -287,6 +287,8 @@ def _part(where: str, part: Any) -> _Part:
         if content is None:
             raise PromptError(f"{where}: {keys[0]!r} has no 'url'")
         if kind == "image" and "detail" in inner:
+            if "detail" in given:
+                raise PromptError(f"{where} has 'detail' twice, in {keys[0]} too; give one of them")
             given["detail"] = inner.pop("detail")
         _reject_unknown(f"{where}, {keys[0]}", inner, ("url", "detail") if kind == "image" else ("url",))
     options = {name: given.pop(name) for name in _OPTION_NAMES[kind] if name in given}
@@ -365,7 +367,9 @@ def _tool(where: str, tool: Any) -> dict[str, Any]:
 def _tool_call(where: str, call: Any) -> dict[str, Any]:
     function = _function(where, call, "arguments", ("id", "type", "function"))
     _reject_unknown(f"{where}, function", function, ("name", "arguments"))
-    arguments = function.get("arguments") or {}
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        arguments = {}
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
     if not isinstance(arguments, dict):

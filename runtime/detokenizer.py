@@ -67,7 +67,6 @@ class StopStrings:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
-        self._beginnings = tuple({each[:size] for each in stop for size in range(1, len(each))})
         self._buffer = ""
         self.stopped = False
 
@@ -82,10 +81,7 @@ class StopStrings:
             _, start = min(found)
             new, self._buffer = self._buffer[:start], ""
             return new
-        keep = 0
-        if self._buffer.endswith(self._beginnings):
-            keep = max(len(each) for each in self._beginnings if self._buffer.endswith(each))
-        cut = len(self._buffer) - keep
+        cut = min(map(self._begun, self._stop), default=len(self._buffer))
         new, self._buffer = self._buffer[:cut], self._buffer[cut:]
         return new
 
@@ -93,6 +89,12 @@ class StopStrings:
         """The buffered text."""
         new, self._buffer = self._buffer, ""
         return new
+
+    def _begun(self, stop: str) -> int:
+        """Where the end of the buffer begins that a stop string begins with; its length where there is none."""
+        length = len(self._buffer)
+        starts = range(max(0, length - len(stop) + 1), length)
+        return next((start for start in starts if stop.startswith(self._buffer[start:])), length)
 
 
 class AnswerStream:

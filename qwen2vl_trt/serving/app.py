@@ -8,6 +8,7 @@ import hmac
 import re
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,12 +25,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from qwen2vl_trt import __version__
 from qwen2vl_trt.errors import Qwen2VLError
 from qwen2vl_trt.runtime.pipeline import Pipeline
+from qwen2vl_trt.runtime.request import Output
 from qwen2vl_trt.runtime.request import Request as PipelineRequest
 from qwen2vl_trt.runtime.sampling_params import SamplingParams
 from qwen2vl_trt.runtime.service import Answer, Service
 
 from .chat import conversation, sampling_params
-from .completions import check_completion, echoes, plain_prompts
+from .completions import TextCompletion, check_completion, echoes, plain_prompts
 from .embeddings import check_alone, check_embedding, embeddings
 from .endpoint import Bodies, Endpoint, as_error, as_json
 from .errors import APIError, failed, from_library, overloaded
@@ -44,16 +46,17 @@ from .protocol import (
     CompletionRequest,
     EmbeddingRequest,
     GenerationRequest,
+    StreamOptions,
     TokenizeRequest,
     parse,
 )
 from .responses import ChatCompletion, Completion
 from .streams import KEEP_ALIVE_SECONDS, EventStream, chunks, merged
 from .tasks import cancelled
-from .text_completion import TextCompletion
 from .tool_calls import ToolCompletion, with_calls
 
 _CANCEL_SECONDS = 5.0
+_TOKENIZERS = 2
 _OPEN = ("/health", "/ready")  # without a key
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:/?#\[\]@]+)(?::[0-9]+)?")
 
@@ -104,6 +107,8 @@ class App:
         self._keys = [_digest(key) for key in settings.api_keys]
         self._answers: set[Answer] = set()  # under way
         self.bodies = Bodies(settings.limits)
+        # Not asyncio's own threads: images and videos that are only counted would hold all of them.
+        self._tokenizers = ThreadPoolExecutor(_TOKENIZERS, thread_name_prefix="tokenize")
         self._created = int(time.time())
         self.metrics = Metrics(
             settings.metrics_prefix, lambda: None if self._service is None else self._service.counters()
@@ -223,12 +228,32 @@ class App:
         pipeline, _ = self.check_open()
         parsed, headers = await self._parsed(body, TokenizeRequest)
         self._check_model(parsed.model)
-        asked = await conversation(parsed, self._source, self.settings.limits, request.state.hold)
-        prompt = await asyncio.to_thread(pipeline.tokenize, asked)
+        if (parsed.prompt is None) == (parsed.messages is None):
+            raise APIError(400, "prompt: give either prompt or messages", param="prompt")
+        loop = asyncio.get_running_loop()
+        if parsed.prompt is not None:
+            ids = await loop.run_in_executor(self._tokenizers, pipeline.encode, parsed.prompt)
+        else:
+            asked = await self._conversation(parsed, request)
+            ids = (await loop.run_in_executor(self._tokenizers, pipeline.tokenize, asked)).token_ids
         config = pipeline.engines.checkpoint.config
-        media = sum(prompt.token_ids.count(token) for token in (config.image_token_id, config.video_token_id))
-        counts = {"count": len(prompt.token_ids), "image_tokens": media, "max_model_len": pipeline.profile.max_seq_len}
-        return as_json({**counts, "tokens": prompt.token_ids}, headers=headers)
+        media = sum(ids.count(token) for token in (config.image_token_id, config.video_token_id))
+        counts = {"count": len(ids), "image_tokens": media, "max_model_len": pipeline.profile.max_seq_len}
+        return as_json({**counts, "tokens": ids}, headers=headers)
+
+    async def _conversation(
+        self,
+        body: ChatCompletionRequest | EmbeddingRequest | TokenizeRequest,
+        request: Request,
+        deadline: float | None = None,
+    ) -> PipelineRequest:
+        """See :func:`~qwen2vl_trt.serving.chat.conversation`; its media are held with the body."""
+        began = time.perf_counter()
+        hold, salt = request.state.hold, request.state.cache_salt
+        found = await conversation(body, self._source, self.settings.limits, hold, salt, deadline)
+        if found.images or found.videos:
+            self.metrics.observe("media_fetch_seconds", time.perf_counter() - began)
+        return found
 
     async def _chat(self, request: Request, body: bytearray, stack: AsyncExitStack) -> Response:
         pipeline, service = self.check_open()
@@ -236,10 +261,7 @@ class App:
         self._check_model(parsed.model)
         params = await asyncio.to_thread(sampling_params, parsed, self.settings.limits)
         params = await asyncio.to_thread(with_calls, parsed, params, pipeline.tokenizer, self.settings.limits)
-        began = time.perf_counter()
-        hold, salt = request.state.hold, request.state.cache_salt
-        asked = await conversation(parsed, self._source, self.settings.limits, hold, salt, parsed.timeout)
-        self.metrics.observe("media_fetch_seconds", time.perf_counter() - began)
+        asked = await self._conversation(parsed, request, parsed.timeout)
         completion = ChatCompletion(self.settings.model, pipeline.tokenizer)
         if asked.tools:
             several = parsed.parallel_tool_calls is not False
@@ -273,39 +295,37 @@ class App:
         """The answers to requests, whole or as a stream."""
         answers = self._submit(service, asked, stack)
         if not body.stream:
-            outputs = await asyncio.gather(*answers)
-            for output in outputs:
-                if output.error is not None:
-                    raise output.error
-            return as_json(completion.whole(outputs), headers=headers)
+            outputs = await asyncio.gather(*map(_succeeded, answers))
+            return await asyncio.to_thread(lambda: as_json(completion.whole(outputs), headers=headers))
         events = merged(answers)
         stack.push_async_callback(events.aclose)
-        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         # What is wrong with a request is known before its first token, while there is still a status to send.
         first = asyncio.ensure_future(anext(events, None))
         stack.push_async_callback(cancelled, first)
         await asyncio.wait([first], timeout=KEEP_ALIVE_SECONDS)
         if first.done():
             first.result()
-        return EventStream(chunks(first, events, answers, completion, usage), headers)
+        options = body.stream_options or StreamOptions()
+        return EventStream(chunks(first, events, answers, completion, options), headers)
 
     async def _embeddings(self, request: Request, body: bytearray, stack: AsyncExitStack) -> Response:
         pipeline, service = self.check_open()
         parsed, headers = await self._parsed(body, EmbeddingRequest)
         self._check_model(parsed.model)
-        check_embedding(parsed, pipeline.engines.checkpoint.config.text.hidden_size)
+        await asyncio.to_thread(check_embedding, parsed, pipeline.engines)
         limits, salt = self.settings.limits, request.state.cache_salt
         if parsed.input is None:
-            conversed = await conversation(parsed, self._source, limits, request.state.hold, salt, parsed.timeout)
+            conversed = await self._conversation(parsed, request, parsed.timeout)
             check_alone(parsed, conversed)
             asked = [conversed]
         else:
             prompts = await asyncio.to_thread(plain_prompts, parsed.input, "input", 1, pipeline, limits)
             asked = [PipelineRequest(each.token_ids, deadline=parsed.timeout, cache_salt=salt) for each in prompts]
         wanted = [(replace(each, features=parsed.pooling), None) for each in asked]
-        outputs = [await answer for answer in self._submit(service, wanted, stack)]
-        found = await asyncio.to_thread(embeddings, parsed, self.settings.model, outputs)
-        return await asyncio.to_thread(as_json, found, headers=headers)
+        outputs = await asyncio.gather(*map(_succeeded, self._submit(service, wanted, stack)))
+        return await asyncio.to_thread(
+            lambda: as_json(embeddings(parsed, self.settings.model, outputs), headers=headers)
+        )
 
     def _submit(
         self,
@@ -314,20 +334,23 @@ class App:
         stack: AsyncExitStack,
     ) -> list[Answer]:
         """Queue requests; the stack ends them."""
-        answers = []
+        answers: list[Answer] = []
+        stack.push_async_callback(self._settle, answers)
         for each in asked:
             answers.append(service.submit(*each))
             self._answers.add(answers[-1])
-            stack.push_async_callback(self._settle, answers[-1])
         return answers
 
-    async def _settle(self, answer: Answer) -> None:
-        """The client has its answer, or has hung up, and the answer ends within a step."""
-        answer.cancel()
+    async def _settle(self, answers: Sequence[Answer]) -> None:
+        """The client has its answers, or has hung up, and they end within a step."""
+        for answer in answers:
+            answer.cancel()
         with move_on_after(_CANCEL_SECONDS):
-            await answer
-        self._answers.discard(answer)
-        self.metrics.answer(answer)
+            for answer in answers:
+                await answer
+        for answer in answers:
+            self._answers.discard(answer)
+            self.metrics.answer(answer)
 
     def cancel_all(self) -> None:
         """End the answers under way; their streams say so."""
@@ -361,6 +384,14 @@ class App:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+
+
+async def _succeeded(answer: Answer) -> Output:
+    """The output of an answer, once it has ended; raises what it failed with."""
+    output = await answer
+    if output.error is not None:
+        raise output.error
+    return output
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 import msgspec
+from anyio import move_on_after
 
-from qwen2vl_trt.errors import MediaError, SamplingError
+from qwen2vl_trt.errors import DeadlineError, MediaError, SamplingError
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
 from qwen2vl_trt.messages import detach_media
 from qwen2vl_trt.runtime.request import Request
@@ -123,10 +125,19 @@ async def conversation(
     cache_salt: str | None = None,
     deadline: float | None = None,
 ) -> Request:
-    """A request of OpenAI's messages, its images and videos fetched.
+    """A request of OpenAI's messages, its images and videos fetched, which its deadline counts.
+
+    Args:
+        body: of the request.
+        source: of its media.
+        limits: of their number, and of the messages'.
+        hold: see :meth:`~qwen2vl_trt.serving.media.MediaSource.fetch_all`.
+        cache_salt: of the request.
+        deadline: its seconds from now.
 
     Raises:
         APIError: 400, too many images, or a medium that is not taken or cannot be had; what ``hold`` raises.
+        DeadlineError: it passed before all media were there.
         PromptError: the messages are wrong.
     """
     image_options, video_options = media_options(body.mm_processor_kwargs)
@@ -143,7 +154,13 @@ async def conversation(
         count = sum(each == kind for each, _, _ in media)
         if count > most:
             raise APIError(400, f"messages: {count:,} {kind}s; this server takes up to {most:,}", param="messages")
-    fetched = await source.fetch_all(media, hold)
+    began = time.perf_counter()
+    with move_on_after(deadline) as patience:
+        fetched = await source.fetch_all(media, hold)
+    if patience.cancelled_caught:
+        raise DeadlineError(f"the deadline of {deadline:g} s passed while images and videos were fetched")
+    if deadline is not None:
+        deadline = max(1e-9, deadline - time.perf_counter() + began)
     images, videos = (
         [found for found, (each, _, _) in zip(fetched, media, strict=True) if each == kind]
         for kind in ("image", "video")

@@ -10,21 +10,34 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.runtime.backends.runners import Engines
 from qwen2vl_trt.runtime.request import Output, Request
 
 from .errors import APIError, overloaded
 from .protocol import EmbeddingRequest
 
 
-def check_embedding(body: EmbeddingRequest, width: int) -> None:
-    """Raise APIError 400 for fields that contradict each other, or dimensions that are not the width."""
+def check_embedding(body: EmbeddingRequest, engines: Engines) -> None:
+    """See that a body asks for what there is.
+
+    Raises:
+        APIError: 400, fields that contradict each other, or dimensions that are not the width; 501, the backend gives
+            no hidden states.
+    """
     if (body.input is None) == (body.messages is None):
         raise APIError(400, "input: give either input or messages", param="input")
     if body.pooling == "image_features" and body.messages is None:
         raise APIError(400, "pooling: image_features are of images; give them in messages", param="pooling")
+    width = engines.checkpoint.config.text.hidden_size
     if body.dimensions not in (None, width):
         message = f"dimensions: this model's embeddings have {width:,}, and are not made shorter"
         raise APIError(400, message, param="dimensions")
+    if body.pooling == "last_hidden_state":
+        try:
+            _ = engines.decoder
+        except EngineError:
+            message = "pooling: the backend of this model gives no hidden states; image_features are all that it has"
+            raise APIError(501, message, param="pooling", code="not_supported") from None
 
 
 def check_alone(body: EmbeddingRequest, request: Request) -> None:
@@ -39,20 +52,9 @@ def check_alone(body: EmbeddingRequest, request: Request) -> None:
 
 
 def embeddings(body: EmbeddingRequest, model: str, outputs: Sequence[Output]) -> dict[str, Any]:
-    """The answer.
-
-    Raises:
-        APIError: 501, the backend gives no hidden states; 503, the server stops.
-        Qwen2VLError: what is wrong with one of the inputs.
-    """
-    for output in outputs:
-        if isinstance(output.error, EngineError) and body.pooling == "last_hidden_state":
-            message = "pooling: the backend of this model gives no hidden states; image_features are all that it has"
-            raise APIError(501, message, param="pooling", code="not_supported")
-        if output.error is not None:
-            raise output.error
-        if output.finish_reason == "cancelled":
-            raise overloaded("the server is stopping")
+    """The answer; raises APIError 503 where the server has stopped one of them."""
+    if any(output.finish_reason == "cancelled" for output in outputs):
+        raise overloaded("the server is stopping")
     vectors = [normalize(_pooled(each), dim=0) for output in outputs for each in output.features]
     if body.pooling == "image_features":
         tokens = sum(medium.tokens for output in outputs for medium in [*output.images, *output.videos])

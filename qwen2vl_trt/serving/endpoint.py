@@ -11,7 +11,7 @@ import msgspec
 from anyio import move_on_after
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .errors import APIError, overloaded
 from .limits import Limits
@@ -27,7 +27,7 @@ class Bodies:
     """
 
     def __init__(self, limits: Limits) -> None:
-        self._limits, self.held, self.running = limits, 0, 0
+        self.limits, self.held, self.running = limits, 0, 0
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytearray]:
@@ -38,7 +38,7 @@ class Bodies:
         Raises:
             APIError: 408, 413, 415, or 503 where too many bytes are held.
         """
-        limits = self._limits
+        limits = self.limits
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise APIError(415, "Content-Type must be application/json")
@@ -74,7 +74,7 @@ class Bodies:
             nonlocal own
             own += size
             self.held += size
-            if self.held > self._limits.body_bytes_in_flight:
+            if self.held > self.limits.body_bytes_in_flight:
                 raise overloaded("other requests take all memory for bodies and media; try again later")
 
         try:
@@ -84,7 +84,7 @@ class Bodies:
 
 
 class Endpoint:
-    """A handler with a body that ends when its client hangs up."""
+    """A handler with a body that ends when its client hangs up, or takes nothing of the answer."""
 
     def __init__(
         self,
@@ -116,8 +116,14 @@ class Endpoint:
     async def _respond(
         self, request: Request, body: bytearray, stack: AsyncExitStack, scope: Scope, receive: Receive, send: Send
     ) -> None:
+        async def taken(message: Message) -> None:
+            with move_on_after(self._bodies.limits.send_seconds) as patience:
+                await send(message)
+            if patience.cancelled_caught:
+                raise ClientDisconnect
+
         response = await self._handler(request, body, stack)
-        await response(scope, receive, send)
+        await response(scope, receive, taken)
 
 
 async def _hang_up(receive: Receive) -> None:

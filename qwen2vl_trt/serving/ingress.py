@@ -6,8 +6,8 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing, suppress
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from .app import App, ServerSettings
 from .endpoint import Endpoint, as_json
 from .errors import APIError, overloaded
 from .metrics import CONTENT_TYPE
+from .protocol import check_values
 
 _ATTEMPTS = 4
 """Replicas that may be lost with one request in hand, which may be what they are lost by."""
@@ -110,7 +111,7 @@ class Front(App):
 
     async def _forward(self, request: Request, body: bytearray, stack: AsyncExitStack) -> Response:
         key = await asyncio.to_thread(conversation_key, body)
-        return Relayed(self._replicas, request.scope, bytes(body), key)
+        return Relayed(self._replicas, request.scope, body, key)
 
 
 class Relayed(Response):
@@ -123,7 +124,7 @@ class Relayed(Response):
         key: requests with one key go to one replica, while it is there and has room; empty for any.
     """
 
-    def __init__(self, replicas: DeploymentHandle, scope: Scope, body: bytes, key: str) -> None:
+    def __init__(self, replicas: DeploymentHandle, scope: Scope, body: bytes | bytearray, key: str) -> None:
         super().__init__()
         self._replicas = replicas.options(stream=True, session_id=key)
         self._scope, self._body = {name: value for name, value in scope.items() if name in _SCOPE}, body
@@ -133,15 +134,16 @@ class Relayed(Response):
             start: Message | None = None
             begun = over = False
             try:
-                async for message in self._messages():
-                    if start is None:
-                        start = message  # kept until there is a body behind it
-                        continue
-                    if not begun:
-                        await send(start)
-                        begun = True
-                    await send(message)
-                    over = not message.get("more_body")
+                async with aclosing(self._messages()) as messages:
+                    async for message in messages:
+                        if start is None:
+                            start = message  # kept until there is a body behind it
+                            continue
+                        if not begun:
+                            await send(start)
+                            begun = True
+                        await send(message)
+                        over = not message.get("more_body")
                 return
             except RayActorError as error:
                 if over:  # lost between its last words and its end
@@ -156,7 +158,7 @@ class Relayed(Response):
                 raise overloaded("no replica takes the request now; try again later") from None
         raise APIError(500, "the replicas that had this request in hand were lost; it is not tried again")
 
-    async def _messages(self) -> AsyncIterator[Message]:
+    async def _messages(self) -> AsyncGenerator[Message, None]:
         answer: Any = self._replicas.answer.remote(self._scope, self._body)
         try:
             async for messages in answer:
@@ -186,7 +188,12 @@ class _Message(msgspec.Struct):
 
 def conversation_key(body: bytes | bytearray) -> str:
     """A hash of the beginning that all turns of a conversation have: the messages up to the user's first, images
-    included; of a text its first 1,024 bytes. Empty where the body is none of these, which its replica will say."""
+    included; of a text its first 1,024 bytes. Empty where the body is none of these, which its replica will say.
+
+    Raises:
+        APIError: 413, too many values.
+    """
+    check_values(body)
     try:
         asked = msgspec.json.decode(body, type=_Asked)
         roles = [msgspec.json.decode(message, type=_Message).role for message in asked.messages]

@@ -13,6 +13,7 @@ class Limits:
         body_bytes: of a request's body.
         body_bytes_in_flight: of all bodies that are held at one time, and of the media that were fetched for them.
         body_seconds: until a request's header is there, and then until its body is.
+        send_seconds: until a client has taken what it is sent; one that takes nothing has hung up.
         parts: of a request: its messages, and the texts and media in them.
         images: of a request.
         image_bytes: of an image, encoded.
@@ -20,7 +21,7 @@ class Limits:
         video_bytes: of a video, encoded; of all frames of one that is given as images.
         video_frames: of a video that is given as images.
         image_fetch_seconds: until an image of a URL is there, whatever its host sends meanwhile.
-        video_fetch_seconds: likewise of a video.
+        video_fetch_seconds: likewise of a video, or of all the frames of one.
         fetches: URLs that are fetched at one time; others wait for as many seconds as their fetch may take.
         tools: that a model may call.
         n: answers to one prompt.
@@ -34,6 +35,7 @@ class Limits:
     body_bytes: int = 64 << 20
     body_bytes_in_flight: int = 1 << 30
     body_seconds: float = 30.0
+    send_seconds: float = 60.0
     parts: int = 4096
     images: int = 16
     image_bytes: int = 32 << 20

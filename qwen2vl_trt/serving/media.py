@@ -39,6 +39,8 @@ Hold = Callable[[int], None]
 
 _PORTS = {"http": 80, "https": 443}
 _LONGEST_URL = 8192
+_BLANKS = b" \t\n\f\r"
+_UNQUOTED_PART = 1 << 16
 _VISIBLE = re.compile(r"[!-~]+")
 # The last label begins with a letter: 127.1, 2130706433, 0177.0.0.1 and 0x7f000001 are numbers to some resolvers.
 _HOST = re.compile(r"(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
@@ -170,15 +172,20 @@ class MediaSource:
         if kind == "image" or not isinstance(source, list) or not all(isinstance(url, str) for url in source):
             raise APIError(400, f"{where}: its {kind} is no URL")
         self._check_frames(len(source), where)
+        seconds = self._limits.video_fetch_seconds
         frames: list[bytes] = []
         size = 0
-        for number, url in enumerate(source, start=1):
-            frame = await self.fetch(url, "image", f"{where}, frame {number}", hold)
-            assert isinstance(frame, bytes)  # of an image
-            size += len(frame)
-            if size > self._limits.video_bytes:
-                raise _too_large(where, self._limits.video_bytes)
-            frames.append(frame)
+        try:
+            with anyio.fail_after(seconds):
+                for number, url in enumerate(source, start=1):
+                    frame = await self.fetch(url, "image", f"{where}, frame {number}", hold)
+                    assert isinstance(frame, bytes)  # of an image
+                    size += len(frame)
+                    if size > self._limits.video_bytes:
+                        raise _too_large(where, self._limits.video_bytes)
+                    frames.append(frame)
+        except TimeoutError:
+            raise APIError(422, f"{where}: the URLs of its frames took over {seconds:g} s") from None
         return frames
 
     def _check_frames(self, count: int, where: str) -> None:
@@ -197,7 +204,7 @@ class MediaSource:
             if len(payload) > 3 * most:  # three characters a byte at most
                 raise _too_large(where, most)
             try:
-                return _whole(unquote_to_bytes(payload), most, where)
+                return _whole(_unquoted(payload), most, where)
             except UnicodeEncodeError:
                 raise APIError(400, f"{where}: the data: URL is not valid text") from None
         if kind == "video" and media_type in FRAME_LISTS:
@@ -365,16 +372,26 @@ def _from_base64(text: str, most: int, where: str) -> bytes:
     if _least_bytes(text) > 4 * most or (_least_bytes(text) > most and not ("%" in text or " " in text)):
         raise _too_large(where, most)
     try:
-        if "%" in text:
-            text = unquote_to_bytes(text).decode("ascii")
-        if not text.isascii():
-            raise ValueError(text[:1])
-        if len(text) % 4 or any(blank in text for blank in " \n\r\t"):  # as browsers take it
-            text = "".join(text.split()).rstrip("=")
-            text += "=" * (-len(text) % 4)
-        return _whole(pybase64.b64decode(text, validate=True), most, where)
+        data = _unquoted(text) if "%" in text else text.encode("ascii")
+        if len(data) % 4 or any(blank in data for blank in _BLANKS):  # as browsers take it
+            data = data.translate(None, _BLANKS).rstrip(b"=")
+            data += b"=" * (-len(data) % 4)
+        return _whole(pybase64.b64decode(data, validate=True), most, where)
     except ValueError:
         raise APIError(400, f"{where}: the data: URL is not base64") from None
+
+
+def _unquoted(text: str) -> bytes:
+    """A text without percent-encoding, part by part: ``unquote_to_bytes`` makes an object of each ``%``."""
+    parts: list[bytes] = []
+    start = 0
+    while start < len(text):
+        end = start + _UNQUOTED_PART
+        cut = text.rfind("%", end - 2, end)
+        end = end if cut < 0 else cut
+        parts.append(unquote_to_bytes(text[start:end]))
+        start = end
+    return b"".join(parts)
 
 
 def _whole(data: bytes, most: int, where: str) -> bytes:

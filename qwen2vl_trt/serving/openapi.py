@@ -9,6 +9,7 @@ import msgspec
 
 from qwen2vl_trt import __version__
 
+from .message_schema import SCHEMAS
 from .protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, GenerationRequest, TokenizeRequest
 
 _ERRORS = {
@@ -38,7 +39,7 @@ _POST = {
     "/v1/chat/completions": ("an answer, or with stream a stream of chunks", ChatCompletionRequest),
     "/v1/completions": ("the continuation of texts, or with stream a stream of chunks", CompletionRequest),
     "/v1/embeddings": ("pooled hidden states of texts and messages, or pooled features of images", EmbeddingRequest),
-    "/tokenize": ("the tokens of a conversation, images included", TokenizeRequest),
+    "/tokenize": ("the tokens of a text, or of a conversation, images included", TokenizeRequest),
 }
 
 
@@ -47,6 +48,7 @@ def document() -> dict[str, Any]:
     """OpenAPI 3.1, as an object of JSON."""
     kinds = [kind for _, kind in _POST.values()]
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    components |= SCHEMAS
     error = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object"}}}
     errors = {
         str(status): {"description": text, "content": {"application/json": {"schema": error}}}

@@ -18,7 +18,9 @@ _Count = Annotated[int, Meta(ge=1, lt=1 << 31)]
 _Text = Annotated[str, Meta(min_length=1)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 _Number = Annotated[int, Meta(ge=0, lt=1 << 31)]
-_Messages = Annotated[list[dict[str, Any]], Meta(min_length=1)]
+_Message = Annotated[dict[str, Any], Meta(extra_json_schema={"$ref": "#/components/schemas/Message"})]
+_Messages = Annotated[list[_Message], Meta(min_length=1)]
+"""Of OpenAI's and Qwen's forms, which :mod:`qwen2vl_trt.messages` reads."""
 
 Prompts = str | Annotated[list[str | _Number | list[_Number]], Meta(min_length=1)]
 """A text or token ids, or a list of one of them."""
@@ -32,9 +34,10 @@ _MOST_COMMAS = 1 << 18
 
 
 class StreamOptions(Struct):
-    """``include_usage``: a last event with the tokens used."""
+    """``include_usage``: a last event with the tokens used; ``continuous_usage_stats``, vLLM's: in every event too."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class JSONSchema(Struct):
@@ -155,12 +158,19 @@ class EmbeddingRequest(Struct, kw_only=True):
 
 
 class TokenizeRequest(Struct, kw_only=True):
-    """POST /tokenize: a conversation, whose images are counted too."""
+    """POST /tokenize: a text, or a conversation, whose images are counted too."""
 
-    messages: _Messages
+    prompt: str | None = None
+    messages: _Messages | None = None
     model: str | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     tools: list[Tool] | None = None
+
+
+def check_values(body: bytes | bytearray) -> None:
+    """Raise APIError 413 for a body of too many values, which takes much more memory once it is read."""
+    if body.count(b",") > _MOST_COMMAS:
+        raise APIError(413, f"the body has over {_MOST_COMMAS:,} commas: too many values; give fewer at a time")
 
 
 def parse(body: bytes | bytearray, kind: type[Body]) -> tuple[Body, list[str]]:
@@ -172,8 +182,7 @@ def parse(body: bytes | bytearray, kind: type[Body]) -> tuple[Body, list[str]]:
     Raises:
         APIError: 400, no JSON, or a field of a wrong type or outside its range; 413, too many values.
     """
-    if body.count(b",") > _MOST_COMMAS:
-        raise APIError(413, f"the body has over {_MOST_COMMAS:,} commas: too many values; give fewer at a time")
+    check_values(body)
     try:
         parsed = msgspec.json.decode(body, type=kind)
         names = msgspec.json.decode(body, type=dict[str, msgspec.Raw])

@@ -103,6 +103,11 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
+def tokens_used(prompt: int, completion: int) -> dict[str, Any]:
+    """OpenAI's ``usage``."""
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
 def account(outputs: Sequence[Output], prompts: int = 1) -> dict[str, Any]:
     """Tokens used by the answers to so many prompts, the sizes of the first's media, and the first answer's seconds."""
     first, answered = outputs[0], outputs[:: len(outputs) // prompts]
@@ -113,12 +118,7 @@ def account(outputs: Sequence[Output], prompts: int = 1) -> dict[str, Any]:
         "image_tokens": sum(medium.tokens for medium in [*first.images, *first.videos]),
     }
     return {
-        "usage": {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": details,
-        },
+        "usage": tokens_used(prompt, completion) | {"prompt_tokens_details": details},
         "images": [image.as_json() for image in first.images],
         "videos": [video.as_json() for video in first.videos],
         "timings": asdict(first.timings),

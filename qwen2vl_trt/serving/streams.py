@@ -16,7 +16,8 @@ from qwen2vl_trt.runtime.request import Event
 from qwen2vl_trt.runtime.service import Answer
 
 from .errors import failed, from_library
-from .responses import Completion
+from .protocol import StreamOptions
+from .responses import Completion, tokens_used
 from .tasks import cancelled
 
 KEEP_ALIVE_SECONDS = 15.0
@@ -58,26 +59,32 @@ async def chunks(
     events: AsyncIterator[tuple[int, Event | None]],
     answers: Sequence[Answer],
     completion: Completion,
-    usage: bool,
+    options: StreamOptions,
 ) -> AsyncIterator[dict[str, Any]]:
     """The chunks of a stream; an error is the last of them."""
     sent = [0] * len(answers)
+    tokens = [0] * len(answers)
     begun = [False] * len(answers)
     try:
         pair = await first
         while pair is not None:
             index, event = pair
+            output, chunk = answers[index].output, None
             if event is None:
-                output = answers[index].output
-                yield completion.end(index, output, not begun[index], output.text[sent[index] :])
-            elif event.text or event.logprobs or not begun[index]:
-                chunk = completion.chunk(index, event.text, event.logprobs, not begun[index])
-                if chunk is not None:
-                    yield chunk
-                sent[index] += len(event.text)
+                chunk = completion.end(index, output, not begun[index], output.text[sent[index] :])
+            else:
+                tokens[index] += 1
+                if event.text or event.logprobs or not begun[index]:
+                    chunk = completion.chunk(index, event.text, event.logprobs, not begun[index])
+                    sent[index] += len(event.text)
             begun[index] = True
+            if chunk is not None:
+                if options.include_usage:
+                    continuous = bool(options.continuous_usage_stats)
+                    chunk["usage"] = tokens_used(output.prompt_tokens, tokens[index]) if continuous else None
+                yield chunk
             pair = await anext(events, None)
-        if usage:
+        if options.include_usage:
             yield completion.usage([answer.output for answer in answers])
     except Qwen2VLError as error:
         yield from_library(error).as_json()

@@ -237,7 +237,7 @@ class SlotManager(KVCacheManager):
         return source, shared, wait
 
     def _free_slot(self, but: int) -> int:
-        """One that keeps nothing, or the one left longest ago; among equals next to those in use.
+        """One that keeps nothing if there is one; then one next to those in use, or the one left longest ago.
 
         An engine over rows runs all from the first in use to the last.
         """
@@ -247,8 +247,7 @@ class SlotManager(KVCacheManager):
         if len(free) > 1:
             free = free[free != but]
         used = np.flatnonzero(self._free_since < 0)
-        lowest, highest = (used[0], used[-1]) if len(used) else (0, 0)
-        span = np.maximum(free, highest) - np.minimum(free, lowest)
+        span = np.maximum(free, used[-1]) - np.minimum(free, used[0]) if len(used) else np.zeros_like(free)
         order = np.lexsort((free, self._free_since[free], span, self._kept[free] > 0))
         return int(free[order[0]])
 

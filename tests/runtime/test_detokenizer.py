@@ -1,5 +1,7 @@
 """Text that grows token by token: no half characters, no stop string, nothing lost."""
 
+import tracemalloc
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -157,6 +159,17 @@ def test_text_is_held_back_only_while_it_may_be_a_stop_string():
     assert [filter_.push(piece) for piece in ("aE", "N", "X", "EN", "D", "more")] == ["a", "", "ENX", "", "", ""]
     assert filter_.stopped
     assert filter_.flush() == ""
+
+
+def test_a_long_stop_string_takes_little_memory():
+    tracemalloc.start()
+    filter_ = StopStrings(["a" * 9_000 + "b"])
+    assert filter_.push("a" * 9_500) + filter_.push("a") == "a" * 501
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < 1e6
+    assert filter_.push("b") == ""
+    assert filter_.stopped
 
 
 def stream_of(tokens, **settings_):

@@ -9,9 +9,10 @@ import pytest
 pytest.importorskip("mmh3", reason="ray[serve] is not installed")
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
+from starlette.requests import ClientDisconnect
 
 from qwen2vl_trt.serving.app import ServerSettings
-from qwen2vl_trt.serving.ingress import Front, conversation_key
+from qwen2vl_trt.serving.ingress import Front, Relayed, conversation_key
 
 
 class Replicas:
@@ -57,12 +58,12 @@ LOST = ActorDiedError()
 ASKED = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
-def ask(replicas, **settings):
+def ask(replicas, messages=ASKED["messages"], **settings):
     async def call():
         front = Front(ServerSettings("tiny", **settings), replicas)
         transport = httpx.ASGITransport(front, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-            return await client.post("/v1/chat/completions", json=ASKED)
+            return await client.post("/v1/chat/completions", json={"messages": messages})
 
     return anyio.run(call)
 
@@ -105,6 +106,27 @@ def test_what_is_refused_reaches_no_replica():
     replicas = Replicas()
     assert ask(replicas, api_keys=["alpha"]).status_code == 401
     assert ask(replicas, allowed_hosts=["elsewhere"]).status_code == 400
+
+
+def test_a_flood_of_values_is_refused_before_it_is_read():
+    replicas = Replicas()
+    response = ask(replicas, messages=[1] * 262_200)
+    assert (response.status_code, replicas.asked) == (413, [])
+
+
+def test_a_client_that_leaves_while_it_is_sent_to_leaves_the_replica():
+    replicas = Replicas([start(), body("a", True), body("b")])
+
+    async def call():
+        async def send(message):
+            if message["type"] == "http.response.body":
+                raise ClientDisconnect
+
+        with pytest.raises(ClientDisconnect):
+            await Relayed(replicas, {"path": "/"}, b"", "")({}, None, send)
+        assert replicas.left == 1
+
+    anyio.run(call)
 
 
 class TestConversationKey:

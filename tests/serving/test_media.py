@@ -6,9 +6,11 @@ import datetime
 import os
 import socket
 import ssl
+import tracemalloc
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address
+from urllib.parse import unquote_to_bytes
 
 import pytest
 
@@ -377,6 +379,21 @@ class TestHosts:
 
         asyncio.run(run())
 
+    def test_the_frames_of_a_video_have_its_time(self):
+        async def run():
+            async def slow(writer):
+                await asyncio.sleep(0.2)
+                writer.write(sized(b"a"))
+
+            limits = replace(SMALL, image_fetch_seconds=60, video_fetch_seconds=0.3)
+            async with listening(slow) as (port, _):
+                url = f"http://example.org:{port}/"
+                with pytest.raises(APIError, match="frames took over") as caught:
+                    await local(port, limits).fetch_all([("video", [url] * 4, "video 1")], free)
+                assert caught.value.status == 422
+
+        asyncio.run(run())
+
     def test_of_several_the_first_failure_ends_all(self):
         async def run():
             async with listening(sized(b"pixels")) as (port, _):
@@ -519,6 +536,24 @@ class TestData:
         assert len(fetched(MediaSource(SMALL), "data:;base64," + base64.b64encode(bytes(1000)).decode())) == 1000
         monkeypatch.setattr("pybase64.b64decode", None)
         assert status(MediaSource(SMALL), "data:;base64," + base64.b64encode(bytes(count)).decode()) == 413
+
+    @pytest.mark.parametrize(
+        "url",
+        ["data:;base64,%s" % ("%41" * 400_000), "data:,%s" % ("%41" * 400_000), "data:;base64,%s" % ("aaa " * 400_000)],
+    )
+    def test_what_is_escaped_takes_no_more_memory(self, url):
+        source = MediaSource(replace(SMALL, image_bytes=1 << 20))
+        tracemalloc.start()
+        assert len(fetched(source, url)) >= 300_000
+        taken = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert taken < 6 * len(url)
+
+    @pytest.mark.parametrize("part", [3, 4, 5, 7, 1 << 16])
+    def test_escapes_in_parts(self, part, monkeypatch):
+        monkeypatch.setattr("qwen2vl_trt.serving.media._UNQUOTED_PART", part)
+        for text in ("%41%42%43", "a%41é%4", "%%41%%%", "abcdefg%", "%f", "%e5%8c%97" * 5):
+            assert fetched(MediaSource(SMALL), f"data:,{text}") == unquote_to_bytes(text)
 
     def test_too_many_frames(self):
         source = MediaSource(SMALL)

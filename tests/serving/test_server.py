@@ -1,5 +1,6 @@
 """The server with real clients over real sockets: answers, streams, refusals, hang-ups, its end."""
 
+import asyncio
 import base64
 import io
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +23,9 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from qwen2vl_trt import Pipeline, Request, SamplingParams, Service, StructuredOutputsParams
+from qwen2vl_trt import Output, Pipeline, Request, SamplingParams, Service, StructuredOutputsParams
 from qwen2vl_trt.engines.profile import BuildProfile
-from qwen2vl_trt.errors import EngineError
+from qwen2vl_trt.errors import EngineError, PromptError
 from qwen2vl_trt.runtime.backends.runners import Engines
 from qwen2vl_trt.runtime.inputs.clips import VideoLimits
 from tests.support.engine_folders import build
@@ -34,7 +36,10 @@ uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 from qwen2vl_trt.commands import serve  # noqa: E402
 from qwen2vl_trt.commands.options import Parser, pipeline_options  # noqa: E402
 from qwen2vl_trt.serving.app import App, ServerSettings  # noqa: E402
+from qwen2vl_trt.serving.endpoint import Bodies, Endpoint, as_json  # noqa: E402
 from qwen2vl_trt.serving.limits import Limits  # noqa: E402
+from qwen2vl_trt.serving.media import MediaSource  # noqa: E402
+from qwen2vl_trt.serving.responses import Completion  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = (ROOT / "docs" / "digits.png").read_bytes()
@@ -199,6 +204,32 @@ class TestAnswers:
         tokens = [each.model_extra["images"][0]["tokens"] for each in (whole, parts, kwargs)]
         assert tokens[0] > 6 >= tokens[1] == tokens[2]
 
+    @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+    @pytest.mark.parametrize("continuous", [False, True])
+    def test_usage_of_every_chunk(self, web, path, continuous):
+        options = {"include_usage": True, "continuous_usage_stats": continuous}
+        body = {"messages": messages("Hi", ()), "prompt": "Hi", "max_tokens": 9, "n": 2, "ignore_eos": True}
+        lines = web.post(path, json=body | {"stream": True, "stream_options": options}).text.split("\n\n")[:-2]
+        *chunks, last = (json.loads(line.removeprefix("data: ")) for line in lines)
+        assert last["usage"]["completion_tokens"] == 18
+        found = [[], []]
+        for chunk in chunks:
+            found[chunk["choices"][0]["index"]].append(chunk["usage"])
+        for usages in found:
+            if not continuous:
+                assert set(map(str, usages)) == {"None"}
+                continue
+            assert usages == sorted(usages, key=lambda usage: usage["completion_tokens"])
+            prompt = last["usage"]["prompt_tokens"]
+            assert usages[-1] == {"prompt_tokens": prompt, "completion_tokens": 9, "total_tokens": prompt + 9}
+
+    def test_tokenize_a_text(self, web, pipeline):
+        text = "What digits? <|im_end|> <|image_pad|>"
+        found = web.post("/tokenize", json={"prompt": text}).json()
+        assert (found["tokens"], found["image_tokens"]) == (pipeline.encode(text), 0)
+        for body in ({}, {"prompt": "a", "messages": messages()}):
+            assert web.post("/tokenize", json=body).json()["error"]["param"] == "prompt"
+
     def test_tokenize_counts_images(self, client, web):
         used = client.chat.completions.create(model="tiny", messages=messages()).usage
         found = web.post("/tokenize", json={"messages": messages()}).json()
@@ -334,6 +365,13 @@ class TestCompletions:
                 assert response.status_code == 400
         body = {"prompt": "<|image_pad|>", "max_tokens": None}
         assert web.post("/v1/completions", json=body).status_code == 200
+
+    def test_what_is_wrong_with_one_prompt_ends_the_others(self, web, service):
+        before = service.counters().cancelled
+        body = {"prompt": [[5], [6], [10**6]], "ignore_eos": True, "max_tokens": 550}
+        assert web.post("/v1/completions", json=body).status_code == 400
+        idle(service)
+        assert service.counters().cancelled == before + 2
 
     def test_a_hang_up_ends_every_answer(self, web, service):
         before = service.counters().cancelled
@@ -579,7 +617,10 @@ class TestRefusals:
                     response = httpx.post(f"{address}{path}", json=asked, timeout=PATIENCE)
                     assert response.status_code == status, response.text
                     assert response.headers.get("Retry-After") == ("1" if status == 503 else None)
-                    assert app.bodies.held == 0
+                    end = time.monotonic() + PATIENCE
+                    while app.bodies.held:  # the client has its answer a moment before the request has ended
+                        assert time.monotonic() < end
+                        time.sleep(0.01)
 
     def test_a_video_that_takes_too_long(self, web, pipeline, monkeypatch):
         monkeypatch.setattr(pipeline._media.preprocessor, "video_limits", VideoLimits(seconds=-1.0))
@@ -605,6 +646,30 @@ class TestRefusals:
             response = httpx.post(path, content=b" " * 6_000, headers=headers)
             assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
             assert app.bodies.held == 10_000
+
+    def test_what_is_fetched_counts_as_the_body_does(self, service, pipeline, tmp_path):
+        (tmp_path / "a.png").write_bytes(DIGITS)
+        limits = Limits(body_bytes_in_flight=5 * len(DIGITS))
+        with opened(service, pipeline, limits=limits, allowed_local_media_path=str(tmp_path)) as (app, address):
+            part = {"type": "image_url", "image_url": {"url": f"file://{tmp_path}/a.png"}}
+            for path in ("/v1/chat/completions", "/v1/embeddings", "/tokenize"):
+                for images, status in ((3, 200), (6, 503)):
+                    body = {"messages": [{"role": "user", "content": [part] * images}]}
+                    assert httpx.post(f"{address}{path}", json=body, timeout=PATIENCE).status_code == status
+            end = time.monotonic() + PATIENCE
+            while app.bodies.held:
+                assert time.monotonic() < end
+
+    def test_a_deadline_counts_while_media_are_fetched(self, service, pipeline, monkeypatch):
+        async def never(self, url, kind, where, hold):
+            await asyncio.Future()
+
+        monkeypatch.setattr(MediaSource, "fetch", never)
+        with opened(service, pipeline) as (_, address):
+            for path in ("/v1/chat/completions", "/v1/embeddings"):
+                body = {"messages": messages(), "timeout": 0.1}
+                response = httpx.post(f"{address}{path}", json=body, timeout=PATIENCE)
+                assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
 
 
 class TestWhoMayAsk:
@@ -675,6 +740,22 @@ class TestHangingUp:
         idle(service)
         assert not [record for record in caplog.records if record.name.startswith(("uvicorn", "asyncio"))]
 
+    def test_all_answers_of_a_request_are_cancelled_before_one_is_waited_for(self):
+        cancelled = []
+
+        class Ends:
+            output = Output()
+
+            def cancel(self):
+                cancelled.append(self)
+
+            def __await__(self):
+                assert len(cancelled) == 5
+                yield from asyncio.sleep(0).__await__()
+
+        asyncio.run(App(ServerSettings("tiny"))._settle([Ends() for _ in range(5)]))
+        assert len(cancelled) == 5
+
     def test_requests_above_the_limit(self, web, service):
         response = web.post("/v1/chat/completions", json={"messages": messages(), "n": 8, "max_tokens": 3})
         assert response.status_code == 200
@@ -713,6 +794,61 @@ def test_metrics_count_what_was_asked(service, pipeline):
     assert {f"vllm:{name}" for name in shown} <= {name for name, *_ in found}
 
 
+def test_prompts_that_are_only_counted_hold_up_nothing_else(web, pipeline, monkeypatch):
+    go_on, many = threading.Event(), ThreadPoolExecutor(40)
+
+    def slow(request):
+        assert go_on.wait(PATIENCE)
+        raise PromptError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "tokenize", slow)
+        counted = [many.submit(web.post, "/tokenize", json={"messages": messages("Hi", ())}) for _ in range(40)]
+        time.sleep(0.5)
+        try:
+            body = {"messages": messages("Hi", ()), "max_tokens": 1}
+            assert web.post("/v1/chat/completions", json=body, timeout=10).status_code == 200
+            assert web.get("/metrics", timeout=10).status_code == 200
+        finally:
+            go_on.set()
+        assert {each.result(PATIENCE).status_code for each in counted} == {400}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_answers_are_written_beside_the_event_loop(web, monkeypatch, path):
+    whole, loops = Completion.whole, []
+
+    def written(self, outputs):
+        loops.append(asyncio._get_running_loop())
+        return whole(self, outputs)
+
+    monkeypatch.setattr(Completion, "whole", written)
+    body = {"messages": messages("Hi", ()), "prompt": "Hi", "max_tokens": 1}
+    assert web.post(path, json=body).status_code == 200
+    assert loops == [None]
+
+
+def test_a_client_that_takes_nothing_has_hung_up():
+    async def run():
+        bodies, received = Bodies(Limits(send_seconds=0.1)), [{"type": "http.request", "body": b"{}"}]
+
+        async def answer(request, body, stack):
+            return as_json({})
+
+        async def receive():
+            return received.pop() if received else await asyncio.Future()
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                await asyncio.Future()
+
+        scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+        await asyncio.wait_for(Endpoint(bodies, lambda: None, answer)(scope, receive, send), PATIENCE)
+        assert bodies.held == bodies.running == 0
+
+    asyncio.run(run())
+
+
 def test_before_the_model_is_loaded_and_when_it_stops(service, pipeline):
     app = App(ServerSettings("tiny"))
     with serving(app) as address:
@@ -727,6 +863,32 @@ def test_before_the_model_is_loaded_and_when_it_stops(service, pipeline):
             assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
         app.draining = False
         assert httpx.get(f"{address}/ready").status_code == 200
+
+
+def test_the_document_has_what_messages_are_made_of(web):
+    schemas = web.get("/openapi.json").json()["components"]["schemas"]
+    assert schemas["ChatCompletionRequest"]["properties"]["messages"]["items"]["$ref"].endswith("/Message")
+    jsonschema = pytest.importorskip("jsonschema")
+    document = json.loads(json.dumps(schemas).replace("#/components/schemas/", "#/$defs/"))
+    check = jsonschema.Draft202012Validator({"$ref": "#/$defs/Message", "$defs": document})
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
+    frames = {"type": "video", "video": [url()], "fps": 2, "max_pixels": 28 * 28}
+    for taken in (
+        *messages(max_pixels=28 * 28),
+        {"role": "user", "content": [frames, {"image": url(), "detail": "low"}, {"text": "a", "type": None}]},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "a", "tool_call_id": "call_1"},
+    ):
+        assert check.is_valid(taken)
+    for refused in (
+        {"role": "judge", "content": "a"},
+        {"role": "user"},
+        {"role": "user", "content": [{"type": "sound"}]},
+        {"role": "user", "content": [{"image": url(), "max_pixels": 0}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": 5}}]},
+    ):
+        assert not check.is_valid(refused)
+        assert web.post("/tokenize", json={"messages": [{"role": "user", "content": "a"}, refused]}).status_code == 400
 
 
 def test_the_document_names_every_field(web):

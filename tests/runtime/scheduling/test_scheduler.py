@@ -402,6 +402,17 @@ def test_the_slot_that_is_copied_from_is_not_the_one_given_up():
     assert one.output.reused_tokens == 160
 
 
+def test_of_idle_slots_the_one_left_longest_ago_is_given_up():
+    scheduler = Scheduler(FakeDecoder(4), 300)
+    reused = []
+    for number in (1, 2, 3, 4, 5, 6, 3, 4, 5, 6, 1):
+        one = sequence([number] * 100)
+        scheduler.add(one)
+        drain(scheduler)
+        reused.append(one.output.reused_tokens)
+    assert reused == [0] * 6 + [96] * 4 + [0]
+
+
 def test_equal_tokens_of_other_images_or_positions_are_not_shared():
     decoder = FakeDecoder(4)
     scheduler = Scheduler(decoder, 300)
