@@ -98,8 +98,9 @@ def _answer_with_known_tokens(model: Path) -> None:
     file = model / SINGLE_FILE
     with safe_open(file, "np") as weights:
         names = [name for name in weights.keys() if name.endswith(("embed_tokens.weight", "lm_head.weight"))]  # noqa: SIM118
-    size = int.from_bytes(file.open("rb").read(8), "little")
-    header = json.loads(file.open("rb").read(8 + size)[8:])
+    with file.open("rb") as start:
+        size = int.from_bytes(start.read(8), "little")
+        header = json.loads(start.read(size))
     for name in names:
         rows, width = header[name]["shape"]
         begin = 8 + size + header[name]["data_offsets"][0]
@@ -125,17 +126,16 @@ def _serving(command: list[str], log: Path) -> Iterator[str]:
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
             start_new_session=True,
         )
+    ready = "/ready" if command[0] == sys.executable else "/v1/models"
     try:
         end = time.monotonic() + START_SECONDS
         while True:
             if process.poll() is not None or time.monotonic() > end:
                 raise SystemExit(f"error: the server did not start; see {log}")
-            with suppress(OSError), urllib.request.urlopen(f"{address}/v1/models", timeout=5) as response:
-                if json.load(response)["data"]:
+            with suppress(OSError), urllib.request.urlopen(f"{address}{ready}", timeout=5) as response:
+                if ready == "/ready" or json.load(response)["data"]:
                     break
             time.sleep(1)
-        if "run.py" in command[1]:
-            _wait_until_ready(address)
         yield address
     finally:
         with suppress(ProcessLookupError):
@@ -144,13 +144,6 @@ def _serving(command: list[str], log: Path) -> Iterator[str]:
                 process.wait(30)
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _wait_until_ready(address: str) -> None:
-    while True:
-        with suppress(OSError), urllib.request.urlopen(f"{address}/ready", timeout=5):
-            return
-        time.sleep(1)
 
 
 def _measured(arguments: argparse.Namespace, model: Path, address: str, clients: int) -> dict[str, float]:

@@ -361,7 +361,7 @@ def _tool(where: str, tool: Any) -> dict[str, Any]:
     parameters = function.get("parameters")
     if parameters is not None and not (isinstance(parameters, dict) and parameters.get("type", "object") == "object"):
         raise PromptError(f"{where}: the parameters are {shown(parameters)}, not a JSON schema of an object")
-    return {"type": "function", **tool}
+    return {"type": "function", "function": function}
 
 
 def _tool_call(where: str, call: Any) -> dict[str, Any]:

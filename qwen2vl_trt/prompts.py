@@ -53,7 +53,7 @@ class PromptBuilder:
         allow_special_tokens: special tokens that texts spell are such, as in Transformers.
         max_input_len: most tokens of a prompt, by default the model's; a text that must have more is not tokenized.
         chat_template: Jinja in place of the checkpoint's. Of a checkpoint with several, ``default`` is taken, and
-            ``tool_use`` for conversations with tools, as in Transformers.
+            ``tool_use`` for conversations with tools, as in Transformers, or with calls.
 
     Raises:
         CheckpointError: no readable tokenizer, one of another model, or no chat template that writes a text, an image
@@ -155,9 +155,11 @@ class PromptBuilder:
         """Token ids of a text as it is, without the chat template; any thread may.
 
         Raises:
-            PromptError: the tokenizer does not take it.
+            PromptError: it is no text, or the tokenizer does not take it.
             LimitError: it is longer than ``max_input_len`` tokens stand for.
         """
+        if not isinstance(text, str):
+            raise PromptError(f"the prompt is {shown(text)}, not a string")
         self._template.check_length(len(checked_text(text, "the prompt")))
         encode = self._escaper.encode_plain if self._allow_special_tokens else self._escaper.encode_ordinary
         return encode(text)

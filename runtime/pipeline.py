@@ -323,9 +323,9 @@ class Pipeline:
         """
         if not self.busy:
             return []
-        began, executor = self._clock(), self._executor()
+        began, executor, queued = self._clock(), self._executor(), len(self._queue)
         self._take_in()
-        if not executor.busy:
+        if not executor.busy and len(self._queue) == queued:  # else the caller is told of those that have ended
             with self._observe(Stage("wait")):
                 waited = self._queue.wait_for_media()
             if waited:
@@ -594,7 +594,7 @@ class Pipeline:
     def _prepare_named(self, request: Request, name: str) -> RunningSequence:
         try:
             media = self._preparer.load(*self._preparer.find_media(request))
-            return self._preparer.prepare(request, Sampling(max_tokens=0), Output(), media)
+            return self._preparer.prepare(replace(request, features=None), Sampling(max_tokens=0), Output(), media)
         except Qwen2VLError as error:
             raise type(error)(f"{name}{error}") from None
 

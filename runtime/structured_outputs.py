@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -87,9 +86,7 @@ class StructuredOutputsParams:
         texts = value if name == "choice" else [] if name == "json_object" else [value]
         if any(map(LONE_SURROGATE.search, texts)):
             raise SamplingError(f"structured_outputs.{name} has a lone surrogate; give text that UTF-8 has")
-        size = sum(len(text.encode()) for text in texts)
-        if size > MOST_BYTES:
-            raise SamplingError(f"structured_outputs.{name} has {size:,} bytes; most is {MOST_BYTES:,}. Shorten it")
+        _check_size(sum(len(text.encode()) for text in texts), f"structured_outputs.{name}")
 
     @property
     def kind(self) -> str:
@@ -106,16 +103,22 @@ def lark_json(schema: Any, where: str, blanks: bool = True) -> str:
         blanks: answers may differ from ``json.dumps`` in blanks and line ends.
 
     Raises:
-        SamplingError: it is none, is too deep, or cannot be compiled.
+        SamplingError: it is none, is above 64 KiB, is too deep, or cannot be compiled.
     """
     from llguidance import LLMatcher
 
     options = _JSON["overrides"] | (_JSON["defaults"] if blanks else _DUMPS)
     text = json.dumps(json.loads(_schema(schema, where)) | {"x-guidance": options})
+    _check_size(len(text), where)
     problem = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(text))
     if problem:
         raise SamplingError(f"{where} cannot be compiled: {_short(problem)}")
     return f"%json {text}"
+
+
+def _check_size(size: int, where: str) -> None:
+    if size > MOST_BYTES:
+        raise SamplingError(f"{where} has {size:,} bytes; most is {MOST_BYTES:,}. Shorten it")
 
 
 def _schema(schema: Any, where: str) -> str:
@@ -180,15 +183,44 @@ class GrammarCompiler:
         return Matcher(found, params.kind)
 
     def _llguidance_tokenizer(self) -> LLTokenizer:
-        from llguidance import LLTokenizer
+        from llguidance import LLTokenizer, TokenizerWrapper
 
         with self._lock:
             if self._read is None:
-                plain = copy(self._tokenizer)
-                plain.no_padding()
-                plain.no_truncation()
-                self._read = LLTokenizer(plain.to_str(), self._vocab_size, list(self._eos_token_ids))
+                ends = list(self._eos_token_ids)
+                wrapped = TokenizerWrapper(_OrdinaryTokenizer(self._tokenizer, self._vocab_size, ends[0]))
+                self._read = LLTokenizer(wrapped, eos_token=ends)
         return self._read
+
+
+class _OrdinaryTokenizer:
+    """A tokenizer as llguidance's ``TokenizerWrapper`` takes it, whose texts have no added tokens.
+
+    llguidance tokenizes text that a grammar leaves no choice of. Where that spells ``<tool_call>`` the token of that
+    name is none of the text to it, and an end-of-sequence token would end the answer.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_id: int) -> None:
+        from llguidance import LLTokenizer
+        from tokenizers import Tokenizer
+
+        self.eos_token_id = eos_token_id
+        settings = json.loads(tokenizer.to_str()) | {"padding": None, "truncation": None}
+        read = LLTokenizer(json.dumps(settings), vocab_size)
+        self.tokens = [read.decode_bytes([token]) for token in range(vocab_size)]
+        self.special_token_ids = [
+            # llguidance shows a token that has no text by its number.
+            token
+            for token, text in enumerate(self.tokens)
+            if read.is_special_token(token) or text == f"<[{token}]>".encode()
+        ]
+        ordinary = settings | {"added_tokens": [], "normalizer": None, "post_processor": None}
+        self._encode = Tokenizer.from_str(json.dumps(ordinary)).encode
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text, add_special_tokens=False).ids
 
 
 class Matcher:

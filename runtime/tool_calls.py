@@ -145,23 +145,27 @@ def tool_call_grammar(
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     # llguidance knows an added token by its name, and refuses it in place of its letters.
     begin, end = (mark if mark in added else json.dumps(mark) for mark in (_BEGIN, _END))
-    calls, rules = [], []
+    calls: list[str] = []
+    schemas: list[tuple[str, Mapping[str, Any], str, bool]] = []
     for number, tool in enumerate(to_tools(tools)):
         function = tool["function"]
         name = json.dumps(function["name"], ensure_ascii=False)
         head = json.dumps(f'\n{{"name": {name}, "arguments": ', ensure_ascii=False)
         calls.append(f'{begin} {head} a{number} "}}\\n" {end}')
         parameters = {"type": "object", **(function.get("parameters") or {})}
-        rules.append(f"a{number}: {lark_json(parameters, f'the schema of the tool {name}', blanks=False)}")
+        schemas.append((f"a{number}", parameters, f"the schema of the tool {name}", False))
     start = r'call ("\n" call)*' if several else "call"
     if schema is not None:
         start += " | answer"
-        rules.append(f"answer: {lark_json(schema, 'the schema of the answer')}")
-    grammar = "\n".join([f"start: {start}", f"call: {' | '.join(calls)}", *rules])
-    size = len(grammar.encode())
-    if size > MOST_BYTES:
-        raise SamplingError(f"the schemas of the tools have {size:,} bytes; most is {MOST_BYTES:,}. Give fewer tools")
-    return StructuredOutputsParams(grammar=grammar)
+        schemas.append(("answer", schema, "the schema of the answer", True))
+    rules = [f"start: {start}", f"call: {' | '.join(calls)}"]
+    for rule, given, where, blanks in schemas:
+        rules.append(f"{rule}: {lark_json(given, where, blanks)}")
+        if len("\n".join(rules).encode()) > MOST_BYTES:  # before more of them are compiled
+            raise SamplingError(
+                f"the schemas of the tools have over {MOST_BYTES:,} bytes, the most there may be. Give fewer tools"
+            )
+    return StructuredOutputsParams(grammar="\n".join(rules))
 
 
 class _UnfinishedError(Exception):

@@ -61,8 +61,9 @@ class RayDriver:
 
     def __exit__(self, *error: object) -> None:
         if error[:1] == (None,):
-            self._pipe.send(None)
-            self._receive()  # once Ray has been shut down
+            with suppress(OSError, Qwen2VLError):  # whatever ended it: nothing more is asked of it
+                self._pipe.send(None)
+                self._receive()  # once Ray has been shut down
         if self._process.pid is not None:
             self._process.kill()
             self._process.join()

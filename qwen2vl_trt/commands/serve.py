@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import math
 import re
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -184,17 +185,16 @@ def _check(arguments: argparse.Namespace) -> None:
 def _replicas(text: str) -> tuple[int, int]:
     """From ``N`` or ``MIN:MAX``."""
     least, _, most = text.partition(":")
-    found = int(least), int(most or least)
-    if not 1 <= found[0] <= found[1]:
-        raise ValueError
-    return found
+    if least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least):
+        return int(least), int(most or least)
+    raise argparse.ArgumentTypeError(f"{text!r} is not N or MIN:MAX, whole numbers of at least 1")
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
 
 
 def _keys(file: Path | None) -> list[str]:

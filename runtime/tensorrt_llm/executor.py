@@ -143,10 +143,15 @@ class TensorRTLLMExecutor(Executor):
         sequence, output = running.sequence, running.sequence.output
         if not running.taken:
             if progress.prompt_token_ids != sequence.token_ids:
+                why = (
+                    "its processor resizes images otherwise. Leave --min-pixels and --max-pixels at the checkpoint's"
+                    if len(sequence.places)
+                    else "it takes special tokens that a text spells for such, and token ids as their text. Leave them"
+                    " out, or install a release with PreprocessedInputs and build again"
+                )
                 raise ExecutionError(
                     f"TensorRT-LLM read another prompt ({len(progress.prompt_token_ids):,} tokens instead of"
-                    f" {sequence.prompt_length:,}): its processor resizes images otherwise. Leave"
-                    " --min-pixels and --max-pixels at the checkpoint's"
+                    f" {sequence.prompt_length:,}): {why}"
                 )
             if progress.token_ids:
                 output.timings.prefill = output.clock() - running.began
@@ -172,8 +177,11 @@ class TensorRTLLMExecutor(Executor):
     def _inputs(self, sequence: RunningSequence) -> tuple[Any, str | None]:
         """The prompt as TensorRT-LLM takes it, and the salt of its blocks."""
         media = sequence.media
-        # Blocks are found again by token ids, and every image has the same: the salt says which images they are.
-        salt = hashlib.sha256(b"".join(medium.key for medium in media)).hexdigest() if media else None
+        # Blocks are found again by token ids, and every image has the same: the salt says which images they are, and
+        # has the request's own.
+        contents = sequence.keys[:, 1:3]
+        contents = contents[contents.any(axis=1)]
+        salt = hashlib.sha256(contents.tobytes()).hexdigest() if len(contents) else None
         if self._embeds_dtype is None:
             if any(medium.is_video for medium in media):
                 # It would sample the frames again and guess their rate, on which M-RoPE depends.

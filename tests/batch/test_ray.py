@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from qwen2vl_trt import Request, SamplingParams
+from qwen2vl_trt.batch.ray_driver import RayDriver
 from tests.batch.outputs import failures, rows, write_lines
 from tests.support.bounds import FP32
 from tests.support.media_files import save_images
@@ -92,6 +93,16 @@ def wait_until_none_is_left(ray):
 
 def done(output):
     return len(list((output / "data").glob("*.parquet")))
+
+
+def test_a_driver_that_is_lost_when_nothing_more_is_asked_of_it(ray, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", ray.folder)
+    with RayDriver(None, 1) as driver:
+        driver._process.kill()
+        driver._process.join()
+    for process in ray.processes():
+        with suppress(ProcessLookupError):
+            assert os.getsid(process.pid) != driver._process.pid
 
 
 def test_a_lost_worker_and_a_lost_driver(ray, engine_dir, pipeline, tmp_path):

@@ -11,7 +11,7 @@ from qwen2vl_trt.prompts import PromptBuilder
 from qwen2vl_trt.runtime.detokenizer import Detokenizer
 from qwen2vl_trt.runtime.tool_calls import ToolCall, ToolCallParser, tool_call_grammar
 from tests.published.conversations import CONVERSATIONS, counts
-from tests.support.grammars import drawn
+from tests.support.grammars import SPELLED, check_spelled, drawn
 from tests.support.published import config_json
 
 TEMPLATE = (Path(__file__).parents[2] / "examples" / "tools.jinja").read_text(encoding="utf-8")
@@ -56,6 +56,11 @@ def test_answers_that_follow_the_grammar_have_the_tokens(made):
         for mark in ("<tool_call>", "</tool_call>"):
             assert tokens.count(made.token_to_id(mark)) == len(calls)
         assert all(json.loads(call.arguments)["side"] in ("left", "right") for call in calls)
+
+
+@pytest.mark.parametrize(("given", "answers"), SPELLED)
+def test_structured_outputs_that_spell_an_added_token(made, given, answers):
+    check_spelled(given, answers, made)
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS, ids=lambda messages: repr(messages)[:60])

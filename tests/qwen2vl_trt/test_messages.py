@@ -191,10 +191,12 @@ FUNCTION = {"name": "look", "description": "Look.", "parameters": {"type": "obje
 
 
 def test_tools_are_as_given_with_their_type():
-    assert to_tools([{"function": FUNCTION}, {"type": "function", "function": {"name": "end"}}]) == [
+    end = {"name": "end"}
+    assert to_tools([{"function": FUNCTION}, {"type": "function", "function": end}]) == [
         {"type": "function", "function": FUNCTION},
-        {"type": "function", "function": {"name": "end"}},
+        {"type": "function", "function": end},
     ]
+    assert to_tools([{"type": None, "function": end}]) == [{"type": "function", "function": end}]
 
 
 @pytest.mark.parametrize(

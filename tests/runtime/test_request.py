@@ -94,6 +94,8 @@ def test_special_tokens_of_a_bare_text_are_text(pipelines):
     assert pipeline.encode("") == []
     with pytest.raises(PromptError, match="lone surrogate"):
         pipeline.encode("a\ud800")
+    with pytest.raises(PromptError, match="the prompt is 5, not a string"):
+        pipeline.encode(5)
     with pytest.raises(LimitError, match="max-input-len"):
         pipeline.encode("a" * 10**8)
     # Ids are the caller's own.

@@ -80,6 +80,14 @@ def test_features_of_a_service_beside_a_stream(engine_dirs):
     assert answers([answer.output]) == expected
 
 
+def test_hidden_states_are_of_the_prompt_whatever_else_is_asked_for(pipelines):
+    request = Request("What?", [picture(1)])
+    (expected,) = pipelines["torch"].hidden_states(request)
+    for features in ("image_features", "last_hidden_state"):
+        (found,) = pipelines["torch"].hidden_states(replace(request, features=features))
+        assert found.equal(expected)
+
+
 def test_features_that_there_are_not(pipelines):
     with pytest.raises(PromptError, match="features is 'logits'; known are last_hidden_state, image_features"):
         Request("What?", features="logits")

@@ -177,6 +177,18 @@ def test_a_picture_that_takes_long_holds_up_nobody(pipeline):
         assert slow.result(PATIENCE).error is None
 
 
+def test_who_is_wrong_is_told_while_another_picture_is_loaded(pipeline):
+    gate = Gate(pipeline, 99)
+    with Service(pipeline) as service:
+        slow = service.submit(held(), SHORT)
+        wait_until(lambda: gate.begun)
+        try:
+            assert service.submit(Request([-1])).result(PATIENCE).error is not None
+        finally:
+            gate.opened.set()
+        assert slow.result(PATIENCE).error is None
+
+
 def test_what_is_wrong_with_a_request_is_raised_where_it_is_read(service):
     bad = service.submit(Request("What?", [b"no image"]), SHORT)
     wrong = service.submit(Request("What?"), "no params")

@@ -8,13 +8,16 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from qwen2vl_trt import Pipeline, Request, SamplingError, SamplingParams, StructuredOutputsParams
 from qwen2vl_trt.runtime.sampler import Sampler
 from qwen2vl_trt.runtime.sampling_params import Sampling
 from qwen2vl_trt.runtime.scheduling.scheduler import Scheduler
 from tests.runtime.scheduling.test_scheduler import Order, make_decoder
+from tests.support.chat import make_tokenizer
 from tests.support.fake_decoder import FakePagedDecoder, drain, expected, sequence
+from tests.support.grammars import SPELLED, check_spelled
 
 PROMPT = "What digits are in the image?"
 SCHEMAS = [
@@ -90,6 +93,18 @@ def test_expressions_choices_and_grammars(tiny):
     assert re.fullmatch("ab(c|d)", ask(tiny, grammar='root ::= "ab" end\nend ::= "c" | "d"').text)
     output = ask(tiny, json_object=True)
     assert output.finish_reason == "length" or isinstance(json.loads(output.text), dict)
+
+
+@pytest.mark.parametrize(("given", "answers"), SPELLED)
+def test_text_that_spells_an_added_token_is_text(given, answers):
+    tokenizer = make_tokenizer().backend_tokenizer
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<tool_call>", "</tool_call>")])
+    check_spelled(given, answers, tokenizer)
+
+
+def test_text_that_spells_the_end_does_not_end_the_answer(tiny):
+    output = ask(tiny, choice=["<|im_end|>x"])
+    assert (output.text, output.finish_reason) == ("<|im_end|>x", "stop")
 
 
 @pytest.mark.parametrize("params", [{"temperature": 1.0, "seed": 3}, {}, {"temperature": 0.9, "top_k": 5, "seed": 4}])

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import AddedToken
 
 from qwen2vl_trt import PromptError, SamplingError
+from qwen2vl_trt.runtime import tool_calls
 from qwen2vl_trt.runtime.tool_calls import ToolCall, ToolCallParser, parse_tool_calls, tool_call_grammar
 from tests.support.chat import make_tokenizer
 from tests.support.grammars import drawn
@@ -172,7 +173,7 @@ def test_every_tool_and_an_answer_of_a_schema():
 @pytest.mark.parametrize(
     ("tools", "error", "message"),
     [
-        ([tool("a", properties={"a": {"enum": ["b" * 70_000]}})], SamplingError, "tools have 70,.* most is 65,536"),
+        ([tool("a", properties={"a": {"enum": ["b" * 70_000]}})], SamplingError, 'tool "a" has 70,.* most is 65,536'),
         ([tool("a", items=json.loads("[" * 40 + "]" * 40))], SamplingError, r'schema of the tool "a" is nested more'),
         (
             [tool("a", properties={"a": {"type": "nope"}})],
@@ -185,3 +186,13 @@ def test_every_tool_and_an_answer_of_a_schema():
 def test_tools_of_which_no_grammar_is_made(tools, error, message):
     with pytest.raises(error, match=message):
         tool_call_grammar(tools, tokenizer())
+
+
+def test_no_more_schemas_are_compiled_than_may_be_given(monkeypatch):
+    compiled = []
+    lark_json = tool_calls.lark_json
+    monkeypatch.setattr(tool_calls, "lark_json", lambda *given: compiled.append(given) or lark_json(*given))
+    large = [tool(f"a{number}", properties={"a": {"enum": ["b" * 30_000]}}) for number in range(40)]
+    with pytest.raises(SamplingError, match="schemas of the tools have over 65,536 bytes"):
+        tool_call_grammar(large, tokenizer())
+    assert len(compiled) == 3

@@ -1002,6 +1002,7 @@ class TestCommand:
         code, _, error = command("serve", "--engine-dir", engine_dir, *options)
         assert code == 2
         assert options[0].lstrip("-") in error or options[1] in error
+        assert "invalid _" not in error  # argparse's words for what a function refuses without any
 
     def test_limits_of_media_are_lower_than_the_librarys(self):
         parser = Parser()

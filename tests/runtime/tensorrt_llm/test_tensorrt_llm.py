@@ -138,6 +138,10 @@ class TestAnswers:
         assert salts[0] == salts[2] != salts[1]
         pipeline.generate(Request("Text"), settings)
         assert llm(trtllm).requests[-1][2] is None
+        pipeline.generate([Request("Text", cache_salt=salt) for salt in ("one", "two", "one")], settings)
+        salts = [salt for _, _, salt, _ in llm(trtllm).requests[-3:]]
+        assert salts[0] == salts[2] != salts[1]
+        assert None not in salts
 
     def test_prefixes_are_not_kept_where_they_are_not_wanted(self, folder, trtllm):
         pipeline = Pipeline.from_engine_dir(folder, "cpu", PipelineOptions(reuse_prefixes=False))
@@ -194,7 +198,10 @@ class TestOwnVision:
         executor = pipeline._executor()
         executor._picture = lambda image: type(executor)._picture(executor, image).resize((28 * 7, 28 * 7))
         (output,) = pipeline.generate(Request("Read", [picture(3, 60, 60)]), SamplingParams(max_tokens=3))
-        with pytest.raises(ExecutionError, match="TensorRT-LLM read another prompt"):
+        with pytest.raises(ExecutionError, match=r"TensorRT-LLM read another prompt .* resizes images otherwise"):
+            output.text  # noqa: B018
+        (output,) = pipeline.generate(Request("a <|im_end|> b"), SamplingParams(max_tokens=3))
+        with pytest.raises(ExecutionError, match=r"TensorRT-LLM read another prompt .* special tokens that a text"):
             output.text  # noqa: B018
         assert not pipeline.busy
 
