@@ -92,9 +92,10 @@ class PromptBuilder:
                 ChatTemplate(source, self.tokenizer.special_tokens_map, characters, most_tokens)
                 for source in (self.tokenizer.get_chat_template(tools=tools) for tools in (None, [_TOOL]))
             )
-            self._dry_run({"type": "text", "text": "a"})
-            nothing = self._dry_run({"type": "text", "text": ""})
+            nothing, text = (self._dry_run({"type": "text", "text": text}) for text in ("", "a"))
             written = {name: self._dry_run({"type": name}) for name in media}
+            if text == nothing:
+                raise PromptError("it does not write the text of a message")
         except (PromptError, LimitError, ValueError) as error:
             where = _template_file(Path(folder)) if chat_template is None else "the chat template that was given"
             raise CheckpointError(f"{where}: {error}") from None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _LONGEST_REASON = 300  # llguidance shows the whole grammar
 
 _JSON: dict[str, Any] = {
-    "defaults": {"whitespace_pattern": r"(\n[ \t]{0,80}| {1,4})"},  # not endless, into which small models fall
+    "defaults": {"whitespace_pattern": r"(\n[ \t]{0,24}| )"},  # small models fall into it, and write nothing else
     "overrides": {"lenient": False, "coerce_one_of": False},  # what it cannot hold an answer to is an error
 }
 

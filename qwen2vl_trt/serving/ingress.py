@@ -78,11 +78,13 @@ class Front(App):
 
     async def _of_all(self, method: str) -> list[Any]:
         """What a method of every replica returns, but for those that are lost meanwhile."""
-        asked = self._replicas.broadcast(method)
         try:
+            asked = self._replicas.broadcast(method)
             found = await asked.results_async(timeout_s=_REPLICA_SECONDS, return_exceptions=True)
         except TimeoutError:
             raise overloaded("a replica does not answer; try again later") from None
+        except RayServeException:  # all of them were lost
+            raise overloaded("no replica is ready; try again later") from None
         return [each for each in found if not isinstance(each, Exception)]
 
     def _check_draining(self) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from dataclasses import replace
 
 from qwen2vl_trt.batch.ray_driver import RayDriver
 from qwen2vl_trt.engines.interrupts import deferred_interrupt
-from qwen2vl_trt.errors import LimitError
+from qwen2vl_trt.errors import LimitError, UnavailableError, reason
 
 from .deployment import ReplicaSettings, deploy, drain, end, running, state
 
@@ -32,6 +33,8 @@ def serve_replicas(settings: ReplicaSettings, device: str | None) -> None:
         UnavailableError: the address is taken, or no replica can be started.
     """
     address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        _check_free(settings)
     cores = os.cpu_count() or 1
     processes = settings.most + settings.encoders
     cpus = max(1, cores // processes)
@@ -57,6 +60,18 @@ def serve_replicas(settings: ReplicaSettings, device: str | None) -> None:
             # Impatience is no reason to leave it there, and may have left the other driver in the middle of a call.
             with deferred_interrupt(), RayDriver(address, 0) as ray:
                 ray.call(end, not shared)
+
+
+def _check_free(settings: ReplicaSettings) -> None:
+    """Raise UnavailableError for an address in use: Ray Serve shares it with another of its proxies."""
+    host, port = settings.http["host"], settings.http["port"]
+    try:
+        family, kind, protocol, _, found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(found)
+    except OSError as error:
+        raise UnavailableError(f"the server could not start on {settings.address}: {reason(error)}") from None
 
 
 def _reserved(processes: int, cpus: int, gpus: float, device: str | None) -> tuple[float, float]:

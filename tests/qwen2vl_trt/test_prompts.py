@@ -271,7 +271,14 @@ def test_an_image_token_in_a_tool(folder, config):
         builder.build("x", tools=[tool])
 
 
-@pytest.mark.parametrize(("given", "message"), [("", "is empty"), ("{% for %}", "that was given: .* compiled")])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", "is empty"),
+        ("{% for %}", "that was given: .* compiled"),
+        ('{"type": "object"}', "that was given: it does not write the text"),
+    ],
+)
 def test_a_chat_template_that_is_none(folder, config, given, message):
     with pytest.raises(
         CheckpointError, match=f"the chat template {message}|the chat template that was given {message}"
@@ -351,7 +358,7 @@ def test_checkpoint_without_template_or_tokenizer(folder, tmp_path):
 
 def test_template_that_loses_an_image_is_noticed(folder, config, tmp_path):
     destination = copy_without_template(folder, tmp_path / "copy")
-    put_template(destination, "chat_template.jinja", "{{ messages[0].role }}")
+    put_template(destination, "chat_template.jinja", "{{ messages[0].role }}{{ messages[0].content }}")
     with pytest.raises(PromptError, match="made 0 image tokens of 1 images"):
         PromptBuilder(destination, config).build("x", [(1, 4, 4)])
 

@@ -1,6 +1,8 @@
 """What the ingress does with a request whose replica is lost, over a stand-in for Ray Serve's handle."""
 
 import json
+import socket
+from pathlib import Path
 
 import anyio
 import httpx
@@ -8,11 +10,15 @@ import pytest
 
 pytest.importorskip("mmh3", reason="ray[serve] is not installed")
 from ray.exceptions import ActorDiedError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.requests import ClientDisconnect
 
+from qwen2vl_trt.errors import UnavailableError
+from qwen2vl_trt.runtime.options import PipelineOptions
 from qwen2vl_trt.serving.app import ServerSettings
+from qwen2vl_trt.serving.deployment import ReplicaSettings
 from qwen2vl_trt.serving.ingress import Front, Relayed, conversation_key
+from qwen2vl_trt.serving.replicas import serve_replicas
 
 
 class Replicas:
@@ -100,6 +106,32 @@ def test_one_that_is_lost_after_its_last_word_has_answered():
 def test_too_many_requests_are_refused():
     response = ask(Replicas([BackPressureError(8, 8)]))
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+
+
+@pytest.mark.parametrize("path", ["/ready", "/metrics"])
+def test_probes_while_no_replica_is_there(path):
+    class Lost:
+        def broadcast(self, method):
+            raise DeploymentUnavailableError("replicas")
+
+    async def call():
+        transport = httpx.ASGITransport(Front(ServerSettings("tiny"), Lost()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as web:
+            return await web.get(path)
+
+    response = anyio.run(call)
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+
+
+def test_an_address_in_use_is_refused_although_it_may_be_shared():
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        http = {"host": "127.0.0.1", "port": other.getsockname()[1]}
+        settings = ReplicaSettings(ServerSettings("tiny"), Path("none"), PipelineOptions(), 1, 1, 1, 1.0, http)
+        with pytest.raises(UnavailableError, match=f"start on 127.0.0.1, port {http['port']}: Address already in use"):
+            serve_replicas(settings, "cpu")
 
 
 def test_what_is_refused_reaches_no_replica():
