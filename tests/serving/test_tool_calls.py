@@ -237,7 +237,11 @@ FORM = {"response_format": {"type": "json_object"}}
         ({"tools": [WRONG]}, None, "the parameters"),
         ({"tools": [CROP] * 129}, "tools", "up to 128"),
         ({"tools": [END, LARGE]}, "tools", "number 2 has 70,"),
-        ({"tools": [HALF, HALF | {"function": HALF["function"] | {"name": "b"}}], **MUST}, "tools", "over 65,536 bytes"),
+        (
+            {"tools": [HALF, HALF | {"function": HALF["function"] | {"name": "b"}}], **MUST},
+            "tools",
+            "over 65,536 bytes",
+        ),
         ({"tools": [DEEP], "tool_choice": "required"}, "tools", "32 levels"),
         (
             {"tools": [END, UNKNOWN], "tool_choice": "required"},
