@@ -85,7 +85,7 @@ lint: .venv/test
 	$(@D)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 $(PACKAGES)
 	touch $@
 
-.venv/tools/installed: PACKAGES := guidellm==0.8.1 schemathesis==4.32.5 locust==2.47.0
+.venv/tools/installed: PACKAGES := "guidellm[recommended]==0.8.1" schemathesis==4.32.5 locust==2.47.0
 .venv/evalscope/installed: PACKAGES := "evalscope[perf]==1.14.1"
 
 clean:
