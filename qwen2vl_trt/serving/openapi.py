@@ -64,7 +64,7 @@ def document() -> dict[str, Any]:
     for (path, (text, kind)), schema in zip(_POST.items(), schemas, strict=True):
         done = _content(text, "application/json")
         if issubclass(kind, GenerationRequest):
-            done["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+            done["content"]["text/event-stream"] = {}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         paths[path] = {"post": {"summary": text, "requestBody": body, "responses": {"200": done, **errors}}}
     return {
