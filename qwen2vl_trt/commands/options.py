@@ -359,6 +359,6 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
         "choice": arguments.choice,
         "grammar": arguments.grammar,
     }
-    if form != dict.fromkeys(form) | {"json_object": False}:
+    if any(value not in (None, False) for value in form.values()):
         given["structured_outputs"] = StructuredOutputsParams(**form)
     return SamplingParams(**given)

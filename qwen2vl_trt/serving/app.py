@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
@@ -53,7 +53,7 @@ from .protocol import (
 from .responses import ChatCompletion, Completion
 from .streams import KEEP_ALIVE_SECONDS, EventStream, chunks, merged
 from .tasks import cancelled
-from .tool_calls import ToolCompletion, with_calls
+from .tool_calls import ToolCompletion, usable_tools, with_calls
 
 _CANCEL_SECONDS = 5.0
 _TOKENIZERS = 2
@@ -234,7 +234,8 @@ class App:
         if parsed.prompt is not None:
             ids = await loop.run_in_executor(self._tokenizers, pipeline.encode, parsed.prompt)
         else:
-            asked = await self._conversation(parsed, request)
+            tools = await asyncio.to_thread(usable_tools, parsed, self.settings.limits)
+            asked = await self._conversation(parsed, request, tools=tools)
             ids = (await loop.run_in_executor(self._tokenizers, pipeline.tokenize, asked)).token_ids
         config = pipeline.engines.checkpoint.config
         media = sum(ids.count(token) for token in (config.image_token_id, config.video_token_id))
@@ -246,11 +247,12 @@ class App:
         body: ChatCompletionRequest | EmbeddingRequest | TokenizeRequest,
         request: Request,
         deadline: float | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> PipelineRequest:
         """See :func:`~qwen2vl_trt.serving.chat.conversation`; its media are held with the body."""
         began = time.perf_counter()
         hold, salt = request.state.hold, request.state.cache_salt
-        found = await conversation(body, self._source, self.settings.limits, hold, salt, deadline)
+        found = await conversation(body, self._source, self.settings.limits, hold, salt, deadline, tools)
         if found.images or found.videos:
             self.metrics.observe("media_fetch_seconds", time.perf_counter() - began)
         return found
@@ -259,11 +261,15 @@ class App:
         pipeline, service = self.check_open()
         parsed, headers = await self._parsed(body, ChatCompletionRequest)
         self._check_model(parsed.model)
-        params = await asyncio.to_thread(sampling_params, parsed, self.settings.limits)
-        params = await asyncio.to_thread(with_calls, parsed, params, pipeline.tokenizer, self.settings.limits)
-        asked = await self._conversation(parsed, request, parsed.timeout)
+
+        def read() -> tuple[list[SamplingParams], list[dict[str, Any]]]:
+            params, tools = sampling_params(parsed, self.settings.limits), usable_tools(parsed, self.settings.limits)
+            return with_calls(parsed, params, tools, pipeline.tokenizer), tools
+
+        params, tools = await asyncio.to_thread(read)
+        asked = await self._conversation(parsed, request, parsed.timeout, tools)
         completion = ChatCompletion(self.settings.model, pipeline.tokenizer)
-        if asked.tools:
+        if tools:
             several = parsed.parallel_tool_calls is not False
             completion = ToolCompletion(self.settings.model, pipeline.tokenizer, several)
         return await self._generate(service, [(asked, each) for each in params], completion, parsed, headers, stack)
@@ -348,9 +354,8 @@ class App:
         with move_on_after(_CANCEL_SECONDS):
             for answer in answers:
                 await answer
-        for answer in answers:
-            self._answers.discard(answer)
-            self.metrics.answer(answer)
+        self._answers.difference_update(answers)
+        await asyncio.to_thread(self.metrics.answers, answers)  # an observation a token
 
     def cancel_all(self) -> None:
         """End the answers under way; their streams say so."""

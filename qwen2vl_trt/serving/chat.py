@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -22,7 +22,6 @@ from .errors import APIError
 from .limits import Limits
 from .media import MediaSource
 from .protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, GenerationRequest, TokenizeRequest
-from .tool_calls import usable_tools
 
 _SAME = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _IMAGE_OPTIONS = {each.name for each in fields(ImageOptions)}
@@ -124,6 +123,7 @@ async def conversation(
     hold: Callable[[int], None],
     cache_salt: str | None = None,
     deadline: float | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> Request:
     """A request of OpenAI's messages, its images and videos fetched, which its deadline counts.
 
@@ -134,6 +134,7 @@ async def conversation(
         hold: see :meth:`~qwen2vl_trt.serving.media.MediaSource.fetch_all`.
         cache_salt: of the request.
         deadline: its seconds from now.
+        tools: that the model is told of.
 
     Raises:
         APIError: 400, too many images, or a medium that is not taken or cannot be had; what ``hold`` raises.
@@ -148,7 +149,6 @@ async def conversation(
         raise APIError(
             400, f"messages: {parts:,} with their parts; this server takes {limits.parts:,}", param="messages"
         )
-    tools = await asyncio.to_thread(usable_tools, body, limits)
     messages, media = await asyncio.to_thread(detach_media, given)
     for kind, most in (("image", limits.images), ("video", limits.videos)):
         count = sum(each == kind for each, _, _ in media)

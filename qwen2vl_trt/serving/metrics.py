@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -102,8 +102,12 @@ class Metrics:
         """Count a response."""
         self._responses.labels(status).inc()
 
-    def answer(self, answer: Answer) -> None:
-        """Count an answer that has ended."""
+    def answers(self, answers: Iterable[Answer]) -> None:
+        """Count answers that have ended; any thread may."""
+        for answer in answers:
+            self._answer(answer)
+
+    def _answer(self, answer: Answer) -> None:
         output = answer.output
         if output.finish_reason is None:
             return

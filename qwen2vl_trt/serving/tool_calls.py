@@ -18,19 +18,17 @@ from qwen2vl_trt.runtime.tool_calls import ToolCall, ToolCallParser, tool_call_g
 
 from .errors import APIError
 from .limits import Limits
-from .protocol import ChatCompletionRequest, EmbeddingRequest, FunctionDefinition, NamedToolChoice, TokenizeRequest
+from .protocol import ChatCompletionRequest, FunctionDefinition, NamedToolChoice, TokenizeRequest
 from .responses import ChatCompletion, end_of
 
 
-def usable_tools(
-    body: ChatCompletionRequest | EmbeddingRequest | TokenizeRequest, limits: Limits
-) -> list[dict[str, Any]]:
+def usable_tools(body: ChatCompletionRequest | TokenizeRequest, limits: Limits) -> list[dict[str, Any]]:
     """The tools that the model is told of, as ``Request.tools``: none with ``tool_choice`` none.
 
     Raises:
         APIError: 400, too many, one that is too large, or a choice among none.
     """
-    tools = [] if isinstance(body, EmbeddingRequest) else body.tools or []
+    tools = body.tools or []
     choice = body.tool_choice if isinstance(body, ChatCompletionRequest) else None
     if len(tools) > limits.tools:
         raise APIError(400, f"tools: {len(tools):,}; this server takes up to {limits.tools:,}", param="tools")
@@ -53,18 +51,17 @@ def _without_strict(function: FunctionDefinition) -> dict[str, Any]:
 
 
 def with_calls(
-    body: ChatCompletionRequest, params: list[SamplingParams], tokenizer: Tokenizer, limits: Limits
+    body: ChatCompletionRequest, params: list[SamplingParams], tools: list[dict[str, Any]], tokenizer: Tokenizer
 ) -> list[SamplingParams]:
-    """The settings of a body's answers, which call a tool where its ``tool_choice`` says so.
+    """The settings of a body's answers, which call one of its usable tools where its ``tool_choice`` says so.
 
     Where the model is free to call and the ``response_format`` is JSON, an answer is calls or such JSON, as at OpenAI;
     ``structured_outputs`` hold for the whole answer, as in vLLM.
 
     Raises:
-        APIError: 400, as :func:`usable_tools`, an unknown name, schemas that are too large, or calls that are forced
-            and another form too.
+        APIError: 400, an unknown name, schemas that are too large, or calls that are forced and another form too.
     """
-    tools, choice, form = usable_tools(body, limits), body.tool_choice, body.response_format
+    choice, form = body.tool_choice, body.response_format
     schema = None
     if isinstance(choice, NamedToolChoice):
         tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]

@@ -775,7 +775,12 @@ def test_metrics_count_what_was_asked(service, pipeline):
             body = {"messages": messages(), "max_tokens": 2 + number, "ignore_eos": True}
             assert httpx.post(f"{address}/v1/chat/completions", json=body, timeout=PATIENCE).status_code == 200
         assert httpx.post(f"{address}/v1/chat/completions", json={}).status_code == 400
-        text = httpx.get(f"{address}/metrics").text
+        end = time.monotonic() + PATIENCE
+        while 'vllm:request_success_total{finished_reason="length"} 3.0' not in (
+            text := httpx.get(f"{address}/metrics").text  # an answer is counted a moment after the client has it
+        ):
+            assert time.monotonic() < end
+            time.sleep(0.01)
     found = {}
     for family in parser.text_string_to_metric_families(text):
         for sample in family.samples:
