@@ -9,15 +9,17 @@ run: .venv/run
 	@echo "Building the tiny model's engines, 5 MB in artifacts/ (nothing to build when they are there), then asking:"
 	$(BIN)/python run.py --model tiny --image docs/digits.png --prompt "What digits are in the image?"
 
+# A worker that crashes ends the run and its test is named: one started anew may wait forever (pytest-xdist #1378).
 # TESTS chooses some of them, and takes options: TESTS="--no-onednn-packing tests/runtime" is a CPU without AVX-512.
 test: .venv/test .venv/vocabulary
-	$(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(BIN)/python -m pytest --numprocesses logical --max-worker-restart 0 --dist loadfile \
+		--no-loadscope-reorder $(TESTS)
 
 # The oldest releases that pyproject.toml allows, in a virtual environment of their own, on Python 3.11. pip takes PyTorch
 # for CUDA unless that for the CPU is there before: python3 -m venv .venv/lowest && .venv/lowest/bin/pip install
 # torch==2.13.0 torchvision==0.28.0 --index-url https://download.pytorch.org/whl/cpu
 test-lowest: .venv/lowest/installed
-	.venv/lowest/bin/python -m pytest --numprocesses logical --dist loadfile tests/test_requirements.py \
+	.venv/lowest/bin/python -m pytest --numprocesses logical --max-worker-restart 0 --dist loadfile tests/test_requirements.py \
 		tests/export/test_graphs.py tests/export/test_onnxruntime.py tests/qwen2vl_trt/test_prompts.py \
 		tests/qwen2vl_trt/test_hub.py tests/engines/test_inspect.py tests/batch/test_inputs.py \
 		tests/runtime/features/test_store.py tests/runtime/inputs/test_images.py \
@@ -26,7 +28,8 @@ test-lowest: .venv/lowest/installed
 # The preprocessor's Triton kernels, on the CPU. Triton lies apart: PyTorch for CUDA brings the version that it needs, and
 # beside a PyTorch for the CPU this one writes to stderr whenever a process ends.
 test-kernels: .venv/test .venv/kernels
-	PYTHONPATH=.venv/kernels $(BIN)/python -m pytest --numprocesses logical tests/runtime/preprocessing/test_triton_writer.py
+	PYTHONPATH=.venv/kernels $(BIN)/python -m pytest --numprocesses logical --max-worker-restart 0 \
+		tests/runtime/preprocessing/test_triton_writer.py
 
 # The server under load and fuzzing tools, in virtual environments of their own, for evalscope and guidellm ask for different
 # releases of datasets: 5 minutes, 3 GB. For PyTorch's build for a CPU see test-lowest.
