@@ -7,11 +7,11 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from anyio import move_on_after
@@ -30,8 +30,8 @@ from qwen2vl_trt.runtime.request import Request as PipelineRequest
 from qwen2vl_trt.runtime.sampling_params import SamplingParams
 from qwen2vl_trt.runtime.service import Answer, Service
 
-from .chat import conversation, sampling_params
-from .completions import TextCompletion, check_completion, echoes, plain_prompts
+from .chat import Conversation, sampling_params
+from .completions import PlainPrompt, TextCompletion, check_completion, echoes, plain_prompts
 from .embeddings import check_alone, check_embedding, embeddings
 from .endpoint import Bodies, Endpoint, as_error, as_json
 from .errors import APIError, failed, from_library, overloaded
@@ -54,6 +54,8 @@ from .responses import ChatCompletion, Completion
 from .streams import KEEP_ALIVE_SECONDS, EventStream, chunks, merged
 from .tasks import cancelled
 from .tool_calls import ToolCompletion, usable_tools, with_calls
+
+T = TypeVar("T")
 
 _CANCEL_SECONDS = 5.0
 _TOKENIZERS = 2
@@ -226,48 +228,51 @@ class App:
 
     async def _tokenize(self, request: Request, body: bytearray, stack: AsyncExitStack) -> Response:
         pipeline, _ = self.check_open()
-        parsed, headers = await self._parsed(body, TokenizeRequest)
-        self._check_model(parsed.model)
-        if (parsed.prompt is None) == (parsed.messages is None):
-            raise APIError(400, "prompt: give either prompt or messages", param="prompt")
+
+        def use(parsed: TokenizeRequest) -> tuple[str | Conversation, list[dict[str, Any]]]:
+            if (parsed.prompt is None) == (parsed.messages is None):
+                raise APIError(400, "prompt: give either prompt or messages", param="prompt")
+            if parsed.prompt is not None:
+                return parsed.prompt, []
+            return Conversation.of(parsed, self.settings.limits), usable_tools(parsed, self.settings.limits)
+
+        _, (given, tools), headers = await self._read(body, TokenizeRequest, use)
         loop = asyncio.get_running_loop()
-        if parsed.prompt is not None:
-            ids = await loop.run_in_executor(self._tokenizers, pipeline.encode, parsed.prompt)
+        if isinstance(given, str):
+            ids = await loop.run_in_executor(self._tokenizers, pipeline.encode, given)
         else:
-            tools = await asyncio.to_thread(usable_tools, parsed, self.settings.limits)
-            asked = await self._conversation(parsed, request, tools=tools)
+            asked = await self._fetched(given, request, tools=tools)
             ids = (await loop.run_in_executor(self._tokenizers, pipeline.tokenize, asked)).token_ids
         config = pipeline.engines.checkpoint.config
         media = sum(ids.count(token) for token in (config.image_token_id, config.video_token_id))
         counts = {"count": len(ids), "image_tokens": media, "max_model_len": pipeline.profile.max_seq_len}
         return as_json({**counts, "tokens": ids}, headers=headers)
 
-    async def _conversation(
+    async def _fetched(
         self,
-        body: ChatCompletionRequest | EmbeddingRequest | TokenizeRequest,
+        conversation: Conversation,
         request: Request,
         deadline: float | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> PipelineRequest:
-        """See :func:`~qwen2vl_trt.serving.chat.conversation`; its media are held with the body."""
+        """See :meth:`~qwen2vl_trt.serving.chat.Conversation.fetched`; its media are held with the body."""
         began = time.perf_counter()
         hold, salt = request.state.hold, request.state.cache_salt
-        found = await conversation(body, self._source, self.settings.limits, hold, salt, deadline, tools)
+        found = await conversation.fetched(self._source, hold, salt, deadline, tools)
         if found.images or found.videos:
             self.metrics.observe("media_fetch_seconds", time.perf_counter() - began)
         return found
 
     async def _chat(self, request: Request, body: bytearray, stack: AsyncExitStack) -> Response:
         pipeline, service = self.check_open()
-        parsed, headers = await self._parsed(body, ChatCompletionRequest)
-        self._check_model(parsed.model)
+        limits = self.settings.limits
 
-        def read() -> tuple[list[SamplingParams], list[dict[str, Any]]]:
-            params, tools = sampling_params(parsed, self.settings.limits), usable_tools(parsed, self.settings.limits)
-            return with_calls(parsed, params, tools, pipeline.tokenizer), tools
+        def use(parsed: ChatCompletionRequest) -> tuple[list[SamplingParams], list[dict[str, Any]], Conversation]:
+            params, tools = sampling_params(parsed, limits), usable_tools(parsed, limits)
+            return with_calls(parsed, params, tools, pipeline.tokenizer), tools, Conversation.of(parsed, limits)
 
-        params, tools = await asyncio.to_thread(read)
-        asked = await self._conversation(parsed, request, parsed.timeout, tools)
+        parsed, (params, tools, conversation), headers = await self._read(body, ChatCompletionRequest, use)
+        asked = await self._fetched(conversation, request, parsed.timeout, tools)
         completion = ChatCompletion(self.settings.model, pipeline.tokenizer)
         if tools:
             several = parsed.parallel_tool_calls is not False
@@ -276,15 +281,17 @@ class App:
 
     async def _completions(self, request: Request, body: bytearray, stack: AsyncExitStack) -> Response:
         pipeline, service = self.check_open()
-        parsed, headers = await self._parsed(body, CompletionRequest)
-        self._check_model(parsed.model)
-        check_completion(parsed)
         limits, salt = self.settings.limits, request.state.cache_salt
-        params = await asyncio.to_thread(sampling_params, parsed, limits)
-        prompts = await asyncio.to_thread(plain_prompts, parsed.prompt, "prompt", len(params), pipeline, limits)
+
+        def use(parsed: CompletionRequest) -> tuple[list[SamplingParams], list[PlainPrompt], list[str]]:
+            check_completion(parsed)
+            params = sampling_params(parsed, limits)
+            prompts = plain_prompts(parsed.prompt, "prompt", len(params), pipeline, limits)
+            return params, prompts, echoes(prompts, pipeline.tokenizer) if parsed.echo else [""] * len(prompts)
+
+        parsed, (params, prompts, texts), headers = await self._read(body, CompletionRequest, use)
         requests = [PipelineRequest(each.token_ids, deadline=parsed.timeout, cache_salt=salt) for each in prompts]
         asked = [(each, own) for each in requests for own in params]
-        texts = await asyncio.to_thread(echoes, prompts, pipeline.tokenizer) if parsed.echo else [""] * len(prompts)
         starts = [text for text in texts for _ in params]
         completion = TextCompletion(self.settings.model, pipeline.tokenizer, starts, len(prompts))
         return await self._generate(service, asked, completion, parsed, headers, stack)
@@ -316,17 +323,20 @@ class App:
 
     async def _embeddings(self, request: Request, body: bytearray, stack: AsyncExitStack) -> Response:
         pipeline, service = self.check_open()
-        parsed, headers = await self._parsed(body, EmbeddingRequest)
-        self._check_model(parsed.model)
-        await asyncio.to_thread(check_embedding, parsed, pipeline.engines)
         limits, salt = self.settings.limits, request.state.cache_salt
-        if parsed.input is None:
-            conversed = await self._conversation(parsed, request, parsed.timeout)
-            check_alone(parsed, conversed)
-            asked = [conversed]
+
+        def use(parsed: EmbeddingRequest) -> Conversation | list[PlainPrompt]:
+            check_embedding(parsed, pipeline.engines)
+            if parsed.input is None:
+                return Conversation.of(parsed, limits)
+            return plain_prompts(parsed.input, "input", 1, pipeline, limits)
+
+        parsed, given, headers = await self._read(body, EmbeddingRequest, use)
+        if isinstance(given, Conversation):
+            asked = [await self._fetched(given, request, parsed.timeout)]
+            check_alone(parsed, asked[0])
         else:
-            prompts = await asyncio.to_thread(plain_prompts, parsed.input, "input", 1, pipeline, limits)
-            asked = [PipelineRequest(each.token_ids, deadline=parsed.timeout, cache_salt=salt) for each in prompts]
+            asked = [PipelineRequest(each.token_ids, deadline=parsed.timeout, cache_salt=salt) for each in given]
         wanted = [(replace(each, features=parsed.pooling), None) for each in asked]
         outputs = await asyncio.gather(*map(_succeeded, self._submit(service, wanted, stack)))
         return await asyncio.to_thread(
@@ -377,14 +387,20 @@ class App:
             message = f"there is no such model; this server has {self.settings.model}"
             raise APIError(404, message, param="model", code="model_not_found")
 
-    async def _parsed(self, body: bytearray, kind: type[Body]) -> tuple[Body, dict[str, str]]:
-        parsed, unknown = await asyncio.to_thread(parse, body, kind)
-        if not unknown:
-            return parsed, {}
-        names = ", ".join(quote(name[:64], safe="") for name in unknown[:16])
-        if self.settings.strict:
-            raise APIError(400, f"unknown fields: {names}", param=unknown[0][:64])
-        return parsed, {"X-Ignored-Fields": names}
+    async def _read(
+        self, body: bytearray, kind: type[Body], use: Callable[[Body], T]
+    ) -> tuple[Body, T, dict[str, str]]:
+        """Parse a body and ``use`` it, on one thread: each more costs as much as the parsing; with headers to send."""
+
+        def read() -> tuple[Body, T, dict[str, str]]:
+            parsed, unknown = parse(body, kind)
+            names = ", ".join(quote(name[:64], safe="") for name in unknown[:16])
+            if unknown and self.settings.strict:
+                raise APIError(400, f"unknown fields: {names}", param=unknown[0][:64])
+            self._check_model(parsed.model)
+            return parsed, use(parsed), {"X-Ignored-Fields": names} if unknown else {}
+
+        return await asyncio.to_thread(read)
 
 
 def _digest(key: str) -> bytes:

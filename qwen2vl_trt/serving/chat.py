@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import msgspec
@@ -20,7 +19,7 @@ from qwen2vl_trt.runtime.structured_outputs import StructuredOutputsParams
 
 from .errors import APIError
 from .limits import Limits
-from .media import MediaSource
+from .media import Hold, MediaKind, MediaSource
 from .protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, GenerationRequest, TokenizeRequest
 
 _SAME = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -116,62 +115,83 @@ def media_options(given: Mapping[str, Any] | None) -> tuple[ImageOptions, VideoO
     raise APIError(400, f"mm_processor_kwargs: {reason}", param="mm_processor_kwargs")
 
 
-async def conversation(
-    body: ChatCompletionRequest | EmbeddingRequest | TokenizeRequest,
-    source: MediaSource,
-    limits: Limits,
-    hold: Callable[[int], None],
-    cache_salt: str | None = None,
-    deadline: float | None = None,
-    tools: Sequence[Mapping[str, Any]] = (),
-) -> Request:
-    """A request of OpenAI's messages, its images and videos fetched, which its deadline counts.
+@dataclass(frozen=True)
+class Conversation:
+    """OpenAI's messages, taken apart.
 
-    Args:
-        body: of the request.
-        source: of its media.
-        limits: of their number, and of the messages'.
-        hold: see :meth:`~qwen2vl_trt.serving.media.MediaSource.fetch_all`.
-        cache_salt: of the request.
-        deadline: its seconds from now.
-        tools: that the model is told of.
-
-    Raises:
-        APIError: 400, too many images, or a medium that is not taken or cannot be had; what ``hold`` raises.
-        DeadlineError: it passed before all media were there.
-        PromptError: the messages are wrong.
+    Attributes:
+        messages: with their media named by number.
+        media: kind, URL or list of URLs, and place of each, see :meth:`MediaSource.fetch_all`.
+        image_options: of all images.
+        video_options: of all videos.
     """
-    image_options, video_options = media_options(body.mm_processor_kwargs)
-    given = body.messages or []
-    contents = (message.get("content") for message in given)
-    parts = len(given) + sum(len(content) for content in contents if isinstance(content, list))
-    if parts > limits.parts:
-        raise APIError(
-            400, f"messages: {parts:,} with their parts; this server takes {limits.parts:,}", param="messages"
+
+    messages: list[dict[str, Any]]
+    media: list[tuple[MediaKind, Any, str]]
+    image_options: ImageOptions
+    video_options: VideoOptions
+
+    @classmethod
+    def of(cls, body: ChatCompletionRequest | EmbeddingRequest | TokenizeRequest, limits: Limits) -> Conversation:
+        """Of the body of a request.
+
+        Raises:
+            APIError: 400, too many messages with their parts, images or videos, or a wrong option.
+            PromptError: the messages are wrong.
+        """
+        options = media_options(body.mm_processor_kwargs)
+        given = body.messages or []
+        contents = (message.get("content") for message in given)
+        parts = len(given) + sum(len(content) for content in contents if isinstance(content, list))
+        if parts > limits.parts:
+            message = f"messages: {parts:,} with their parts; this server takes {limits.parts:,}"
+            raise APIError(400, message, param="messages")
+        messages, media = detach_media(given)
+        for kind, most in (("image", limits.images), ("video", limits.videos)):
+            count = sum(each == kind for each, _, _ in media)
+            if count > most:
+                raise APIError(400, f"messages: {count:,} {kind}s; this server takes up to {most:,}", param="messages")
+        return cls(messages, media, *options)
+
+    async def fetched(
+        self,
+        source: MediaSource,
+        hold: Hold,
+        cache_salt: str | None = None,
+        deadline: float | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Request:
+        """The request of the pipeline, with its images and videos, whose fetching its deadline counts.
+
+        Args:
+            source: of the media.
+            hold: see :meth:`MediaSource.fetch_all`.
+            cache_salt: of the request.
+            deadline: its seconds from now.
+            tools: that the model is told of.
+
+        Raises:
+            APIError: a medium is not taken or cannot be had; what ``hold`` raises.
+            DeadlineError: it passed before all media were there.
+        """
+        began = time.perf_counter()
+        with move_on_after(deadline) as patience:
+            found = await source.fetch_all(self.media, hold)
+        if patience.cancelled_caught:
+            raise DeadlineError(f"the deadline of {deadline:g} s passed while images and videos were fetched")
+        if deadline is not None:
+            deadline = max(1e-9, deadline - time.perf_counter() + began)
+        images, videos = (
+            [medium for medium, (each, _, _) in zip(found, self.media, strict=True) if each == kind]
+            for kind in ("image", "video")
         )
-    messages, media = await asyncio.to_thread(detach_media, given)
-    for kind, most in (("image", limits.images), ("video", limits.videos)):
-        count = sum(each == kind for each, _, _ in media)
-        if count > most:
-            raise APIError(400, f"messages: {count:,} {kind}s; this server takes up to {most:,}", param="messages")
-    began = time.perf_counter()
-    with move_on_after(deadline) as patience:
-        fetched = await source.fetch_all(media, hold)
-    if patience.cancelled_caught:
-        raise DeadlineError(f"the deadline of {deadline:g} s passed while images and videos were fetched")
-    if deadline is not None:
-        deadline = max(1e-9, deadline - time.perf_counter() + began)
-    images, videos = (
-        [found for found, (each, _, _) in zip(fetched, media, strict=True) if each == kind]
-        for kind in ("image", "video")
-    )
-    return Request(
-        messages,
-        images,  # type: ignore[arg-type]  # bytes; frames of a video alone are lists
-        videos,
-        deadline=deadline,
-        image_options=image_options,
-        video_options=video_options,
-        cache_salt=cache_salt,
-        tools=tools,
-    )
+        return Request(
+            self.messages,
+            images,  # type: ignore[arg-type]  # bytes; frames of a video alone are lists
+            videos,
+            deadline=deadline,
+            image_options=self.image_options,
+            video_options=self.video_options,
+            cache_salt=cache_salt,
+            tools=tools,
+        )

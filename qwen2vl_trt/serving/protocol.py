@@ -12,8 +12,6 @@ from qwen2vl_trt.runtime.request import Features
 
 from .errors import APIError
 
-Body = TypeVar("Body", bound=Struct)
-
 _Count = Annotated[int, Meta(ge=1, lt=1 << 31)]
 _Text = Annotated[str, Meta(min_length=1)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -95,10 +93,18 @@ class NamedToolChoice(Struct):
     function: FunctionName
 
 
-class GenerationRequest(Struct, kw_only=True):
-    """What bodies that ask for text have in common; None takes the checkpoint's default."""
+class ModelRequest(Struct, kw_only=True):
+    """What every body has."""
 
     model: str | None = None
+
+
+Body = TypeVar("Body", bound=ModelRequest)
+
+
+class GenerationRequest(ModelRequest, kw_only=True):
+    """What bodies that ask for text have in common; None takes the checkpoint's default."""
+
     max_tokens: _Count | None = None
     temperature: Annotated[float, Meta(ge=0)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -144,12 +150,11 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     suffix: str | None = None
 
 
-class EmbeddingRequest(Struct, kw_only=True):
+class EmbeddingRequest(ModelRequest, kw_only=True):
     """POST /v1/embeddings: ``input`` as OpenAI has it, or ``messages`` as vLLM has them."""
 
     input: Prompts | None = None
     messages: _Messages | None = None
-    model: str | None = None
     pooling: Features = "last_hidden_state"
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: _Count | None = None
@@ -157,12 +162,11 @@ class EmbeddingRequest(Struct, kw_only=True):
     timeout: Annotated[float, Meta(gt=0)] | None = None
 
 
-class TokenizeRequest(Struct, kw_only=True):
+class TokenizeRequest(ModelRequest, kw_only=True):
     """POST /tokenize: a text, or a conversation, whose images are counted too."""
 
     prompt: str | None = None
     messages: _Messages | None = None
-    model: str | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     tools: list[Tool] | None = None
 
