@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from qwen2vl_trt import __version__
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, EngineError, program, reason
+from qwen2vl_trt.export.weights import merged_checkpoint
 from qwen2vl_trt.hub import ResolvedModel
+from qwen2vl_trt.lora import Adapter
 from qwen2vl_trt.quantization import fp8_layers
 
 from .backends import BACKENDS, Backend, BuildJob
 from .host_memory import warn_of_memory
-from .manifest import BuiltFile, Manifest, NoEngineError
+from .manifest import BuiltFile, Manifest, MergedAdapter, NoEngineError
 from .precision import Precision
 from .profile import BuildProfile, flag
 from .progress import BuildSteps, progress_bar
@@ -29,7 +32,13 @@ _WAY_OUT = "Pass --force to replace them, or give another --engine-dir"
 
 
 def build_engines(
-    model: ResolvedModel, backend: Backend, precision: str, profile: BuildProfile, folder: Path, force: bool = False
+    model: ResolvedModel,
+    backend: Backend,
+    precision: str,
+    profile: BuildProfile,
+    folder: Path,
+    force: bool = False,
+    adapter: Adapter | None = None,
 ) -> bool:
     """Build both engines of a model, unless the folder already holds the same; damaged ones are built again.
 
@@ -37,12 +46,13 @@ def build_engines(
         backend: with ``precision``, from :func:`qwen2vl_trt.engines.backends.find_backend`.
         folder: where the engines go; made if missing.
         force: build whatever the folder holds; older engines work until the new ones do.
+        adapter: to merge into the model; in FP8 that was done before the model was quantised.
 
     Returns:
         Whether anything was built.
 
     Raises:
-        CheckpointError: the model cannot be read or does not fit its configuration.
+        CheckpointError: the model cannot be read or does not fit its configuration, or the adapter does not fit it.
         BuildError: the folder cannot be written, holds other engines (named; ``force`` replaces them), or holds a model
             that no build put there; the model is not of the precision's kind (quantised or not).
     """
@@ -58,6 +68,7 @@ def build_engines(
         files={},
         versions={"qwen2vl-trt": __version__, **backend.versions()},
         options=backend.options.as_dict() if backend.options else {},
+        lora=MergedAdapter(adapter.name, adapter.hash, checkpoint.hash) if adapter else None,
     )
     if not force and _is_built(planned, folder):
         return False
@@ -80,9 +91,16 @@ def build_engines(
             if not force and _is_built(planned, folder, logging.DEBUG):  # what is damaged has been said
                 return False
             with staged(folder) as staging, progress_bar() as progress:
-                steps = BuildSteps(progress, model.name, backend.steps)
-                files = backend.build(BuildJob(backend, checkpoint, staging, folder, numbers, profile, steps))
-                replace(planned, files={path.name: BuiltFile.of(path) for path in files}).write(staging)
+                merges = adapter is not None and not numbers.fp8
+                steps = BuildSteps(progress, model.name, backend.steps + merges)
+                with ExitStack() as merging:
+                    if adapter is not None and merges:
+                        steps("merging the adapter")
+                        merged = merged_checkpoint(checkpoint, adapter, staging / ".merged")
+                        checkpoint = merging.enter_context(merged)
+                    files = backend.build(BuildJob(backend, checkpoint, staging, folder, numbers, profile, steps))
+                    built = {path.name: BuiltFile.of(path) for path in files}
+                    replace(planned, model_hash=checkpoint.hash, files=built).write(staging)
     except OSError as error:
         raise BuildError(f"{folder}: {reason(error)}; what it held is unchanged") from None
     return True
@@ -165,8 +183,10 @@ def differences(wanted: Manifest, found: Manifest) -> list[str]:
     Names of models do not count, nor versions of packages, but for ``Backend.bound_to``.
     """
     pairs: list[tuple[str, Any, Any]] = [("--backend", found.backend, wanted.backend)]
-    if found.model_hash != wanted.model_hash:
+    if _given(found) != _given(wanted):
         pairs.append(("--model", _model(found), _model(wanted)))
+    if (found.lora and found.lora.hash) != (wanted.lora and wanted.lora.hash):
+        pairs.append(("--lora", _adapter(found), _adapter(wanted)))
     if found.backend == wanted.backend:
         pairs.append(("--precision", found.precision, wanted.precision))
         for name in sorted({*found.options, *wanted.options}):
@@ -185,8 +205,17 @@ def in_words(folder: Path, differing: list[str]) -> str:
     return f"{folder} holds other engines: {'; '.join(differing)}"
 
 
+def _given(manifest: Manifest) -> str:
+    """The hash of the model that was given: of one with an adapter, before the merge."""
+    return manifest.lora.model_hash if manifest.lora else manifest.model_hash
+
+
 def _model(manifest: Manifest) -> str:
-    return f"{manifest.model} ({manifest.model_hash[:12]})"
+    return f"{manifest.model} ({_given(manifest)[:12]})"
+
+
+def _adapter(manifest: Manifest) -> str:
+    return f"{manifest.lora.name} ({manifest.lora.hash[:12]})" if manifest.lora else "none"
 
 
 def _value(value: Any) -> str:

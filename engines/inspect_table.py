@@ -17,6 +17,8 @@ def print_report(report: FolderReport, console: Console, layers: bool = False) -
     manifest = report.manifest
     about = _table("engine")
     about.add_row("model", manifest.model)
+    if manifest.lora:
+        about.add_row("adapter", f"{manifest.lora.name} ({manifest.lora.hash[:12]}), merged")
     about.add_row("backend", f"{manifest.backend}, {manifest.precision}")
     about.add_row("built with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
     for name, value in manifest.options.items():

@@ -7,7 +7,6 @@ one with another time is hashed, and ``inspect --verify`` hashes all.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from dataclasses import asdict, dataclass, field, fields
@@ -18,7 +17,7 @@ import msgspec
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError, program, reason
-from qwen2vl_trt.files import atomic_write
+from qwen2vl_trt.files import atomic_write, file_hash
 from qwen2vl_trt.schema import convert, forbid_unknown_fields
 
 from .profile import BuildProfile
@@ -60,11 +59,27 @@ class BuiltFile:
 
 
 @dataclass(frozen=True)
+class MergedAdapter:
+    """A LoRA adapter that was merged into the model.
+
+    Attributes:
+        name: of its folder.
+        hash: see :attr:`qwen2vl_trt.lora.Adapter.hash`.
+        model_hash: of the checkpoint that was given with it; of the quantised one in FP8, which has the adapter merged.
+    """
+
+    name: str
+    hash: str
+    model_hash: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What an engine folder holds.
 
     Attributes:
         model_hash: see :attr:`qwen2vl_trt.checkpoint.Checkpoint.hash`.
+        lora: what ``--lora`` named.
         files: those that the build made, by name.
         versions: of the packages that made them.
         options: of the backend, those that are not its defaults.
@@ -78,6 +93,7 @@ class Manifest:
     files: dict[str, BuiltFile]
     versions: dict[str, str]
     options: dict[str, Any] = field(default_factory=dict)
+    lora: MergedAdapter | None = None
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -149,15 +165,6 @@ class Manifest:
         if changed:
             raise EngineError(f"the model in {folder} is not the one that was built (its hash differs). Rebuild.")
         return checkpoint
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _build(folder: Path) -> str:

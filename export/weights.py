@@ -11,15 +11,20 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
+from torch import Tensor
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import CheckpointError
 from qwen2vl_trt.layers import FP8Linear
+from qwen2vl_trt.lora import Adapter
 from qwen2vl_trt.weights import checkpoint_names
 
 from .graphs import Graph
@@ -27,8 +32,15 @@ from .graphs import Graph
 logger = logging.getLogger(__name__)
 
 
-def link_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+def link_checkpoint(
+    checkpoint: Checkpoint, folder: Path, changes: Mapping[str, Callable[[], Tensor]] = MappingProxyType({})
+) -> None:
     """Put a checkpoint's files into an empty folder: weights as hard links, copied where that is impossible.
+
+    Args:
+        changes: tensors that become others of the same type and shape, by the checkpoint's name. A file that holds one
+            is copied and changed in place, a tensor at a time: names, offsets and index stay. (A file of the changed
+            tensors alone would leave the old ones beside them, and TensorRT-LLM reads every file of a folder.)
 
     Raises:
         OSError: the disk is full, or the folder cannot be written or holds a model.
@@ -37,8 +49,32 @@ def link_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     for source in checkpoint.companions:
         shutil.copyfile(source, folder / source.name)
     for source in sorted(checkpoint.folder.glob("*.safetensors")):
-        if source.resolve() in weights:
+        here = [name for name in changes if checkpoint.locate(name).path == source.resolve()]
+        if here:
+            shutil.copyfile(source, folder / source.name)
+            with (folder / source.name).open("r+b") as file:
+                for name in sorted(here, key=lambda name: checkpoint.locate(name).offset):
+                    file.seek(checkpoint.locate(name).offset)
+                    file.write(changes[name]().flatten().view(torch.uint8).numpy().data)
+        elif source.resolve() in weights:
             _link_or_copy(source.resolve(), folder / source.name)
+
+
+@contextmanager
+def merged_checkpoint(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> Iterator[Checkpoint]:
+    """The checkpoint with an adapter merged, in a new folder that is removed at the end.
+
+    Raises:
+        CheckpointError: they do not fit each other, see :meth:`qwen2vl_trt.lora.Adapter.changes`.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    changes = adapter.changes(checkpoint)
+    folder.mkdir()
+    try:
+        link_checkpoint(checkpoint, folder, changes)
+        yield Checkpoint(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -133,12 +133,7 @@ class Checkpoint:
         Raises:
             CheckpointError: no such tensor, or the file changed since the folder was opened.
         """
-        path = self.locate(name).path
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: tensor {name!r} cannot be read: {reason(error)}") from None
+        return load_tensor(self.locate(name).path, name)
 
     @cached_property
     def hash(self) -> str:
@@ -173,6 +168,19 @@ class Checkpoint:
                     file.seek(location.offset + location.length - tail)
                     add(file.read(tail))
         return digest.hexdigest()
+
+
+def load_tensor(path: Path, name: str) -> Tensor:
+    """Read one tensor of a safetensors file, on the CPU; it may be a memory map of the file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not there.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: tensor {name!r} cannot be read: {reason(error)}") from None
 
 
 def _read_index(folder: Path) -> tuple[dict[str, Path], dict[str, TensorLocation]]:

@@ -49,8 +49,8 @@ def refuse_foreign(folder: Path) -> None:
         adapter = read_json(folder / ADAPTER_FILE)
         kind, base = (_word(adapter.get(name)) for name in ("peft_type", "base_model_name_or_path"))
         raise CheckpointError(
-            f"{folder} holds an adapter ({kind or 'PEFT'}, {ADAPTER_FILE}), which is not applied here. Merge it into"
-            f" {base or 'its model'} (PEFT: merge_and_unload, then save_pretrained) and give the merged folder"
+            f"{folder} holds an adapter ({kind or 'PEFT'}, {ADAPTER_FILE}), no model: give it with the model that"
+            f" it was trained on, --model {base or 'MODEL'} --lora {folder}"
         )
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     if gguf and not any(folder.glob("*.safetensors")):

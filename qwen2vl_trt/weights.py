@@ -46,7 +46,7 @@ def map_names(names: Iterable[str], tied: bool = False) -> dict[str, str]:
     learned = [name for name in names if not _UNUSED.search(name)]
     renamed = _tensorrt_llm_names(learned)
     if renamed is None:
-        renamed = {name: _our_name(name) for name in learned}
+        renamed = {name: our_name(name) for name in learned}
     mapped: dict[str, str] = {}
     for theirs, ours in renamed.items():
         if ours in mapped:
@@ -181,7 +181,8 @@ def _top_level(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _our_name(name: str) -> str:
+def our_name(name: str) -> str:
+    """A tensor's or a module's name as the published checkpoints have it."""
     if name.startswith("model.visual."):
         return name.removeprefix("model.")
     if name.startswith("model.language_model."):
@@ -209,5 +210,5 @@ def _tensorrt_llm_names(names: list[str]) -> dict[str, str] | None:
     for top_level in _TOP_LEVEL:
         weights = {name: name for name in names if name.startswith(f"{top_level}.")}
         for rest, theirs in mapper.filter_weights(top_level, weights).items():
-            renamed[theirs] = _our_name(f"{top_level}.{rest}")
+            renamed[theirs] = our_name(f"{top_level}.{rest}")
     return {name: renamed.get(name, name) for name in names}

@@ -163,7 +163,8 @@ class Pipeline:
             precision: as ``--precision``.
             device: ``cpu``, ``cuda``, ``cuda:1``; by default a GPU where the backend can use one here.
             options: see :class:`~qwen2vl_trt.runtime.options.PipelineOptions`.
-            settings: other options of a build by name, ``max_num_seqs=4``, ``engine_dir=...``, ``force=True``.
+            settings: other options of a build by name, ``lora="adapter/"``, ``max_num_seqs=4``, ``engine_dir=...``,
+                ``force=True``.
 
         Raises:
             BuildError: an option has no meaning, other engines are there, or they cannot be built.

@@ -43,4 +43,4 @@ def build_planned(plan: BuildPlan, options: PipelineOptions | None = None) -> bo
     if force or engines_in(plan.folder) is None:
         ModelFiles.read(plan.model.folder, Qwen2VLConfig.from_folder(plan.model.folder), plan.profile, options)
     plan = quantize_first(plan)
-    return build_engines(plan.model, plan.backend, plan.precision, plan.profile, plan.folder, force)
+    return build_engines(plan.model, plan.backend, plan.precision, plan.profile, plan.folder, force, plan.adapter)

@@ -17,6 +17,7 @@ from qwen2vl_trt.engines.precision import BF16, FP32, Precision
 from qwen2vl_trt.engines.profile import BuildConfig, BuildProfile, flag, usual_profile
 from qwen2vl_trt.errors import BuildError
 from qwen2vl_trt.hub import TINY, ResolvedModel, resolve_model
+from qwen2vl_trt.lora import Adapter
 from qwen2vl_trt.prompts import check_tokenizer_files
 
 _OPTIONS = (
@@ -33,6 +34,7 @@ class BuildRequest:
     Attributes:
         model: see :func:`qwen2vl_trt.hub.resolve_model`.
         revision: of a hub model.
+        lora: folder of a LoRA adapter in PEFT's layout, to merge into the model.
         backend: a name of :data:`qwen2vl_trt.engines.backends.BACKENDS`.
         precision: one of the backend's.
         engine_dir: where the engines are, or go to.
@@ -47,6 +49,7 @@ class BuildRequest:
 
     model: str | Path | None = None
     revision: str | None = None
+    lora: Path | None = None
     backend: str | None = None
     precision: str | None = None
     engine_dir: Path | None = None
@@ -69,7 +72,7 @@ class BuildRequest:
         if unknown:
             raise BuildError(f"unknown option {min(unknown)!r} of a build; known: {', '.join((*own, *_SETTINGS))}")
         settings = {name: given[name] for name in _SETTINGS if name in given}
-        paths = ("engine_dir", "config", "calibration_data")
+        paths = ("engine_dir", "config", "calibration_data", "lora")
         given = given | {name: Path(given[name]) for name in paths if given.get(name) is not None}
         return cls(**{name: given[name] for name in own if name in given}, settings=settings)
 
@@ -90,6 +93,7 @@ class BuildPlan:
 
     Attributes:
         request: what was asked for.
+        adapter: to merge into the model.
         kept: limits, in words, that the engines in the folder were built with and nobody gave this time.
     """
 
@@ -100,6 +104,12 @@ class BuildPlan:
     profile: BuildProfile
     folder: Path
     kept: tuple[str, ...] = ()
+    adapter: Adapter | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the model with its adapter, for folders."""
+        return _name(self.model, self.adapter)
 
 
 def built_folder(request: BuildRequest) -> Path | None:
@@ -113,7 +123,7 @@ def built_folder(request: BuildRequest) -> Path | None:
     if folder is None or request.model is not None or request.config:
         return None
     as_built = f"{folder} runs as it was built; name the --model to build again"
-    for name in ("revision", "calibration_data", "calibration_size"):
+    for name in ("revision", "lora", "calibration_data", "calibration_size"):
         if getattr(request, name) is not None:
             raise BuildError(f"{flag(name)} says how to build, but {as_built}")
     if request.force:
@@ -143,7 +153,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     Raises:
         BuildError: impossible limits, an unknown backend or precision, or an unreadable configuration.
         CheckpointError: the model cannot be found, is incomplete, is another than Qwen2.5-VL, or has no tokenizer or
-            chat template.
+            chat template; the adapter is none, or does not fit it.
         EngineError, MissingDependencyError: the backend's package does not work, or is not there.
     """
     config = BuildConfig.from_yaml(request.config) if request.config else None
@@ -153,15 +163,18 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     name = request.backend or (found.backend if found else DEFAULT_BACKEND)
     wanted = request.precision or (found.precision if found and found.backend == name else None)
     asked = config.model if config else request.model
+    adapter = Adapter.read(request.lora) if request.lora else None
     model: ResolvedModel | None = None
     if wanted is None and request.engine_dir is None and name in BACKENDS and BACKENDS[name].measures(request.device):
         model = resolve_model(TINY if asked is None else asked, request.revision)
-        wanted = None if request.force else _measured_before(model, name)
+        wanted = None if request.force else _measured_before(_name(model, adapter), name)
     backend, precision = find_backend(name, wanted, request.device)
     model = model or resolve_model(TINY if asked is None else asked, request.revision)
-    Checkpoint(model.folder)
+    checkpoint = Checkpoint(model.folder)
+    if adapter is not None:
+        adapter.changes(checkpoint)
     check_tokenizer_files(model.folder)  # here, before the minutes of a build whose engines no pipeline could load
-    folder = request.engine_dir or default_engine_dir(model.name, backend.name, precision)
+    folder = request.engine_dir or default_engine_dir(_name(model, adapter), backend.name, precision)
     if request.engine_dir is None:
         found = _engines_in(folder, request.force)
     fresh = usual_profile(model.name).as_dict() if config is None else {}
@@ -177,12 +190,17 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         profile,
         folder,
         tuple(f"{flag(limit)} {kept[limit]}" for limit in kept if kept[limit] != defaults[limit]),
+        adapter,
     )
 
 
-def _measured_before(model: ResolvedModel, backend: str) -> str | None:
+def _name(model: ResolvedModel, adapter: Adapter | None) -> str:
+    return f"{model.name}-{adapter.name}" if adapter else model.name
+
+
+def _measured_before(model: str, backend: str) -> str | None:
     """The precision of engines that are there already, of those between which measuring the CPU decides."""
-    there = [each.name for each in (BF16, FP32) if engines_in(default_engine_dir(model.name, backend, each.name))]
+    there = [each.name for each in (BF16, FP32) if engines_in(default_engine_dir(model, backend, each.name))]
     return there[0] if len(there) == 1 else None
 
 

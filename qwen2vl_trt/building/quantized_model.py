@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.engines.progress import progress_bar
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError, reason
 from qwen2vl_trt.export.quantize import check_quantizer, quantize_checkpoint
+from qwen2vl_trt.export.weights import merged_checkpoint
 from qwen2vl_trt.hub import TINY
+from qwen2vl_trt.lora import Adapter
 from qwen2vl_trt.quantization import fp8_layers
 
 from .calibration import Calibration, CalibrationData, training_data
@@ -31,12 +34,13 @@ CALIBRATION_SIZE = 512
 
 @dataclass(frozen=True)
 class _Record:
-    """What a quantised checkpoint was made from, and its own hash."""
+    """What a quantised checkpoint was made from, and its own hash; ``lora_hash`` of the adapter merged before."""
 
     model_hash: str
     calibration: str
     samples: int
     quantized_hash: str = ""
+    lora_hash: str = ""
 
     @classmethod
     def of(cls, folder: Path) -> _Record | None:
@@ -60,11 +64,17 @@ def _difference(plan: BuildPlan, checkpoint: Checkpoint, found: _Record) -> str 
     """What a quantised checkpoint was made from, in words, if it does not do."""
     if found.model_hash != checkpoint.hash:
         return "another model"
+    if found.lora_hash != _lora_hash(plan):
+        return "another adapter (--lora)" if found.lora_hash else "the model without an adapter"
     if plan.request.calibration_data is None and plan.request.calibration_size is None:
         return None
     data = _data(plan, plan.request.calibration_size or found.samples)
     same = (found.calibration, found.samples) == (data.identity, len(data.requests))
     return None if same else f"other calibration data ({found.samples} samples)"
+
+
+def _lora_hash(plan: BuildPlan) -> str:
+    return plan.adapter.hash if plan.adapter else ""
 
 
 def quantize_first(plan: BuildPlan) -> BuildPlan:
@@ -91,7 +101,7 @@ def quantize_first(plan: BuildPlan) -> BuildPlan:
                 " give another --engine-dir"
             )
         return replace(plan, model=replace(plan.model, folder=plan.folder))
-    folder = Path("artifacts") / f"{plan.model.name}-fp8{'' if precision.fp8_vision else '-decoder'}"
+    folder = Path("artifacts") / f"{plan.name}-fp8{'' if precision.fp8_vision else '-decoder'}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):  # two at once: the second finds the first one's work
@@ -108,7 +118,7 @@ def quantize_first(plan: BuildPlan) -> BuildPlan:
                 )
             if difference or not found:
                 data = _data(plan, plan.request.calibration_size or CALIBRATION_SIZE)
-                _make(folder, checkpoint, data, precision.fp8_vision)
+                _make(folder, checkpoint, data, precision.fp8_vision, plan.adapter)
     except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
         raise BuildError(f"{folder}: {reason(error)}; what it held is unchanged") from None
     return replace(plan, model=replace(plan.model, folder=folder))
@@ -127,20 +137,23 @@ def _check_ours(folder: Path) -> None:
         raise BuildError(f"{folder} is not a checkpoint that was quantised here (it has no {RECORD}); move it away")
 
 
-def _make(folder: Path, checkpoint: Checkpoint, data: CalibrationData, vision: bool) -> None:
+def _make(folder: Path, checkpoint: Checkpoint, data: CalibrationData, vision: bool, adapter: Adapter | None) -> None:
     check_quantizer()
     calibration = Calibration(checkpoint, data)
     calibration.check()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-        with progress_bar(lines=True) as progress:
+        with progress_bar(lines=True) as progress, ExitStack() as merging:
+            source, merged = checkpoint, folder.with_name(f".{folder.name}.merged")
+            if adapter is not None:
+                shutil.rmtree(merged, ignore_errors=True)
+                source = merging.enter_context(merged_checkpoint(checkpoint, adapter, merged))
             task = progress.add_task("calibrating", total=len(data.requests))
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            made = quantize_checkpoint(
-                checkpoint, unfinished, calibration, device, lambda: progress.advance(task), vision
-            )
-        record = _Record(checkpoint.hash, data.identity, len(data.requests), made.hash)
+            made = quantize_checkpoint(source, unfinished, calibration, device, lambda: progress.advance(task), vision)
+        lora_hash = adapter.hash if adapter else ""
+        record = _Record(checkpoint.hash, data.identity, len(data.requests), made.hash, lora_hash)
         (unfinished / RECORD).write_text(json.dumps(asdict(record), indent=2), encoding="utf-8")
         if folder.exists():
             folder.rename(_older(folder))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from qwen2vl_trt.errors import CompareError, Qwen2VLError, require
@@ -53,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", metavar="NAME", help="the checkpoint that a quantised one was made from: the reference's weights"
     )
+    group.add_argument("--lora", type=folder_name, metavar="DIR", help="with --model, the adapter that was merged")
     group.add_argument("--device", help="of the engine: cpu, cuda, cuda:1; by default a GPU where it can use one")
     group.add_argument("--reference-device", metavar="DEVICE", help="of everything else; by default the engine's")
     group = parser.add_argument_group("what is asked")
@@ -94,7 +97,8 @@ def run(arguments: argparse.Namespace) -> None:
     from qwen2vl_trt.accuracy.report import print_report
     from qwen2vl_trt.engines.tables import stdout_console
 
-    report = _report(arguments, shlex.join(arguments.command_line))
+    with ExitStack() as closing:
+        report = _report(arguments, shlex.join(arguments.command_line), closing)
     if arguments.json:
         print(report.as_json())
     else:
@@ -110,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
         sys.exit(FAILED)
 
 
-def _report(arguments: argparse.Namespace, command: str) -> Report:
+def _report(arguments: argparse.Namespace, command: str, closing: ExitStack) -> Report:
     from qwen2vl_trt.accuracy.comparison import compare_inputs, compare_runners
     from qwen2vl_trt.accuracy.engine_runner import EngineRunner
     from qwen2vl_trt.accuracy.inputs import TransformersProcessor, check_limits, our_inputs
@@ -145,7 +149,7 @@ def _report(arguments: argparse.Namespace, command: str) -> Report:
     if any(case.videos for case in cases):
         notes.append("positions in prompts with a video: Transformers is given ours, it counts them otherwise")
     engine = EngineRunner(_name(engines), engines, layers, saved)
-    reference, baseline, others = _runners(arguments, engines, against, wanted)
+    reference, baseline, others = _runners(arguments, engines, against, wanted, closing)
     runners = [engine, *others, baseline]
     inputs = compare_inputs(feeds, our_inputs(cases, checkpoint, settings, engines.device))
     rows: list[Row] = []
@@ -183,7 +187,7 @@ def _report(arguments: argparse.Namespace, command: str) -> Report:
 
 
 def _runners(
-    arguments: argparse.Namespace, engines: Engines, against: Engines | None, layers: bool
+    arguments: argparse.Namespace, engines: Engines, against: Engines | None, layers: bool, closing: ExitStack
 ) -> tuple[BaseRunner, BaseRunner, list[BaseRunner]]:
     """The reference, the baseline, and our modules in FP32 where they are neither the engine nor the reference."""
     import torch
@@ -193,7 +197,7 @@ def _runners(
     from qwen2vl_trt.runtime.backends.runners import parse_device
 
     device = parse_device(arguments.reference_device) if arguments.reference_device else engines.device
-    checkpoint = _reference_checkpoint(arguments.model, engines)
+    checkpoint = _reference_checkpoint(arguments.model, arguments.lora, engines, closing)
 
     def transformers(dtype: torch.dtype, name: str) -> BaseRunner:
         return TransformersRunner(f"Transformers {name}", checkpoint, dtype, device, layers)
@@ -236,12 +240,26 @@ def _other(folder: Path, option: str, device: str | None, engines: Engines) -> E
     return other
 
 
-def _reference_checkpoint(model: str | None, engines: Engines) -> Checkpoint:
+def _reference_checkpoint(model: str | None, lora: Path | None, engines: Engines, closing: ExitStack) -> Checkpoint:
+    """``closing`` removes the folder where an adapter is merged."""
     from qwen2vl_trt.checkpoint import Checkpoint
+    from qwen2vl_trt.export.weights import merged_checkpoint
     from qwen2vl_trt.hub import resolve_model
+    from qwen2vl_trt.lora import Adapter
 
+    merged = engines.manifest.lora
+    if lora is not None and model is None:
+        raise CompareError("--lora goes with --model; without them the reference has the engines' own weights")
     if model is not None:
+        adapter = Adapter.read(lora) if lora is not None else None
+        if (merged and merged.hash) != (adapter and adapter.hash):
+            there = f"the adapter {merged.name} ({merged.hash[:12]})" if merged else "no adapter"
+            way_out = "name the same with --lora" if merged else "leave --lora out"
+            raise CompareError(f"{engines.folder} has {there} merged; {way_out}")
         checkpoint = Checkpoint(resolve_model(model).folder)
+        if adapter is not None:
+            folder = Path(closing.enter_context(TemporaryDirectory())) / "merged"
+            checkpoint = closing.enter_context(merged_checkpoint(checkpoint, adapter, folder))
         _check_same(engines.checkpoint, checkpoint)
         return checkpoint
     if _is_quantised(engines.checkpoint):

@@ -138,6 +138,12 @@ def add_build_arguments(parser: argparse.ArgumentParser, device: bool = True) ->
         "--engine-dir", type=folder_name, metavar="DIR", help="default artifacts/MODEL-BACKEND-PRECISION"
     )
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
+    group.add_argument(
+        "--lora",
+        type=folder_name,
+        metavar="DIR",
+        help="LoRA adapter in PEFT's layout, merged into the model as it is built",
+    )
     group.add_argument("--force", action="store_true", help="build, and replace the engines that are in the folder")
     group = parser.add_argument_group("limits of the engines")
     group.add_argument(

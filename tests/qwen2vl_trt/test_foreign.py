@@ -81,9 +81,9 @@ def test_an_adapter(tmp_path, beside_a_model):
         save_model(random_model(model_config()), tmp_path)
     base = "Qwen/Qwen2.5-VL-3B-Instruct"
     message = refusal(write(tmp_path, adapter_config__json={"peft_type": "LORA", "base_model_name_or_path": base}))
-    assert f"holds an adapter (LORA, adapter_config.json), which is not applied here. Merge it into {base}" in message
-    assert "merge_and_unload" in message
-    assert "Merge it into its model" in refusal(write(tmp_path, adapter_config__json={}))
+    assert "holds an adapter (LORA, adapter_config.json), no model" in message
+    assert message.endswith(f"--model {base} --lora {tmp_path}")
+    assert "--model MODEL --lora" in refusal(write(tmp_path, adapter_config__json={}))
 
 
 @pytest.mark.parametrize("config", [{}, {"config__json": MINIMAL_CONFIG}], ids=["alone", "with a configuration"])
