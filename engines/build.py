@@ -84,6 +84,13 @@ def build_engines(
         warn_of_memory(checkpoint, backend, numbers)
     if folder.is_dir() and folder.samefile(model.folder):
         raise BuildError(f"{folder} is the checkpoint itself; give --engine-dir another folder")
+    if checkpoint.format is not None:
+        logger.warning(
+            "%s (%s): its weights are dequantised to compute in %s, in the time and the memory of an unquantised model",
+            checkpoint.folder,
+            checkpoint.format.method,
+            precision,
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_ours(folder)
@@ -162,6 +169,11 @@ def check_quantization(checkpoint: Checkpoint, precision: Precision) -> None:
         CheckpointError: a quantisation that is not supported.
     """
     layers = fp8_layers(checkpoint)
+    if precision.fp8 and checkpoint.format is not None:
+        raise BuildError(
+            f"{checkpoint.folder} is quantised ({checkpoint.format.method}), and FP8 is made of an unquantised"
+            " checkpoint alone: take that one, or another --precision"
+        )
     if precision.fp8 and not layers:
         raise BuildError(
             f"{checkpoint.folder} is not quantised; {program('build_engines.py')} --precision fp8 does that first"

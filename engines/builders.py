@@ -33,6 +33,11 @@ def build_tensorrt_llm(job: BuildJob) -> list[Path]:
     options = job.backend.options
     assert isinstance(options, TensorRTLLMOptions)
     options.check_model(job.checkpoint.config.text)
+    if job.checkpoint.format is not None:
+        raise BuildError(
+            f"{job.checkpoint.folder} is quantised ({job.checkpoint.format.method}), which TensorRT-LLM would load by"
+            " itself and is not checked here: take the unquantised checkpoint, or --backend tensorrt"
+        )
     options.tokens_per_step(job.profile)
     build_torch(job)
     if options.vision_backend == "torch":

@@ -56,7 +56,7 @@ def expected_bytes(checkpoint: Checkpoint, backend: Backend, precision: Precisio
     PyTorch holds every weight in its precision. ONNX Runtime makes FP32 weights of BF16 ones, all but an untied
     embedding, whose rows are read as they are needed; while it loads, the largest of them is there twice.
     """
-    sizes = {ours: math.prod(checkpoint.locate(theirs).shape) for ours, theirs in checkpoint_names(checkpoint).items()}
+    sizes = {ours: math.prod(checkpoint.entry(theirs).shape) for ours, theirs in checkpoint_names(checkpoint).items()}
     if checkpoint.config.text.tie_word_embeddings:
         sizes.pop(LM_HEAD, None)
     if backend.cpu_weights == "as built" and not precision.fp8:

@@ -14,7 +14,7 @@ from qwen2vl_trt.weights import check_weights
 
 from .graphs import Graph, decoder_graph, vision_graph
 from .trace import trace
-from .weights import link_checkpoint, point_to_checkpoint
+from .weights import link_checkpoint, point_to_checkpoint, write_dequantized
 
 
 def export_onnx(
@@ -25,9 +25,10 @@ def export_onnx(
     on_step: Callable[[str], None] = lambda step: None,
     decoder_dtype: torch.dtype | None = None,
 ) -> list[Path]:
-    """Write both graphs into a folder that then holds the whole model; returns the two files.
+    """Write both graphs into a folder that then holds the whole model; returns the files that are not the checkpoint's.
 
-    A checkpoint quantised to FP8 becomes graphs with QuantizeLinear and DequantizeLinear around its layers.
+    A checkpoint quantised to FP8 becomes graphs with QuantizeLinear and DequantizeLinear around its layers; the weights
+    of one in another format are dequantised into a file beside it.
 
     Args:
         folder: exists; gets the checkpoint's files (weights hard-linked) and the two graphs.
@@ -46,6 +47,7 @@ def export_onnx(
     on_step(STEPS[0])
     link_checkpoint(checkpoint, folder)
     linked = Checkpoint(folder)
+    dequantized = write_dequantized(linked, folder)
     paths = []
     for graph, graph_dtype, step in zip(graphs, dtypes, STEPS[1:]):
         on_step(step)
@@ -53,7 +55,7 @@ def export_onnx(
         point_to_checkpoint(model, graph, linked, folder)
         paths.append(folder / f"{graph.name}.onnx")
         ir.save(model, paths[-1])
-    return paths
+    return paths + dequantized
 
 
 def model_graphs(

@@ -21,7 +21,7 @@ import onnx_ir.passes.common as passes
 import torch
 from torch import Tensor
 
-from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.checkpoint import Checkpoint, header_of, read_header
 from qwen2vl_trt.errors import CheckpointError
 from qwen2vl_trt.layers import FP8Linear
 from qwen2vl_trt.lora import Adapter
@@ -30,6 +30,9 @@ from qwen2vl_trt.weights import checkpoint_names
 from .graphs import Graph
 
 logger = logging.getLogger(__name__)
+
+DEQUANTIZED = "dequantized.safetensors"
+"""Beside a checkpoint whose quantised weights no graph computes with: those weights, by the names of plain ones."""
 
 
 def link_checkpoint(
@@ -45,7 +48,6 @@ def link_checkpoint(
     Raises:
         OSError: the disk is full, or the folder cannot be written or holds a model.
     """
-    weights = {checkpoint.locate(name).path for name in checkpoint.names}
     for source in checkpoint.companions:
         shutil.copyfile(source, folder / source.name)
     for source in sorted(checkpoint.folder.glob("*.safetensors")):
@@ -56,7 +58,7 @@ def link_checkpoint(
                 for name in sorted(here, key=lambda name: checkpoint.locate(name).offset):
                     file.seek(checkpoint.locate(name).offset)
                     file.write(changes[name]().flatten().view(torch.uint8).numpy().data)
-        elif source.resolve() in weights:
+        elif source.resolve() in checkpoint.weight_files:
             _link_or_copy(source.resolve(), folder / source.name)
 
 
@@ -88,8 +90,31 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def write_dequantized(checkpoint: Checkpoint, folder: Path) -> list[Path]:
+    """Write the weights of :attr:`Checkpoint.packed` for the graphs in a folder, one weight in memory at a time.
+
+    Returns:
+        The file; none where the checkpoint has no such weight.
+
+    Raises:
+        CheckpointError: numbers in a weight that make no sense.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    if not checkpoint.packed:
+        return []
+    (dtype,) = {weight.dtype for weight in checkpoint.packed.values()}
+    path = folder / DEQUANTIZED
+    with path.open("wb") as file:
+        file.write(header_of({name: weight.shape for name, weight in checkpoint.packed.items()}, dtype))
+        for name in checkpoint.packed:
+            file.write(checkpoint.load(name).view(torch.uint8).numpy().data)
+    return [path]
+
+
 def point_to_checkpoint(model: ir.Model, graph: Graph, checkpoint: Checkpoint, folder: Path) -> None:
     """Make every open initialiser an external tensor in the checkpoint's files, which lie in ``folder`` by name.
+
+    So does the file of :func:`write_dequantized`, where there is one.
 
     Where the stored type differs from the graph's (BF16 weights in an FP32 graph), a Cast follows it. The scales of a
     quantised checkpoint are written into the graph, a number each.
@@ -98,6 +123,7 @@ def point_to_checkpoint(model: ir.Model, graph: Graph, checkpoint: Checkpoint, f
         CheckpointError: a tensor is missing, has another number of elements, or a type that no graph takes.
     """
     names = checkpoint_names(checkpoint)
+    dequantized = read_header(folder / DEQUANTIZED) if checkpoint.packed else {}
     _write_scales(model, {value: names.get(graph.prefix + value) for value in model.graph.initializers}, checkpoint)
     shard_names = {path.resolve(): path.name for path in checkpoint.folder.iterdir() if path.suffix == ".safetensors"}
     casts = []
@@ -108,23 +134,23 @@ def point_to_checkpoint(model: ir.Model, graph: Graph, checkpoint: Checkpoint, f
         assert value.shape is not None
         if graph.prefix + value.name not in names:
             raise CheckpointError(f"{checkpoint.folder}: tensor {graph.prefix + value.name!r} is missing")
-        location = checkpoint.locate(names[graph.prefix + value.name])
+        theirs = names[graph.prefix + value.name]
+        location = dequantized[theirs] if theirs in dequantized else checkpoint.locate(theirs)
         if location.dtype not in _SHORT_NAMES:
             raise CheckpointError(
-                f"{checkpoint.folder}: tensor {names[graph.prefix + value.name]!r} is {location.dtype}; a graph takes"
+                f"{checkpoint.folder}: tensor {theirs!r} is {location.dtype}; a graph takes"
                 f" {', '.join(map(str, _SHORT_NAMES))}"
             )
         shape = [int(dim) for dim in value.shape]  # type: ignore[arg-type]
         stored = ir.DataType.from_short_name(_SHORT_NAMES[location.dtype])
         if stored.itemsize * math.prod(shape) != location.length:
             raise CheckpointError(
-                f"{checkpoint.folder}: tensor {names[graph.prefix + value.name]!r} is {list(location.shape)},"
-                f" the graph needs {shape}"
+                f"{checkpoint.folder}: tensor {theirs!r} is {list(location.shape)}, the graph needs {shape}"
             )
         if stored != value.dtype:
             if ir.DataType.FLOAT8E4M3FN in (stored, value.dtype):
                 raise CheckpointError(
-                    f"{checkpoint.folder}: tensor {names[graph.prefix + value.name]!r} is {location.dtype}; only the"
+                    f"{checkpoint.folder}: tensor {theirs!r} is {location.dtype}; only the"
                     " weights of linear layers can be FP8"
                 )
             casts.append(_cast_after(model, value, stored))

@@ -1,6 +1,7 @@
 """Lazy access to a Hugging Face checkpoint folder.
 
-Opening one reads the headers of its safetensors files. Export needs only where a tensor's bytes lie (``locate``).
+Opening one reads the headers of its safetensors files. Export needs only where a tensor's bytes lie (``locate``). The
+weights that a quantised checkpoint holds in other tensors have their ordinary names here (``packed``).
 
 File format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, a JSON header, then the
 tensors' bytes without gaps).
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +24,9 @@ from torch import Tensor
 
 from .config import Qwen2VLConfig, read_json
 from .errors import CheckpointError, reason
-from .foreign import QUANTIZATION_FILE, lacking, refuse_foreign
+from .foreign import lacking, refuse_foreign
+from .quantized.formats import QUANTIZATION_FILE, packed_weights, stated_format
+from .quantized.linear import PackedWeight
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -88,9 +92,14 @@ class TensorLocation:
 class Checkpoint:
     """A checkpoint folder: configuration, tensor index, lazy tensors. Opening one checks headers and file sizes.
 
+    Attributes:
+        packed: the weights that are quantised in a way that no layer computes in, by the name of the weight; they are
+            dequantised when they are loaded. The tensors that hold them are in no other list.
+
     Raises:
         CheckpointError: no such folder, no ``config.json``, not a Qwen2.5-VL, no safetensors, a shard missing,
-            truncated or corrupt, an incomplete download, or a tensor of a type that torch lacks.
+            truncated or corrupt, an incomplete download, a tensor of a type that torch lacks, or a quantisation that
+            is not read.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -102,11 +111,22 @@ class Checkpoint:
         refuse_foreign(self.folder)
         self.config = Qwen2VLConfig.from_folder(self.folder)
         self._shards, self._locations = _read_index(self.folder)
+        self.packed: dict[str, PackedWeight] = {}
+        parts: set[str] = set()
+        self.format = stated_format(self.folder)
+        if self.format is not None:
+            self.packed, parts = packed_weights(self.folder, self.format, self._locations, self._read)
+        self._plain = {name: location for name, location in self._locations.items() if name not in parts}
 
     @property
     def names(self) -> tuple[str, ...]:
         """The tensors' names, sorted."""
-        return tuple(sorted(self._locations))
+        return tuple(sorted({*self._plain, *self.packed}))
+
+    @property
+    def weight_files(self) -> frozenset[Path]:
+        """The real files of all tensors."""
+        return frozenset(self._shards.values())
 
     @property
     def companions(self) -> tuple[Path, ...]:
@@ -114,16 +134,24 @@ class Checkpoint:
         return tuple(path for name in (*_HASHED_FILES, INDEX_FILE, RECORD) if (path := self.folder / name).is_file())
 
     def __contains__(self, name: str) -> bool:
-        return name in self._locations
+        return name in self._plain or name in self.packed
+
+    def entry(self, name: str) -> TensorLocation | PackedWeight:
+        """The type and the shape of a tensor as it is loaded; reads nothing.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor.
+        """
+        return self.packed[name] if name in self.packed else self.locate(name)
 
     def locate(self, name: str) -> TensorLocation:
         """Where a tensor's bytes lie; reads nothing.
 
         Raises:
-            CheckpointError: the checkpoint has no such tensor.
+            CheckpointError: the checkpoint has no such tensor, or not as it is loaded (``packed``).
         """
         try:
-            return self._locations[name]
+            return self._plain[name]
         except KeyError:
             raise CheckpointError(f"{self.folder}: there is no tensor {name!r}") from None
 
@@ -133,7 +161,13 @@ class Checkpoint:
         Raises:
             CheckpointError: no such tensor, or the file changed since the folder was opened.
         """
-        return load_tensor(self.locate(name).path, name)
+        if name in self.packed:
+            return self.packed[name].read().dequantize().to(self.packed[name].dtype)
+        self.locate(name)
+        return self._read(name)
+
+    def _read(self, name: str) -> Tensor:
+        return load_tensor(self._locations[name].path, name)
 
     @cached_property
     def hash(self) -> str:
@@ -216,6 +250,18 @@ def _read_index(folder: Path) -> tuple[dict[str, Path], dict[str, TensorLocation
             raise CheckpointError(f"{folder / shard} does not hold tensor {name!r}, which {INDEX_FILE} places there")
         locations[name] = headers[shard][name]
     return shards, locations
+
+
+def header_of(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """What a safetensors file begins with whose tensors have one type and follow in this order."""
+    name_of = {kind: name for name, kind in _DTYPES.items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": name_of[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def read_header(path: Path) -> dict[str, TensorLocation]:

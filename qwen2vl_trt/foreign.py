@@ -7,8 +7,8 @@ from typing import Any
 
 from .config import read_json
 from .errors import CheckpointError
+from .quantized.formats import stated_format
 
-QUANTIZATION_FILE = "hf_quant_config.json"
 ADAPTER_FILE = "adapter_config.json"
 
 _FAMILIES = {
@@ -25,15 +25,6 @@ _FAMILIES = {
     "qwen3_moe": "Qwen3 without vision",
 }
 """By ``model_type``: what is easily taken for a Qwen2.5-VL."""
-_METHODS = {
-    "awq": "AWQ",
-    "gptq": "GPTQ",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "LLM Compressor (compressed-tensors)",
-    "fp8": "Transformers' block-wise FP8",
-}
-_OLD_FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
-"""Of AutoGPTQ and AutoAWQ before they wrote into ``config.json``."""
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -67,12 +58,7 @@ def refuse_foreign(folder: Path) -> None:
             f"{folder} is {family} (model_type {config['model_type']!r}); Qwen2.5-VL alone is supported"
             " (Qwen2.5-VL-3B, for one). Transformers and vLLM run it"
         )
-    method = _quantization(folder, config)
-    if method is not None:
-        raise CheckpointError(
-            f"{folder} is quantised by {method}; supported is FP8 by NVIDIA Model Optimizer (modelopt). Take the"
-            " unquantised checkpoint: --precision fp8 quantises it"
-        )
+    stated_format(folder)
 
 
 def gguf_in_words(name: str) -> str:
@@ -81,26 +67,6 @@ def gguf_in_words(name: str) -> str:
         f"holds GGUF, llama.cpp's format ({name}), which is not read: take the checkpoint that it was made from"
         " (config.json, *.safetensors, tokenizer files)"
     )
-
-
-def _quantization(folder: Path, config: dict[str, Any]) -> str | None:
-    """The method that a checkpoint is quantised by, where it is not Model Optimizer."""
-    raw = config.get("quantization_config")
-    if raw is None:
-        if isinstance(config.get("quantization"), dict):  # its group_size and bits
-            return "MLX"
-        if (folder / QUANTIZATION_FILE).is_file():
-            return None
-        return next((method for file, method in _OLD_FILES.items() if (folder / file).is_file()), None)
-    stated = raw if isinstance(raw, dict) else {}
-    method = _word(stated.get("quant_method"))
-    if method == "modelopt":
-        return None
-    if not method and "group_size" in stated and "bits" in stated:  # MLX writes its table under both names
-        return "MLX"
-    bits = stated.get("bits") or (8 if stated.get("load_in_8bit") else 4 if stated.get("load_in_4bit") else None)
-    name = _METHODS.get(method, method) or "an unknown method"
-    return f"{name} ({bits} bits)" if type(bits) is int else name
 
 
 def _word(value: Any) -> str:

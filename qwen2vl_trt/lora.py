@@ -262,8 +262,10 @@ class _Merge:
             raise self._refuse(
                 f"{_listed(unknown)} is not in {self._checkpoint.folder}: it is an adapter of another model"
             )
-        stored = {theirs: self._checkpoint.locate(theirs).dtype for theirs in names.values()}
-        quantised = [f"{theirs} ({dtype})" for theirs, dtype in stored.items() if dtype not in _TYPES]
+        packed, form = self._checkpoint.packed, self._checkpoint.format
+        types = {name: self._checkpoint.entry(name).dtype for name in names.values()}
+        quantised = [f"{name} ({dtype})" for name, dtype in types.items() if dtype not in _TYPES]
+        quantised += [f"{name} ({form.method})" for name in packed if form]
         if quantised:
             raise self._refuse(
                 f"{self._checkpoint.folder} is quantised: {_listed(quantised)}; an adapter is merged into BF16, FP16 or"

@@ -1,6 +1,6 @@
-"""FP8 checkpoints of NVIDIA Model Optimizer. Source: ``modelopt/torch/export`` (0.47).
+"""FP8 checkpoints of NVIDIA Model Optimizer, whose layers compute in FP8. Source: ``modelopt/torch/export`` (0.47).
 
-``hf_quant_config.json`` or ``quantization_config`` in ``config.json`` names the method. Which layers are quantised is
+Checkpoints in other formats are read by :mod:`qwen2vl_trt.quantized`. Which layers are quantised is
 known by their tensors: an E4M3 weight and two FP32 scalars, see :class:`qwen2vl_trt.layers.FP8Linear`.
 """
 
@@ -16,8 +16,8 @@ from torch import nn
 from .checkpoint import Checkpoint
 from .config import read_json
 from .errors import CheckpointError
-from .foreign import QUANTIZATION_FILE
 from .layers import FP8Linear
+from .quantized.formats import QUANTIZATION_FILE
 from .weights import EMBEDDING, checkpoint_names
 
 logger = logging.getLogger(__name__)
@@ -27,14 +27,14 @@ _SHOWN = 5  # names in an error message; the rest is counted
 
 
 def fp8_layers(checkpoint: Checkpoint) -> frozenset[str]:
-    """The quantised linear layers of a checkpoint, by our names without ``.weight``. Reads no weight, only scales.
+    """The linear layers that compute in FP8, by our names without ``.weight``. Reads no weight, only scales.
 
     Raises:
         CheckpointError: another quantisation than Model Optimizer's FP8, or a layer without two positive, finite scales
             of the whole tensor.
     """
     stated, names = _stated(checkpoint), checkpoint_names(checkpoint)
-    weights = {ours: checkpoint.locate(theirs) for ours, theirs in names.items()}
+    weights = {ours: checkpoint.entry(theirs) for ours, theirs in names.items()}
     layers = frozenset(
         ours.removesuffix(".weight")
         for ours, location in weights.items()
@@ -98,18 +98,11 @@ def _stated(checkpoint: Checkpoint) -> bool:
         if raw is None:
             return False
     stated = raw if isinstance(raw, dict) else {}
-    algorithm = stated.get("quant_algo")
-    if algorithm != "FP8":  # other methods are refused where the folder is opened
-        raise CheckpointError(
-            f"{checkpoint.folder} is quantised by modelopt to {algorithm or 'an unknown type'};"
-            " supported is FP8 by NVIDIA Model Optimizer (modelopt). Take the unquantised checkpoint: --precision fp8"
-            " quantises it"
-        )
     cache = stated.get("kv_cache_quant_algo") or stated.get("kv_cache_scheme")
     if cache:
         message = "%s asks for a quantised key-value cache (%s); here it stays in the decoder's type"
         logger.warning(message, checkpoint.folder, cache)
-    return True
+    return checkpoint.format is None
 
 
 def _wrong_scale(checkpoint: Checkpoint, name: str) -> list[str]:

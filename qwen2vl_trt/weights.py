@@ -119,7 +119,10 @@ def load_weights(
         owner = module.get_submodule(name)
         if theirs not in loaded:
             kept = keeps_type(owner, leaf)
-            tensor = checkpoint.load(theirs) if reader is None else reader.read(checkpoint.locate(theirs))
+            if reader is None or theirs in checkpoint.packed:
+                tensor = checkpoint.load(theirs)
+            else:
+                tensor = reader.read(checkpoint.locate(theirs))
             wanted_type = dtype if tensor.is_floating_point() and not kept else None
             # A copy even where nothing changes: a memory map lacks the allocator's alignment.
             tensor = tensor.reshape(shape).to(device=device, dtype=wanted_type, copy=tensor.device.type == "cpu")
@@ -139,7 +142,7 @@ def _wanted(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
 
 def _compare(checkpoint: Checkpoint, names: Mapping[str, str], wanted: Mapping[str, tuple[int, ...]]) -> None:
     missing = [name for name in wanted if name not in names]
-    extra = [theirs for ours, theirs in names.items() if ours not in wanted]
+    extra = [theirs for ours, theirs in names.items() if ours not in wanted and not _no_bias(checkpoint, theirs)]
     if checkpoint.config.text.tie_word_embeddings:
         if EMBEDDING in missing and LM_HEAD in missing:  # one tensor would do for both
             missing.remove(LM_HEAD)
@@ -150,11 +153,11 @@ def _compare(checkpoint: Checkpoint, names: Mapping[str, str], wanted: Mapping[s
     for ours, shape in wanted.items():
         if ours in names:
             theirs = names[ours]
-            location = checkpoint.locate(theirs)
-            if not _fits(ours, location.shape, shape):
-                misshapen[theirs] = f"{theirs} {list(location.shape)} instead of {list(shape)}"
-            elif not location.dtype.is_floating_point:
-                whole[theirs] = f"{theirs} {location.dtype}"
+            entry = checkpoint.entry(theirs)
+            if not _fits(ours, entry.shape, shape):
+                misshapen[theirs] = f"{theirs} {list(entry.shape)} instead of {list(shape)}"
+            elif not entry.dtype.is_floating_point:
+                whole[theirs] = f"{theirs} {entry.dtype}"
     problems = [
         f"{len(found)} {what} ({', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''})"
         for what, found in (
@@ -167,6 +170,12 @@ def _compare(checkpoint: Checkpoint, names: Mapping[str, str], wanted: Mapping[s
     ]
     if problems:
         raise CheckpointError(f"{checkpoint.folder} does not fit its config.json; tensors: {'; '.join(problems)}")
+
+
+def _no_bias(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is a bias of zeros, which AutoGPTQ gives to quantised layers that have none."""
+    layer, _, leaf = name.rpartition(".")
+    return leaf == "bias" and f"{layer}.weight" in checkpoint.packed and not checkpoint.load(name).any()
 
 
 def _fits(ours: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

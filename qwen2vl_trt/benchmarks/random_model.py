@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from qwen2vl_trt.checkpoint import SINGLE_FILE
+from qwen2vl_trt.checkpoint import SINGLE_FILE, header_of
 from qwen2vl_trt.config import Qwen2VLConfig, read_json
 from qwen2vl_trt.errors import BenchmarkError, reason
 from qwen2vl_trt.export.graphs import decoder_graph, vision_graph
@@ -149,12 +149,6 @@ def _new_weights(folder: Path, config: dict[str, Any]) -> Iterator[tuple[BinaryI
     """``config.json``, and a safetensors file with its header written: the BF16 of these shapes must follow."""
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     shapes = tensor_shapes(config)
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
-    raw = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    raw += b" " * (-len(raw) % 8)
     with (folder / SINGLE_FILE).open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.write(header_of(shapes, torch.bfloat16))
         yield file, shapes

@@ -80,7 +80,8 @@ def _lora_hash(plan: BuildPlan) -> str:
 def quantize_first(plan: BuildPlan) -> BuildPlan:
     """Replace a model that is to be built in FP8 by its quantised checkpoint, made where it is missing.
 
-    The plan stays as it is where it is for another precision, or the model is quantised already. Engines in its folder
+    The plan stays as it is where it is for another precision, or the model is quantised already, in whatever format;
+    the build refuses those that are not FP8. Engines in its folder
     hold the quantised checkpoint that they were built from: it is the one, if it does.
 
     Raises:
@@ -90,7 +91,10 @@ def quantize_first(plan: BuildPlan) -> BuildPlan:
         CheckpointError: the model cannot be read.
     """
     precision, force = plan.backend.precision(plan.precision), plan.request.force
-    if not precision.fp8 or fp8_layers(checkpoint := Checkpoint(plan.model.folder)):
+    if not precision.fp8:
+        return plan
+    checkpoint = Checkpoint(plan.model.folder)
+    if checkpoint.format is not None or fp8_layers(checkpoint):
         return plan
     engines = not force and _holds_engines(plan.folder)
     if engines and (built := _Record.of(plan.folder)):

@@ -264,8 +264,8 @@ def _reference_checkpoint(model: str | None, lora: Path | None, engines: Engines
         return checkpoint
     if _is_quantised(engines.checkpoint):
         raise CompareError(
-            f"{engines.folder} holds FP8 weights, which Transformers does not load; name the checkpoint that they were"
-            " made from with --model"
+            f"{engines.folder} holds quantised weights, which Transformers does not load here; name the checkpoint that"
+            " they were made from with --model"
         )
     return engines.checkpoint
 
@@ -283,7 +283,7 @@ def _check_same(checkpoint: Checkpoint, other: Checkpoint) -> None:
 
 
 def _is_quantised(checkpoint: Checkpoint) -> bool:
-    return any(checkpoint.locate(name).dtype.itemsize == 1 for name in checkpoint.names)
+    return bool(checkpoint.packed) or any(checkpoint.entry(name).dtype.itemsize == 1 for name in checkpoint.names)
 
 
 def _cases(arguments: argparse.Namespace, engines: Engines, settings: PreprocessorSettings) -> list[Case]:

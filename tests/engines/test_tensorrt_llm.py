@@ -5,6 +5,7 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from qwen2vl_trt.errors import BuildError, EngineError, MissingDependencyError
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.rope_scaling import LinearScaling
 from tests.support import fake_tensorrt_llm
+from tests.support.quantized import awq, quantized_checkpoint
 
 TINY = resolve_model("tiny")
 
@@ -245,6 +247,12 @@ class TestBuild:
         monkeypatch.delattr(sys.modules["tensorrt_llm.llmapi.llm"], "PreprocessedInputs")
         with pytest.raises(BuildError, match="--vision-backend tensorrt needs a TensorRT-LLM that takes embeddings"):
             built(tmp_path / "engines", vision_backend="tensorrt")
+
+    def test_packed_weights_are_refused(self, trtllm, tmp_path):
+        settings = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
+        folder, _ = quantized_checkpoint(TINY.folder, tmp_path, settings, partial(awq, group_size=128))
+        with pytest.raises(BuildError, match=r"is quantised \(AWQ\), which TensorRT-LLM would load by itself"):
+            built(tmp_path / "engines", replace(TINY, folder=folder), "bf16")
 
     def test_fp8_of_both_towers_is_refused(self, trtllm, tmp_path, fp8_checkpoint):
         model = replace(TINY, folder=fp8_checkpoint)

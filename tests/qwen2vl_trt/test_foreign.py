@@ -47,11 +47,8 @@ def test_other_models_of_qwens(tmp_path, model_type, name):
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "AWQ (4 bits)"),
-        ({"quant_method": "gptq", "bits": 8}, "GPTQ (8 bits)"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, "bitsandbytes (4 bits)"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes (8 bits)"),
-        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "LLM Compressor (compressed-tensors)"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "Transformers' block-wise FP8"),
         ({"quant_method": "hqq"}, "hqq"),
         ({"group_size": 64, "bits": 4}, "MLX"),
@@ -62,8 +59,9 @@ def test_other_models_of_qwens(tmp_path, model_type, name):
 )
 def test_quantisations_that_are_not_read(tmp_path, config, name):
     message = refusal(write(tmp_path, config__json=MINIMAL_CONFIG | {"quantization_config": config}))
-    assert f"is quantised by {name}; supported is FP8 by NVIDIA Model Optimizer" in message
-    assert "--precision fp8 quantises it" in message
+    assert f"is quantised by {name}; AWQ, GPTQ" in message
+    assert "can be read. Take the unquantised checkpoint: --precision fp8 quantises it" in message
+    assert ("model.dequantize()" in message) == (name.startswith("bitsandbytes"))
 
 
 def test_quantisations_that_older_tools_note_elsewhere(tmp_path):
@@ -71,7 +69,9 @@ def test_quantisations_that_older_tools_note_elsewhere(tmp_path):
     assert "is quantised by MLX" in refusal(tmp_path)
     for file, name in (("quant_config__json", "AWQ"), ("quantize_config__json", "GPTQ")):
         write(tmp_path, config__json=MINIMAL_CONFIG, **{file: {"w_bit": 4}})
-        assert f"is quantised by {name}" in refusal(tmp_path)
+        assert f"is quantised by {name}, which {file.replace('__', '.')} says and config.json does not" in refusal(
+            tmp_path
+        )
 
 
 @pytest.mark.parametrize("beside_a_model", [False, True])

@@ -83,8 +83,8 @@ def test_names_and_aliases_are_fetched_from_the_hub(fake_hub, name, expected, re
         ({"model-q4.gguf": ""}, "Org/Name holds GGUF, llama.cpp's format (model-q4.gguf)"),
         ({"pytorch_model.bin": ""}, "Org/Name is no checkpoint: it has no config.json on the hub"),
         (
-            {"config.json": json.dumps(MINIMAL_CONFIG | {"quantization_config": {"quant_method": "awq", "bits": 4}})},
-            "is quantised by AWQ (4 bits)",
+            {"config.json": json.dumps(MINIMAL_CONFIG | {"quantization_config": {"quant_method": "gptq", "bits": 3}})},
+            "quantization_config.bits is 3; 4, 8 can be read",
         ),
     ],
     ids=["family", "unknown", "adapter", "gguf", "pickle", "quantised"],

@@ -13,6 +13,7 @@ from qwen2vl_trt.export.weights import merged_checkpoint
 from qwen2vl_trt.lora import Adapter
 from tests.support.adapters import ATTENTION, MLP, factors, merged_by_hand, modules, weights, write_adapter
 from tests.support.models import edit_checkpoint, in_fp8, model_config, published_names, random_model, save_model
+from tests.support.quantized import awq, quantized_checkpoint
 
 DECODER = "model.language_model.layers"
 VISION = "model.visual"
@@ -349,6 +350,14 @@ def test_a_quantised_checkpoint(model, refusal, tmp_path):
     message = refusal(checkpoint=folder)
     assert "is quantised: model.visual.blocks.0.mlp.up_proj.weight (torch.float8_e4m3fn)" in message
     assert "Take the unquantised checkpoint: --precision fp8 quantises the merged one" in message
+
+
+def test_a_checkpoint_in_awq(model, refusal, tmp_path):
+    settings, write = {"quant_method": "awq", "bits": 4, "group_size": 32}, partial(awq, group_size=32)
+    quantized_checkpoint(save_model(model, tmp_path / "plain"), tmp_path / "both", settings, write)
+    message = refusal(checkpoint=tmp_path / "both" / "quantized")
+    assert re.search(r"both/quantized is quantised: \S+_proj\.weight \(AWQ\)", message)
+    assert "Take the unquantised checkpoint" in message
 
 
 def test_values_beyond_the_checkpoints_type(model, tmp_path):

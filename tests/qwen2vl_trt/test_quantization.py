@@ -112,18 +112,28 @@ class TestWhatIsWrong:
         with pytest.raises(CheckpointError, match=rf"{DOWN}\.weight is torch.float8_e5m2, not torch.float8_e4m3fn"):
             fp8_layers(Checkpoint(folder))
 
-    @pytest.mark.parametrize("algorithm", ["NVFP4", "INT4_AWQ", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION", None])
+    @pytest.mark.parametrize("algorithm", ["INT4_AWQ", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION", None])
     def test_another_algorithm(self, folder, algorithm):
         write_quantization(folder, algorithm)
-        named = algorithm or "an unknown type"
-        with pytest.raises(CheckpointError, match=rf"quantised by modelopt to {named}; supported is FP8 by NVIDIA"):
-            fp8_layers(Checkpoint(folder))
+        with pytest.raises(
+            CheckpointError,
+            match=rf"hf_quant_config\.json: quantization\.quant_algo is {algorithm!r}; 'FP8', 'NVFP4', .*",
+        ):
+            Checkpoint(folder)
 
-    def test_another_method_is_refused_where_the_folder_is_opened(self, folder):
-        (folder / "hf_quant_config.json").unlink()
-        config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    @pytest.mark.parametrize("algorithm", ["NVFP4", "W4A16_AWQ"])
+    def test_fp8_layers_among_others(self, folder, algorithm):
+        write_quantization(folder, algorithm)
+        with pytest.raises(
+            CheckpointError, match=r"weight is torch.float8_e4m3fn \[\d+, \d+\], where torch.uint8 is ex"
+        ):
+            Checkpoint(folder)
+
+    @pytest.mark.parametrize("method", ["awq", "hqq", None])
+    def test_two_methods(self, folder, method):
+        config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(CheckpointError, match="quantised by AWQ; supported is FP8 by NVIDIA"):
+        with pytest.raises(CheckpointError, match="says NVIDIA Model Optimizer, quantization_config in"):
             Checkpoint(folder)
 
     def test_nothing_says_how(self, folder):

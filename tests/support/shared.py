@@ -58,6 +58,7 @@ def export_once(checkpoint, folder, dtype, max_seq_len=None, on_step=lambda step
     onnx_model.check_fit(checkpoint, graphs)
     on_step(onnx_model.STEPS[0])
     onnx_model.link_checkpoint(checkpoint, folder)
+    dequantized = onnx_model.write_dequantized(checkpoint, folder)
     files = []
     for graph, graph_dtype, step in zip(graphs, dtypes, onnx_model.STEPS[1:]):
         on_step(step)
@@ -72,4 +73,4 @@ def export_once(checkpoint, folder, dtype, max_seq_len=None, on_step=lambda step
         capacity = max_seq_len if graph.name == "decoder" else None
         made = shared(f"{graph.name}-{key_of(checkpoint, graph_dtype, capacity)}", make)
         files.append(Path(shutil.copyfile(made / name, folder / name)))
-    return files
+    return files + dequantized

@@ -1,0 +1,1 @@
+"""Checkpoints that other tools have quantised: a module for each format, and one form that all are read into."""
