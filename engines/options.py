@@ -13,6 +13,10 @@ from .profile import BuildProfile
 
 ATTENTION_MASKS = ("explicit", "lengths")
 """A mask that a network makes itself, or TensorRT's own lengths and causal kind; see ``engines/lowering.py``."""
+EITHER_MASK = "either"
+"""A decoder of each kind is built, and the runner tries which one it can take."""
+LENGTHS_PLAN = "decoder-lengths"
+"""Name of the second one's files."""
 HARDWARE_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
 VISION_BACKENDS = ("torch", "tensorrt")
 _MAX_NUM_TOKENS = 8192  # TensorRT-LLM's own default
@@ -28,7 +32,7 @@ class TensorRTOptions:
         weight_streaming: let the runner keep part of the weights in host memory.
         hardware_compatibility: GPUs other than the one that builds; TensorRT only.
         compute_capabilities: GPUs to build for, ``8.9``; TensorRT for RTX only, its own default where empty.
-        attention_mask: one of :data:`ATTENTION_MASKS`.
+        attention_mask: one of :data:`ATTENTION_MASKS`, or :data:`EITHER_MASK`.
 
     Raises:
         BuildError: a value that TensorRT has no meaning for.
@@ -46,7 +50,7 @@ class TensorRTOptions:
         if level is not None and not 0 <= level <= 5:
             raise BuildError(f"--builder-optimization-level is {level}; it goes from 0 to 5")
         _check_choice("--hardware-compatibility", self.hardware_compatibility, HARDWARE_COMPATIBILITY)
-        _check_choice("--attention-mask", self.attention_mask, ATTENTION_MASKS)
+        _check_choice("--attention-mask", self.attention_mask, (*ATTENTION_MASKS, EITHER_MASK))
         for capability in self.compute_capabilities:
             if not re.fullmatch(r"\d+\.\d", capability):
                 raise BuildError(f"--compute-capabilities {capability!r} is not of the form 8.9")

@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 
 from qwen2vl_trt.files import atomic_write, fsync
 
+from .options import LENGTHS_PLAN
+
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
@@ -33,7 +35,9 @@ MODEL_FILES = {".json", ".jinja", ".txt", ".safetensors"}
 _BUILDING, _BUILT = ".building", ".built"
 _NAMES = ".names"
 """In ``.built``: the names of all its files, of those too that have moved already."""
-_ENGINE_FILES = {f"{engine}{suffix}" for engine in ("vision", "decoder") for suffix in (".onnx", ".engine", ".layers")}
+_ENGINE_FILES = {
+    f"{engine}{suffix}" for engine in ("vision", "decoder", LENGTHS_PLAN) for suffix in (".onnx", ".engine", ".layers")
+}
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .backends import Backend, BuildJob
 from .interrupts import deferred_interrupt
 from .lowering import lower
 from .onnx_file import read_onnx
-from .options import ATTENTION_MASKS, TensorRTOptions
+from .options import ATTENTION_MASKS, EITHER_MASK, LENGTHS_PLAN, TensorRTOptions
 from .progress import BuildSteps
 from .tensorrt_callbacks import progress_monitor, stream_writer, tensorrt_log
 from .tensorrt_profiles import Ranges, decoder_ranges, vision_ranges
@@ -65,8 +65,21 @@ def build_plans(job: BuildJob, engines: Collection[str] = ("vision", "decoder"))
     )
     for graph in files[:]:
         if graph.stem in engines:
-            job.on_step(f"building the {graph.stem} engine")
-            files += _build_plan(trt, job.backend, graph, ranges[graph.stem], options, job.on_step, job.engine_dir)
+            either = options.attention_mask == EITHER_MASK
+            kinds = {graph.stem: ATTENTION_MASKS[0] if either else options.attention_mask}
+            if either and graph.stem == "decoder":
+                kinds[LENGTHS_PLAN] = "lengths"
+            for name, kind in kinds.items():
+                job.on_step(f"building the {graph.stem} engine")
+                chosen = replace(options, attention_mask=kind)
+                try:
+                    files += _build_plan(
+                        trt, job.backend, graph, ranges[graph.stem], chosen, job.on_step, job.engine_dir, name
+                    )
+                except BuildError as error:
+                    if name != LENGTHS_PLAN:
+                        raise
+                    logger.warning("%s. The decoder goes by explicit masks.", error)
     return files
 
 
@@ -151,8 +164,9 @@ def _build_plan(
     options: TensorRTOptions,
     steps: BuildSteps,
     engine_dir: Path,
+    name: str,
 ) -> list[Path]:
-    log = tensorrt_log(trt)
+    log, plan, layers = tensorrt_log(trt), path.with_name(f"{name}.engine"), path.with_name(f"{name}.layers")
     with deferred_interrupt() as interrupted:
         parsed = parse(trt, path, options.attention_mask)
         config = _configure(trt, parsed.builder, path, profiles, options)
@@ -164,7 +178,7 @@ def _build_plan(
             cache = timing_cache_path(engine_dir, trt.__version__, torch.cuda.get_device_name())
             load_timing_cache(config, cache)
         log.clear()
-        with atomic_file(path.with_suffix(".engine")) as temporary, temporary.open("wb") as file:
+        with atomic_file(plan) as temporary, temporary.open("wb") as file:
             writer = stream_writer(trt, file)
             built = parsed.builder.build_serialized_network_to_stream(parsed.network, config, writer)
             if writer.error is not None:
@@ -178,8 +192,8 @@ def _build_plan(
         del monitor  # alive until here
         if cache is not None:
             save_timing_cache(config, cache)
-        atomic_write(path.with_suffix(".layers"), log.layers.encode())
-    return [path.with_suffix(".engine"), path.with_suffix(".layers")]
+        atomic_write(layers, log.layers.encode())
+    return [plan, layers]
 
 
 def _configure(trt: Any, builder: Any, path: Path, profiles: tuple[Ranges, ...], options: TensorRTOptions) -> Any:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen2vl_trt.transfer import to_device
@@ -33,20 +34,20 @@ _ROW = np.dtype(
     [
         ("slot", np.int64),
         ("seen", np.int64),  # number of ids in its row of seen tokens
-        ("top_k", np.int64),  # index of the last one kept
+        ("top_k", np.int64),  # rank of the last one kept; the number of candidates where there is no top-k
         ("uniform", np.float64),
-        ("top_p", np.float64),
+        ("top_p", np.float64),  # 2 where there is none
         ("repetition", np.float32),
+        ("repetition_squared", np.float32),
         ("presence", np.float32),
         ("frequency", np.float32),
         ("temperature", np.float32),
-        ("top_k_off", np.float32),  # 0, or _OFF where there is no top-k
-        ("top_p_off", np.float32),
         ("log_min_p", np.float32),
-        ("unused", np.float32),
     ]
 )
-"""What travels to the device of each row: 3 INT64, 2 FP64, 8 FP32."""
+"""What travels to the device of each row."""
+
+_WORDS = _ROW.itemsize // 8
 
 _FIELDS: Any = _ROW.fields
 
@@ -55,7 +56,7 @@ class Rows:
     """The same on the device, by name, each ``[B, 1]``.
 
     Args:
-        table: ``[B, 9]`` INT64, of :meth:`Sampler.stage`.
+        table: ``[B, 8]`` INT64, of :meth:`Sampler.stage`.
     """
 
     def __init__(self, table: Tensor) -> None:
@@ -79,10 +80,10 @@ class Plan(NamedTuple):
         draws: a row that is not greedy.
         temperature, top_k, top_p: one of them that is not off.
         min_p: one that is not off, or a greedy row beside drawn ones, which keeps its largest logit alone.
-        all_candidates: top-p without a top-k up to 1,024.
+        all_candidates: top-p without top-k.
         bias: a bias of some tokens.
         width: of the seen tokens that are looked at, a power of two.
-        candidates: how many of the largest logits top-k and top-p look at first, a power of two or V.
+        candidates: how many of the largest logits filters look at first, a power of two or V; 0 without a filter.
         logprobs: how many of the likeliest are asked for; None computes no log-probabilities.
     """
 
@@ -107,16 +108,18 @@ _BIAS = Plan._fields.index("bias")
 class SampledTokens:
     """Tokens of a call, on their way to the host.
 
-    Attributes:
+    Args:
         tokens: ``[B]`` INT64 on the device; some valid id where the row is broken.
+        total: ``[B, 1]``, NaN or infinite where the row is broken: its largest logit or the sum of its weights.
+        logprobs: of :func:`_logprobs`.
     """
 
-    def __init__(self, tokens: Tensor, largest: Tensor, logprobs: Tensor | None = None) -> None:
-        self.tokens, self._largest, self._logprobs = tokens, largest, logprobs
-        if tokens.device.type == "cpu":
+    def __init__(self, tokens: Tensor, total: Tensor, logprobs: Tensor | None = None) -> None:
+        self.tokens, self._total, self._logprobs = tokens, total, logprobs
+        if tokens.is_cpu:
             return
-        # Token ids in FP32, exact below 2**24; NaN where the largest logit is NaN or infinite, times 0.
-        numbers = torch.add(tokens, largest, alpha=0)[:, None]
+        # Token ids in FP32 or FP64, exact below 2**24; NaN where the other number is NaN or infinite, times 0.
+        numbers = torch.add(tokens[:, None], total, alpha=0)
         if logprobs is not None:
             numbers = torch.cat([numbers, logprobs], dim=-1)
         self._host = numbers.to("cpu", non_blocking=True)  # of CUDA: into pinned memory
@@ -126,10 +129,10 @@ class SampledTokens:
             self._copied.record(torch.cuda.current_stream(tokens.device))
 
     def tolist(self) -> list[int | None]:
-        """B token ids, None for a row whose largest logit is NaN or infinite; waits for this copy alone."""
-        if self.tokens.device.type == "cpu":
-            pairs = zip(self.tokens.tolist(), self._largest.tolist())
-            return [token if math.isfinite(largest) else None for token, largest in pairs]
+        """B token ids, None for a broken row; waits for this copy alone."""
+        if self.tokens.is_cpu:
+            pairs = zip(self.tokens.tolist(), self._total.tolist())
+            return [token if math.isfinite(total) else None for token, (total,) in pairs]
         if self._copied is not None:
             self._copied.synchronize()
         return [int(token) if token == token else None for token in self._host[:, 0].tolist()]
@@ -137,8 +140,8 @@ class SampledTokens:
     def logprobs(self, asked: Iterable[int | None]) -> list[TokenLogprobs | None]:
         """Of each row's token and as many of the likeliest as it asked for; only after :meth:`tolist`."""
         if self._logprobs is None:
-            return [None] * len(self.tokens)
-        own = self._logprobs if self.tokens.device.type == "cpu" else self._host[:, 1:]
+            return [None] * self.tokens.numel()
+        own = self._logprobs if self.tokens.is_cpu else self._host[:, 1:]
         found: list[TokenLogprobs | None] = []
         for number, (token, logprob, *top) in zip(asked, own.tolist(), strict=True):
             if number is None:
@@ -161,7 +164,7 @@ class Sampler:
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
         self._vocab_size = vocab_size
         self._device = torch.device(device)
-        self._table = np.zeros((max_num_seqs, 9), np.int64)
+        self._table = np.zeros((max_num_seqs, _WORDS), np.int64)
         self._rows = self._table.view(_ROW)[:, 0]
         self._uses = np.zeros((max_num_seqs, _USES), bool)  # Plan's
         self._asked = np.full(max_num_seqs, -1)  # log-probabilities; -1 is none
@@ -207,17 +210,15 @@ class Sampler:
         self._rows[slot] = (
             slot,
             len(seen),
-            max(0, top_k - 1),
+            top_k - 1,
             0.0,
-            top_p,
+            top_p if top_p < 1 else 2.0,
             params.repetition_penalty,
+            params.repetition_penalty**2,
             params.presence_penalty,
             params.frequency_penalty,
             min(params.temperature, torch.finfo(torch.float32).max) if drawn else 1.0,
-            0 if top_k else _OFF,
-            0 if top_p < 1 else _OFF,
             math.log(min_p) if min_p else _OFF,
-            0.0,
         )
         self._uses[slot] = Plan(
             repetition=params.repetition_penalty != 1,
@@ -227,7 +228,7 @@ class Sampler:
             top_k=top_k > 0,
             top_p=top_p < 1,
             min_p=min_p > 0,
-            all_candidates=top_p < 1 and not 0 < top_k <= _CANDIDATES,
+            all_candidates=top_p < 1 and not top_k,
             bias=bool(params.logit_bias),
         )[:_USES]
         self._asked[slot] = -1 if params.logprobs is None else min(params.logprobs, self._vocab_size)
@@ -258,14 +259,14 @@ class Sampler:
             raise ValueError(f"{logits.shape[0]} rows of logits for {len(slots)} slots")
         plan, table = self.stage(slots)
         if table is None and greedy is not None and plan.logprobs is None and allowed is None:
-            return SampledTokens(greedy, logits.gather(-1, greedy[:, None])[:, 0])
+            return SampledTokens(greedy, logits.gather(-1, greedy[:, None]))
         mask = None if allowed is None else to_device(allowed, self._device)
         return SampledTokens(*self.run(logits, plan, table, mask))
 
     def stage(self, slots: Sequence[int]) -> tuple[Plan, Tensor | None]:
         """What the host does of a call: its plan, and settings and random numbers of the rows on the device.
 
-        Those are ``[B, 9]``, see :class:`Rows`; None where all rows are greedy without penalties.
+        Those are ``[B, 8]``, see :class:`Rows`; None where all rows are greedy without penalties.
         """
         if slots != self._batch:  # mostly it is the last call's
             self._batch, self._index = list(slots), np.asarray(slots)
@@ -285,11 +286,13 @@ class Sampler:
         if plan.draws:
             staged["uniform"] = uniforms(self._keys[index], self._draws[index]) * self._uses[index, 2]
             self._draws[index] += 1
+            last = staged["top_k"]
             if plan.top_p:
                 candidates = self._vocab_size if plan.all_candidates and self._device.type != "cpu" else _CANDIDATES
-            if plan.top_k:
-                candidates = max(candidates, 1 << int(staged["top_k"].max()).bit_length())
+            if plan.top_k or plan.min_p:
+                candidates = max(candidates, 1 << max(0, int(last.max())).bit_length())
             candidates = min(candidates, self._vocab_size)
+            last[last < 0] = candidates
         return plan._replace(width=width, candidates=candidates), to_device(table, self._device)
 
     def run(
@@ -298,7 +301,7 @@ class Sampler:
         """What the device does of a call.
 
         Returns:
-            Tokens ``[B]`` and the largest score ``[B]`` of each row, and log-probabilities as :func:`_logprobs` does.
+            As :class:`SampledTokens` takes them.
         """
         rows = None if table is None else Rows(table)
         scores = logits if rows is None else self.penalise(logits, plan, rows)
@@ -306,16 +309,15 @@ class Sampler:
             refused = (allowed[:, :, None] & self._bits) == 0  # [B, V / 32, 32]
             scores = scores.masked_fill(refused.view(len(scores), -1)[:, : self._vocab_size], _OFF)
         if rows is not None and plan.draws:
-            weights, largest = weigh(scores, plan, rows)
-            tokens = _draw(weights, rows["uniform"])
+            tokens, total = _draw(weigh(scores, plan, rows), rows["uniform"])
         else:
-            largest, tokens = scores.max(dim=-1, keepdim=True)
+            total, tokens = scores.max(dim=-1, keepdim=True)
         if rows is not None and plan.width:
             self._seen.index_put_((rows["slot"], rows["seen"]), tokens)
             if plan.counts:
                 self._counts.index_put_((rows["slot"], tokens), self._one, accumulate=True)
         logprobs = None if plan.logprobs is None else _logprobs(logits, tokens, plan.logprobs)
-        return tokens[:, 0], largest[:, 0], logprobs
+        return tokens[:, 0], total, logprobs
 
     def penalise(self, logits: Tensor, plan: Plan, rows: Rows) -> Tensor:
         """Apply bias and penalties to ``[B, V]``; the same tensor if no row has one."""
@@ -327,8 +329,8 @@ class Sampler:
         ids = self._seen[:, : plan.width].index_select(0, rows["slot"][:, 0])  # [B, width]
         scores = logits.gather(-1, ids)
         if plan.repetition:
-            penalty = rows["repetition"]
-            scores = torch.where(scores < 0, scores * penalty, scores / penalty)
+            # Divided by the penalty; where they are negative times its square, which multiplies them by it.
+            scores = F.prelu((scores / rows["repetition"]).T, rows["repetition_squared"][:, 0]).T
         if plan.counts:
             counts = self._counts[rows["slot"], ids]
             scores = scores.addcmul(counts, rows["frequency"], value=-1)
@@ -385,68 +387,73 @@ def _logprobs(logits: Tensor, tokens: Tensor, number: int) -> Tensor:
     return torch.cat([tokens, logits.gather(-1, tokens) - total, top.indices, top.values - total], dim=-1)
 
 
-def weigh(scores: Tensor, plan: Plan, rows: Rows) -> tuple[Tensor, Tensor]:
-    """What penalised scores ``[B, V]`` are drawn by, after temperature, top-k, top-p and min-p.
+def weigh(scores: Tensor, plan: Plan, rows: Rows) -> Tensor:
+    """Probabilities ``[B, V]`` FP32 but for a factor, of penalised scores after temperature, top-k, top-p and min-p.
 
-    Every setting is a threshold: a value, not a list of tokens, so that ties are kept or dropped together.
-
-    Returns:
-        Probabilities ``[B, V]`` FP32 but for a factor, and the largest score ``[B, 1]``.
+    Every setting is a threshold: a score, not a list of tokens, so that ties are kept or dropped together.
     """
     if plan.temperature:
         scores = scores / rows["temperature"]
-    best = _largest(scores, plan.candidates) if plan.candidates else scores.amax(dim=-1, keepdim=True)
-    largest = best[:, :1]
-    weights = (scores - largest).exp_()
-    thresholds = []
+    if not plan.candidates:
+        return scores.softmax(dim=-1)
+    best, ids = _likeliest(scores, plan.candidates)
     if plan.top_k:
-        thresholds.append(best.gather(-1, rows["top_k"]) + rows["top_k_off"])
-        if plan.top_p:
-            weights.masked_fill_(scores < thresholds[0], 0)
+        scores = scores.masked_fill(scores < best.gather(-1, rows["top_k"]), _OFF)
+    weights = scores.softmax(dim=-1)
+    thresholds = []
     if plan.top_p:
-        total = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
-        thresholds.append(_top_p_threshold(scores, best, rows["top_p"] * total) + rows["top_p_off"])
+        thresholds.append(_top_p_threshold(scores, weights, best, ids, rows["top_p"]))
     if plan.min_p:
-        thresholds.append(largest + rows["log_min_p"])
+        thresholds.append(best[:, :1] + rows["log_min_p"])
     if thresholds:
         weights.masked_fill_(scores < reduce(torch.maximum, thresholds), 0)
-    return weights, largest
+    return weights
 
 
-def _largest(scores: Tensor, candidates: int) -> Tensor:
-    """The largest of ``[B, V]`` in order, ``[B, candidates]``; sorting the whole vocabulary takes 20 times longer."""
-    if candidates == scores.shape[-1]:
-        return scores.sort(dim=-1, descending=True).values
-    return scores.topk(candidates, dim=-1).values
+def _likeliest(scores: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+    """The largest of ``[B, V]`` in order and their ids, ``[B, candidates]``; to sort all takes 20 times longer.
+
+    A setting that is off finds its threshold behind the scores, which are ``[B, candidates + 1]``.
+    """
+    if candidates == 1:
+        best, ids = scores.max(dim=-1, keepdim=True)
+    elif candidates == scores.shape[-1]:
+        best, ids = scores.sort(dim=-1, descending=True)
+    else:
+        best, ids = scores.topk(candidates, dim=-1)
+    return F.pad(best, (0, 1), value=_OFF), ids
 
 
-def _top_p_threshold(scores: Tensor, best: Tensor, enough: Tensor) -> Tensor:
-    """The least score ``[B, 1]`` that top-p keeps; a token stays if the likelier ones together weigh less than enough.
+def _top_p_threshold(scores: Tensor, weights: Tensor, best: Tensor, ids: Tensor, top_p: Tensor) -> Tensor:
+    """The score ``[B, 1]`` of the first of the likeliest tokens that together weigh enough.
 
     Args:
         scores: ``[B, V]``.
-        best: ``[B, candidates]``, the largest of them in order.
-        enough: ``[B, 1]`` FP64, relative to the weight of the largest.
+        weights: ``[B, V]``, their softmax.
+        best: ``[B, candidates + 1]``, of :func:`_likeliest`.
+        ids: ``[B, candidates]``, likewise.
+        top_p: ``[B, 1]`` FP64; above 1 it is off.
     """
-    shares = (best - best[:, :1]).exp_()
-    reached = shares.cumsum(dim=-1, dtype=torch.float64)
-    if scores.device.type == "cpu" and best.shape[-1] < scores.shape[-1]:
-        short = (reached[:, -1] < enough[:, 0]).nonzero()[:, 0]
-    else:  # the plan has seen to it that the candidates are enough
-        short = None
-    threshold = best.masked_fill(reached.sub_(shares) >= enough, math.inf).amin(dim=-1, keepdim=True)
-    if short is not None and len(short):
-        wider = scores[short]
-        threshold[short] = _top_p_threshold(wider, _largest(wider, wider.shape[-1]), enough[short])
+    reached = weights.gather(-1, ids).cumsum(dim=-1, dtype=torch.float64)
+    threshold = best.gather(-1, (reached < top_p).sum(dim=-1, keepdim=True))
+    if scores.is_cpu and ids.shape[-1] < scores.shape[-1]:  # elsewhere the plan has seen to it that they are enough
+        enough = top_p.numpy()[:, 0]
+        short = torch.from_numpy(np.flatnonzero((reached.numpy()[:, -1] < enough) & (enough < 1)))
+        if len(short):
+            wider = scores[short]
+            threshold[short] = _top_p_threshold(
+                wider, weights[short], *_likeliest(wider, wider.shape[-1]), top_p[short]
+            )
     return threshold
 
 
-def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens ``[B, 1]`` by inverse transform sampling of ``[B, V]`` with a number ``[B, 1]`` each."""
+def _draw(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens ``[B, 1]`` by inverse transform sampling of ``[B, V]`` with a number ``[B, 1]`` each, and the total."""
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)  # [B, V]
+    total = cumulative[:, -1:]
     # Below the total, as numbers have 52 bits, so that the token's weight is not 0.
-    found = torch.searchsorted(cumulative, cumulative[:, -1:] * uniform, right=True)
-    return found.clamp_(max=weights.shape[-1] - 1)  # of NaN
+    found = torch.searchsorted(cumulative, total * uniform, right=True)
+    return found.clamp_(max=weights.shape[-1] - 1), total  # of NaN
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

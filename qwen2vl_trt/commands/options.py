@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import qwen2vl_trt
 from qwen2vl_trt.engines.backends import BACKENDS, DEFAULT_BACKEND
-from qwen2vl_trt.engines.options import ATTENTION_MASKS, HARDWARE_COMPATIBILITY, VISION_BACKENDS
+from qwen2vl_trt.engines.options import ATTENTION_MASKS, EITHER_MASK, HARDWARE_COMPATIBILITY, VISION_BACKENDS
 from qwen2vl_trt.engines.precision import FP16_REFUSED
 from qwen2vl_trt.engines.profile import BuildProfile, flag
 from qwen2vl_trt.errors import MediaError, reason, shortened
@@ -169,7 +169,7 @@ def add_build_arguments(parser: argparse.ArgumentParser, device: bool = True) ->
     )
     group.add_argument(
         "--attention-mask",
-        choices=ATTENTION_MASKS,
+        choices=(*ATTENTION_MASKS, EITHER_MASK),
         help=f"default {ATTENTION_MASKS[0]}; see docs/design/tensorrt.md",
     )
     group = parser.add_argument_group("TensorRT-LLM")

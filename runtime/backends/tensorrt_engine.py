@@ -130,8 +130,18 @@ class Engine:
         return EngineError(f"{self.name} engine: {what}: {reason}")
 
 
-def load_engine(folder: Path, name: str, manifest: Manifest, config: Qwen2VLConfig, device: CudaDevice) -> Engine:
+def load_engine(
+    folder: Path, name: str, manifest: Manifest, config: Qwen2VLConfig, device: CudaDevice, plan_name: str | None = None
+) -> Engine:
     """Deserialise a plan and its weights, and check it against manifest, graph and GPU.
+
+    Args:
+        folder: of the engines.
+        name: of its graph, ``vision`` or ``decoder``.
+        manifest: of the folder.
+        config: of the model.
+        device: to run on.
+        plan_name: where it is not the graph's.
 
     Raises:
         EngineError: built by another release or for another GPU, truncated, not of this folder, or out of memory.
@@ -141,7 +151,7 @@ def load_engine(folder: Path, name: str, manifest: Manifest, config: Qwen2VLConf
     trt = backend.load()
     check_release(manifest, backend.package, str(trt.__version__))
     check_gpu(manifest, device.name, device.compute_capability)
-    path, onnx_path, log = folder / f"{name}.engine", folder / f"{name}.onnx", tensorrt_log(trt)
+    path, onnx_path, log = folder / f"{plan_name or name}.engine", folder / f"{name}.onnx", tensorrt_log(trt)
     log.clear()
     with device.active():
         runtime = trt.Runtime(log)

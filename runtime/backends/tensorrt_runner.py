@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.engines.options import ATTENTION_MASKS, EITHER_MASK, LENGTHS_PLAN
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.export.graphs import cache_names
@@ -65,41 +66,58 @@ def load_decoder(engines: Engines) -> TensorRTDecoder:
     """Raises as :func:`qwen2vl_trt.runtime.backends.tensorrt_engine.load_engine` and :func:`check_lengths`, or if the
     cache does not fit.
     """
-    decoder = TensorRTDecoder(_load(engines, "decoder"), engines.checkpoint, engines.manifest.profile)
-    if engines.manifest.options.get("attention_mask") == "lengths":
+    kind = engines.manifest.options.get("attention_mask", ATTENTION_MASKS[0])
+    if kind == EITHER_MASK:
+        return _load_either(engines)
+    decoder = _decoder(engines)
+    if kind == "lengths":
         check_lengths(decoder, engines.manifest.profile.max_input_len)
+    logger.info("decoder engine: attention goes by %s", "lengths" if kind == "lengths" else "explicit masks")
     return decoder
 
 
-def check_lengths(decoder: TensorRTDecoder, max_input_len: int) -> None:
+def _decoder(engines: Engines, plan_name: str | None = None) -> TensorRTDecoder:
+    return TensorRTDecoder(_load(engines, "decoder", plan_name), engines.checkpoint, engines.manifest.profile)
+
+
+def _load_either(engines: Engines) -> TensorRTDecoder:
+    """The decoder with lengths, if it computes what the one with masks does; they are loaded one after the other."""
+    limit = engines.manifest.profile.max_input_len
+    expected = _probe(_decoder(engines), limit)
+    decoder: TensorRTDecoder | None = None
+    try:
+        decoder = _decoder(engines, LENGTHS_PLAN)
+        check_lengths(decoder, limit, expected)
+        logger.info("decoder engine: attention goes by lengths, which agree with explicit masks here")
+        return decoder
+    except EngineError as error:  # whose traceback would keep the decoder in memory
+        logger.warning("decoder engine: explicit masks, so a decode step reads the whole cache. %s", str(error))
+    decoder = None  # both may not fit
+    return _decoder(engines)
+
+
+def check_lengths(decoder: TensorRTDecoder, max_input_len: int, expected: Tensor | None = None) -> None:
     """Try on a few tokens whether attention keeps to the lengths that it is given; the cache is zero afterwards.
 
     TensorRT 11.1 and 11.2 are reported not to (docs/design/tensorrt.md). What lies beyond the lengths must not matter,
     in prompts and in decode steps, nor must it whether a prompt is read at once or in two chunks.
 
+    Args:
+        decoder: while it is not in use.
+        max_input_len: most tokens of a prompt.
+        expected: of :func:`_probe`, by a decoder with masks.
+
     Raises:
         EngineError: it does not.
     """
-    tokens = list(range(min(_PROBE, max_input_len)))
-    part = len(tokens) // 2
-
-    def logits(chunks: list[list[int]], beyond: float) -> Tensor:
-        for cache in (*decoder.cache.k, *decoder.cache.v):
-            cache.fill_(beyond)
-        start, found = 0, []
-        for chunk in filter(None, chunks):
-            positions = torch.arange(start, start + len(chunk)).expand(3, -1)
-            step = decoder.step([Chunk(0, start, len(chunk))], decoder.embed(chunk), positions)
-            found.append(step.logits.float().clone())
-            start += len(chunk)
-        return torch.stack(found[-2:])
-
-    expected = logits([tokens, [0]], 0.0)
-    for what, found in (
-        ("what lies beyond them", logits([tokens, [0]], 4.0)),
-        ("chunks", logits([tokens[:part], tokens[part:], [0]], 0.0)),
+    found = _probe(decoder, max_input_len)
+    expected = found if expected is None else expected
+    for what, logits in (
+        ("taking them in place of masks", found),
+        ("what lies beyond them", _probe(decoder, max_input_len, beyond=4.0)),
+        ("chunks", _probe(decoder, max_input_len, chunks=2)),
     ):
-        difference = float((found - expected).norm() / expected.norm())
+        difference = float((logits - expected).norm() / expected.norm())
         if not difference < _TOLERANCE:
             raise EngineError(
                 f"decoder engine: attention does not keep to its lengths in this TensorRT on this GPU: {what} changes"
@@ -110,9 +128,25 @@ def check_lengths(decoder: TensorRTDecoder, max_input_len: int) -> None:
     decoder.reset()
 
 
-def _load(engines: Engines, name: str) -> Engine:
+def _probe(decoder: TensorRTDecoder, max_input_len: int, beyond: float = 0.0, chunks: int = 1) -> Tensor:
+    """Logits ``[2, 1, V]`` of a prompt of a few tokens, read in so many chunks, and of a decode step.
+
+    ``beyond`` is what the cache holds where nothing is written.
+    """
+    for cache in (*decoder.cache.k, *decoder.cache.v):
+        cache.fill_(beyond)
+    start, found = 0, []
+    for chunk in (*torch.arange(min(_PROBE, max_input_len)).chunk(chunks), torch.zeros(1, dtype=torch.int64)):
+        positions = torch.arange(start, start + len(chunk)).expand(3, -1)
+        step = decoder.step([Chunk(0, start, len(chunk))], decoder.embed(chunk), positions)
+        found.append(step.logits.float().clone())
+        start += len(chunk)
+    return torch.stack(found[-2:])
+
+
+def _load(engines: Engines, name: str, plan_name: str | None = None) -> Engine:
     device = CudaDevice(engines.device, -1 if name == "decoder" else 0)  # answers under way before new images
-    return load_engine(engines.folder, name, engines.manifest, engines.checkpoint.config, device)
+    return load_engine(engines.folder, name, engines.manifest, engines.checkpoint.config, device, plan_name)
 
 
 class _Contexts:

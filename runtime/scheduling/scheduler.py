@@ -17,8 +17,9 @@ the device. What a request does after its end is dropped.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ class Scheduler(Executor):
     @property
     def running(self) -> int:
         """Requests that have a slot or are sure of one."""
-        return len(self._cache.occupied) + sum(prompt.slot is None for prompt in self._prompts)
+        return self.slots - len(self._free_indices) + sum(prompt.slot is None for prompt in self._prompts)
 
     @property
     def cache_bytes(self) -> int:
@@ -231,7 +232,9 @@ class Scheduler(Executor):
                 prompt.output.expire(stage, rest)
             self._remove(prompt)  # ended, or cancelled by whoever holds it
         rows = self._answers()
-        launched = self._launch([*rows, *self._chunks()])
+        if self._prompts:
+            rows += self._chunks()
+        launched = self._launch(rows)
         if self._ahead:
             launched, self._launched = self._launched, launched
         self._take(launched)
@@ -244,7 +247,9 @@ class Scheduler(Executor):
         Not in the caller's inference mode: the next caller may have none, and what is made here is written again. For
         the argument and what it yields see :meth:`~.side_stream.SideStream.work`.
         """
-        with torch.inference_mode(False), torch.no_grad(), self._stream.work(reads) as ready:
+        # To enter it costs a tenth of a step of one answer.
+        normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        with normal, self._stream.work(reads) as ready:
             yield ready
         if not self.busy:
             ready.wait()
@@ -279,18 +284,21 @@ class Scheduler(Executor):
 
     def _answers(self) -> list[_Row]:
         """A row for each answer that wants another token, by slot."""
-        rows = []
-        for sequence in self._cache.occupied:
-            if sequence.reading or sequence.sampled >= sequence.params.max_tokens:
-                continue
-            while sequence.slot is not None and not self._cache.grow(sequence):
+        rows = [
+            _Row(sequence, 1, True)
+            for sequence in self._cache.occupied
+            if not sequence.reading and sequence.sampled < sequence.params.max_tokens
+        ]
+        if not self._cache.preempts:
+            return rows
+        for row in rows:
+            while row.sequence.slot is not None and not self._cache.grow(row.sequence):
                 if self._launched.sequences:  # some may end, and whoever is preempted must know all its tokens
                     self._take(self._launched)
                     self._launched = _Launched()
                 else:
                     self._preempt()
-            rows.append(_Row(sequence, 1, True))
-        return [row for row in rows if row.sequence.slot is not None] if self._cache.preempts else rows
+        return [row for row in rows if row.sequence.slot is not None]
 
     def _preempt(self) -> None:
         """Take its memory from the request that came last; it is read again, answer included, when there is memory.
@@ -391,7 +399,7 @@ class Scheduler(Executor):
             if results:  # the next call may overwrite them
                 results[-1] = results[-1]._replace(logits=results[-1].logits.clone(), greedy=None)
             for done, step in self._attempt(call):
-                wanted = [row.sequence for row in done if not row.sequence.reading]
+                wanted = [row.sequence for row in done if row.answers or not row.sequence.reading]
                 if wanted:
                     launched.sequences += wanted
                     results.append(step)
@@ -474,12 +482,14 @@ class Scheduler(Executor):
         if isinstance(self._cache, SlotManager) and not self._decoder.packed:
             if not rows[0].answers:  # not before: the calls of a step may move each other's requests
                 self._cache.make_neighbours([row.sequence for row in rows])
-            rows.sort(key=lambda row: _chunk(row).slot)
-        chunks = [_chunk(row) for row in rows]
+            rows.sort(key=attrgetter("sequence.slot"))
+        chunks = [
+            Chunk(slot, row.sequence.cached, row.length) for row in rows if (slot := row.sequence.slot) is not None
+        ]
         wanted = [number for number, row in enumerate(rows) if row.answers or row.length >= row.sequence.unread]
         embeds, positions = self._inputs(rows, chunks)
         outputs = [row.sequence.output for row in rows]
-        stage = Stage("decode" if all(row.answers for row in rows) else "prefill", outputs, chunks)
+        stage = Stage("decode" if rows[-1].answers else "prefill", outputs, chunks)  # answers are in front
         if not self._decoder.packed:
             chunks, embeds, positions, wanted = self._filled(chunks, embeds, positions, wanted)
         ending = [row.sequence.features is not None and row.length >= row.sequence.unread for row in rows]
@@ -492,7 +502,9 @@ class Scheduler(Executor):
                 if ends:
                     row.sequence.found = [states[-1].clone()]  # before the next step
         for row in rows:
-            self._advance(row)
+            row.sequence.cached += row.length
+            if not row.answers:  # an answer's blocks are named when it ends
+                self._read(row)
         return step
 
     def _last(self, indices: list[int]) -> Tensor:
@@ -509,8 +521,9 @@ class Scheduler(Executor):
         embeds, positions = [], []
         if answers:
             embeds.append(self._decoder.embed(self._last([row.sequence.index for row in rows[:answers]])))
-            places = [chunk.start + row.sequence.delta for row, chunk in zip(rows[:answers], chunks)]
-            positions.append(torch.tensor(places).expand(3, -1))
+            numbers = np.empty((3, answers), np.int64)
+            numbers[:] = [chunk.start + row.sequence.delta for row, chunk in zip(rows[:answers], chunks)]
+            positions.append(torch.from_numpy(numbers))
         for row, chunk in zip(rows[answers:], chunks[answers:]):
             embeds.append(row.sequence.inputs_embeds[chunk.start : chunk.end])
             positions.append(row.sequence.position_ids[:, chunk.start : chunk.end])
@@ -538,11 +551,9 @@ class Scheduler(Executor):
         positions = positions.new_zeros(3, len(filled)).index_copy_(1, torch.tensor(places), positions)
         return filled, embeds, positions, [places[number] for number in wanted]
 
-    def _advance(self, row: _Row) -> None:
+    def _read(self, row: _Row) -> None:
+        """Note that a chunk of a prompt is in the cache."""
         sequence = row.sequence
-        sequence.cached += row.length
-        if row.answers:
-            return  # its blocks are named when it ends
         self._cache.written(sequence)
         if sequence.counts:
             self._counters.prompt_tokens_computed += row.length
@@ -567,7 +578,8 @@ class Scheduler(Executor):
             return
         now = launched.sequences[0].output.clock()  # one of the pipeline for all
         for sequence, token, each in zip(launched.sequences, tokens, logprobs, strict=True):
-            if sequence.output.finished:  # before this step was launched, or meanwhile by whoever holds it
+            output = sequence.output
+            if output.finished:  # before this step was launched, or meanwhile by whoever holds it
                 self._remove(sequence)
                 continue
             if token is None:
@@ -583,11 +595,5 @@ class Scheduler(Executor):
             except Exception as error:
                 self._fail(sequence, error)
                 continue
-            if sequence.output.finished:
+            if output.finished:
                 self._remove(sequence)
-
-
-def _chunk(row: _Row) -> Chunk:
-    slot = row.sequence.slot
-    assert slot is not None
-    return Chunk(slot, row.sequence.cached, row.length)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -55,27 +55,27 @@ class SideStream:
         """One with a stream of its own on CUDA, without one elsewhere; kernels of a lower ``priority`` go first."""
         return cls(device, torch.cuda.Stream(device, priority=priority) if device.type == "cuda" else None)
 
-    @contextmanager
-    def work(self, reads: object = None) -> Iterator[ReadyEvent]:
+    def work(self, reads: object = None) -> AbstractContextManager[ReadyEvent]:
         """Queue work: after what the caller's stream holds, beside what it gets from now on.
 
         Args:
             reads: the tensors that the work reads; held until it has ended.
 
-        Yields:
-            The event after it; valid once the context is left.
+        Returns:
+            A context of the event after it, which is valid once the context is left.
         """
+        return nullcontext(ReadyEvent()) if self._stream is None else self._queue(self._stream, reads)
+
+    @contextmanager
+    def _queue(self, stream: torch.cuda.Stream, reads: object) -> Iterator[ReadyEvent]:
         ready = ReadyEvent()
-        if self._stream is None:
-            yield ready
-            return
         while self._reading and self._reading[0][0].query():
             self._reading.popleft()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(stream):
                 yield ready
         finally:  # what was queued before an error runs all the same
-            event = self._stream.record_event()
+            event = stream.record_event()
             self._reading.append((event, reads))
             ready._mark(event, self._device)

@@ -204,6 +204,29 @@ class TestOptions:
             masks.append(sum("gemv_mha" in line and f",{PROFILE.max_seq_len}]," in line for line in steps))
         assert masks == [config.text.num_hidden_layers, 0]
 
+    def test_decoders_with_either_kind_of_attention(self, trt, rtx_engines, rtx_checkpoint, tmp_path):
+        files = build_rtx(Checkpoint(rtx_checkpoint), tmp_path, attention_mask="either")
+        names = [f"{name}{suffix}" for name in ("decoder", "decoder-lengths") for suffix in (".engine", ".layers")]
+        assert [file.name for file in files if file.name.startswith("decoder")] == ["decoder.onnx", *names]
+        steps = [(tmp_path / name).read_text().splitlines() for name in names[1::2]]
+        masked = [sum("gemv_mha" in line and f",{PROFILE.max_seq_len}]," in line for line in each) for each in steps]
+        assert masked == [Checkpoint(rtx_checkpoint).config.text.num_hidden_layers, 0]
+
+    def test_a_decoder_with_lengths_that_does_not_build(
+        self, trt, rtx_engines, rtx_checkpoint, tmp_path, monkeypatch, caplog
+    ):
+        """As FP16 is reported not to; that with masks is enough."""
+
+        def refused(*arguments):
+            if arguments[-1] == "decoder-lengths":
+                raise BuildError("Expected 3 live inputs, got 4")
+            return [arguments[2].with_suffix(".engine")]
+
+        monkeypatch.setattr(tensorrt_build, "_build_plan", refused)
+        files = build_rtx(Checkpoint(rtx_checkpoint), tmp_path, attention_mask="either")
+        assert [file.name for file in files if file.suffix == ".engine"] == ["vision.engine", "decoder.engine"]
+        assert "got 4. The decoder goes by explicit masks" in caplog.text
+
     def test_they_are_in_the_manifest_by_name(self):
         assert TensorRTOptions().as_dict() == {}
         options = TensorRTOptions(weight_streaming=True, compute_capabilities=("8.9",))
@@ -215,7 +238,7 @@ class TestOptions:
         [
             ({"builder_optimization_level": 6}, "--builder-optimization-level is 6; it goes from 0 to 5"),
             ({"hardware_compatibility": "all"}, "unknown --hardware-compatibility 'all'; known: none, ampere_plus"),
-            ({"attention_mask": "none"}, "unknown --attention-mask 'none'; known: explicit, lengths"),
+            ({"attention_mask": "none"}, "unknown --attention-mask 'none'; known: explicit, lengths, either"),
             ({"compute_capabilities": ("sm89",)}, "--compute-capabilities 'sm89' is not of the form 8.9"),
         ],
     )
@@ -404,7 +427,9 @@ class TestProgressAndInterrupt:
         with progress_bar() as progress:
             steps = BuildSteps(progress, "test", 5)
             path = tmp_path / "vision.onnx"
-            return tensorrt_build._build_plan(trt, TENSORRT_RTX, path, (ranges,), TensorRTOptions(), steps, tmp_path)
+            return tensorrt_build._build_plan(
+                trt, TENSORRT_RTX, path, (ranges,), TensorRTOptions(), steps, tmp_path, path.stem
+            )
 
     def test_the_command_ends_cleanly(self, trt, rtx_checkpoint, tmp_path):
         command = [sys.executable, "build_engines.py", "--model", str(rtx_checkpoint), "--backend", "tensorrt-rtx"]

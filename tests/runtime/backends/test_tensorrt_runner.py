@@ -383,6 +383,40 @@ class TestDecoder:
         with pytest.raises(EngineError, match=r"attention does not keep to its lengths .* --attention-mask explicit"):
             _ = opened(self.with_lengths(folder, tmp_path)).decoder
 
+    @pytest.mark.parametrize("wrong", [None, 0, 1], ids=["they agree", "wrong in prompts", "wrong in decode steps"])
+    def test_either_kind_of_attention(self, fake, folder, tmp_path, monkeypatch, caplog, wrong):
+        """Lengths where they agree with masks, else masks; one decoder at a time is in memory."""
+        target = copied(folder, tmp_path / "engines", options={"attention_mask": "either"})
+        shutil.copy(target / "decoder.engine", target / "decoder-lengths.engine")
+        run, load = fake_tensorrt._Work.__call__, qwen2vl_trt.runtime.backends.tensorrt_runner.load_engine
+        loaded, held = [], []
+
+        def loading(*arguments):
+            assert not any(engine() for engine in held)
+            engine = load(*arguments)
+            loaded.append(arguments[-1])
+            held.append(weakref.ref(engine))
+            return engine
+
+        def longer(self):
+            if loaded[-1] and self.context._profile == wrong and "kv_lengths" in self.addresses:
+                fake_tensorrt._at(self.addresses["kv_lengths"], self.shapes["kv_lengths"], np.int64)[:] += 2
+            run(self)
+
+        monkeypatch.setattr(qwen2vl_trt.runtime.backends.tensorrt_runner, "load_engine", loading)
+        monkeypatch.setattr(fake_tensorrt._Work, "__call__", longer)
+        caplog.set_level(logging.INFO)
+        decoder = opened(target).decoder
+        assert loaded == [None, "decoder-lengths"] + [None] * (wrong is not None)
+        assert ("goes by lengths, which agree with explicit masks" in caplog.text) == (wrong is None)
+        assert ("explicit masks, so a decode step reads the whole cache" in caplog.text) == (wrong is not None)
+        assert not any(cache.any() for cache in (*decoder.cache.k, *decoder.cache.v))
+
+    def test_masks_where_no_decoder_with_lengths_was_built(self, fake, folder, tmp_path, caplog):
+        decoder = opened(copied(folder, tmp_path / "engines", options={"attention_mask": "either"})).decoder
+        assert decoder.step(*self.random_step(decoder, torch.Generator(), 0, 2, 1, [0, 0])).logits.isfinite().all()
+        assert "decoder-lengths.engine cannot be read" in caplog.text
+
     def test_names_of_layers_are_markers_enough(self, fake, folder):
         decoder = opened(folder).decoder
         decoder.step(*self.random_step(decoder, torch.Generator(), 0, 2, 1, [0, 0]))
