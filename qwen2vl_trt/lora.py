@@ -30,6 +30,9 @@ from .weights import EMBEDDING, LM_HEAD, PATCH_EMBEDDING, checkpoint_names, our_
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""``A [r, in]`` and ``scale * B [out, r]`` of layers, FP32, by our name of each."""
+
 Rank = Annotated[int, Meta(ge=1, le=1 << 16)]
 
 _PREFIX = "base_model.model."
@@ -200,6 +203,14 @@ class Adapter:
         """
         return _Merge(self, checkpoint).changes()
 
+    def factors(self, checkpoint: Checkpoint) -> Factors:
+        """The factors of an adapter that is not merged: of linear layers of the decoder's blocks alone.
+
+        Raises:
+            CheckpointError: see :meth:`changes`; or it changes something else, named.
+        """
+        return _Merge(self, checkpoint).factors()
+
 
 @dataclass
 class _Layer:
@@ -250,6 +261,23 @@ class _Merge:
             if not bool(self._load(name).isfinite().all()):
                 raise self._refuse(f"{name} has values that are not finite (NaN or infinity); train or save it again")
         return {self._names[ours]: partial(self._merged, ours) for ours in changed}
+
+    def factors(self) -> Factors:
+        self.changes()
+        factors: Factors = {}
+        others = [*self._replaced.values()]
+        for ours, layer in self._layers.items():
+            if layer.parts.keys() == {"lora_A", "lora_B"} and ours.startswith("model.layers."):
+                down, up = (self._load(layer.parts[part]) for part in layer.factors)
+                factors[ours] = down, up * self._config.scale(layer.module)
+            else:
+                others.append(layer.module)
+        if others:
+            raise self._refuse(
+                f"it changes {_listed(others)}; an adapter beside others changes linear layers of the decoder's blocks"
+                " alone, without DoRA. --lora merges this one into the model"
+            )
+        return factors
 
     def _refuse(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self._adapter.folder}: {what}")

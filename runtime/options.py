@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -48,6 +49,8 @@ class PipelineOptions:
         ahead_bytes: most bytes of decoded images and videos that wait for their slot, and of what decoding others
             takes: of an image what its header says, of a video file as much as the largest of late; where nothing
             waits, one request of any size.
+        lora_modules: folders of LoRA adapters in PEFT's layout, by the names that ``Request.adapter`` gives. Requests
+            with different ones run in one batch. Backend torch on a CPU; linear layers of the decoder alone.
 
     Raises:
         LimitError: ``max_num_tokens``, ``image_pixel_limit`` or ``video_pixel_limit`` below 1,
@@ -70,6 +73,7 @@ class PipelineOptions:
     embedding_cache_bytes: int = 256 << 20  # about 140 images of 448x448 in BF16 at 7B's width
     overlap: bool = True
     ahead_bytes: int = DEFAULT_PREFETCH_BYTES
+    lora_modules: Mapping[str, str | Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         most = self.max_num_tokens

@@ -74,6 +74,8 @@ class Pipeline:
         vision: VisionRunner | None = None,
     ) -> None:
         options = options or PipelineOptions()
+        if options.lora_modules:
+            engines = engines.with_adapters(options.lora_modules)
         folder, self._config = engines.checkpoint.folder, engines.checkpoint.config
         self.engines = engines
         self.profile = engines.manifest.profile
@@ -230,11 +232,11 @@ class Pipeline:
             output: where the answer goes, if :meth:`new_output` has made it when the request arrived.
 
         Raises:
-            PromptError: not a :class:`Request`.
+            PromptError: not a :class:`Request`, or there is no such adapter.
             EngineError: it asks for features that the backend does not give.
         """
         self.load()  # not a part of the request's time
-        _check_request(request)
+        self._check_request(request)
         if request.features == "last_hidden_state":
             _ = self.engines.decoder  # refused where the backend shows nothing of it
         sampling = self.decided(params) if request.features is None else Sampling(max_tokens=1)
@@ -275,9 +277,9 @@ class Pipeline:
         """Where a request's answer is to go; its deadline and its timings begin now. Any thread may, without a wait.
 
         Raises:
-            PromptError: not a :class:`Request`.
+            PromptError: not a :class:`Request`, or there is no such adapter.
         """
-        _check_request(request)
+        self._check_request(request)
         return Output(deadline=request.deadline, clock=self._clock, on_end=self._counters.record_end)
 
     def interrupt(self) -> None:
@@ -457,7 +459,7 @@ class Pipeline:
             MediaError: an image or a video cannot be read.
             LimitError: the prompt is longer than the engines take.
         """
-        _check_request(request)
+        self._check_request(request)
         with self._alone:
             found = self._preparer.find_media(request)
         media = self._preparer.load(*found)  # while others' steps go on
@@ -485,7 +487,7 @@ class Pipeline:
         """
         requests = [requests] if isinstance(requests, Request) else requests
         for request in requests:
-            _check_request(request)
+            self._check_request(request)
         _ = self.engines.decoder  # refused where the backend shows nothing of it
         while self.busy:  # the slots are needed
             self.step()
@@ -592,14 +594,16 @@ class Pipeline:
                 sequence.inputs_embeds = executor.inputs_embeds(sequence, own)
         return times
 
+    def _check_request(self, request: Request) -> None:
+        if not isinstance(request, Request):
+            raise PromptError(f"a {type(request).__name__} is no request; give Request(prompt, images=[...])")
+        if request.adapter is not None and request.adapter not in self.engines.adapters:
+            there = ", ".join(self.engines.adapters) or "none (PipelineOptions(lora_modules={name: folder}))"
+            raise PromptError(f"there is no adapter {request.adapter!r:.60}; this pipeline has {there}")
+
     def _prepare_named(self, request: Request, name: str) -> RunningSequence:
         try:
             media = self._preparer.load(*self._preparer.find_media(request))
             return self._preparer.prepare(replace(request, features=None), Sampling(max_tokens=0), Output(), media)
         except Qwen2VLError as error:
             raise type(error)(f"{name}{error}") from None
-
-
-def _check_request(request: Request) -> None:
-    if not isinstance(request, Request):
-        raise PromptError(f"a {type(request).__name__} is no request; give Request(prompt, images=[...])")

@@ -66,6 +66,7 @@ class Request:
             gives each client its own lets none learn from the time to the first token what others have sent.
         tools: OpenAI's, ``{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}``, for
             a chat template that writes them.
+        adapter: one of ``PipelineOptions.lora_modules``, by name; None is the model as it is.
         features: what is asked for in place of an answer; it comes in ``Output.features``, beside running answers.
 
     Raises:
@@ -83,6 +84,7 @@ class Request:
     cache_salt: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     features: Features | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.features is not None and self.features not in get_args(Features):

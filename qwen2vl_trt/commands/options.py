@@ -270,7 +270,9 @@ def pipeline_options(arguments: argparse.Namespace) -> PipelineOptions:
         LimitError: a value that is not allowed.
     """
     names = {each.name for each in fields(PipelineOptions)} - {"max_num_tokens"}  # an option of TensorRT-LLM's build
-    return PipelineOptions(**{name: value for name, value in vars(arguments).items() if name in names})
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    given["lora_modules"] = dict(given.get("lora_modules") or ())
+    return PipelineOptions(**given)
 
 
 def check_decode(decode: str, device: str | None) -> None:

@@ -17,7 +17,14 @@ from qwen2vl_trt.errors import FileError, LimitError, UnavailableError, reason, 
 from qwen2vl_trt.serving.limits import Limits
 
 from .model import find_engines
-from .options import add_build_arguments, add_pipeline_arguments, check_decode, pipeline_options, positive_number
+from .options import (
+    add_build_arguments,
+    add_pipeline_arguments,
+    check_decode,
+    folder_name,
+    pipeline_options,
+    positive_number,
+)
 
 EPILOG = "The page is at http://HOST:PORT/, the API below /v1; docs/guide/serve.md lists endpoints, fields and limits."
 
@@ -65,6 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allowed-local-media-path", metavar="DIR", help="file:// URLs below it are read; default none")
     group.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain, PEM")
     group.add_argument("--tls-key", type=Path, metavar="FILE", help="its key, PEM")
+    group = parser.add_argument_group("LoRA adapters (backend torch on a CPU)")
+    group.add_argument(
+        "--lora-modules",
+        type=_lora_module,
+        nargs="+",
+        metavar="NAME=DIR",
+        help="served unmerged beside the model, by these names of models; --lora merges one",
+    )
     group = parser.add_argument_group("limits", "see docs/guide/serve.md")
     for each in fields(Limits):
         kind = positive_number if isinstance(each.default, int) else _seconds
@@ -110,7 +125,9 @@ def run(arguments: argparse.Namespace) -> None:
         [host.lower() for host in hosts],
         arguments.strict,
         arguments.metrics_prefix,
+        list(options.lora_modules),
     )
+    _check_adapters(options, settings.model)
     app = App(settings)
     if not local and not keys:
         _logger.warning("%s may be reached from elsewhere, and no key is asked for (--api-key-file)", arguments.host)
@@ -180,6 +197,24 @@ def _check(arguments: argparse.Namespace) -> None:
         raise LimitError("--port 0 is not for --replicas: Ray Serve does not say which port it took; name one")
     if not re.fullmatch(r"[A-Za-z_:][A-Za-z0-9_:]*", arguments.metrics_prefix):
         raise LimitError("--metrics-prefix has letters, digits, _ and :, and begins with no digit")
+
+
+def _check_adapters(options: PipelineOptions, model: str) -> None:
+    """See before the minutes of a build that the adapters can be read; raises CheckpointError or LimitError."""
+    from qwen2vl_trt.lora import Adapter
+
+    for name, folder in options.lora_modules.items():
+        if name == model:
+            raise LimitError(f"--lora-modules {name}={folder}: the model has this name (--served-model-name)")
+        Adapter.read(Path(folder))
+
+
+def _lora_module(text: str) -> tuple[str, Path]:
+    """From ``NAME=DIR``."""
+    name, separator, folder = text.partition("=")
+    if not (name and separator):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    return name, folder_name(folder).resolve()  # for replicas, which run elsewhere
 
 
 def _replicas(text: str) -> tuple[int, int]:

@@ -77,6 +77,7 @@ class ServerSettings:
             machine by a name of its own (DNS rebinding); empty answers all.
         strict: a field that nothing knows is 400; else it is named in the header ``X-Ignored-Fields``.
         metrics_prefix: of the names in /metrics.
+        adapters: names of LoRA adapters, which clients call as models.
     """
 
     model: str
@@ -87,6 +88,7 @@ class ServerSettings:
     allowed_hosts: Sequence[str] = ()
     strict: bool = False
     metrics_prefix: str = "qwen2vl:"
+    adapters: Sequence[str] = ()
 
 
 class App:
@@ -205,14 +207,16 @@ class App:
         return as_json(document())
 
     async def _models(self, request: Request) -> Response:
-        return as_json({"object": "list", "data": [self._card()]})
+        return as_json({"object": "list", "data": [self._card(name) for name in (None, *self.settings.adapters)]})
 
     async def _model(self, request: Request) -> Response:
-        self._check_model(request.path_params["model"])
-        return as_json(self._card())
+        return as_json(self._card(self._adapter(request.path_params["model"])))
 
-    def _card(self) -> dict[str, Any]:
-        card = {"id": self.settings.model, "object": "model", "created": self._created, "owned_by": "qwen2vl-trt"}
+    def _card(self, adapter: str | None) -> dict[str, Any]:
+        model = self.settings.model
+        card = {"id": adapter or model, "object": "model", "created": self._created, "owned_by": "qwen2vl-trt"}
+        if adapter:
+            card["parent"] = model
         if self._pipeline is None:
             return card
         settings, vision = self._pipeline.settings, self._pipeline.engines.checkpoint.config.vision
@@ -272,11 +276,13 @@ class App:
             return with_calls(parsed, params, tools, pipeline.tokenizer), tools, Conversation.of(parsed, limits)
 
         parsed, (params, tools, conversation), headers = await self._read(body, ChatCompletionRequest, use)
-        asked = await self._fetched(conversation, request, parsed.timeout, tools)
-        completion = ChatCompletion(self.settings.model, pipeline.tokenizer)
+        adapter = self._adapter(parsed.model)
+        model = adapter or self.settings.model
+        asked = replace(await self._fetched(conversation, request, parsed.timeout, tools), adapter=adapter)
+        completion = ChatCompletion(model, pipeline.tokenizer)
         if tools:
             several = parsed.parallel_tool_calls is not False
-            completion = ToolCompletion(self.settings.model, pipeline.tokenizer, several)
+            completion = ToolCompletion(model, pipeline.tokenizer, several)
         return await self._generate(service, [(asked, each) for each in params], completion, parsed, headers, stack)
 
     async def _completions(self, request: Request, body: bytearray, stack: AsyncExitStack) -> Response:
@@ -290,10 +296,14 @@ class App:
             return params, prompts, echoes(prompts, pipeline.tokenizer) if parsed.echo else [""] * len(prompts)
 
         parsed, (params, prompts, texts), headers = await self._read(body, CompletionRequest, use)
-        requests = [PipelineRequest(each.token_ids, deadline=parsed.timeout, cache_salt=salt) for each in prompts]
+        adapter = self._adapter(parsed.model)
+        requests = [
+            PipelineRequest(each.token_ids, deadline=parsed.timeout, cache_salt=salt, adapter=adapter)
+            for each in prompts
+        ]
         asked = [(each, own) for each in requests for own in params]
         starts = [text for text in texts for _ in params]
-        completion = TextCompletion(self.settings.model, pipeline.tokenizer, starts, len(prompts))
+        completion = TextCompletion(adapter or self.settings.model, pipeline.tokenizer, starts, len(prompts))
         return await self._generate(service, asked, completion, parsed, headers, stack)
 
     async def _generate(
@@ -337,10 +347,11 @@ class App:
             check_alone(parsed, asked[0])
         else:
             asked = [PipelineRequest(each.token_ids, deadline=parsed.timeout, cache_salt=salt) for each in given]
-        wanted = [(replace(each, features=parsed.pooling), None) for each in asked]
+        adapter = self._adapter(parsed.model)
+        wanted = [(replace(each, features=parsed.pooling, adapter=adapter), None) for each in asked]
         outputs = await asyncio.gather(*map(_succeeded, self._submit(service, wanted, stack)))
         return await asyncio.to_thread(
-            lambda: as_json(embeddings(parsed, self.settings.model, outputs), headers=headers)
+            lambda: as_json(embeddings(parsed, adapter or self.settings.model, outputs), headers=headers)
         )
 
     def _submit(
@@ -382,10 +393,14 @@ class App:
             raise overloaded("the server takes no more requests now; try again later")
         return self._pipeline, self._service
 
-    def _check_model(self, name: str | None) -> None:
-        if name and name != self.settings.model:
-            message = f"there is no such model; this server has {self.settings.model}"
-            raise APIError(404, message, param="model", code="model_not_found")
+    def _adapter(self, name: str | None) -> str | None:
+        """The adapter that a request's ``model`` names, None for the model itself; raises APIError 404 for another."""
+        if not name or name == self.settings.model:
+            return None
+        if name in self.settings.adapters:
+            return name
+        message = f"there is no such model; this server has {', '.join((self.settings.model, *self.settings.adapters))}"
+        raise APIError(404, message, param="model", code="model_not_found")
 
     async def _read(
         self, body: bytearray, kind: type[Body], use: Callable[[Body], T]
@@ -397,7 +412,7 @@ class App:
             names = ", ".join(quote(name[:64], safe="") for name in unknown[:16])
             if unknown and self.settings.strict:
                 raise APIError(400, f"unknown fields: {names}", param=unknown[0][:64])
-            self._check_model(parsed.model)
+            self._adapter(parsed.model)  # a wrong name is told of first
             return parsed, use(parsed), {"X-Ignored-Fields": names} if unknown else {}
 
         return await asyncio.to_thread(read)

@@ -168,7 +168,7 @@ class Places(NamedTuple):
     @classmethod
     def of(cls, chunks: Sequence[Chunk]) -> Places:
         """In the order of the chunks."""
-        slots, starts, lengths = np.array(chunks).T
+        slots, starts, lengths = np.array([chunk[:3] for chunk in chunks]).T
         before = np.cumsum(lengths) - lengths
         return cls(slots.repeat(lengths), np.arange(lengths.sum()) + (starts - before).repeat(lengths))
 

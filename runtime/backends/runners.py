@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,7 @@ from qwen2vl_trt.engines.host_memory import warn_of_memory
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.engines.precision import Precision
 from qwen2vl_trt.errors import BuildError, EngineError
+from qwen2vl_trt.lora import Adapter, Factors
 from qwen2vl_trt.windows import WindowLayout
 
 from .common import KVCache
@@ -106,7 +107,11 @@ class RunnerModule(Protocol):
 
 @dataclass(frozen=True)
 class Engines:
-    """An opened engine folder. Each engine is loaded at its first use: image features need no decoder."""
+    """An opened engine folder. Each engine is loaded at its first use: image features need no decoder.
+
+    Attributes:
+        adapters: that requests may name.
+    """
 
     folder: Path
     manifest: Manifest
@@ -115,6 +120,22 @@ class Engines:
     precision: Precision
     backend: Backend
     runner: RunnerModule
+    adapters: Mapping[str, Factors] = field(default_factory=dict)
+
+    def with_adapters(self, folders: Mapping[str, str | Path]) -> Engines:
+        """The same engines, not loaded yet, with LoRA adapters that requests may name.
+
+        Raises:
+            EngineError: the backend runs none, or not on this device.
+            CheckpointError: one cannot be read, does not fit, or changes more than the decoder's linear layers.
+        """
+        if self.backend.name != "torch" or self.device.type != "cpu":
+            raise EngineError(
+                f"adapters of requests (lora_modules) run with backend torch on a CPU, not with {self.backend.name} on"
+                f" {self.device.type}; merge one into the engines with --lora"
+            )
+        adapters = {name: Adapter.read(Path(folder)).factors(self.checkpoint) for name, folder in folders.items()}
+        return replace(self, adapters=adapters)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,11 +8,15 @@ from torch import Tensor
 
 
 class Chunk(NamedTuple):
-    """What one request appends in a step: ``length`` tokens behind the ``start`` that its slot holds."""
+    """What one request appends in a step: ``length`` tokens behind the ``start`` that its slot holds.
+
+    ``adapter`` is ``Request.adapter``.
+    """
 
     slot: int
     start: int
     length: int
+    adapter: str | None = None
 
     @property
     def end(self) -> int:

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from qwen2vl_trt.decoder import Decoder
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.fused_modules import fuse_decoder, fuse_vision
+from qwen2vl_trt.lora import Factors
 from qwen2vl_trt.quantization import fp8_layers, use_fp8
 from qwen2vl_trt.transfer import to_device
 from qwen2vl_trt.varlen import has_packed_attention, has_paged_attention
@@ -27,6 +29,7 @@ from qwen2vl_trt.windows import PackedSequences, WindowLayout, unpad, window_lay
 
 from . import onednn
 from .common import KVCache, TokenEmbedding, cached_layouts
+from .lora import add_adapters
 from .paged_cache import PagedKVCache, page_bytes, pages_of
 from .runners import Engines, run_steps
 from .steps import Chunk, Step
@@ -45,8 +48,8 @@ def load_vision(engines: Engines) -> TorchVision:
 
 
 def load_decoder(engines: Engines) -> TorchDecoder:
-    kind = CudaDecoder if engines.device.type == "cuda" else TorchDecoder
-    return kind(engines.checkpoint, engines.manifest.profile, engines.precision.decoder, engines.device)
+    what = engines.checkpoint, engines.manifest.profile, engines.precision.decoder, engines.device
+    return CudaDecoder(*what) if engines.device.type == "cuda" else TorchDecoder(*what, adapters=engines.adapters)
 
 
 _MIN_PADDING = 0.05
@@ -127,12 +130,19 @@ class CudaVision(TorchVision):
 
 
 class TorchDecoder:
-    """See :class:`qwen2vl_trt.runtime.backends.runners.DecoderRunner`."""
+    """See :class:`qwen2vl_trt.runtime.backends.runners.DecoderRunner`; ``adapters`` by the names that chunks have."""
 
     packed, enqueues = True, True
     cache: KVCache
 
-    def __init__(self, checkpoint: Checkpoint, profile: BuildProfile, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        profile: BuildProfile,
+        dtype: torch.dtype,
+        device: torch.device,
+        adapters: Mapping[str, Factors] = MappingProxyType({}),
+    ) -> None:
         with torch.device("meta"):
             self.module = Decoder(checkpoint.config.text).eval()
             use_fp8(self.module, "", fp8_layers(checkpoint))
@@ -143,6 +153,7 @@ class TorchDecoder:
         self.module.model.inv_freq = self.module.model.inv_freq.to(device)
         self.slots, self.vocab_size = profile.max_num_seqs, checkpoint.config.text.vocab_size
         self.device = device
+        self._adapters = add_adapters(self.module, adapters, dtype)  # before their layers are packed
         self._optimize(dtype)
         self._allocate(checkpoint.config.text, profile.max_seq_len, dtype)
 
@@ -162,7 +173,8 @@ class TorchDecoder:
         step = SlotStep.of(chunks, self.device)
         caches = [SlotCache(k, v, step) for k, v in zip(self.cache.k, self.cache.v)]
         positions = to_device(position_ids, self.device)[:, None]
-        hidden_states = self.module.model(inputs_embeds[None], positions, caches)[0][0]
+        with self._adapters.step(chunks):
+            hidden_states = self.module.model(inputs_embeds[None], positions, caches)[0][0]
         return Step(head(self.module, hidden_states, chunks, wanted), hidden_states if hidden else None)
 
     def reset(self) -> None:

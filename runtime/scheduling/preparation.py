@@ -194,12 +194,13 @@ class Preparer:
                 prompt.token_ids,
                 position_ids.numpy(),
                 [(token_id, [m.key for m in each], [m.size.tokens for m in each]) for token_id, each in kinds],
-                request.cache_salt,
+                request.cache_salt if request.adapter is None else repr((request.adapter, request.cache_salt)),
             ),
             stream=AnswerStream(self._prompts.tokenizer.backend_tokenizer, params, self._eos_token_ids),
             params=params,
             matcher=matcher,
             features=request.features,
+            adapter=request.adapter,
         )
 
     def prompt(self, request: Request, media: list[Medium]) -> tuple[Prompt, tuple[list[Grid], list[Grid]]]:

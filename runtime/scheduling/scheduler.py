@@ -484,7 +484,8 @@ class Scheduler(Executor):
                 self._cache.make_neighbours([row.sequence for row in rows])
             rows.sort(key=attrgetter("sequence.slot"))
         chunks = [
-            Chunk(slot, row.sequence.cached, row.length) for row in rows if (slot := row.sequence.slot) is not None
+            Chunk(row.sequence.slot, row.sequence.cached, row.length, row.sequence.adapter)  # type: ignore[arg-type]
+            for row in rows  # each has a slot
         ]
         wanted = [number for number, row in enumerate(rows) if row.answers or row.length >= row.sequence.unread]
         embeds, positions = self._inputs(rows, chunks)

@@ -44,6 +44,7 @@ class RunningSequence:
         matcher: its place in the grammar that its answer follows; None where it is free.
         counts: its prompt is counted and timed; no longer once it was preempted.
         features: what is asked for in place of an answer.
+        adapter: that the decoder reads and answers with.
         found: these features, on the device.
     """
 
@@ -67,6 +68,7 @@ class RunningSequence:
     matcher: Matcher | None = None
     counts: bool = True
     features: Features | None = None
+    adapter: str | None = None
     found: list[Tensor] = field(default_factory=list)
 
     @property
@@ -125,7 +127,8 @@ def token_keys(
         position_ids: ``[3, S]``, see :func:`qwen2vl_trt.mrope.rope_index`.
         media: of images and of videos: their token id, each one's 16-byte content key
             (:mod:`qwen2vl_trt.runtime.media.cached_media`) and number of tokens, in the order of the prompt.
-        salt: ``Request.cache_salt``; it is in the first token's key, and so in the hash of every block.
+        salt: ``Request.cache_salt``, and with an adapter its name; it is in the first token's key, and so in the hash
+            of every block.
 
     Returns:
         ``[S, 6]`` int64: token id, content key in two halves (0 of text), three positions.

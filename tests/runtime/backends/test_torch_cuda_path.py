@@ -527,7 +527,7 @@ def test_a_gpu_gets_the_fast_runners(monkeypatch):
     made = {}
     for name in ("TorchVision", "CudaVision", "TorchDecoder", "CudaDecoder"):
         monkeypatch.setattr(
-            torch_runner, name, lambda *args, name=name: made.setdefault(args[-1].type, []).append(name)
+            torch_runner, name, lambda *args, name=name, adapters=None: made.setdefault(args[-1].type, []).append(name)
         )
     for device in ("cpu", "cuda"):
         engines = SimpleNamespace(
@@ -536,6 +536,7 @@ def test_a_gpu_gets_the_fast_runners(monkeypatch):
             device=torch.device(device),
             manifest=SimpleNamespace(profile=None),
             precision=SimpleNamespace(decoder=None),
+            adapters={},
         )
         torch_runner.load_vision(engines)
         torch_runner.load_decoder(engines)
