@@ -93,8 +93,9 @@ class Checkpoint:
     """A checkpoint folder: configuration, tensor index, lazy tensors. Opening one checks headers and file sizes.
 
     Attributes:
-        packed: the weights that are quantised in a way that no layer computes in, by the name of the weight; they are
-            dequantised when they are loaded. The tensors that hold them are in no other list.
+        format: of quantised weights that no layer computes with; None of other checkpoints, Model Optimizer's FP8 too.
+        packed: those weights, by the names of plain ones; they are dequantised when they are loaded. The tensors that
+            hold them are not among the others.
 
     Raises:
         CheckpointError: no such folder, no ``config.json``, not a Qwen2.5-VL, no safetensors, a shard missing,

@@ -74,13 +74,13 @@ class Pipeline:
         vision: VisionRunner | None = None,
     ) -> None:
         options = options or PipelineOptions()
-        if options.lora_modules:
-            engines = engines.with_adapters(options.lora_modules)
         folder, self._config = engines.checkpoint.folder, engines.checkpoint.config
-        self.engines = engines
         self.profile = engines.manifest.profile
         self.options = options
         files = ModelFiles.read(folder, self._config, self.profile, options)
+        if options.lora_modules:
+            engines = engines.with_adapters(options.lora_modules)
+        self.engines = engines
         self._prompts = files.prompts
         self.settings, self._generation = files.settings, files.generation
         self.tokenizer: Tokenizer = files.prompts.tokenizer.backend_tokenizer

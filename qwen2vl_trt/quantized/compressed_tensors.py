@@ -120,9 +120,9 @@ class CompressedTensors:
     @classmethod
     def of(cls, settings: Settings) -> CompressedTensors:
         """Raises CheckpointError: a setting that is not read."""
-        for name, nothing in (("transform_config", "config_groups"), ("sparsity_config", "targets")):
+        for name, what, nothing in (("transform_config", "config_groups", {}), ("sparsity_config", "format", "dense")):
             given = settings.raw.get(name)
-            if isinstance(given, dict) and given.get(nothing):
+            if isinstance(given, dict) and given.get(what, nothing) != nothing:
                 raise settings.refused(name, "checkpoints without one")
         config = convert(settings.raw, _Config, settings.place)
         schemes = tuple(
@@ -139,8 +139,8 @@ class CompressedTensors:
         return cls(schemes, tuple(config.ignore))
 
     def is_quantized(self, entries: Mapping[str, Entry]) -> bool:
-        weight = entries.get("weight")
-        return "weight_packed" in entries or "weight_scale" in entries or (weight and weight.dtype in _STORED) is True
+        stored = "weight" in entries and entries["weight"].dtype in _STORED
+        return stored or "weight_packed" in entries or "weight_scale" in entries
 
     def shape(self, layer: Layer) -> tuple[int, int]:
         scheme = self._scheme(layer)

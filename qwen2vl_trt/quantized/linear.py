@@ -31,11 +31,17 @@ class QuantizedLinear:
 
     def dequantize(self) -> Tensor:
         """The weight, ``[out, in]`` FP32."""
-        weight = self.values.to(torch.float32, memory_format=torch.contiguous_format)
-        index = torch.arange(weight.shape[1]) // self.group_size if self.group_index is None else self.group_index
+        weight = self.values.contiguous().float()
+        channels, groups = weight.shape[1], self.scales.shape[1]
+        index: slice | Tensor = slice(None)
+        if self.group_index is None and channels == groups * self.group_size:
+            blocks = weight.view(-1, groups, self.group_size)  # broadcasting is several times faster than an index
+        else:
+            blocks = weight[..., None]
+            index = torch.arange(channels) // self.group_size if self.group_index is None else self.group_index
         if self.zero_points is not None:
-            weight -= self.zero_points.float()[:, index]
-        weight *= self.scales.float()[:, index]
+            blocks -= self.zero_points.float()[:, index, None]
+        blocks *= self.scales.float()[:, index, None]
         if self.input_scale is not None:
             weight *= self.input_scale.float()
         return weight

@@ -196,16 +196,21 @@ def test_settings_that_are_not_read(how, said):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "nothing", "value"),
     [
-        ("transform_config", {"config_groups": {"R1": {"type": "hadamard"}}}),
-        ("sparsity_config", {"format": "sparse-24-bitmask", "targets": ["Linear"]}),
+        ("transform_config", {"config_groups": {}}, {"config_groups": {"R1": {"type": "hadamard"}}}),
+        (
+            "sparsity_config",
+            {"format": "dense", "targets": ["Linear"]},
+            {"format": "sparse-24-bitmask", "targets": ["Linear"]},
+        ),
     ],
 )
-def test_what_is_more_than_quantised(name, value):
+def test_what_is_more_than_quantised(name, nothing, value):
     groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32}}}
     settings = {"format": "pack-quantized", "config_groups": groups}
-    CompressedTensors.of(settings_of(**settings, **{name: {}}))
+    for given in ({}, None, nothing):
+        CompressedTensors.of(settings_of(**settings, **{name: given}))
     with pytest.raises(
         CheckpointError, match=rf"quantization_config\.{name} is .*; checkpoints without one can be read"
     ):

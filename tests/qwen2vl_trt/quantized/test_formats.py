@@ -99,6 +99,18 @@ def test_biases_of_layers_that_have_none(tmp_path, value):
         check_weights(checkpoint, modules(checkpoint))
 
 
+def test_a_quantised_cache_is_not_used(folder, caplog):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    (folder / "config.json").write_text(json.dumps(config))
+    scale = torch.ones(1)
+    edit_checkpoint(folder, lambda tensors: tensors | {"model.layers.0.self_attn.k_scale": scale})
+    checkpoint = Checkpoint(folder)
+    assert fp8_layers(checkpoint) == frozenset()
+    assert "asks for a quantised key-value cache" in caplog.text
+    check_weights(checkpoint, modules(checkpoint))
+
+
 class TestWhatIsWrong:
     @pytest.mark.parametrize("leaf", ["qweight", "qzeros", "scales"])
     def test_a_missing_tensor(self, folder, leaf):
