@@ -7,7 +7,6 @@ from typing import Any
 
 from .config import read_json
 from .errors import CheckpointError
-from .quantized.formats import stated_format
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -58,6 +57,8 @@ def refuse_foreign(folder: Path) -> None:
             f"{folder} is {family} (model_type {config['model_type']!r}); Qwen2.5-VL alone is supported"
             " (Qwen2.5-VL-3B, for one). Transformers and vLLM run it"
         )
+    from .quantized.formats import stated_format  # it imports PyTorch
+
     stated_format(folder)
 
 
