@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ def refuse_foreign(folder: Path) -> None:
         adapter = read_json(folder / ADAPTER_FILE)
         kind, base = (_word(adapter.get(name)) for name in ("peft_type", "base_model_name_or_path"))
         raise CheckpointError(
-            f"{folder} holds an adapter ({kind or 'PEFT'}, {ADAPTER_FILE}), no model: give it with the model that"
-            f" it was trained on, --model {base or 'MODEL'} --lora {folder}"
+            f"{folder} holds an adapter ({kind or 'PEFT'}, {ADAPTER_FILE}): give it with the model that it was trained"
+            f" on, {shlex.join(['--model', base or 'MODEL', '--lora', str(folder)])}"
         )
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     if gguf and not any(folder.glob("*.safetensors")):

@@ -343,7 +343,8 @@ class _Merge:
         if missing:
             raise self._refuse(
                 f"target_modules or modules_to_save of {ADAPTER_FILE} name {_listed(missing)}, of which {WEIGHTS_FILE}"
-                " has no weights: the adapter is incomplete, or of another model"
+                " has no weights: the adapter is incomplete, of another model, or target_modules names more than"
+                " was trained (narrow it there)"
             )
         if not self._layers and not self._replaced:
             raise self._refuse(f"{WEIGHTS_FILE} has no tensors")

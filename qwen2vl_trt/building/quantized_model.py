@@ -81,8 +81,8 @@ def quantize_first(plan: BuildPlan) -> BuildPlan:
     """Replace a model that is to be built in FP8 by its quantised checkpoint, made where it is missing.
 
     The plan stays as it is where it is for another precision, or the model is quantised already, in whatever format;
-    the build refuses those that are not FP8. Engines in its folder
-    hold the quantised checkpoint that they were built from: it is the one, if it does.
+    the build refuses those that are not FP8. Engines in its folder hold the quantised checkpoint that they were built
+    from: it is the one, if it does.
 
     Raises:
         BuildError: no calibration data for this model, or something wrong with them; a quantised checkpoint or engines

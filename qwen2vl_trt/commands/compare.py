@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from qwen2vl_trt.errors import CompareError, Qwen2VLError, require
+from qwen2vl_trt.errors import CompareError, Qwen2VLError, reason, require
 from qwen2vl_trt.plots import check_plot
 
 from .options import folder_name, path_name, positive_number
@@ -162,10 +162,10 @@ def _report(arguments: argparse.Namespace, command: str, closing: ExitStack) -> 
                     reference, runners, feeds, lambda runner: progress.update(task, advance=1, description=runner)
                 )
             )
-    except (KeyboardInterrupt, Qwen2VLError) as reason:
+    except (KeyboardInterrupt, Qwen2VLError) as error:
         if not rows:
             raise
-        ended_by = reason
+        ended_by = error
     finished = len(rows) == len(runners)
     if saved is not None:
         saved.write()
@@ -259,7 +259,10 @@ def _reference_checkpoint(model: str | None, lora: Path | None, engines: Engines
         checkpoint = Checkpoint(resolve_model(model).folder)
         if adapter is not None:
             folder = Path(closing.enter_context(TemporaryDirectory())) / "merged"
-            checkpoint = closing.enter_context(merged_checkpoint(checkpoint, adapter, folder))
+            try:
+                checkpoint = closing.enter_context(merged_checkpoint(checkpoint, adapter, folder))
+            except OSError as error:
+                raise CompareError(f"{folder}: {reason(error)}; TMPDIR names another place to merge in") from None
         _check_same(engines.checkpoint, checkpoint)
         return checkpoint
     if _is_quantised(engines.checkpoint):

@@ -32,6 +32,7 @@ class AWQ:
         """Raises CheckpointError: a setting that is not read."""
         settings.choice("bits", (4,))
         settings.choice("version" if "version" in settings.raw else "format", ("gemm", "GEMM"), "gemm")
+        settings.choice("zero_point", (True,), True)
         return cls(settings.group_size(128))
 
     def is_quantized(self, entries: Mapping[str, Entry]) -> bool:

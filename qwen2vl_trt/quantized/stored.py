@@ -136,7 +136,7 @@ class Format(Protocol):
         ...
 
     def shape(self, layer: Layer) -> tuple[int, int]:
-        """Of a layer's weight, ``(out, in)``, once all its tensors fit; reads none.
+        """Of a layer's weight, ``(out, in)``, once all its tensors fit; reads no weight.
 
         Raises:
             CheckpointError: one is missing or does not fit, named.
@@ -157,11 +157,12 @@ class Settings:
 
     Args:
         place: file and field, for messages.
-        raw: what stands there.
+        raw: what stands there; null is as good as nothing.
     """
 
     def __init__(self, place: str, raw: Mapping[str, Any]) -> None:
-        self.place, self.raw = place, raw
+        self.place = place
+        self.raw = {name: value for name, value in raw.items() if value is not None}
 
     def choice(self, name: str, allowed: Collection[Any], default: Any = None) -> Any:
         """A value that must be one of a few.

@@ -208,6 +208,22 @@ def test_a_build_that_fails_leaves_nothing(tiny, monkeypatch):
     assert [path.name for path in Path("engines").iterdir()] == [".lock"]
 
 
+def test_compare_names_the_folder_that_is_full(tiny, monkeypatch):
+    """It merges in a temporary folder; Python's error names the file that was copied, which is the checkpoint's."""
+    pytest.importorskip("polygraphy", reason="the compare extra is not installed")
+    build("--lora", "mine", "--engine-dir", "engines")
+    Path("full").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(Path("full").resolve()))
+
+    def fail(source, target):
+        raise OSError(28, "No space left on device", source, None, target)
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    with pytest.raises(CompareError, match=r"/full/\w+/merged: No space left on device; TMPDIR names another place"):
+        call("compare", ["--engine-dir", "engines", "--model", "tiny", "--lora", "mine"])
+    assert not any(Path("full").iterdir())
+
+
 # FP8
 
 

@@ -79,10 +79,10 @@ def test_an_adapter(tmp_path, beside_a_model):
     """Beside a model too: Transformers applies it there, so to leave it out would change the answers."""
     if beside_a_model:
         save_model(random_model(model_config()), tmp_path)
-    base = "Qwen/Qwen2.5-VL-3B-Instruct"
+    base = "my models/3B"
     message = refusal(write(tmp_path, adapter_config__json={"peft_type": "LORA", "base_model_name_or_path": base}))
-    assert "holds an adapter (LORA, adapter_config.json), no model" in message
-    assert message.endswith(f"--model {base} --lora {tmp_path}")
+    assert "holds an adapter (LORA, adapter_config.json): give it" in message
+    assert message.endswith(f"--model 'my models/3B' --lora {tmp_path}")
     assert "--model MODEL --lora" in refusal(write(tmp_path, adapter_config__json={}))
 
 

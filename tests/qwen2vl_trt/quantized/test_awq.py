@@ -50,6 +50,7 @@ def test_what_a_writer_meant(group_size):
         ({"bits": 4, "format": "marlin"}, "quantization_config.format is 'marlin'; 'gemm', 'GEMM' can be read"),
         ({"bits": 4, "group_size": 0}, "quantization_config.group_size is 0; positive numbers and -1 can be read"),
         ({"bits": 4, "group_size": "128"}, "quantization_config.group_size is '128'; positive numbers"),
+        ({"bits": 4, "zero_point": False}, "quantization_config.zero_point is False; True can be read"),
         ({"bits": [4]}, "quantization_config.bits is [4]; 4 can be read"),
     ],
 )

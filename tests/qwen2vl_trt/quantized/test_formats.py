@@ -12,10 +12,14 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.decoder import Decoder
 from qwen2vl_trt.errors import CheckpointError
 from qwen2vl_trt.quantization import fp8_layers
+from qwen2vl_trt.quantized import awq as autoawq
+from qwen2vl_trt.quantized.compressed_tensors import CompressedTensors
+from qwen2vl_trt.quantized.gptq import GPTQ
+from qwen2vl_trt.quantized.modelopt import ModelOptimizer
 from qwen2vl_trt.vision import VisionTransformer
 from qwen2vl_trt.weights import check_weights, load_weights
 from tests.support.models import edit_checkpoint, model_config, random_model, save_model
-from tests.support.quantized import awq, gptq, quantized_checkpoint
+from tests.support.quantized import awq, gptq, quantized_checkpoint, settings_of
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "modules_to_not_convert": ["visual"]}
 DOWN = "model.layers.1.mlp.down_proj"
@@ -175,3 +179,23 @@ def test_the_hash_is_of_the_quantised_tensors(folder):
     words = load_file(folder / "model.safetensors")[f"{DOWN}.qweight"] ^ 1
     edit_checkpoint(folder, lambda tensors: tensors | {f"{DOWN}.qweight": words})
     assert Checkpoint(folder).hash != before
+
+
+PACKED = {
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "settings", "nulls"),
+    [
+        (autoawq.AWQ, {"bits": 4}, ("version", "group_size", "zero_point")),
+        (GPTQ, {"bits": 4}, ("checkpoint_format", "desc_act", "group_size")),
+        (CompressedTensors, PACKED, ("ignore", "transform_config", "sparsity_config")),
+        (ModelOptimizer, {"quant_algo": "W4A16_AWQ"}, ("group_size", "has_zero_point")),
+        (ModelOptimizer, {"quant_algo": "NVFP4"}, ("group_size",)),
+    ],
+)
+def test_null_is_what_is_not_there(form, settings, nulls):
+    assert form.of(settings_of(**settings, **dict.fromkeys(nulls))) == form.of(settings_of(**settings))
