@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from qwen2vl_trt.engines.interrupts import end_at_once
 from qwen2vl_trt.errors import Qwen2VLError
 from qwen2vl_trt.runtime.pipeline import Pipeline
 from qwen2vl_trt.runtime.service import Service
@@ -67,7 +68,7 @@ class Server(uvicorn.Server):
     """Serves an application until a signal.
 
     The first SIGTERM or SIGINT lets the answers under way end, and refuses new requests meanwhile; a second one ends
-    at once.
+    at once, and so does one during the load.
 
     Args:
         app: the application.
@@ -87,9 +88,12 @@ class Server(uvicorn.Server):
         self._application, self._open_pipeline, self._drain_seconds = app, open_pipeline, drain_seconds
         self._drain_end: float | None = None  # by the monotonic clock, once it drains
         self._service: Service | None = None
+        self._loading = threading.Thread(target=self._load, name="load-model", daemon=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain, or end at once; see the class."""
+        if self._loading.is_alive():  # nothing to drain, and Python may crash where it ends a thread in PyTorch's code
+            end_at_once(sig, frame)
         super().handle_exit(sig, frame)  # it raises the signal again at the end, which decides the exit code
         self.should_exit = self.force_exit = False
         if self._application.draining:
@@ -111,8 +115,7 @@ class Server(uvicorn.Server):
 
     def run(self, sockets: list[socket] | None = None) -> None:
         """Serve, and load the model beside; returns after a signal, or raises why the model could not be loaded."""
-        # A daemon: a signal during the load ends the process.
-        threading.Thread(target=self._load, name="load-model", daemon=True).start()
+        self._loading.start()
         try:
             super().run(sockets)
         finally:

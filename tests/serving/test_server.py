@@ -895,7 +895,7 @@ class TestCommand:
     """``run.py serve`` in a process of its own."""
 
     @contextmanager
-    def started(self, engine_dir, tmp_path, *options):
+    def started(self, engine_dir, tmp_path, *options, probe="/ready"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -909,7 +909,7 @@ class TestCommand:
                 assert process.poll() is None, process.stderr.read()
                 assert time.monotonic() < end
                 try:
-                    if httpx.get(f"{address}/ready").status_code == 200:
+                    if httpx.get(f"{address}{probe}").status_code == 200:
                         break
                 except httpx.TransportError:
                     pass
@@ -947,6 +947,14 @@ class TestCommand:
                 thread.join(PATIENCE)
             assert all("data: [DONE]" in lines for lines in texts)
             assert process.wait(PATIENCE) == 143
+
+    @pytest.mark.parametrize("seconds", [0, 0.2, 0.5, 1])
+    def test_a_signal_during_the_load_ends_at_once(self, engine_dir, tmp_path, seconds):
+        with self.started(engine_dir, tmp_path, probe="/health") as (process, address):
+            time.sleep(seconds)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 143
+            assert process.stderr.read().splitlines()[-1] == b"terminated"
 
     def test_a_second_signal_ends_at_once(self, engine_dir, tmp_path):
         with self.started(engine_dir, tmp_path) as (process, address):
