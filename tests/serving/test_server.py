@@ -950,7 +950,7 @@ class TestCommand:
 
     @pytest.mark.parametrize("seconds", [0, 0.2, 0.5, 1])
     def test_a_signal_during_the_load_ends_at_once(self, engine_dir, tmp_path, seconds):
-        with self.started(engine_dir, tmp_path, probe="/health") as (process, address):
+        with self.started(engine_dir, tmp_path, probe="/health") as (process, _):
             time.sleep(seconds)
             process.send_signal(signal.SIGTERM)
             assert process.wait(PATIENCE) == 143
