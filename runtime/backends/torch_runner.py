@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import MappingProxyType
 
@@ -153,7 +154,8 @@ class TorchDecoder:
         self.module.model.inv_freq = self.module.model.inv_freq.to(device)
         self.slots, self.vocab_size = profile.max_num_seqs, checkpoint.config.text.vocab_size
         self.device = device
-        self._adapters = add_adapters(self.module, adapters, dtype)  # before their layers are packed
+        # Before their layers are packed.
+        self._adapters = add_adapters(self.module, adapters, dtype) if adapters else None
         self._optimize(dtype)
         self._allocate(checkpoint.config.text, profile.max_seq_len, dtype)
 
@@ -173,7 +175,7 @@ class TorchDecoder:
         step = SlotStep.of(chunks, self.device)
         caches = [SlotCache(k, v, step) for k, v in zip(self.cache.k, self.cache.v)]
         positions = to_device(position_ids, self.device)[:, None]
-        with self._adapters.step(chunks):
+        with self._adapters.step(chunks) if self._adapters else nullcontext():
             hidden_states = self.module.model(inputs_embeds[None], positions, caches)[0][0]
         return Step(head(self.module, hidden_states, chunks, wanted), hidden_states if hidden else None)
 
