@@ -1,6 +1,7 @@
 """What HTTP costs: the same requests to a Service and to a server over it, in one process.
 
-Each request has the same picture and asks for an answer of the same length. The server's client is a process of its own
+Each request has the same picture; answers are half as long as --output-tokens to one and a half times, or requests that
+come at one time would end at one time too, in batches that no server sees. The server's client is a process of its own
 that only writes and reads sockets. Prints requests/s, CPU time of a request (of this process, all threads), and what
 the server costs of each over the Service: medians of rounds in turn.
 
@@ -39,19 +40,21 @@ def main() -> None:
     parser.add_argument("--engine-dir", type=Path, required=True)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="default 1 4 16")
     parser.add_argument("--requests", type=int, default=96, help="at each number of clients; default %(default)s")
-    parser.add_argument("--output-tokens", type=int, default=32, help="of an answer; default %(default)s")
+    parser.add_argument("--output-tokens", type=int, default=32, help="of an answer, mean; default %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
     parser.add_argument("--image", type=Path, default=ROOT / "docs" / "digits.png", help="default %(default)s")
     arguments = parser.parse_args()
 
     image, count = arguments.image.read_bytes(), arguments.requests
     pipeline = Pipeline.from_engine_dir(arguments.engine_dir, "cpu")
-    asked = Request(PROMPT, [image])
-    params = SamplingParams(max_tokens=arguments.output_tokens, ignore_eos=True)
+    asked, mean = Request(PROMPT, [image]), arguments.output_tokens
+    lengths = [mean // 2 + 7919 * number % (mean + 1) for number in range(count)]
+    params = [SamplingParams(max_tokens=length, ignore_eos=True) for length in lengths]
     url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": PROMPT}]
-    body = {"messages": [{"role": "user", "content": content}], "max_tokens": params.max_tokens, "ignore_eos": True}
-    pipeline.generate([asked] * 2, params)
+    body = {"messages": [{"role": "user", "content": content}], "ignore_eos": True}
+    bodies = [body | {"max_tokens": length} for length in lengths]
+    pipeline.generate([asked] * 2, params[:2])
     found: dict[tuple[int, str], list[tuple[float, float]]] = {}
     print("| clients | | requests/s | CPU ms a request |\n| --- | --- | --- | --- |")
     with Service(pipeline) as service:
@@ -67,8 +70,8 @@ def main() -> None:
         port = server.servers[0].sockets[0].getsockname()[1]
         for clients in arguments.clients:
             systems: dict[str, Callable[[], None]] = {
-                "Service": lambda clients=clients: asyncio.run(_submit(service, asked, params, clients, count)),
-                "server": lambda clients=clients: _post(port, body, clients, count),
+                "Service": lambda clients=clients: asyncio.run(_submit(service, asked, params, clients)),
+                "server": lambda clients=clients: _post(port, bodies, clients),
             }
             for _ in range(arguments.rounds):
                 for name, run in systems.items():
@@ -84,31 +87,29 @@ def main() -> None:
         server.should_exit = True
 
 
-async def _submit(service: Service, request: Request, params: SamplingParams, clients: int, count: int) -> None:
-    left = iter(range(count))
+async def _submit(service: Service, request: Request, params: list[SamplingParams], clients: int) -> None:
+    left = iter(params)
 
     async def client() -> None:
-        for _ in left:
-            (await service.submit(request, params)).text  # noqa: B018 - raises what went wrong
+        for each in left:
+            (await service.submit(request, each)).text  # noqa: B018 - raises what went wrong
 
     await asyncio.gather(*(client() for _ in range(clients)))
 
 
-def _post(port: int, body: dict[str, object], clients: int, count: int) -> None:
-    text = json.dumps(body)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(text)}\r\n"
-    message = f"{head}Content-Type: application/json\r\n\r\n{text}"
-    given = [sys.executable, "-c", _CLIENT, str(port), str(clients), str(count)]
-    subprocess.run(given, input=message.encode(), check=True)
+def _post(port: int, bodies: list[dict[str, object]], clients: int) -> None:
+    given = [sys.executable, "-c", _CLIENT, str(port), str(clients)]
+    subprocess.run(given, input=json.dumps(list(map(json.dumps, bodies))), text=True, check=True)
 
 
 _CLIENT = """
-import os, socket, sys, threading
-message, (port, clients, count) = sys.stdin.buffer.read(), map(int, sys.argv[1:])
-left = iter(range(count))
+import json, os, socket, sys, threading
+port, clients = map(int, sys.argv[1:])
+head = "POST /v1/chat/completions HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Type: application/json\\r\\n"
+left = iter([f"{head}Content-Length: {len(body)}\\r\\n\\r\\n{body}".encode() for body in json.load(sys.stdin)])
 def client():
     with socket.create_connection(("127.0.0.1", port)) as connection, connection.makefile("rb") as answer:
-        for _ in left:
+        for message in left:
             connection.sendall(message)
             head = [answer.readline()]
             while head[-1] != b"\\r\\n":

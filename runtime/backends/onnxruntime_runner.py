@@ -66,6 +66,8 @@ def open_session(
     options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(2**63 - 1))
     # QDQ fusions are for INT8: they turn FP8 graphs into ones that ONNX Runtime then rejects.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Threads that spin between operators take the cores that images, texts and a server need: docs/guide/serve.md.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers: list = ["CPUExecutionProvider"]
     if device.type == "cuda":
         if default_device() != "cuda":

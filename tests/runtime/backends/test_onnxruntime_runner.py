@@ -119,6 +119,12 @@ def test_fp32_on_a_gpu_is_not_tf32(opened):
     assert options == {"device_id": 1, "use_tf32": 0}
 
 
+def test_its_threads_do_not_spin_between_operators(engine_dirs):
+    """The cores are those of images, texts and a server, too."""
+    session = onnxruntime_runner.open_session(engine_dirs["onnxruntime"] / "vision.onnx", torch.device("cpu"))
+    assert session.get_session_options().get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
 def test_a_provider_that_does_not_start_is_no_silent_cpu(opened):
     """ONNX Runtime goes on with the other providers, and computes on the CPU."""
     with pytest.raises(EngineError, match=r"device cuda:1: .* could not start its CUDA provider.*--device cpu"):
