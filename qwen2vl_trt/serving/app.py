@@ -240,7 +240,7 @@ class App:
                 return parsed.prompt, []
             return Conversation.of(parsed, self.settings.limits), usable_tools(parsed, self.settings.limits)
 
-        _, (given, tools), headers = await self._read(body, TokenizeRequest, use)
+        _, _, (given, tools), headers = await self._read(body, TokenizeRequest, use)
         loop = asyncio.get_running_loop()
         if isinstance(given, str):
             ids = await loop.run_in_executor(self._tokenizers, pipeline.encode, given)
@@ -275,8 +275,7 @@ class App:
             params, tools = sampling_params(parsed, limits), usable_tools(parsed, limits)
             return with_calls(parsed, params, tools, pipeline.tokenizer), tools, Conversation.of(parsed, limits)
 
-        parsed, (params, tools, conversation), headers = await self._read(body, ChatCompletionRequest, use)
-        adapter = self._adapter(parsed.model)
+        parsed, adapter, (params, tools, conversation), headers = await self._read(body, ChatCompletionRequest, use)
         model = adapter or self.settings.model
         asked = replace(await self._fetched(conversation, request, parsed.timeout, tools), adapter=adapter)
         completion = ChatCompletion(model, pipeline.tokenizer)
@@ -295,8 +294,7 @@ class App:
             prompts = plain_prompts(parsed.prompt, "prompt", len(params), pipeline, limits)
             return params, prompts, echoes(prompts, pipeline.tokenizer) if parsed.echo else [""] * len(prompts)
 
-        parsed, (params, prompts, texts), headers = await self._read(body, CompletionRequest, use)
-        adapter = self._adapter(parsed.model)
+        parsed, adapter, (params, prompts, texts), headers = await self._read(body, CompletionRequest, use)
         requests = [
             PipelineRequest(each.token_ids, deadline=parsed.timeout, cache_salt=salt, adapter=adapter)
             for each in prompts
@@ -341,13 +339,12 @@ class App:
                 return Conversation.of(parsed, limits)
             return plain_prompts(parsed.input, "input", 1, pipeline, limits)
 
-        parsed, given, headers = await self._read(body, EmbeddingRequest, use)
+        parsed, adapter, given, headers = await self._read(body, EmbeddingRequest, use)
         if isinstance(given, Conversation):
             asked = [await self._fetched(given, request, parsed.timeout)]
             check_alone(parsed, asked[0])
         else:
             asked = [PipelineRequest(each.token_ids, deadline=parsed.timeout, cache_salt=salt) for each in given]
-        adapter = self._adapter(parsed.model)
         wanted = [(replace(each, features=parsed.pooling, adapter=adapter), None) for each in asked]
         outputs = await asyncio.gather(*map(_succeeded, self._submit(service, wanted, stack)))
         return await asyncio.to_thread(
@@ -404,16 +401,20 @@ class App:
 
     async def _read(
         self, body: bytearray, kind: type[Body], use: Callable[[Body], T]
-    ) -> tuple[Body, T, dict[str, str]]:
-        """Parse a body and ``use`` it, on one thread: each more costs as much as the parsing; with headers to send."""
+    ) -> tuple[Body, str | None, T, dict[str, str]]:
+        """Parse a body and ``use`` it, on one thread: each more costs as much as the parsing.
 
-        def read() -> tuple[Body, T, dict[str, str]]:
+        Returns:
+            The body, the adapter that its ``model`` names, what ``use`` made of it, and headers to send.
+        """
+
+        def read() -> tuple[Body, str | None, T, dict[str, str]]:
             parsed, unknown = parse(body, kind)
             names = ", ".join(quote(name[:64], safe="") for name in unknown[:16])
             if unknown and self.settings.strict:
                 raise APIError(400, f"unknown fields: {names}", param=unknown[0][:64])
-            self._adapter(parsed.model)  # a wrong name is told of first
-            return parsed, use(parsed), {"X-Ignored-Fields": names} if unknown else {}
+            adapter = self._adapter(parsed.model)
+            return parsed, adapter, use(parsed), {"X-Ignored-Fields": names} if unknown else {}
 
         return await asyncio.to_thread(read)
 

@@ -18,6 +18,15 @@ def layer_of(tensors):
     return Layer(LAYER, "folder", tensors, lambda name: tensors[name.removeprefix(f"{LAYER}.")])
 
 
+def read_layer(form, tensors):
+    """The weight of a layer with these tensors, once they are found to fit."""
+    layer = layer_of(tensors)
+    shape = form.shape(layer)
+    found = form.read(layer).dequantize()
+    assert found.shape == shape
+    return found
+
+
 def settings_of(**settings):
     """What stands in ``quantization_config``."""
     return Settings("config.json: quantization_config", settings)

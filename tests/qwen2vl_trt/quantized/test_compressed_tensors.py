@@ -12,11 +12,11 @@ from tests.support.quantized import (
     LAYER,
     fp8_tensors,
     int8_tensors,
-    layer_of,
     nvfp4,
     packed_tensors,
     pairs,
     random_words,
+    read_layer,
     settings_of,
 )
 
@@ -24,14 +24,6 @@ from tests.support.quantized import (
 def form_of(format="pack-quantized", targets=("Linear",), ignore=("lm_head", "re:visual.*"), **weights):
     groups = {"group_0": {"targets": list(targets), "weights": {"num_bits": 4, "type": "int"} | weights}}
     return CompressedTensors.of(settings_of(format=format, config_groups=groups, ignore=list(ignore)))
-
-
-def read(form, tensors):
-    layer = layer_of(tensors)
-    shape = form.shape(layer)
-    found = form.read(layer).dequantize()
-    assert found.shape == shape
-    return found
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -43,7 +35,7 @@ def test_every_bit_pattern(bits):
     g_idx = torch.randint(groups, (channels,), generator=torch.Generator().manual_seed(2)).int()
     form = form_of(num_bits=bits, strategy="group", group_size=10, symmetric=False, actorder="group")
     tensors = {"weight_packed": packed, "weight_scale": scales, "weight_zero_point": zeros, "weight_g_idx": g_idx}
-    found = read(form, tensors | {"weight_shape": torch.tensor([out, channels])})
+    found = read_layer(form, tensors | {"weight_shape": torch.tensor([out, channels])})
     half = 2 ** (bits - 1)
     for row in range(out):
         for column in range(channels):
@@ -72,7 +64,7 @@ def test_packed_integers(bits, group_size, how):
     tensors, meant = packed_tensors(weight, bits, group_size, **how)
     strategy = {"strategy": "group", "group_size": group_size} if group_size > 0 else {"strategy": "channel"}
     form = form_of(num_bits=bits, symmetric=how.get("symmetric", True), **strategy)
-    assert torch.equal(read(form, tensors), meant)
+    assert torch.equal(read_layer(form, tensors), meant)
     assert (meant - weight).abs().max() < (0.6 if bits == 4 else 0.04)
 
 
@@ -83,7 +75,7 @@ def test_int8(format, strategy, symmetric):
     weight = torch.randn(36, 100, generator=torch.Generator().manual_seed(0))
     tensors, meant = int8_tensors(weight, strategy, symmetric)
     form = form_of(format, num_bits=8, strategy=strategy, symmetric=symmetric, group_size=None)
-    assert torch.equal(read(form, tensors), meant)
+    assert torch.equal(read_layer(form, tensors), meant)
     assert (meant - weight).abs().max() < 0.04
 
 
@@ -94,7 +86,7 @@ def test_fp8(format, strategy):
     weight = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
     tensors, meant = fp8_tensors(weight, strategy, block=32)
     form = form_of(format, num_bits=8, type="float", strategy=strategy, block_structure=[32, 32])
-    assert torch.equal(read(form, tensors), meant)
+    assert torch.equal(read_layer(form, tensors), meant)
     assert (meant - weight).abs().max() < 0.15
 
 
@@ -104,7 +96,7 @@ def test_nvfp4():
     assert sorted(set(codes.flatten().tolist()) | {8}) == list(range(16)), "all but -0"
     tensors = {"weight_packed": pairs(codes), "weight_scale": scales, "weight_global_scale": 1 / overall.reshape(1)}
     form = form_of("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)
-    found = read(form, tensors)
+    found = read_layer(form, tensors)
     torch.testing.assert_close(found, meant, rtol=1e-6, atol=0)
     for row in range(24):
         for column in range(64):
@@ -130,7 +122,7 @@ class TestGroups:
     def test_it_is_named(self, target):
         tensors, meant = packed_tensors(torch.randn(8, 32), 4, 32)
         form = form_of(targets=["re:.*down_proj", target], group_size=32)
-        assert torch.equal(read(form, tensors), meant)
+        assert torch.equal(read_layer(form, tensors), meant)
 
     def test_a_name_counts_more_than_a_pattern_and_that_more_than_a_class(self):
         groups = {
@@ -141,7 +133,7 @@ class TestGroups:
         weight, settings = torch.randn(8, 32), {"format": "pack-quantized", "config_groups": groups}
         for size in (32, 16, 8):
             tensors, meant = packed_tensors(weight, 4, size)
-            assert torch.equal(read(CompressedTensors.of(settings_of(**settings)), tensors), meant)
+            assert torch.equal(read_layer(CompressedTensors.of(settings_of(**settings)), tensors), meant)
             del groups[next(name for name in groups if groups[name]["weights"]["group_size"] == size)]
 
     def test_each_may_have_a_format(self):
@@ -155,7 +147,7 @@ class TestGroups:
         }
         form = CompressedTensors.of(settings_of(format="mixed-precision", config_groups=groups))
         tensors, meant = packed_tensors(torch.randn(8, 32), 4, 16)
-        assert torch.equal(read(form, tensors), meant)
+        assert torch.equal(read_layer(form, tensors), meant)
 
     @pytest.mark.parametrize(
         ("how", "said"),
@@ -169,7 +161,7 @@ class TestGroups:
         tensors, _ = packed_tensors(torch.randn(8, 32), 4, 32)
         said = f"{LAYER} is quantised, but by config.json it is not: {said}. Take the unquantised"
         with pytest.raises(CheckpointError, match=re.escape(said)):
-            read(form_of(group_size=32, **how), tensors)
+            read_layer(form_of(group_size=32, **how), tensors)
 
 
 @pytest.mark.parametrize(
@@ -236,4 +228,4 @@ def test_tensors_that_do_not_fit(change, said):
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     form = form_of(group_size=32, symmetric=False)
     with pytest.raises(CheckpointError, match=re.escape(said)):
-        read(form, tensors)
+        read_layer(form, tensors)

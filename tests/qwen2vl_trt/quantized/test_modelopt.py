@@ -11,17 +11,9 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import CheckpointError
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.quantized.modelopt import ModelOptimizer
-from tests.support.quantized import E2M1, LAYER, layer_of, modelopt_int4, modelopt_nvfp4, settings_of
+from tests.support.quantized import E2M1, LAYER, modelopt_int4, modelopt_nvfp4, read_layer, settings_of
 
 TINY = resolve_model("tiny").folder
-
-
-def read(form, tensors):
-    layer = layer_of(tensors)
-    shape = form.shape(layer)
-    found = form.read(layer).dequantize()
-    assert found.shape == shape
-    return found
 
 
 def octets(*shape):
@@ -31,7 +23,7 @@ def octets(*shape):
 def test_every_bit_pattern_of_nvfp4():
     packed, scales = octets(8, 32), torch.rand(8, 4).to(torch.float8_e4m3fn)
     tensors = {"weight": packed, "weight_scale": scales, "weight_scale_2": torch.tensor(0.3)}
-    found = read(ModelOptimizer.of(settings_of(quant_algo="NVFP4", group_size=16)), tensors)
+    found = read_layer(ModelOptimizer.of(settings_of(quant_algo="NVFP4", group_size=16)), tensors)
     for row in range(8):
         for column in range(64):
             octet = int(packed[row, column // 2])
@@ -44,7 +36,7 @@ def test_every_bit_pattern_of_nvfp4():
 def test_every_bit_pattern_of_int4(stated):
     packed, scales, smoothing = octets(8, 32), torch.rand(16, 2), torch.rand(32).bfloat16()
     tensors = {"weight": packed, "weight_scale": scales, "pre_quant_scale": smoothing}
-    found = read(ModelOptimizer.of(settings_of(quant_algo="W4A16_AWQ", **stated)), tensors)
+    found = read_layer(ModelOptimizer.of(settings_of(quant_algo="W4A16_AWQ", **stated)), tensors)
     for row in range(16):
         for column in range(32):
             octet = int(packed[row // 2, column])
@@ -63,7 +55,7 @@ def test_what_a_writer_meant(algorithm, write, smoothed):
     smoothing = torch.rand(64, generator=torch.Generator().manual_seed(1)) + 0.5 if smoothed else None
     group = {"group_size": 32} if write is modelopt_int4 else {}
     tensors, meant = write(weight, **group, smoothing=smoothing)
-    found = read(ModelOptimizer.of(settings_of(quant_algo=algorithm, **group)), tensors)
+    found = read_layer(ModelOptimizer.of(settings_of(quant_algo=algorithm, **group)), tensors)
     torch.testing.assert_close(found, meant, rtol=1e-6, atol=1e-7)
     assert (meant - weight).abs().max() < 0.8
 
@@ -117,7 +109,7 @@ def test_tensors_that_do_not_fit(algorithm, change, said):
     tensors = (modelopt_nvfp4(weight) if algorithm == "NVFP4" else modelopt_int4(weight, 32))[0] | change
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     with pytest.raises(CheckpointError, match=re.escape(said)):
-        read(ModelOptimizer(algorithm, 32 if algorithm == "W4A16_AWQ" else 16), tensors)
+        read_layer(ModelOptimizer(algorithm, 32 if algorithm == "W4A16_AWQ" else 16), tensors)
 
 
 @pytest.fixture
