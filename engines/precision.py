@@ -6,10 +6,12 @@ import logging
 import time
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
+
+    from qwen2vl_trt.quantized.linear import Numbers
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +30,26 @@ class Precision:
         name: as the option and the manifest spell it.
         vision_type: PyTorch's name for the type of the vision tower, and of the pixels that it takes.
         decoder_type: likewise of the decoder, of the embeddings that it takes and of its cache.
-        fp8: linear layers compute on FP8 numbers, everything between them in these types.
-        fp8_vision: those of the vision tower too.
+        weights: what linear layers hold their weights in, where that is another type: FP8 layers compute in it too;
+            those of 4 and 8 bits are the decoder's alone, and everything between them is in these types.
+        fp8_vision: FP8 layers are those of the vision tower too.
     """
 
     name: str
     vision_type: str
     decoder_type: str
-    fp8: bool = False
+    weights: Literal["fp8", "int4", "int8", "nvfp4"] | None = None
     fp8_vision: bool = True
+
+    @property
+    def fp8(self) -> bool:
+        """Whether layers compute on FP8 numbers."""
+        return self.weights == "fp8"
+
+    @property
+    def weight_only(self) -> Numbers | None:
+        """The numbers of the decoder's weights where those alone are quantised."""
+        return None if self.weights == "fp8" else self.weights
 
     @property
     def vision(self) -> torch.dtype:
@@ -56,11 +69,17 @@ class Precision:
 FP32 = Precision("fp32", "float32", "float32")
 BF16 = Precision("bf16", "bfloat16", "bfloat16")
 FP16_DECODER = Precision("fp16-decoder", "bfloat16", "float16")
-FP8 = Precision("fp8", "bfloat16", "bfloat16", fp8=True)
-FP8_DECODER = Precision("fp8", "bfloat16", "bfloat16", fp8=True, fp8_vision=False)
+FP8 = Precision("fp8", "bfloat16", "bfloat16", "fp8")
+FP8_DECODER = Precision("fp8", "bfloat16", "bfloat16", "fp8", fp8_vision=False)
 """What TensorRT-LLM loads: its vision tower takes no quantised weight."""
-FP8_IN_FP32 = Precision("fp8", "float32", "float32", fp8=True)
+FP8_IN_FP32 = Precision("fp8", "float32", "float32", "fp8")
 """For ONNX Runtime, which has no BF16 to compute in on a CPU."""
+INT4 = Precision("int4", "bfloat16", "bfloat16", "int4")
+INT4_IN_FP32 = Precision("int4", "float32", "float32", "int4")
+INT8 = Precision("int8", "bfloat16", "bfloat16", "int8")
+INT8_IN_FP32 = Precision("int8", "float32", "float32", "int8")
+NVFP4 = Precision("nvfp4", "bfloat16", "bfloat16", "nvfp4")
+NVFP4_IN_FP32 = Precision("nvfp4", "float32", "float32", "nvfp4")
 
 _ROWS, _WIDTH = 64, 512
 _REPETITIONS = 3

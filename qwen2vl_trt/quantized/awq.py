@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linear import QuantizedLinear, unpack
+from .linear import Numbers, QuantizedLinear, unpack
 from .stored import FLOATS, Entry, Layer, Settings
 
 _NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the channels 0 to 7 are
@@ -44,6 +44,9 @@ class AWQ:
         layer.check("scales", FLOATS, (groups, 8 * words))
         layer.check("qzeros", (torch.int32,), (groups, words))
         return 8 * words, channels
+
+    def numbers(self, layer: Layer) -> Numbers:
+        return "int4"
 
     def read(self, layer: Layer) -> QuantizedLinear:
         values, scales = _unpack(layer.load("qweight")), layer.load("scales").T

@@ -26,7 +26,7 @@ from torch import Tensor
 from qwen2vl_trt.errors import CheckpointError
 from qwen2vl_trt.schema import convert
 
-from .linear import QuantizedLinear, e2m1, unpack
+from .linear import Numbers, QuantizedLinear, e2m1, unpack
 from .stored import FLOATS, Entry, Layer, Settings
 
 _PACKED, _NVFP4 = "pack-quantized", "nvfp4-pack-quantized"
@@ -176,6 +176,14 @@ class CompressedTensors:
         if "weight_g_idx" in layer.entries or weights.actorder in (True, "group", "dynamic"):
             layer.check("weight_g_idx", (torch.int32, torch.int64), (channels,))
         return out, channels
+
+    def numbers(self, layer: Layer) -> Numbers | None:
+        scheme = self._scheme(layer)
+        if scheme.format == _NVFP4:
+            return "nvfp4"
+        if scheme.weights.type != "int":
+            return None
+        return "int4" if scheme.weights.num_bits == 4 else "int8"
 
     def read(self, layer: Layer) -> QuantizedLinear:
         scheme = self._scheme(layer)

@@ -124,5 +124,7 @@ def packed_weights(
     weights = {}
     for name, leaves in owned.items():
         layer = Layer(name, place, leaves, load)
-        weights[f"{name}.weight"] = PackedWeight(form.shape(layer), dtype, partial(form.read, layer))
+        weights[f"{name}.weight"] = PackedWeight(
+            form.shape(layer), dtype, form.numbers(layer), partial(form.read, layer)
+        )
     return weights, parts

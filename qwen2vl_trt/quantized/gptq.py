@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .linear import QuantizedLinear, unpack
+from .linear import Numbers, QuantizedLinear, unpack
 from .stored import FLOATS, Entry, Layer, Settings
 
 
@@ -58,6 +58,9 @@ class GPTQ:
         if self.desc_act or "g_idx" in layer.entries:
             layer.check("g_idx", (torch.int32, torch.int64), (channels,))
         return out, channels
+
+    def numbers(self, layer: Layer) -> Numbers:
+        return "int4" if self.bits == 4 else "int8"
 
     def read(self, layer: Layer) -> QuantizedLinear:
         values, scales = unpack(layer.load("qweight").T, self.bits), layer.load("scales").T

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Numbers = Literal["int4", "int8", "nvfp4"]
+"""That weights are rounded to, as ``--precision`` names them."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,13 @@ class PackedWeight:
     Attributes:
         shape: ``(out, in)``.
         dtype: that it is rounded to when it is dequantised.
+        numbers: what a layer can compute with; None where it must be dequantised.
         read: reads it as it is stored.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    numbers: Numbers | None
     read: Callable[[], QuantizedLinear]
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .linear import QuantizedLinear, e2m1, unpack
+from .linear import Numbers, QuantizedLinear, e2m1, unpack
 from .stored import FLOATS, Entry, Layer, Settings
 
 _NVFP4 = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ")
@@ -67,6 +67,9 @@ class ModelOptimizer:
         if "pre_quant_scale" in layer.entries:
             layer.check("pre_quant_scale", FLOATS, (channels,))
         return out, channels
+
+    def numbers(self, layer: Layer) -> Numbers:
+        return "nvfp4" if self.algorithm in _NVFP4 else "int4"
 
     def read(self, layer: Layer) -> QuantizedLinear:
         packed, scales = layer.load("weight"), layer.load("weight_scale")

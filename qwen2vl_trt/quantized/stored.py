@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qwen2vl_trt.errors import CheckpointError
 
-from .linear import QuantizedLinear
+from .linear import Numbers, QuantizedLinear
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _AGAIN = "Fetch the checkpoint again, or take the unquantised one"
@@ -141,6 +141,10 @@ class Format(Protocol):
         Raises:
             CheckpointError: one is missing or does not fit, named.
         """
+        ...
+
+    def numbers(self, layer: Layer) -> Numbers | None:
+        """What a layer is rounded to whose ``shape`` has been asked for; None of FP8."""
         ...
 
     def read(self, layer: Layer) -> QuantizedLinear:
