@@ -100,9 +100,16 @@ class Backend:
 
         return not torch.cuda.is_available()
 
-    def default_precision(self, device: str | None) -> Precision:
-        """What to build in unless told, for a device (by default a GPU where torch sees one)."""
-        return cpu_precision() if self.measures(device) else self.precisions[0]
+    def default_precision(self, device: str | None, stored: str | None = None) -> Precision:
+        """What to build in unless told.
+
+        Args:
+            device: by default a GPU where torch sees one.
+            stored: what the checkpoint holds its weights in (:func:`qwen2vl_trt.quantization.stored_weights`); taken
+                where the backend computes in it.
+        """
+        kept = next((each for each in self.precisions if stored and each.weights == stored), None)
+        return kept or (cpu_precision() if self.measures(device) else self.precisions[0])
 
     def precision(self, name: str) -> Precision:
         """One of the precisions, by its name; raises BuildError for another, naming those that there are."""
@@ -238,11 +245,25 @@ BACKENDS = {
         ),
     )
 }
-DEFAULT_BACKEND = "onnxruntime" if find_spec("onnxruntime") else "torch"
 
 
-def find_backend(name: str, precision: str | None, device: str | None = None) -> tuple[Backend, str]:
-    """Look up a backend and the precision to build it in; without one, the default for the device.
+def default_backend(device: str | None = None) -> str:
+    """The backend of a device, by default of a GPU where torch sees one.
+
+    On a GPU TensorRT where it is installed, else torch: ONNX Runtime needs another package there, and its cache is not
+    paged. On a CPU ONNX Runtime, where Python has it.
+    """
+    if device is None:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        return "tensorrt" if find_spec("tensorrt") else "torch"
+    return "onnxruntime" if find_spec("onnxruntime") else "torch"
+
+
+def load_backend(name: str, precision: str | None = None) -> Backend:
+    """Look up a backend whose package works, and which has the precision.
 
     Raises:
         BuildError: unknown, or not a combination that works; the message names those that do.
@@ -251,6 +272,13 @@ def find_backend(name: str, precision: str | None, device: str | None = None) ->
     if name not in BACKENDS:
         raise BuildError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
     backend = BACKENDS[name]
-    chosen = backend.precision(precision) if precision else None
+    if precision is not None:
+        backend.precision(precision)
     backend.load()
-    return backend, (chosen or backend.default_precision(device)).name
+    return backend
+
+
+def find_backend(name: str, precision: str | None, device: str | None = None) -> tuple[Backend, str]:
+    """:func:`load_backend` and the precision to build in; without one, the default for the device."""
+    backend = load_backend(name, precision)
+    return backend, precision or backend.default_precision(device).name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Set
 
 import torch
@@ -66,6 +67,17 @@ def fp8_layers(checkpoint: Checkpoint) -> frozenset[str]:
     if wrong:
         raise CheckpointError(f"{checkpoint.folder}: {_listed(wrong)}; quantise the model again")
     return layers
+
+
+def stored_weights(checkpoint: Checkpoint) -> str | None:
+    """The precision (``fp8``, ``int4``, ``int8``, ``nvfp4``) that most quantised layers of a checkpoint are stored in.
+
+    None where they are stored in none that layers compute with, or nothing is quantised. Raises as :func:`fp8_layers`.
+    """
+    if fp8_layers(checkpoint):
+        return "fp8"
+    numbers = Counter(weight.numbers for weight in checkpoint.packed.values())
+    return numbers.most_common(1)[0][0] if numbers else None
 
 
 def use_fp8(module: nn.Module, prefix: str, layers: Set[str]) -> nn.Module:

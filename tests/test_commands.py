@@ -648,6 +648,8 @@ def test_an_interrupt_is_one_word_and_code_130(user, call, quick):
         "model",
         "--backend",
         "onnxruntime",
+        "--precision",
+        "fp32",
         "--engine-dir",
         "stopped",
         *LIMITS,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.engines.backends import BACKENDS, DEFAULT_BACKEND, Backend, find_backend
+from qwen2vl_trt.engines.backends import BACKENDS, Backend, default_backend, load_backend
 from qwen2vl_trt.engines.build import default_engine_dir, differences, engines_in, in_words
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.engines.options import TensorRTLLMOptions, TensorRTOptions
@@ -19,6 +19,7 @@ from qwen2vl_trt.errors import BuildError
 from qwen2vl_trt.hub import TINY, ResolvedModel, resolve_model
 from qwen2vl_trt.lora import Adapter
 from qwen2vl_trt.prompts import check_tokenizer_files
+from qwen2vl_trt.quantization import stored_weights
 
 _OPTIONS = (
     ([each.name for each in fields(TensorRTOptions)], TensorRTOptions, "the TensorRT backends"),
@@ -160,17 +161,17 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     if config and request.model is not None and config.model != request.model:
         raise BuildError(f"--model {request.model} contradicts {request.config}, which is for {config.model}")
     found = _engines_in(request.engine_dir, request.force)
-    name = request.backend or (found.backend if found else DEFAULT_BACKEND)
+    name = request.backend or (found.backend if found else default_backend(request.device))
     wanted = request.precision or (found.precision if found and found.backend == name else None)
     asked = config.model if config else request.model
     adapter = Adapter.read(request.lora) if request.lora else None
-    model: ResolvedModel | None = None
-    if wanted is None and request.engine_dir is None and name in BACKENDS and BACKENDS[name].measures(request.device):
-        model = resolve_model(TINY if asked is None else asked, request.revision)
-        wanted = None if request.force else _measured_before(_name(model, adapter), name)
-    backend, precision = find_backend(name, wanted, request.device)
-    model = model or resolve_model(TINY if asked is None else asked, request.revision)
+    backend = load_backend(name, wanted)  # before a download
+    model = resolve_model(TINY if asked is None else asked, request.revision)
     checkpoint = Checkpoint(model.folder)
+    stored = stored_weights(checkpoint) if wanted is None else None
+    if wanted is stored is None and not request.force and request.engine_dir is None:
+        wanted = _measured_before(_name(model, adapter), backend, request.device)
+    precision = wanted or backend.default_precision(request.device, stored).name
     if adapter is not None:
         adapter.changes(checkpoint)
     check_tokenizer_files(model.folder)  # here, before the minutes of a build whose engines no pipeline could load
@@ -198,9 +199,11 @@ def _name(model: ResolvedModel, adapter: Adapter | None) -> str:
     return f"{model.name}-{adapter.name}" if adapter else model.name
 
 
-def _measured_before(model: str, backend: str) -> str | None:
+def _measured_before(model: str, backend: Backend, device: str | None) -> str | None:
     """The precision of engines that are there already, of those between which measuring the CPU decides."""
-    there = [each.name for each in (BF16, FP32) if engines_in(default_engine_dir(model, backend, each.name))]
+    if not backend.measures(device):
+        return None
+    there = [each.name for each in (BF16, FP32) if engines_in(default_engine_dir(model, backend.name, each.name))]
     return there[0] if len(there) == 1 else None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import qwen2vl_trt
-from qwen2vl_trt.engines.backends import BACKENDS, DEFAULT_BACKEND
+from qwen2vl_trt.engines.backends import BACKENDS
 from qwen2vl_trt.engines.options import ATTENTION_MASKS, EITHER_MASK, HARDWARE_COMPATIBILITY, VISION_BACKENDS
 from qwen2vl_trt.engines.precision import FP16_REFUSED
 from qwen2vl_trt.engines.profile import BuildProfile, flag
@@ -124,14 +124,11 @@ def add_build_arguments(parser: argparse.ArgumentParser, device: bool = True) ->
         metavar="NAME",
         help="tiny (default), Qwen2.5-VL-{3B,7B,32B,72B}, a hub id Org/Name, or a checkpoint folder",
     )
-    group.add_argument("--backend", choices=BACKENDS, help=f"default {DEFAULT_BACKEND}")
+    usual = "default onnxruntime; on a GPU tensorrt where it is installed, else torch"
+    group.add_argument("--backend", choices=BACKENDS, help=usual)
+    usual = "by default that of a quantised checkpoint, else the backend's first (torch: fp32 on a CPU without bf16)"
     precisions = (f"{each.name} {', '.join(one.name for one in each.precisions)}" for each in BACKENDS.values())
-    group.add_argument(
-        "--precision",
-        type=precision_name,
-        metavar="NAME",
-        help=f"by default the backend's first (torch: fp32 on a CPU without bf16): {'; '.join(precisions)}",
-    )
+    group.add_argument("--precision", type=precision_name, metavar="NAME", help=f"{usual}: {'; '.join(precisions)}")
     if device:
         group.add_argument("--device", help="cpu, cuda, cuda:1; by default a GPU where the backend can use one")
     group.add_argument(

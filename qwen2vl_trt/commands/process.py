@@ -34,6 +34,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     if sys.stdout is None:  # closed (`>&-`): whoever writes an answer is to fail, which print() does not
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("qwen2vl_trt.building").setLevel(logging.INFO)  # it says what it chose
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without UTF-8 shows a question mark
     atexit.register(gc.freeze)  # the interpreter's last collection takes half a second over PyTorch's modules
     with CommandInterrupt() as interrupt:

@@ -276,7 +276,9 @@ class TestFP8:
         ):
             with pytest.raises(CompareError, match=said):
                 call("compare", [*asked, *given])
-        call("compare", [*asked, "--model", "tiny", "--lora", "mine", "--json", "--tolerance", "baseline=none"])
+        # A random adapter leaves logits that FP8 alone moves to a cosine of 0.993 or 0.959, by the CPU's instructions.
+        loose = ["--tolerance", "baseline=none", "decoder_cosine=0.9"]
+        call("compare", [*asked, "--model", "tiny", "--lora", "mine", "--json", *loose])
         assert json.loads(capfd.readouterr().out)["departures"] == {}
 
 

@@ -67,3 +67,39 @@ def test_paths_may_be_strings(folder):
         Path("tiny.yaml"),
         Path("data"),
     )
+
+
+def test_a_quantised_checkpoint_keeps_its_precision(folder, fp8_checkpoint):
+    for backend in ("torch", "onnxruntime"):
+        plan = plan_build(BuildRequest(model=fp8_checkpoint, backend=backend))
+        assert plan.precision == "fp8"
+    assert plan_build(BuildRequest(model=fp8_checkpoint, backend="torch", precision="bf16")).precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "installed", "device", "expected"),
+    [
+        (False, ("onnxruntime", "tensorrt"), None, "onnxruntime"),
+        (False, (), None, "torch"),
+        (True, ("onnxruntime",), None, "torch"),
+        (True, ("onnxruntime", "tensorrt"), None, "tensorrt"),
+        (True, ("onnxruntime", "tensorrt"), "cpu", "onnxruntime"),
+        (False, ("onnxruntime",), "cuda:1", "torch"),
+    ],
+)
+def test_the_default_backend_suits_the_device(monkeypatch, gpu, installed, device, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(backends, "find_spec", lambda name: name in installed or None)
+    assert backends.default_backend(device) == expected
+
+
+def test_what_was_chosen_is_said_once(folder, caplog):
+    caplog.set_level("INFO", "qwen2vl_trt.building")
+    given = {"device": "cpu", **LIMITS}
+    for _ in range(2):
+        Pipeline.from_pretrained("tiny", **given)
+    Pipeline.from_pretrained("tiny", "torch", "fp32", **given)
+    folder = Path("artifacts/tiny-onnxruntime-fp32")
+    assert caplog.messages == [
+        f"building {folder}: backend onnxruntime in fp32 by default; --backend and --precision choose"
+    ]

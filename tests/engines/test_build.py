@@ -19,7 +19,7 @@ import torch
 import qwen2vl_trt.export.onnx_model
 import qwen2vl_trt.export.weights
 from qwen2vl_trt.checkpoint import Checkpoint
-from qwen2vl_trt.engines.backends import BACKENDS, DEFAULT_BACKEND, find_backend
+from qwen2vl_trt.engines.backends import BACKENDS, default_backend, find_backend
 from qwen2vl_trt.engines.build import build_engines, default_engine_dir, engines_in
 from qwen2vl_trt.engines.manifest import FORMAT, Manifest
 from qwen2vl_trt.engines.profile import BuildProfile
@@ -262,7 +262,7 @@ class TestRefused:
             find_backend("torch", "int4")
 
     def test_defaults(self):
-        backend, precision = find_backend(DEFAULT_BACKEND, None)
+        backend, precision = find_backend(default_backend(), None)
         assert (backend.name, precision) == ("onnxruntime", "fp32")
         for backend in installed_backends():
             assert set(backend.versions()) == {"torch", backend.package}
