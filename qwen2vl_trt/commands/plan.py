@@ -11,6 +11,7 @@ from typing import Any
 from qwen2vl_trt.engines.profile import usual_profile
 from qwen2vl_trt.planning.arithmetic import arithmetic, summary
 from qwen2vl_trt.planning.capacity import TP_SIZES, Assumptions, Load, plan
+from qwen2vl_trt.planning.counts import LAYER_BYTES
 from qwen2vl_trt.planning.tables import find_config, find_gpu
 
 from .options import positive_number, whole_number
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-tokens", type=whole_number, default=32, metavar="N", help="text and template; default %(default)s"
     )
     group = parser.add_argument_group("engines")
-    group.add_argument("--precision", choices=("bf16", "fp8"), default="bf16", help="default %(default)s")
+    group.add_argument("--precision", choices=LAYER_BYTES, default="bf16", help="default %(default)s")
     group.add_argument("--tp-size", type=int, choices=TP_SIZES, help="default: whichever needs fewest GPUs")
     group.add_argument(
         "--max-seq-len",

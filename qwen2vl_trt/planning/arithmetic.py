@@ -109,7 +109,7 @@ class _Arithmetic:
 
     def decode(self) -> list[str]:
         gpu, plan, assumptions = self.gpu, self.plan, self.assumptions
-        read = counts.decode_weight_bytes(self.config.text, 1 if self.precision == "fp8" else counts.BF16)
+        read = counts.decode_weight_bytes(self.config.text, counts.LAYER_BYTES[self.precision])
         computing = seconds(plan.step_flops, self._rate, gpu.bf16) / assumptions.prefill
         context = plan.prompt_tokens + self.load.output_tokens / 2
         return [

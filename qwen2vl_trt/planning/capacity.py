@@ -125,7 +125,8 @@ def plan(
 
     Args:
         precision: ``bf16``, or ``fp8`` for every matrix of the two engines except the embedding table and the output
-            projection; the cache and the inside of attention stay in BF16.
+            projection; the cache and the inside of attention stay in BF16. ``int8``, ``int4`` and ``nvfp4`` hold the
+            weights of the decoder's layers, and everything is computed in BF16.
         tp_size: by default whatever of 1, 2, 4 and 8 needs fewest GPUs.
 
     Raises:
@@ -156,7 +157,7 @@ def _plan_group(
 ) -> Plan:
     text, decodes = config.text, load.output_tokens > 0
     rate = gpu.fp8 if precision == "fp8" and gpu.fp8 else gpu.bf16
-    weight_bytes = 1 if precision == "fp8" else counts.BF16
+    weight_bytes = counts.LAYER_BYTES[precision]
     if decodes:
         _check_heads(text.num_attention_heads, text.num_key_value_heads, tp_size)
     prompt = counts.prompt_tokens(config, load.rows, load.columns, load.text_tokens)
@@ -167,7 +168,7 @@ def _plan_group(
         )
 
     decoder = counts.decoder_bytes(text, weight_bytes) / tp_size if decodes else 0
-    weights = decoder + counts.vision_weights(config.vision) * weight_bytes
+    weights = decoder + counts.vision_weights(config.vision) * (1 if precision == "fp8" else counts.BF16)
     available = gpu.memory * (1 - assumptions.reserve) - weights
     # More GPUs than key-value heads: each keeps one head, the same as some of its neighbours'.
     per_token = counts.kv_bytes_per_token(text) / min(tp_size, text.num_key_value_heads)

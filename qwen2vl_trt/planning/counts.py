@@ -13,6 +13,8 @@ from qwen2vl_trt.config import Qwen2VLConfig, TextConfig, VisionConfig
 
 BF16 = 2
 """Bytes of a value."""
+LAYER_BYTES = {"bf16": 2, "fp8": 1, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128, "nvfp4": 0.5 + 1 / 16}
+"""Of a weight of the decoder's layers, with its part of a scale, by precision; groups of 128, NVFP4's of 16."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,12 @@ def kv_bytes_per_token(config: TextConfig, value_bytes: int = BF16) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * value_bytes
 
 
-def decode_weight_bytes(config: TextConfig, weight_bytes: int, head_bytes: int = BF16) -> int:
+def decode_weight_bytes(config: TextConfig, weight_bytes: float, head_bytes: int = BF16) -> float:
     """What a decode step reads of the weights: every layer, and the output projection, which is not quantised."""
     return config.num_hidden_layers * layer_weights(config) * weight_bytes + head_weights(config) * head_bytes
 
 
-def decoder_bytes(config: TextConfig, weight_bytes: int) -> int:
+def decoder_bytes(config: TextConfig, weight_bytes: float) -> float:
     """The decoder in memory: what :func:`decode_weight_bytes` counts, and the embedding table unless it is tied."""
     table = 0 if config.tie_word_embeddings else head_weights(config) * BF16
     return decode_weight_bytes(config, weight_bytes) + table

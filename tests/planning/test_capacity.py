@@ -55,6 +55,16 @@ def test_7b_by_hand():
     assert found.images_per_second == pytest.approx(found.groups / each)
 
 
+def test_weights_of_4_bits_are_read_faster_and_computed_as_fast():
+    load = dataclasses.replace(LOAD, max_num_seqs=1)
+    plain, found = (of("7B", load=load, tp_size=1, precision=precision) for precision in ("bf16", "int4"))
+    layers = 28 * 233_046_016
+    assert plain.weight_bytes - found.weight_bytes == layers * (2 - 0.5 - 2 / 128)
+    assert (plain.step_seconds - found.step_seconds) * 4.3e12 == pytest.approx(layers * (2 - 0.5 - 2 / 128))
+    assert plain.prefill_seconds == found.prefill_seconds
+    assert plain.vision_seconds == found.vision_seconds
+
+
 def test_fractions_divide_the_rates():
     full = of("72B", tp_size=4)
     found = of("72B", tp_size=4, assumptions=Assumptions(vision=0.5, prefill=0.25, decode=0.8, tp=0.9, reserve=0.1))
