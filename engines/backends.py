@@ -25,6 +25,12 @@ from .precision import (
     FP16_DECODER,
     FP16_REFUSED,
     FP32,
+    INT4,
+    INT4_IN_FP32,
+    INT8,
+    INT8_IN_FP32,
+    NVFP4,
+    NVFP4_IN_FP32,
     Precision,
     cpu_precision,
 )
@@ -179,7 +185,7 @@ class Backend:
 # TensorRT 10.15 and 10.16 have attention and cache layers, but no key_value_lengths and no CausalMaskKind.
 TENSORRT = Backend(
     "tensorrt",
-    (BF16, FP32, FP16_DECODER, FP8),
+    (BF16, FP32, FP16_DECODER, FP8, INT4, NVFP4),
     "tensorrt",
     builder="qwen2vl_trt.engines.tensorrt_build:build_plans",
     runner="qwen2vl_trt.runtime.backends.tensorrt_runner",
@@ -194,6 +200,7 @@ TENSORRT = Backend(
 TENSORRT_RTX = replace(
     TENSORRT,
     name="tensorrt-rtx",
+    precisions=(*TENSORRT.precisions, INT8),
     package="tensorrt_rtx",
     oldest=(1, 7),
     below=2,
@@ -207,7 +214,7 @@ BACKENDS = {
         # ONNX Runtime has no BF16 or FP16 matrix product on the CPU: it computes in FP32 from the weights' type.
         Backend(
             "onnxruntime",
-            (FP32, FP8_IN_FP32),
+            (FP32, FP8_IN_FP32, INT4_IN_FP32, INT8_IN_FP32, NVFP4_IN_FP32),
             "onnxruntime",
             builder="qwen2vl_trt.engines.builders:build_onnxruntime",
             runner="qwen2vl_trt.runtime.backends.onnxruntime_runner",

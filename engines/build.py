@@ -17,6 +17,8 @@ from qwen2vl_trt.export.weights import merged_checkpoint
 from qwen2vl_trt.hub import ResolvedModel
 from qwen2vl_trt.lora import Adapter
 from qwen2vl_trt.quantization import fp8_layers
+from qwen2vl_trt.quantized.linear import Numbers
+from qwen2vl_trt.weights import checkpoint_names
 
 from .backends import BACKENDS, Backend, BuildJob
 from .host_memory import warn_of_memory
@@ -84,7 +86,7 @@ def build_engines(
         warn_of_memory(checkpoint, backend, numbers)
     if folder.is_dir() and folder.samefile(model.folder):
         raise BuildError(f"{folder} is the checkpoint itself; give --engine-dir another folder")
-    if checkpoint.format is not None:
+    if checkpoint.format is not None and not numbers.weight_only:
         logger.warning(
             "%s (%s): its weights are dequantised to compute in %s, in the time and the memory of an unquantised model",
             checkpoint.folder,
@@ -165,10 +167,12 @@ def check_quantization(checkpoint: Checkpoint, precision: Precision) -> None:
     """Refuse a model that is not of the precision's kind.
 
     Raises:
-        BuildError: an unquantised model for FP8, or a quantised one for anything else.
+        BuildError: an unquantised model for a quantised precision, or one in other numbers; an FP8 one for another.
         CheckpointError: a quantisation that is not supported.
     """
     layers = fp8_layers(checkpoint)
+    if precision.weight_only is not None:
+        _check_numbers(checkpoint, precision.weight_only)
     if precision.fp8 and checkpoint.format is not None:
         raise BuildError(
             f"{checkpoint.folder} is quantised ({checkpoint.format.method}), and FP8 is made of an unquantised"
@@ -187,6 +191,28 @@ def check_quantization(checkpoint: Checkpoint, precision: Precision) -> None:
             f"{checkpoint.folder} has FP8 layers in its vision tower, where TensorRT-LLM takes none: give the"
             " unquantised checkpoint with --precision fp8, which quantises the decoder alone, or one like that"
         )
+
+
+def _check_numbers(checkpoint: Checkpoint, wanted: Numbers) -> None:
+    names = checkpoint_names(checkpoint)
+    held = {
+        weight.numbers
+        for ours, theirs in names.items()
+        if not ours.startswith("visual.") and (weight := checkpoint.packed.get(theirs)) is not None
+    }
+    if wanted in held:
+        return
+    if checkpoint.format is None:
+        raise BuildError(
+            f"{checkpoint.folder} is not quantised to {wanted}; {program('build_engines.py')} --precision {wanted} does"
+            " that first, with an unquantised model"
+        )
+    others = sorted(numbers for numbers in held if numbers is not None)
+    ways = [f"--precision {numbers} computes in what it has" for numbers in others]
+    raise BuildError(
+        f"{checkpoint.folder} is quantised ({checkpoint.format.method}) to {', '.join(others) or 'other numbers'}, not"
+        f" to {wanted}: {'; '.join([*ways, 'another precision dequantises it'])}"
+    )
 
 
 def differences(wanted: Manifest, found: Manifest) -> list[str]:

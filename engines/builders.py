@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen2vl_trt.errors import BuildError
+from qwen2vl_trt.export.blocked_weights import WeightOnly
 from qwen2vl_trt.export.onnx_model import check_fit, export_onnx, model_graphs
 from qwen2vl_trt.export.weights import link_checkpoint
 
@@ -25,7 +26,10 @@ def build_torch(job: BuildJob) -> list[Path]:
 
 def build_onnxruntime(job: BuildJob) -> list[Path]:
     """The two graphs as they are; the capacity of the cache stays dynamic (``export.graphs.decoder_graph``)."""
-    return export_onnx(job.checkpoint, job.folder, job.precision.vision, on_step=job.on_step)
+    numbers = job.precision.weight_only
+    # FP4 has no kernel on a CPU; lm_head in FP32 would be most of what a step of a model in 4 bits reads.
+    weight_only = WeightOnly(numbers, head=True, e2m1=False) if numbers else None
+    return export_onnx(job.checkpoint, job.folder, job.precision.vision, on_step=job.on_step, weight_only=weight_only)
 
 
 def build_tensorrt_llm(job: BuildJob) -> list[Path]:

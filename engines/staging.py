@@ -36,7 +36,9 @@ _BUILDING, _BUILT = ".building", ".built"
 _NAMES = ".names"
 """In ``.built``: the names of all its files, of those too that have moved already."""
 _ENGINE_FILES = {
-    f"{engine}{suffix}" for engine in ("vision", "decoder", LENGTHS_PLAN) for suffix in (".onnx", ".engine", ".layers")
+    f"{engine}{suffix}"
+    for engine in ("vision", "decoder", LENGTHS_PLAN)
+    for suffix in (".onnx", ".onnx.data", ".engine", ".layers")
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qwen2vl_trt.errors import BuildError, reason
+from qwen2vl_trt.export.blocked_weights import WeightOnly
 from qwen2vl_trt.export.onnx_model import export_onnx
 from qwen2vl_trt.files import atomic_file, atomic_write
 
@@ -62,6 +63,7 @@ def build_plans(job: BuildJob, engines: Collection[str] = ("vision", "decoder"))
         job.profile.max_seq_len,
         job.on_step,
         decoder_dtype=job.precision.decoder,
+        weight_only=WeightOnly(numbers, head=False, e2m1=True) if (numbers := job.precision.weight_only) else None,
     )
     for graph in files[:]:
         if graph.stem in engines:

@@ -5,8 +5,9 @@ These names are the contract between ``export/``, ``engines/`` and ``runtime/``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.decoder import Decoder
 from qwen2vl_trt.quantization import use_fp8
 from qwen2vl_trt.vision import VisionTransformer
+
+from .blocked_weights import BlockedLayer, use_blocked
 
 INT = torch.int64
 
@@ -68,13 +71,19 @@ def vision_graph(config: Qwen2VLConfig, dtype: torch.dtype, fp8: Set[str] = froz
 
 
 def decoder_graph(
-    config: Qwen2VLConfig, dtype: torch.dtype, max_seq_len: int | None = None, fp8: Set[str] = frozenset()
+    config: Qwen2VLConfig,
+    dtype: torch.dtype,
+    max_seq_len: int | None = None,
+    fp8: Set[str] = frozenset(),
+    blocked: Mapping[str, BlockedLayer] = MappingProxyType({}),
 ) -> Graph:
     """Prefill, chunked prefill and decode; see :meth:`qwen2vl_trt.decoder.Decoder.forward`.
 
     Args:
         max_seq_len: the cache capacity M; None leaves it dynamic (TensorRT refuses that, ONNX Runtime gains by it:
             its attention computes over the whole capacity, whatever is used).
+        fp8: layers that compute in FP8.
+        blocked: layers whose weights have 4 or 8 bits.
     """
     text = config.text
     layers = range(text.num_hidden_layers)
@@ -90,7 +99,7 @@ def decoder_graph(
     return Graph(
         name="decoder",
         prefix="",
-        module=lambda: use_fp8(Decoder(text), "", fp8),
+        module=lambda: use_blocked(use_fp8(Decoder(text), "", fp8), blocked),
         inputs=tokens | dict.fromkeys((*k_caches, *v_caches), cache),
         outputs=("logits", "hidden_states", *(f"new_{name}" for name in (*k_caches, *v_caches))),
         arguments=lambda tensors: {

@@ -35,6 +35,10 @@ def _dequantize_fp8(values: Any, scale: Any, like: Any) -> Any:
     return _op.DequantizeLinear(values, scale, output_dtype=int(like.dtype))
 
 
+def _dequantize_blocks(values: Any, scales: Any, block_size: int) -> Any:
+    return _op.DequantizeLinear(values, scales, axis=0, block_size=block_size)
+
+
 def translations() -> dict[Callable, Callable]:
     """The ``custom_translation_table`` of ``torch.onnx.export``."""
     return {
@@ -42,4 +46,5 @@ def translations() -> dict[Callable, Callable]:
         torch.ops.qwen2vl_trt.ragged_attention.default: _ragged_attention,
         torch.ops.qwen2vl_trt.round_to_fp8.default: _round_to_fp8,
         torch.ops.qwen2vl_trt.dequantize_fp8.default: _dequantize_fp8,
+        torch.ops.qwen2vl_trt.dequantize_blocks.default: _dequantize_blocks,
     }

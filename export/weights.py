@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +27,7 @@ from qwen2vl_trt.layers import FP8Linear
 from qwen2vl_trt.lora import Adapter
 from qwen2vl_trt.weights import checkpoint_names
 
+from .blocked_weights import BlockedLayer
 from .graphs import Graph
 
 logger = logging.getLogger(__name__)
@@ -90,31 +91,42 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def write_dequantized(checkpoint: Checkpoint, folder: Path) -> list[Path]:
+def write_dequantized(checkpoint: Checkpoint, folder: Path, but: Set[str] = frozenset()) -> list[Path]:
     """Write the weights of :attr:`Checkpoint.packed` for the graphs in a folder, one weight in memory at a time.
 
+    Args:
+        but: layers that graphs compute with as they are, by our names without ``.weight``.
+
     Returns:
-        The file; none where the checkpoint has no such weight.
+        The file; none where there is no such weight.
 
     Raises:
         CheckpointError: numbers in a weight that make no sense.
         OSError: the disk is full, or the folder cannot be written.
     """
-    if not checkpoint.packed:
+    computed = {theirs for ours, theirs in checkpoint_names(checkpoint).items() if ours.removesuffix(".weight") in but}
+    packed = {name: weight for name, weight in checkpoint.packed.items() if name not in computed}
+    if not packed:
         return []
-    (dtype,) = {weight.dtype for weight in checkpoint.packed.values()}
+    (dtype,) = {weight.dtype for weight in packed.values()}
     path = folder / DEQUANTIZED
     with path.open("wb") as file:
-        file.write(header_of({name: weight.shape for name, weight in checkpoint.packed.items()}, dtype))
-        for name in checkpoint.packed:
+        file.write(header_of({name: weight.shape for name, weight in packed.items()}, dtype))
+        for name in packed:
             file.write(checkpoint.load(name).view(torch.uint8).numpy().data)
     return [path]
 
 
-def point_to_checkpoint(model: ir.Model, graph: Graph, checkpoint: Checkpoint, folder: Path) -> None:
+def point_to_checkpoint(
+    model: ir.Model,
+    graph: Graph,
+    checkpoint: Checkpoint,
+    folder: Path,
+    blocked: Mapping[str, BlockedLayer] = MappingProxyType({}),
+) -> None:
     """Make every open initialiser an external tensor in the checkpoint's files, which lie in ``folder`` by name.
 
-    So does the file of :func:`write_dequantized`, where there is one.
+    So do the files of :func:`write_dequantized` and of :func:`.blocked_weights.write_blocked`, where there are such.
 
     Where the stored type differs from the graph's (BF16 weights in an FP32 graph), a Cast follows it. The scales of a
     quantised checkpoint are written into the graph, a number each.
@@ -123,7 +135,8 @@ def point_to_checkpoint(model: ir.Model, graph: Graph, checkpoint: Checkpoint, f
         CheckpointError: a tensor is missing, has another number of elements, or a type that no graph takes.
     """
     names = checkpoint_names(checkpoint)
-    dequantized = read_header(folder / DEQUANTIZED) if checkpoint.packed else {}
+    dequantized = read_header(folder / DEQUANTIZED) if (folder / DEQUANTIZED).is_file() else {}
+    _point_to_blocked(model, blocked)
     _write_scales(model, {value: names.get(graph.prefix + value) for value in model.graph.initializers}, checkpoint)
     shard_names = {path.resolve(): path.name for path in checkpoint.folder.iterdir() if path.suffix == ".safetensors"}
     casts = []
@@ -180,6 +193,24 @@ def _cast_after(model: ir.Model, value: ir.Value, stored: ir.DataType) -> ir.Nod
     return node
 
 
+def _point_to_blocked(model: ir.Model, layers: Mapping[str, BlockedLayer]) -> None:
+    """Give weights of 4 and 8 bits their place; layers of one input come to share what is done to it."""
+    shared: dict[tuple[str, str, bytes], ir.Value] = {}
+    for layer, stored in layers.items():
+        for part, tensor in stored.parts.items():
+            value = model.graph.initializers[f"{layer}.{part}"]
+            if part in _OF_THE_INPUT:
+                same = shared.setdefault((layer.rpartition(".")[0], part, tensor.tobytes()), value)
+                if same is not value:
+                    value.replace_all_uses_with(same)
+                    del model.graph.initializers[f"{layer}.{part}"]
+                    continue
+            value.const_value, value.dtype = tensor, tensor.dtype
+            tensor.name = f"{layer}.{part}"
+    if layers:
+        passes.CommonSubexpressionEliminationPass()(model)
+
+
 def _write_scales(model: ir.Model, names: dict[str, str | None], checkpoint: Checkpoint) -> None:
     """Give the scales their values; layers of one input, such as q, k and v, come to share its quantisation."""
     shared: dict[tuple[str, bytes], ir.Value] = {}
@@ -199,6 +230,7 @@ def _write_scales(model: ir.Model, names: dict[str, str | None], checkpoint: Che
         passes.CommonSubexpressionEliminationPass()(model)
 
 
+_OF_THE_INPUT = ("permutation", "input_scale")
 _SHORT_NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "f16",

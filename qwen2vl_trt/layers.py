@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import dequantize_fp8, fp8_linear, round_to_fp8
+from .ops import dequantize_blocks, dequantize_fp8, fp8_linear, round_to_fp8
 
 
 class RMSNorm(nn.RMSNorm):
@@ -61,6 +63,60 @@ class FP8Linear(nn.Module):
                 round_to_fp8(x, self.input_scale), dequantize_fp8(self.weight, self.weight_scale, x), self.bias
             )
         return fp8_linear(x, self.weight, self.weight_scale, self.input_scale, self.bias)
+
+
+class BlockedLinear(nn.Module):
+    """A linear layer over a weight of 4 or 8 bits as graphs have it: :class:`~.quantized.blocks.BlockedWeight`, turned.
+
+    ``weight [in, out]`` and ``scales [in / block_size, out]`` are dequantised before a matrix product, a pattern that
+    engines fuse. The other parts are there where the weight has them: ``offsets [in / block_size, out]``,
+    ``permutation [in]``, ``input_scale [in]``. Where a graph has numbers in E2M1, it has no ``scales`` but
+    ``block_scales [in / block_size, out]`` in E4M3 and a ``global_scale`` in FP32, which multiplies them.
+
+    Args:
+        linear: whose place it takes; may be on the meta device.
+        parts: which of these parameters there are, ``weight`` among them. Their values are put into the graph.
+    """
+
+    SCALES = ("scales", "offsets", "input_scale")
+    """The parts in the type of the activations, beside the bias."""
+
+    weight: Tensor
+    scales: Tensor | None
+    block_scales: Tensor
+    global_scale: Tensor
+    offsets: Tensor | None
+    permutation: Tensor | None
+    input_scale: Tensor | None
+
+    def __init__(self, linear: nn.Linear, block_size: int, parts: Collection[str]) -> None:
+        super().__init__()
+        self.block_size = block_size
+        out, channels = linear.weight.shape
+        blocks = (channels // block_size, out)
+        for part, shape, dtype in (
+            ("weight", (channels, out), torch.int8),
+            ("scales", blocks, linear.weight.dtype),
+            ("block_scales", blocks, torch.float8_e4m3fn),
+            ("global_scale", (), torch.float32),
+            ("offsets", blocks, linear.weight.dtype),
+            ("permutation", (channels,), torch.int64),
+            ("input_scale", (channels,), linear.weight.dtype),
+        ):
+            values = torch.zeros(shape, dtype=dtype, device=linear.weight.device) if part in parts else None
+            self.register_parameter(part, None if values is None else nn.Parameter(values, requires_grad=False))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.permutation is not None:
+            x = x.index_select(-1, self.permutation)
+        if self.input_scale is not None:
+            x = x * self.input_scale
+        scales = self.scales if self.scales is not None else dequantize_fp8(self.block_scales, self.global_scale, x)
+        y = x @ dequantize_blocks(self.weight, scales, self.block_size)
+        if self.offsets is not None:
+            y = y + x.view(*x.shape[:-1], len(self.offsets), self.block_size).sum(-1) @ self.offsets
+        return y if self.bias is None else y + self.bias
 
 
 def inverse_frequencies(dim: int, theta: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Operators that torch lacks: attention over a static cache, and FP8.
+"""Operators that torch lacks: attention over a static cache, FP8, and weights in blocks.
 
 Eagerly they are plain PyTorch, in place on a cache. Under ``torch.export`` each is one node, which export/operators.py
 translates to a standard ONNX operator.
@@ -95,6 +95,13 @@ def dequantize_fp8(values: Tensor, scale: Tensor, like: Tensor) -> Tensor:
     if torch.compiler.is_exporting():
         return torch.ops.qwen2vl_trt.dequantize_fp8(values, scale, like)
     return (values.float() * scale).to(like.dtype)
+
+
+def dequantize_blocks(values: Tensor, scales: Tensor, block_size: int) -> Tensor:
+    """``values [in, out]``, whole numbers, times ``scales [in / block_size, out]``, in the type of the scales."""
+    if torch.compiler.is_exporting():
+        return torch.ops.qwen2vl_trt.dequantize_blocks(values, scales, block_size)
+    return values.to(scales.dtype) * scales.repeat_interleave(block_size, 0)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -202,8 +209,10 @@ _OPERATORS = [
         ("ragged_attention", _masked_attention),
         ("round_to_fp8", round_to_fp8),
         ("dequantize_fp8", dequantize_fp8),
+        ("dequantize_blocks", dequantize_blocks),
     )
 ]
 for _operator in _OPERATORS[:3]:
     _operator.register_fake(lambda x, *_: torch.empty_like(x))
 _OPERATORS[3].register_fake(lambda values, scale, like: torch.empty_like(values, dtype=like.dtype))
+_OPERATORS[4].register_fake(lambda values, scales, block_size: torch.empty_like(values, dtype=scales.dtype))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
-from .layers import FP8Linear
+from .layers import BlockedLinear, FP8Linear
 from .transfer import PinnedReader
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,9 @@ def load_weights(
 
 
 def keeps_type(owner: nn.Module, leaf: str) -> bool:
-    """Whether a parameter is an FP8 weight or a scale, whose type does not depend on the model's."""
+    """Whether a parameter is a quantised weight or a scale of its own type, which does not depend on the model's."""
+    if isinstance(owner, BlockedLinear):
+        return leaf not in (*BlockedLinear.SCALES, "bias")
     return isinstance(owner, FP8Linear) and leaf != "bias"
 
 

@@ -187,13 +187,13 @@ class CompressedTensors:
 
     def read(self, layer: Layer) -> QuantizedLinear:
         scheme = self._scheme(layer)
-        weights, scales, zeros = scheme.weights, layer.load("weight_scale"), None
+        weights, scales, zeros, overall = scheme.weights, layer.load("weight_scale"), None, None
         if scheme.format == _PACKED:
             out, channels = layer.load("weight_shape").tolist()
             values = _signed(layer.load("weight_packed"), weights.num_bits)[:, :channels]
         elif scheme.format == _NVFP4:
             values = e2m1(unpack(layer.load("weight_packed"), 4))
-            scales = scales.float() / layer.load("weight_global_scale")
+            scales, overall = scales.float() / layer.load("weight_global_scale"), 1 / layer.load("weight_global_scale")
         else:
             values = layer.load("weight")
         out, channels = values.shape
@@ -209,7 +209,7 @@ class CompressedTensors:
             rows, size = weights.block_structure or (1, 1)
             scales = scales.repeat_interleave(rows, 0)[:out]
         index = layer.group_index("weight_g_idx", scales.shape[1], size)
-        return QuantizedLinear(values, scales, zeros, size, index)
+        return QuantizedLinear(values, scales, zeros, size, index, global_scale=overall)
 
     def _scheme(self, layer: Layer) -> _Scheme:
         """Of the group that names the layer, or a pattern of it, or its class.

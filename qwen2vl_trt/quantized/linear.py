@@ -24,6 +24,7 @@ class QuantizedLinear:
         group_size: input channels of a group; the last group may have fewer.
         group_index: ``[in]`` int64, the group of each input channel where they are not in order.
         input_scale: ``[in]``, what the input of the layer is multiplied by.
+        global_scale: of NVFP4: what the scales have been multiplied by, which are E4M3 without it.
     """
 
     values: Tensor
@@ -32,6 +33,7 @@ class QuantizedLinear:
     group_size: int
     group_index: Tensor | None = None
     input_scale: Tensor | None = None
+    global_scale: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The weight, ``[out, in]`` FP32."""

@@ -72,11 +72,13 @@ class ModelOptimizer:
         return "nvfp4" if self.algorithm in _NVFP4 else "int4"
 
     def read(self, layer: Layer) -> QuantizedLinear:
-        packed, scales = layer.load("weight"), layer.load("weight_scale")
+        packed, scales, overall = layer.load("weight"), layer.load("weight_scale"), None
         if self.algorithm in _NVFP4:
             values = e2m1(unpack(packed, 4))
-            scales = scales.float() * layer.load("weight_scale_2")
+            overall = layer.load("weight_scale_2")
+            scales = scales.float() * overall
         else:
             values = ((unpack(packed.T, 4) ^ 8).to(torch.int8) - 8).T
         smoothing = layer.load("pre_quant_scale") if "pre_quant_scale" in layer.entries else None
-        return QuantizedLinear(values, scales, None, values.shape[1] // scales.shape[1], input_scale=smoothing)
+        size = values.shape[1] // scales.shape[1]
+        return QuantizedLinear(values, scales, None, size, input_scale=smoothing, global_scale=overall)

@@ -94,7 +94,7 @@ def test_a_step_runs_after_what_the_current_stream_holds(log, monkeypatch):
 
 
 @pytest.fixture
-def opened(monkeypatch, tmp_path):
+def opened(monkeypatch, engine_dirs):
     """Opens a graph on a GPU; gives the providers that the session was asked for."""
 
     def open_with(providers):
@@ -107,7 +107,7 @@ def opened(monkeypatch, tmp_path):
         started = providers
         monkeypatch.setattr(onnxruntime_runner, "default_device", lambda: "cuda")
         monkeypatch.setattr(onnxruntime_runner.ort, "InferenceSession", session)
-        onnxruntime_runner.open_session(tmp_path / "vision.onnx", GPU)
+        onnxruntime_runner.open_session(engine_dirs["onnxruntime"] / "vision.onnx", GPU)
         return asked
 
     return open_with

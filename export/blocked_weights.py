@@ -1,0 +1,179 @@
+"""The weights of 4 and 8 bits that a decoder graph computes with: a file of their own, in the layout of the graph."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.layers import BlockedLinear
+from qwen2vl_trt.quantized.blocks import blocked
+from qwen2vl_trt.quantized.linear import Numbers, QuantizedLinear
+from qwen2vl_trt.quantized.rounding import round_to_nearest
+from qwen2vl_trt.weights import LM_HEAD, checkpoint_names
+
+logger = logging.getLogger(__name__)
+
+BLOCKED = "decoder.onnx.data"
+"""Beside the decoder's graph."""
+HEAD_BLOCK = 128
+"""Input channels that share a scale of an ``lm_head`` in 8 bits."""
+_ALIGNMENT = 64
+_HEAD_ROWS = 4096  # of lm_head that are rounded at a time
+
+
+@dataclass(frozen=True)
+class WeightOnly:
+    """Which weights a decoder graph has in 4 or 8 bits.
+
+    Attributes:
+        numbers: of the checkpoint's layers that it computes with.
+        head: an unquantised ``lm_head`` in 8 bits, rounded to nearest.
+        e2m1: NVFP4 as it is; else as integers of 8 bits, which are the same numbers.
+    """
+
+    numbers: Numbers
+    head: bool
+    e2m1: bool
+
+
+@dataclass(frozen=True)
+class BlockedLayer:
+    """A layer of :class:`qwen2vl_trt.layers.BlockedLinear`: where the values of its parameters lie."""
+
+    block_size: int
+    parts: Mapping[str, ir.ExternalTensor]
+
+
+def write_blocked(
+    checkpoint: Checkpoint, folder: Path, chosen: WeightOnly, dtype: torch.dtype
+) -> dict[str, BlockedLayer]:
+    """Write the file, a layer at a time; returns the layers by our names, without ``.weight``.
+
+    Args:
+        dtype: of the graph, and so of scales.
+
+    Raises:
+        CheckpointError: numbers in a weight that make no sense.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    names, layers, others = checkpoint_names(checkpoint), {}, 0
+    with (folder / BLOCKED).open("wb") as file:
+        writer = _Writer(file, folder, dtype)
+        for ours, theirs in names.items():
+            if theirs not in checkpoint.packed or ours.startswith("visual."):
+                continue
+            weight = checkpoint.packed[theirs]
+            layer = None
+            if weight.numbers == chosen.numbers:
+                layer = writer.layer(weight.read(), 4 if chosen.numbers == "int4" else 8, chosen.e2m1)
+            if layer is None:
+                others += 1
+            else:
+                layers[ours.removesuffix(".weight")] = layer
+        head = LM_HEAD.removesuffix(".weight")
+        if chosen.head and head not in layers and checkpoint.entry(names[LM_HEAD]).shape[1] % HEAD_BLOCK == 0:
+            layers[head] = writer.head(checkpoint.load(names[LM_HEAD]))
+    if others:
+        logger.warning(
+            "%s: %d layers of the decoder are dequantised, not computed in %s: their numbers are others, or their"
+            " groups no power of two from 16 on",
+            checkpoint.folder,
+            others,
+            chosen.numbers,
+        )
+    return layers
+
+
+def use_blocked(module: nn.Module, layers: Mapping[str, BlockedLayer]) -> nn.Module:
+    """Replace the linear layers of a decoder that are in the file; the module is changed in place and returned."""
+    for name, layer in layers.items():
+        owner, _, leaf = name.rpartition(".")
+        linear = module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        setattr(module.get_submodule(owner), leaf, BlockedLinear(linear, layer.block_size, layer.parts))
+    return module
+
+
+class _Writer:
+    def __init__(self, file: BinaryIO, folder: Path, dtype: torch.dtype) -> None:
+        self._file, self._folder, self._dtype = file, folder, dtype
+
+    def layer(self, weight: QuantizedLinear, bits: int, e2m1: bool) -> BlockedLayer | None:
+        """None where :func:`blocked` makes none of it."""
+        found = blocked(weight, bits)
+        if found is None:
+            return None
+        parts = {}
+        if e2m1 and weight.global_scale is not None:
+            codes = _e2m1_codes(weight.values).T
+            parts["weight"] = self._write(_pairs(codes), ir.DataType.FLOAT4E2M1, codes.shape)
+            scales = (weight.scales / weight.global_scale).nan_to_num().to(torch.float8_e4m3fn).T
+            parts["block_scales"] = self._write(scales, ir.DataType.FLOAT8E4M3FN)
+            parts["global_scale"] = self._write(weight.global_scale.float().reshape(()), ir.DataType.FLOAT)
+        else:
+            values = found.values.T
+            if found.bits == 4:
+                parts["weight"] = self._write(_pairs(values.view(torch.uint8) & 15), ir.DataType.INT4, values.shape)
+            else:
+                parts["weight"] = self._write(values, ir.DataType.INT8)
+            parts["scales"] = self._write_float(found.scales.T)
+        if found.offsets is not None:
+            parts["offsets"] = self._write_float(found.offsets.T)
+        if found.permutation is not None:
+            parts["permutation"] = self._write(found.permutation, ir.DataType.INT64)
+        if found.input_scale is not None:
+            parts["input_scale"] = self._write_float(found.input_scale)
+        return BlockedLayer(found.block_size, parts)
+
+    def head(self, weight: Tensor) -> BlockedLayer:
+        """A weight of floating point in 8 bits, some rows at a time: it is the largest of all."""
+        values = torch.empty(weight.shape[1], weight.shape[0], dtype=torch.int8)
+        scales = torch.empty(weight.shape[1] // HEAD_BLOCK, weight.shape[0])
+        for first in range(0, len(weight), _HEAD_ROWS):
+            rows = slice(first, first + _HEAD_ROWS)
+            rounded = round_to_nearest(weight[rows], 8, HEAD_BLOCK)
+            values[:, rows], scales[:, rows] = rounded.values.T, rounded.scales.T
+        parts = {"weight": self._write(values, ir.DataType.INT8), "scales": self._write_float(scales)}
+        return BlockedLayer(HEAD_BLOCK, parts)
+
+    def _write_float(self, tensor: Tensor) -> ir.ExternalTensor:
+        return self._write(tensor.to(self._dtype), ir.DataType.from_short_name(_SHORT[self._dtype]))
+
+    def _write(self, tensor: Tensor, dtype: ir.DataType, shape: tuple[int, ...] | None = None) -> ir.ExternalTensor:
+        self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
+        offset = self._file.tell()
+        length = self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        return ir.ExternalTensor(
+            location=BLOCKED,
+            offset=offset,
+            length=length,
+            dtype=dtype,
+            shape=ir.Shape(tensor.shape if shape is None else shape),
+            name="",
+            base_dir=self._folder,
+        )
+
+
+def _pairs(numbers: Tensor) -> Tensor:
+    """Two numbers of 4 bits a byte, the first in the lower bits, as ONNX has them; an even count of uint8."""
+    flat = numbers.contiguous().flatten()
+    return flat[::2] | flat[1::2] << 4
+
+
+def _e2m1_codes(values: Tensor) -> Tensor:
+    """E2M1 numbers, held as E4M3, as the 4 bits of each, uint8: sign, two bits of exponent, one of mantissa."""
+    twice = (values.float().abs() * 2).to(torch.uint8)  # 0 1 2 3 4 6 8 12
+    codes = torch.zeros(13, dtype=torch.uint8)
+    codes[[0, 1, 2, 3, 4, 6, 8, 12]] = torch.arange(8, dtype=torch.uint8)
+    return codes[twice.int()] | (values.view(torch.uint8) & 128) >> 4
+
+
+_SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
