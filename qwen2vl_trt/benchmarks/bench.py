@@ -127,7 +127,7 @@ def run(
                 timeline = worker.call("trace", [case for case in todo if case.stage == "pipeline"][-1])
         rates = rates.best(measure_rates(engines.device, engines.dtype))  # a busy moment hits one of the two at most
         for result in results:
-            result.roofline = bounds_of(result.case, config, engines.precision, rates)
+            result.roofline = bounds_of(result.case, config, engines.precision, rates, device=engines.device.type)
     except (KeyboardInterrupt, Exception) as reason:  # raised once what was measured is printed
         if not results:
             raise

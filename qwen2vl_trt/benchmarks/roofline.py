@@ -107,7 +107,12 @@ class Bound:
 
 
 def bounds_of(
-    case: Case, config: Qwen2VLConfig, precision: Precision, rates: Rates, tokens: int = 0
+    case: Case,
+    config: Qwen2VLConfig,
+    precision: Precision,
+    rates: Rates,
+    tokens: int = 0,
+    device: str = "cuda",
 ) -> dict[str, Bound | None]:
     """Of a case's figures, as :data:`~qwen2vl_trt.benchmarks.workload.FIGURES` names them.
 
@@ -115,6 +120,7 @@ def bounds_of(
 
     Args:
         tokens: of a request's prompt with its images, which ``pipeline`` and ``hidden states`` need; 0: not known.
+        device: on a CPU, layers of 4 and 8 bits come with an ``lm_head`` of 8.
     """
     vision, text, size = config.vision, config.text, precision.decoder.itemsize
     if case.stage == "processor":  # 8 bits in, patches out
@@ -129,7 +135,8 @@ def bounds_of(
         read += blocks * (1 if fp8 else precision.vision.itemsize)
         return {"latency": Bound.of(rates, tower, read, 2.0 * case.patches * blocks * fp8)}
     layers = text.num_hidden_layers * counts.layer_weights(text)
-    weights = counts.decode_weight_bytes(text, 1 if precision.fp8 else size, size)
+    head = 1 if precision.weight_only and device == "cpu" else size
+    weights = counts.decode_weight_bytes(text, counts.LAYER_BYTES.get(precision.weights or "", size), head)
     cached = counts.kv_bytes_per_token(text, size)
 
     def prefill(prompt: int, batch: int = 1, before: float = 0.0, head: bool = True) -> Bound | None:

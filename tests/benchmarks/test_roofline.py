@@ -8,7 +8,7 @@ from qwen2vl_trt.benchmarks.cases import Case
 from qwen2vl_trt.benchmarks.random_model import config_of
 from qwen2vl_trt.benchmarks.roofline import Bound, Rates, bounds_of
 from qwen2vl_trt.config import Qwen2VLConfig
-from qwen2vl_trt.engines.precision import BF16, FP8, FP32
+from qwen2vl_trt.engines.precision import BF16, FP8, FP32, INT4_IN_FP32
 
 RATES = Rates(copy=100.0, read={1000: 50.0}, gemm=1000.0, fp8_gemm=2000.0)
 CONFIG = Qwen2VLConfig.from_dict(config_of("Qwen2.5-VL-7B"))
@@ -70,6 +70,15 @@ def test_a_request_needs_the_length_of_its_prompt():
     request = bounds_of(case, CONFIG, BF16, RATES, tokens=290)["latency"]
     states = bounds_of(replace(case, stage="hidden states"), CONFIG, BF16, RATES, tokens=290)["latency"]
     assert request.seconds > states.seconds
+
+
+def test_weights_of_4_bits_with_their_scales_and_on_a_cpu_lm_head_in_8():
+    case = Case("decoder", "d", batch=1, prompt=100, generate=4)
+    layers, cache = 28 * LAYER * (0.5 + 2 / 128), 28 * 4 * 2 * KV * 103
+    for device, head in (("cpu", 1), ("cuda", 4)):
+        found = bounds_of(case, CONFIG, INT4_IN_FP32, RATES, device=device)["time_between_tokens"]
+        assert found.bytes == layers + head * VOCABULARY * HIDDEN + cache
+        assert found.fp8_flops == 0
 
 
 def test_the_bound_of_fp8():
