@@ -48,7 +48,7 @@ def build_engines(
         backend: with ``precision``, from :func:`qwen2vl_trt.engines.backends.find_backend`.
         folder: where the engines go; made if missing.
         force: build whatever the folder holds; older engines work until the new ones do.
-        adapter: to merge into the model; in FP8 that was done before the model was quantised.
+        adapter: to merge into the model; with quantised weights that was done before they were.
 
     Returns:
         Whether anything was built.
@@ -100,7 +100,7 @@ def build_engines(
             if not force and _is_built(planned, folder, logging.DEBUG):  # what is damaged has been said
                 return False
             with staged(folder) as staging, progress_bar() as progress:
-                merges = adapter is not None and not numbers.fp8
+                merges = adapter is not None and numbers.weights is None
                 steps = BuildSteps(progress, model.name, backend.steps + merges)
                 with ExitStack() as merging:
                     if adapter is not None and merges:

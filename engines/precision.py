@@ -21,6 +21,9 @@ FP16_REFUSED = (
 )
 """What it looks like: a cosine of 0.14 against FP32, https://github.com/NVIDIA/TensorRT-LLM/issues/3223."""
 
+QUANT_METHODS = ("awq", "rtn")
+"""How weights become INT4: scaled by Model Optimizer's search over calibration data first, or rounded to nearest."""
+
 
 @dataclass(frozen=True)
 class Precision:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -253,16 +253,41 @@ def _read_index(folder: Path) -> tuple[dict[str, Path], dict[str, TensorLocation
     return shards, locations
 
 
-def header_of(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """What a safetensors file begins with whose tensors have one type and follow in this order."""
+def header_of(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype | Mapping[str, torch.dtype]) -> bytes:
+    """What a safetensors file begins with whose tensors, of one type or each of its own, follow in this order."""
     name_of = {kind: name for name, kind in _DTYPES.items()}
     header, end = {}, 0
     for name, shape in shapes.items():
-        begin, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": name_of[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        kind = dtype if isinstance(dtype, torch.dtype) else dtype[name]
+        begin, end = end, end + kind.itemsize * math.prod(shape)
+        header[name] = {"dtype": name_of[kind], "shape": list(shape), "data_offsets": [begin, end]}
     raw = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw
+
+
+def write_tensors(path: Path, entries: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a safetensors file, one tensor in memory at a time.
+
+    Args:
+        entries: the tensors' types and shapes, by name; they may be on the meta device.
+        tensors: all of them by name, in any order.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    placed = sorted(entries, key=lambda name: -entries[name].itemsize)  # readers want each at a multiple of its size
+    header = header_of(
+        {name: tuple(entries[name].shape) for name in placed}, {name: entries[name].dtype for name in placed}
+    )
+    offsets, end = {}, len(header)
+    for name in placed:
+        offsets[name], end = end, end + entries[name].nbytes
+    with path.open("wb") as file:
+        file.write(header)
+        for name, tensor in tensors:
+            file.seek(offsets[name])
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def read_header(path: Path) -> dict[str, TensorLocation]:

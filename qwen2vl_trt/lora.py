@@ -297,7 +297,7 @@ class _Merge:
         if quantised:
             raise self._refuse(
                 f"{self._checkpoint.folder} is quantised: {_listed(quantised)}; an adapter is merged into BF16, FP16 or"
-                " FP32. Take the unquantised checkpoint: --precision fp8 quantises the merged one"
+                " FP32. Take the unquantised checkpoint: --precision fp8, int8, int4 or nvfp4 quantises the merged one"
             )
         tied = [name for name in (EMBEDDING, LM_HEAD) if name in changed]
         if tied and self._checkpoint.config.text.tie_word_embeddings:

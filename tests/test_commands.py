@@ -437,7 +437,11 @@ WRONG_OPTIONS = {
         "--precision",
         "fp16-decoder",
     ): "cannot be built in 'fp16-decoder', only in fp32",
-    (*ASK, "--calibration-size", "8"): "--calibration-size is for --precision fp8, not for fp32",
+    (
+        *ASK,
+        "--calibration-size",
+        "8",
+    ): "--calibration-size is for --precision fp8 and int4 (--quant-method awq), not for fp32",
     (*ASK, "--precision", "fp8", "--calibration-size", "0"): "--calibration-size is 0; it must be at least 1",
     (*ASK, "--model", "model", "--precision", "fp8"): "quantising model to FP8 needs images",
     (*ASK, "--precision", "fp8", "--calibration-data", "nothing"): "--calibration-data nothing holds no",

@@ -1,4 +1,4 @@
-"""What FP8 quantisation is calibrated with: requests, and the samples that the pipeline's own preprocessor makes."""
+"""What quantisation is calibrated with: requests, and the samples that the pipeline's own preprocessor makes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, MediaError, Qwen2VLError, reason
-from qwen2vl_trt.export.quantize import CalibrationSample
+from qwen2vl_trt.export.model_optimizer import CalibrationSample
 from qwen2vl_trt.mrope import rope_index
 from qwen2vl_trt.prompts import PromptBuilder
 from qwen2vl_trt.runtime.inputs.image_formats import image_suffixes

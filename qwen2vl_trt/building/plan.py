@@ -13,7 +13,7 @@ from qwen2vl_trt.engines.backends import BACKENDS, Backend, default_backend, loa
 from qwen2vl_trt.engines.build import default_engine_dir, differences, engines_in, in_words
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.engines.options import TensorRTLLMOptions, TensorRTOptions
-from qwen2vl_trt.engines.precision import BF16, FP32, Precision
+from qwen2vl_trt.engines.precision import BF16, FP32, QUANT_METHODS, Precision
 from qwen2vl_trt.engines.profile import BuildConfig, BuildProfile, flag, usual_profile
 from qwen2vl_trt.errors import BuildError
 from qwen2vl_trt.hub import TINY, ResolvedModel, resolve_model
@@ -45,6 +45,8 @@ class BuildRequest:
         calibration_data: a folder of images to quantise with; without one the model's own data, or what a checkpoint
             was quantised with that is there already.
         calibration_size: most of them to take.
+        quant_method: one of :data:`qwen2vl_trt.engines.precision.QUANT_METHODS`, for precision ``int4``; without one
+            that of a checkpoint that is there already, or the first.
         settings: limits (:class:`~qwen2vl_trt.engines.profile.BuildProfile`) and options of a backend, by name.
     """
 
@@ -59,6 +61,7 @@ class BuildRequest:
     device: str | None = None
     calibration_data: Path | None = None
     calibration_size: int | None = None
+    quant_method: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -124,7 +127,7 @@ def built_folder(request: BuildRequest) -> Path | None:
     if folder is None or request.model is not None or request.config:
         return None
     as_built = f"{folder} runs as it was built; name the --model to build again"
-    for name in ("revision", "lora", "calibration_data", "calibration_size"):
+    for name in ("revision", "lora", "calibration_data", "calibration_size", "quant_method"):
         if getattr(request, name) is not None:
             raise BuildError(f"{flag(name)} says how to build, but {as_built}")
     if request.force:
@@ -181,7 +184,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     fresh = usual_profile(model.name).as_dict() if config is None else {}
     given = (config.limits if config else {}) | request.given(BuildProfile.names())
     profile = BuildProfile.from_dict((found.profile.as_dict() if found else fresh) | given)
-    _check_calibration(backend.precision(precision), request)
+    _check_quantization(backend.precision(precision), request)
     defaults, kept = BuildProfile().as_dict() | fresh | given, profile.as_dict()
     return BuildPlan(
         request,
@@ -219,11 +222,18 @@ def _with_options(backend: Backend, request: BuildRequest, found: Manifest | Non
     return backend.with_options(there | given)
 
 
-def _check_calibration(precision: Precision, request: BuildRequest) -> None:
-    if not precision.fp8:
-        for name in ("calibration_data", "calibration_size"):
-            if getattr(request, name) is not None:
-                raise BuildError(f"{flag(name)} is for --precision fp8, not for {precision.name}")
+def _check_quantization(precision: Precision, request: BuildRequest) -> None:
+    method = request.quant_method
+    if method is not None:
+        if precision.weights != "int4":
+            raise BuildError(f"--quant-method is for --precision int4, not for {precision.name}")
+        if method not in QUANT_METHODS:
+            raise BuildError(f"--quant-method is {method!r:.60}; known: {', '.join(QUANT_METHODS)}")
+    calibrated = precision.fp8 or (precision.weights == "int4" and method != "rtn")
+    for name in ("calibration_data", "calibration_size"):
+        if getattr(request, name) is not None and not calibrated:
+            given = f"--quant-method {method}" if method else precision.name
+            raise BuildError(f"{flag(name)} is for --precision fp8 and int4 (--quant-method awq), not for {given}")
     size = request.calibration_size
     if size is not None and size < 1:
         raise BuildError(f"--calibration-size is {size}; it must be at least 1")

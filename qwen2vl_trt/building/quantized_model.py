@@ -1,4 +1,4 @@
-"""From a model to its FP8 checkpoint in ``artifacts/<model>-fp8``, made once and found again.
+"""From a model to its quantised checkpoint in ``artifacts/<model>-<precision>``, made once and found again.
 
 A record in it says what it was made from; a folder of that name is whole. One of another model or of other calibration
 data stays, unless ``--force`` replaces it. Engines have the record too, and serve without the checkpoint.
@@ -8,39 +8,50 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from filelock import FileLock
+from rich.progress import Progress
 
 from qwen2vl_trt.checkpoint import RECORD, Checkpoint
 from qwen2vl_trt.config import read_json
 from qwen2vl_trt.engines.manifest import Manifest
+from qwen2vl_trt.engines.precision import Precision
 from qwen2vl_trt.engines.progress import progress_bar
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError, reason
-from qwen2vl_trt.export.quantize import check_quantizer, quantize_checkpoint
+from qwen2vl_trt.export.awq import PASSES, awq_factors, folded
+from qwen2vl_trt.export.model_optimizer import CalibrationSample, check_quantizer
+from qwen2vl_trt.export.quantize import quantize_checkpoint
+from qwen2vl_trt.export.weight_only import Changes, decoder_linears, quantize_weights
 from qwen2vl_trt.export.weights import merged_checkpoint
 from qwen2vl_trt.hub import TINY
-from qwen2vl_trt.lora import Adapter
 from qwen2vl_trt.quantization import fp8_layers
 
 from .calibration import Calibration, CalibrationData, training_data
 from .plan import BuildPlan
 
-CALIBRATION_SIZE = 512
+CALIBRATION_SIZES = {"max": 512, "awq": 128}
+"""By Model Optimizer's algorithm. AWQ tries eleven factors on every layer with every sample."""
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What a quantised checkpoint was made from, and its own hash; ``lora_hash`` of the adapter merged before."""
+    """What a quantised checkpoint was made from, and its own hash; ``lora_hash`` of the adapter merged before.
+
+    ``method`` is Model Optimizer's ``max`` or ``awq``, or ``rtn``: to nearest, without calibration.
+    """
 
     model_hash: str
-    calibration: str
-    samples: int
+    calibration: str = ""
+    samples: int = 0
     quantized_hash: str = ""
     lora_hash: str = ""
+    method: str = "max"
 
     @classmethod
     def of(cls, folder: Path) -> _Record | None:
@@ -52,25 +63,44 @@ class _Record:
             return None
 
 
+def _method(plan: BuildPlan) -> str:
+    """How weights are quantised where no checkpoint is there."""
+    if _precision(plan).fp8:
+        return "max"
+    return (plan.request.quant_method or "awq") if _precision(plan).weights == "int4" else "rtn"
+
+
+def _precision(plan: BuildPlan) -> Precision:
+    return plan.backend.precision(plan.precision)
+
+
 def _data(plan: BuildPlan, size: int) -> CalibrationData:
     if plan.request.calibration_data is not None:
         return CalibrationData.from_folder(plan.request.calibration_data, size)
     if plan.model.name == TINY:
         return training_data(size)
-    raise BuildError(f"quantising {plan.model.name} to FP8 needs images like those it will see: --calibration-data DIR")
+    without = "" if _precision(plan).fp8 else ". --quant-method rtn needs none, and loses more"
+    raise BuildError(
+        f"quantising {plan.model.name} to {plan.precision.upper()} needs images like those it will see:"
+        f" --calibration-data DIR{without}"
+    )
 
 
 def _difference(plan: BuildPlan, checkpoint: Checkpoint, found: _Record) -> str | None:
-    """What a quantised checkpoint was made from, in words, if it does not do."""
+    """What a quantised checkpoint was made of or how, in words, if it does not do."""
+    request = plan.request
     if found.model_hash != checkpoint.hash:
-        return "another model"
+        return "from another model"
     if found.lora_hash != _lora_hash(plan):
-        return "another adapter (--lora)" if found.lora_hash else "the model without an adapter"
-    if plan.request.calibration_data is None and plan.request.calibration_size is None:
+        return "from another adapter (--lora)" if found.lora_hash else "from the model without an adapter"
+    calibrated = request.calibration_data is not None or request.calibration_size is not None
+    if found.method != _method(plan) and (request.quant_method is not None or calibrated):
+        return f"by another method ({found.method})"
+    if not calibrated:
         return None
-    data = _data(plan, plan.request.calibration_size or found.samples)
+    data = _data(plan, request.calibration_size or found.samples)
     same = (found.calibration, found.samples) == (data.identity, len(data.requests))
-    return None if same else f"other calibration data ({found.samples} samples)"
+    return None if same else f"from other calibration data ({found.samples} samples)"
 
 
 def _lora_hash(plan: BuildPlan) -> str:
@@ -78,11 +108,11 @@ def _lora_hash(plan: BuildPlan) -> str:
 
 
 def quantize_first(plan: BuildPlan) -> BuildPlan:
-    """Replace a model that is to be built in FP8 by its quantised checkpoint, made where it is missing.
+    """Replace a model that is to be built with quantised weights by its quantised checkpoint, made where it is missing.
 
     The plan stays as it is where it is for another precision, or the model is quantised already, in whatever format;
-    the build refuses those that are not FP8. Engines in its folder hold the quantised checkpoint that they were built
-    from: it is the one, if it does.
+    the build refuses those that are not of the precision's numbers. Engines in its folder hold the quantised checkpoint
+    that they were built from: it is the one, if it does.
 
     Raises:
         BuildError: no calibration data for this model, or something wrong with them; a quantised checkpoint or engines
@@ -90,8 +120,8 @@ def quantize_first(plan: BuildPlan) -> BuildPlan:
         MissingDependencyError: Model Optimizer is needed and not installed.
         CheckpointError: the model cannot be read.
     """
-    precision, force = plan.backend.precision(plan.precision), plan.request.force
-    if not precision.fp8:
+    precision, force = _precision(plan), plan.request.force
+    if precision.weights is None:
         return plan
     checkpoint = Checkpoint(plan.model.folder)
     if checkpoint.format is not None or fp8_layers(checkpoint):
@@ -101,11 +131,12 @@ def quantize_first(plan: BuildPlan) -> BuildPlan:
         difference = _difference(plan, checkpoint, built)
         if difference:
             raise BuildError(
-                f"{plan.folder} holds engines that were quantised from {difference}. Pass --force to replace them, or"
+                f"{plan.folder} holds engines that were quantised {difference}. Pass --force to replace them, or"
                 " give another --engine-dir"
             )
         return replace(plan, model=replace(plan.model, folder=plan.folder))
-    folder = Path("artifacts") / f"{plan.name}-fp8{'' if precision.fp8_vision else '-decoder'}"
+    decoder_alone = precision.fp8 and not precision.fp8_vision
+    folder = Path("artifacts") / f"{plan.name}-{plan.precision}{'-decoder' if decoder_alone else ''}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):  # two at once: the second finds the first one's work
@@ -114,15 +145,14 @@ def quantize_first(plan: BuildPlan) -> BuildPlan:
             found = _Record.of(folder)
             difference = _difference(plan, checkpoint, found) if found else None
             if difference and not force:
-                raise BuildError(f"{folder} was quantised from {difference}; pass --force to make it anew")
+                raise BuildError(f"{folder} was quantised {difference}; pass --force to make it anew")
             if engines and not found:  # here, before the hour of a calibration
                 raise BuildError(
                     f"{plan.folder} holds engines that do not say what they were quantised from. Run them as they are"
                     " (--engine-dir without --model), or pass --force to replace them"
                 )
             if difference or not found:
-                data = _data(plan, plan.request.calibration_size or CALIBRATION_SIZE)
-                _make(folder, checkpoint, data, precision.fp8_vision, plan.adapter)
+                _make(folder, checkpoint, plan)
     except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
         raise BuildError(f"{folder}: {reason(error)}; what it held is unchanged") from None
     return replace(plan, model=replace(plan.model, folder=folder))
@@ -141,10 +171,17 @@ def _check_ours(folder: Path) -> None:
         raise BuildError(f"{folder} is not a checkpoint that was quantised here (it has no {RECORD}); move it away")
 
 
-def _make(folder: Path, checkpoint: Checkpoint, data: CalibrationData, vision: bool, adapter: Adapter | None) -> None:
-    check_quantizer()
-    calibration = Calibration(checkpoint, data)
-    calibration.check()
+def _make(folder: Path, checkpoint: Checkpoint, plan: BuildPlan) -> None:
+    method, adapter = _method(plan), plan.adapter
+    record = _Record(checkpoint.hash, lora_hash=_lora_hash(plan), method=method)
+    calibration: Iterable[CalibrationSample] = ()
+    if method in CALIBRATION_SIZES:
+        data = _data(plan, plan.request.calibration_size or CALIBRATION_SIZES[method])
+        check_quantizer()
+        samples = Calibration(checkpoint, data)
+        samples.check()
+        calibration = samples
+        record = replace(record, calibration=data.identity, samples=len(data.requests))
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
@@ -153,18 +190,37 @@ def _make(folder: Path, checkpoint: Checkpoint, data: CalibrationData, vision: b
             if adapter is not None:
                 shutil.rmtree(merged, ignore_errors=True)
                 source = merging.enter_context(merged_checkpoint(checkpoint, adapter, merged))
-            task = progress.add_task("calibrating", total=len(data.requests))
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            made = quantize_checkpoint(source, unfinished, calibration, device, lambda: progress.advance(task), vision)
-        lora_hash = adapter.hash if adapter else ""
-        record = _Record(checkpoint.hash, data.identity, len(data.requests), made.hash, lora_hash)
-        (unfinished / RECORD).write_text(json.dumps(asdict(record), indent=2), encoding="utf-8")
+            made = _quantize(source, unfinished, _precision(plan), record, calibration, progress)
+        text = json.dumps(asdict(replace(record, quantized_hash=made.hash)), indent=2)
+        (unfinished / RECORD).write_text(text, encoding="utf-8")
         if folder.exists():
             folder.rename(_older(folder))
         unfinished.rename(folder)
     finally:
         _put_back(folder)
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _quantize(
+    source: Checkpoint,
+    folder: Path,
+    precision: Precision,
+    record: _Record,
+    samples: Iterable[CalibrationSample],
+    progress: Progress,
+) -> Checkpoint:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    changes: Changes = {}
+    if record.samples:
+        passes = PASSES if record.method == "awq" else 1
+        task = progress.add_task("calibrating", total=passes * record.samples)
+        on_sample = partial(progress.advance, task)
+        if precision.fp8:
+            return quantize_checkpoint(source, folder, samples, device, on_sample, precision.fp8_vision)
+        changes = folded(source, awq_factors(source, samples, device, on_sample))
+    assert precision.weight_only is not None
+    rounding = progress.add_task("quantising", total=len(decoder_linears(source)))
+    return quantize_weights(source, folder, precision.weight_only, changes, partial(progress.advance, rounding))
 
 
 def _older(folder: Path) -> Path:

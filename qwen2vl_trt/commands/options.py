@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import qwen2vl_trt
 from qwen2vl_trt.engines.backends import BACKENDS
 from qwen2vl_trt.engines.options import ATTENTION_MASKS, EITHER_MASK, HARDWARE_COMPATIBILITY, VISION_BACKENDS
-from qwen2vl_trt.engines.precision import FP16_REFUSED
+from qwen2vl_trt.engines.precision import FP16_REFUSED, QUANT_METHODS
 from qwen2vl_trt.engines.profile import BuildProfile, flag
 from qwen2vl_trt.errors import MediaError, reason, shortened
 from qwen2vl_trt.media_options import ImageOptions, VideoOptions
@@ -148,14 +148,23 @@ def add_build_arguments(parser: argparse.ArgumentParser, device: bool = True) ->
     )
     for name in BuildProfile.names():
         group.add_argument(flag(name), type=int, metavar="N", help=_LIMITS[name])
-    group = parser.add_argument_group("quantisation (--precision fp8 of a model that is not quantised)")
+    group = parser.add_argument_group(
+        "quantisation (of a model that is not quantised, with --precision fp8, int8, int4 or nvfp4)"
+    )
     group.add_argument(
         "--calibration-data",
         type=folder_name,
         metavar="DIR",
-        help="images, and prompts.jsonl; tiny has its training images",
+        help="fp8, int4: images, and prompts.jsonl; tiny has its training images",
     )
-    group.add_argument("--calibration-size", type=int, metavar="N", help="most of them to take (default 512)")
+    group.add_argument(
+        "--calibration-size", type=int, metavar="N", help="most of them to take (default: fp8 512, int4 128)"
+    )
+    group.add_argument(
+        "--quant-method",
+        choices=QUANT_METHODS,
+        help="int4: AWQ's scaling by Model Optimizer (default), or round to nearest, without calibration data",
+    )
     group = parser.add_argument_group("TensorRT")
     group.add_argument("--builder-optimization-level", type=int, metavar="N", help="0 (fast build) to 5")
     group.add_argument("--strip-weights", action="store_true", default=None, help="plans without weights (tensorrt)")

@@ -79,7 +79,7 @@ def stated_format(folder: Path) -> Format | None:
 
 
 def _refused(folder: Path, method: str) -> CheckpointError:
-    way_out = "Take the unquantised checkpoint: --precision fp8 quantises it"
+    way_out = "Take the unquantised checkpoint: --precision fp8, int8, int4 or nvfp4 quantises it"
     if method.startswith("bitsandbytes"):
         way_out += ". In Transformers, model.dequantize() and save_pretrained make one"
     return CheckpointError(f"{folder} is quantised by {method}; {_READABLE} can be read. {way_out}")

@@ -11,6 +11,9 @@ from torch import Tensor
 
 Numbers = Literal["int4", "int8", "nvfp4"]
 """That weights are rounded to, as ``--precision`` names them."""
+NVFP4_BLOCK = 16
+"""Input channels of a scale."""
+E2M1_MAX = 6
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     """Unsigned numbers of 4 or 8 bits out of larger ones, the lowest bits first: ``[n, m]`` to ``[n, k * m]`` uint8."""
     octets = packed.contiguous().view(torch.uint8)
     return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), -1).flatten(1)
+
+
+def pack(numbers: Tensor, bits: int) -> Tensor:
+    """The other way: ``[n, m]`` uint8 to ``[n, m * bits / 8]`` uint8."""
+    return numbers if bits == 8 else numbers[:, ::2] | numbers[:, 1::2] << 4
 
 
 def e2m1(codes: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from PIL import Image
 from qwen2vl_trt.building.calibration import DEFAULT_PROMPT, Calibration, CalibrationData, training_data
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError
-from qwen2vl_trt.export.quantize import _arguments
+from qwen2vl_trt.export.model_optimizer import arguments_of
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.runtime.request import Request
 
@@ -116,7 +116,7 @@ def test_samples_are_what_transformers_processor_makes(folder):
     images = [folder / "a.png", folder / "b.JPG"]
     data = CalibrationData([Request("What digits are in the images?", images)], "")
     (sample,) = Calibration(checkpoint(), data)
-    found = _arguments(sample, "cpu")
+    found = arguments_of(sample, "cpu")
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": "What digits are in the images?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     expected = processor(
@@ -135,5 +135,5 @@ def test_the_tiny_models_own_data():
     assert len(data.requests) == 120
     assert {(len(request.images), len(request.videos)) for request in data.requests} >= {(1, 0), (2, 0), (0, 1)}
     (sample,) = Calibration(checkpoint(), CalibrationData([next(r for r in data.requests if r.videos)], ""))
-    assert set(_arguments(sample, "cpu")) >= {"pixel_values_videos", "video_grid_thw"}
+    assert set(arguments_of(sample, "cpu")) >= {"pixel_values_videos", "video_grid_thw"}
     assert sample.position_ids[0].max() > 0

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import qwen2vl_trt.export.quantize
 from qwen2vl_trt.building.calibration import Calibration, training_data
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.decoder import Decoder
 from qwen2vl_trt.errors import BuildError, CheckpointError, MissingDependencyError
-from qwen2vl_trt.export.quantize import CalibrationSample, fp8_config, quantize_checkpoint
+from qwen2vl_trt.export.model_optimizer import CalibrationSample, arguments_of
+from qwen2vl_trt.export.quantize import fp8_config, quantize_checkpoint
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.quantization import fp8_layers, use_fp8
 from qwen2vl_trt.vision import VisionTransformer
@@ -82,7 +82,7 @@ def model_optimizers_own(samples):
 
     def calibrate(model):
         for sample in samples:
-            model(**qwen2vl_trt.export.quantize._arguments(sample, "cpu"), use_cache=False)
+            model(**arguments_of(sample, "cpu"), use_cache=False)
 
     with torch.no_grad():
         mtq.quantize(model, fp8_config(), calibrate)
@@ -198,7 +198,7 @@ class TestWhatGoesWrong:
         def full(*arguments):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(qwen2vl_trt.export.quantize, "_run_model_optimizer", full)
+        monkeypatch.setattr("qwen2vl_trt.export.quantize.calibrated_model", full)
         with pytest.raises(BuildError, match=r"fp8: No space left on device; nothing that loads was left there"):
             quantize_checkpoint(tiny(), tmp_path / "fp8", [])
 

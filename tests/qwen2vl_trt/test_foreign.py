@@ -60,7 +60,7 @@ def test_other_models_of_qwens(tmp_path, model_type, name):
 def test_quantisations_that_are_not_read(tmp_path, config, name):
     message = refusal(write(tmp_path, config__json=MINIMAL_CONFIG | {"quantization_config": config}))
     assert f"is quantised by {name}; AWQ, GPTQ" in message
-    assert "can be read. Take the unquantised checkpoint: --precision fp8 quantises it" in message
+    assert "can be read. Take the unquantised checkpoint: --precision fp8, int8, int4 or nvfp4 quantises it" in message
     assert ("model.dequantize()" in message) == (name.startswith("bitsandbytes"))
 
 

@@ -349,7 +349,7 @@ def test_a_quantised_checkpoint(model, refusal, tmp_path):
     edit_checkpoint(folder, lambda tensors: in_fp8(tensors, lambda name: "visual.blocks.0.mlp.up_proj" in name))
     message = refusal(checkpoint=folder)
     assert "is quantised: model.visual.blocks.0.mlp.up_proj.weight (torch.float8_e4m3fn)" in message
-    assert "Take the unquantised checkpoint: --precision fp8 quantises the merged one" in message
+    assert "Take the unquantised checkpoint: --precision fp8, int8, int4 or nvfp4 quantises the merged one" in message
 
 
 def test_a_checkpoint_in_awq(model, refusal, tmp_path):
