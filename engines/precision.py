@@ -34,7 +34,9 @@ class Precision:
         vision_type: PyTorch's name for the type of the vision tower, and of the pixels that it takes.
         decoder_type: likewise of the decoder, of the embeddings that it takes and of its cache.
         weights: what linear layers hold their weights in, where that is another type: FP8 layers compute in it too;
-            those of 4 and 8 bits are the decoder's alone, and everything between them is in these types.
+            those of 4 and 8 bits are the decoder's alone, and everything between them is in these types. Backends that
+            compute on a CPU then hold ``lm_head`` in 8 bits, too, rounded to nearest: checkpoints leave it in 16, and
+            it would be most of what a step reads.
         fp8_vision: FP8 layers are those of the vision tower too.
     """
 

@@ -66,7 +66,7 @@ def write_blocked(
     """
     names, layers, others = checkpoint_names(checkpoint), {}, 0
     with (folder / BLOCKED).open("wb") as file:
-        writer = _Writer(file, folder, dtype)
+        writer = BlockedFile(file, folder, dtype)
         for ours, theirs in names.items():
             if theirs not in checkpoint.packed or ours.startswith("visual."):
                 continue
@@ -102,12 +102,24 @@ def use_blocked(module: nn.Module, layers: Mapping[str, BlockedLayer]) -> nn.Mod
     return module
 
 
-class _Writer:
+class BlockedFile:
+    """Writes layers, one after another.
+
+    Args:
+        file: opened for writing, in ``folder``, by the name of :data:`BLOCKED`.
+        dtype: of the graph, and so of scales: TensorRT takes no others.
+    """
+
     def __init__(self, file: BinaryIO, folder: Path, dtype: torch.dtype) -> None:
         self._file, self._folder, self._dtype = file, folder, dtype
 
     def layer(self, weight: QuantizedLinear, bits: int, e2m1: bool) -> BlockedLayer | None:
-        """None where :func:`blocked` makes none of it."""
+        """Write a quantised weight; None where :func:`.blocked` makes no blocks of it.
+
+        Args:
+            bits: of integers.
+            e2m1: NVFP4 as it is; else as integers.
+        """
         found = blocked(weight, bits)
         if found is None:
             return None
@@ -134,7 +146,7 @@ class _Writer:
         return BlockedLayer(found.block_size, parts)
 
     def head(self, weight: Tensor) -> BlockedLayer:
-        """A weight of floating point in 8 bits, some rows at a time: it is the largest of all."""
+        """Write a weight of floating point in 8 bits, some rows at a time: ``lm_head`` is the largest of all."""
         values = torch.empty(weight.shape[1], weight.shape[0], dtype=torch.int8)
         scales = torch.empty(weight.shape[1] // HEAD_BLOCK, weight.shape[0])
         for first in range(0, len(weight), _HEAD_ROWS):
