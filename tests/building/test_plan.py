@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen2vl_trt import BuildError, LimitError, Pipeline, Request, SamplingParams
-from qwen2vl_trt.building.plan import BuildRequest, plan_build
+from qwen2vl_trt.building.plan import BuildRequest, built_folder, plan_build
 from qwen2vl_trt.engines import backends
 from qwen2vl_trt.engines.backends import BF16, FP32
 
@@ -103,3 +103,10 @@ def test_what_was_chosen_is_said_once(folder, caplog):
     assert caplog.messages == [
         f"building {folder}: backend onnxruntime in fp32 by default; --backend and --precision choose"
     ]
+
+
+def test_a_method_of_quantisation_that_there_is_not(folder):
+    with pytest.raises(BuildError, match="--quant-method is 'gptq'; known: awq, rtn"):
+        plan_build(BuildRequest(model="tiny", precision="int4", quant_method="gptq"))
+    with pytest.raises(BuildError, match=r"--quant-method says how to build, but .* runs as it was built"):
+        built_folder(BuildRequest(engine_dir=Path("engines"), quant_method="rtn"))

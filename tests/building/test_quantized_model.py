@@ -1,4 +1,4 @@
-"""The FP8 checkpoint of a model: made once, found again, made anew when something changes, never half."""
+"""The quantised checkpoint of a model: made once, found again, made anew when something changes, never half."""
 
 import json
 import os
@@ -35,8 +35,8 @@ def made(tmp_path, monkeypatch, fp8_checkpoint):
     return calls
 
 
-def plan(model=None, size=2, precision="fp8", force=False):
-    request = BuildRequest(calibration_size=size if precision == "fp8" else None, force=force)
+def plan(model=None, size=2, precision="fp8", force=False, method=None):
+    request = BuildRequest(calibration_size=size if precision == "fp8" else None, force=force, quant_method=method)
     found = model or resolve_model("tiny")
     return BuildPlan(request, found, BACKENDS["torch"], precision, BuildProfile(), Path("engines"))
 
@@ -131,6 +131,97 @@ class TestFound:
         given = plan(precision="bf16")
         assert quantize_first(given) is given
         assert made == []
+
+
+@pytest.fixture
+def int4(tmp_path, monkeypatch):
+    """A folder to work in; counts the searches for factors, of which each finds none."""
+    calls = []
+
+    def search(checkpoint, samples, device, on_sample):
+        calls.append(sum(1 for _ in samples))
+        return {}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quantized_model, "awq_factors", search)
+    monkeypatch.setattr(quantized_model, "folded", lambda checkpoint, factors: factors)
+    monkeypatch.setattr(quantized_model, "CALIBRATION_SIZES", {"awq": 3})
+    return calls
+
+
+def record():
+    return json.loads(Path("artifacts/tiny-int4", RECORD).read_text())
+
+
+class TestWeightsAlone:
+    @pytest.mark.parametrize("precision", ["int8", "nvfp4"])
+    def test_to_nearest_without_data_or_model_optimizer(self, tmp_path, monkeypatch, precision):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("qwen2vl_trt.errors.find_spec", lambda name: None)
+        other = replace(resolve_model("tiny"), name="other")  # which has no data of its own
+        first = quantize_first(plan(other, precision=precision))
+        assert first.model.folder == Path(f"artifacts/other-{precision}")
+        numbers = {weight.numbers for weight in Checkpoint(first.model.folder).packed.values()}
+        assert numbers == {precision}
+        found = json.loads((first.model.folder / RECORD).read_text())
+        assert (found["method"], found["calibration"], found["samples"]) == ("rtn", "", 0)
+        monkeypatch.setattr(quantized_model, "quantize_weights", None)  # not called again
+        assert quantize_first(plan(other, precision=precision)) == first
+
+    def test_int4_is_calibrated_unless_told(self, int4):
+        pytest.importorskip("modelopt", reason="NVIDIA Model Optimizer is not installed: the quantize extra")
+        quantize_first(plan(precision="int4"))
+        assert int4 == [3]
+        assert (record()["method"], record()["samples"]) == ("awq", 3)
+        with pytest.raises(BuildError, match=r"tiny-int4 was quantised by another method \(awq\); pass --force"):
+            quantize_first(plan(precision="int4", method="rtn"))
+        quantize_first(plan(precision="int4", method="rtn", force=True))
+        assert record()["method"] == "rtn"
+        assert len(int4) == 1
+        quantize_first(plan(precision="int4"))  # what is not said is no difference
+        assert len(int4) == 1
+        wanted = plan(precision="int4", method="awq")
+        with pytest.raises(BuildError, match=r"was quantised by another method \(rtn\)"):
+            quantize_first(wanted)
+        sized = replace(wanted, request=replace(wanted.request, quant_method=None, calibration_size=2))
+        with pytest.raises(BuildError, match=r"was quantised by another method \(rtn\)"):
+            quantize_first(sized)
+        quantize_first(forced(sized))
+        assert int4 == [3, 2]
+
+    def test_int4_of_another_model_needs_data_or_none(self, int4):
+        other = ResolvedModel("Qwen2.5-VL-7B", resolve_model("tiny").folder)
+        with pytest.raises(
+            BuildError, match=r"to INT4 needs images .* --calibration-data DIR\. --quant-method rtn needs"
+        ):
+            quantize_first(plan(other, precision="int4"))
+        quantize_first(plan(other, precision="int4", method="rtn"))
+        assert int4 == []
+
+    def test_engines_serve_without_the_checkpoint(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        first = quantize_first(plan(precision="int8"))
+        backend, precision = find_backend("torch", "int8")
+        build_engines(first.model, backend, precision, BuildProfile(), tmp_path / "engines")
+        shutil.rmtree(first.model.folder)
+        assert quantize_first(plan(precision="int8")).model.folder == Path("engines")
+
+    def test_a_model_that_is_quantised_already(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        made = quantize_first(plan(precision="int8")).model
+        for precision in ("int8", "int4"):  # the build refuses what does not fit
+            given = plan(replace(made, name="other"), precision=precision)
+            assert quantize_first(given) is given
+
+    def test_a_full_disk(self, tmp_path, monkeypatch):
+        def full(*arguments):
+            raise OSError(28, os.strerror(28))
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("qwen2vl_trt.export.weight_only.write_tensors", full)
+        with pytest.raises(BuildError, match="artifacts/tiny-int8: No space left on device; what it held is unchanged"):
+            quantize_first(plan(precision="int8"))
+        assert [path.name for path in Path("artifacts").iterdir()] == [".tiny-int8.lock"]
 
 
 class TestWhatGoesWrong:
