@@ -92,7 +92,7 @@ class TorchVision:
         return self.module(pixel_values, *(to_device(index, self.device) for index in layout.index_tensors.values()))
 
     def _optimize(self, dtype: torch.dtype) -> None:
-        _pack_weights(self.module, dtype, self.device)
+        _pack_weights(self.module, dtype, self.device, onednn.VISION_ROWS)
 
 
 class CudaVision(TorchVision):
@@ -205,7 +205,7 @@ class TorchDecoder:
         run_steps(self, chunk, {1, self.slots})
 
     def _optimize(self, dtype: torch.dtype) -> None:
-        _pack_weights(self.module, dtype, self.device)
+        _pack_weights(self.module, dtype, self.device, onednn.DECODER_ROWS)
 
 
 class CudaDecoder(TorchDecoder):
@@ -328,9 +328,11 @@ def _padding(layout: WindowLayout) -> float:
     return 1 - int(layout.window_lengths.sum()) / layout.sequence_position.numel()
 
 
-def _pack_weights(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _pack_weights(module: nn.Module, dtype: torch.dtype, device: torch.device, rows: tuple[int, ...]) -> None:
     if device.type == "cpu" and onednn.available(dtype):
-        onednn.pack(module, dtype)
+        layout = onednn.fastest(dtype, rows)
+        if layout != "plain":
+            onednn.pack(module, dtype, layout)
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,10 +1,10 @@
 """Linear layers over weights of 4 and 8 bits, which are never dequantised whole.
 
 On a CPU, weights of 4 bits go through PyTorch's ``aten::_weight_int4pack_mm_for_cpu``, in BF16 whatever the type of the
-activations, for its other types are plain loops. Its time grows with each row, so that from some rows on a tile of the
-weight after the other is dequantised. Weights of 8 bits go through oneDNN's products of bytes, exactly: an activation is
-two numbers of 7 bits there (:func:`split`). On a GPU, 4 bits go through ``aten::_weight_int4pack_mm``. All other weights
-are dequantised tile by tile in each call. These operators are private: each is tried on a small layer before its use.
+activations, for its other types are plain loops. Its time grows with each row: from some rows on, a tile of the weight
+after the other is dequantised. Weights of 8 bits go through oneDNN's products of bytes, exactly: an activation is two
+numbers of 7 bits there (:func:`split`). On a GPU, 4 bits go through ``aten::_weight_int4pack_mm``. All others are
+dequantised tile by tile in each call. These operators are private: on a CPU each is tried on a small layer before.
 """
 
 from __future__ import annotations
