@@ -226,7 +226,7 @@ BACKENDS = {
         ),
         Backend(
             "torch",
-            (BF16, FP32, FP16_DECODER, FP8),
+            (BF16, FP32, FP16_DECODER, FP8, INT8, INT4, NVFP4),
             "torch",
             builder="qwen2vl_trt.engines.builders:build_torch",
             runner="qwen2vl_trt.runtime.backends.torch_runner",

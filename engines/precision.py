@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
@@ -104,6 +104,13 @@ def cpu_precision() -> Precision:
         slowdown,
     )
     return chosen
+
+
+def computed_on_cpu(precision: Precision) -> Precision:
+    """As :func:`cpu_precision` for weights of 4 and 8 bits: what is between their products."""
+    if precision.weight_only is None or bf16_slowdown() < _EMULATED:
+        return precision
+    return replace(precision, vision_type="float32", decoder_type="float32")
 
 
 @cache

@@ -206,6 +206,8 @@ def fuse_mlp(module: nn.Module, fused_ops: FusedOps) -> None:
 
     def fused(mlp: SwiGLU) -> nn.Module | None:
         gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        if not all(isinstance(layer, (nn.Linear, FP8Linear)) for layer in (gate, up, down)):
+            return None
         missing = -_outputs(gate) % FP8_ALIGNMENT
         _pad(gate, rows=missing)
         _pad(up, rows=missing)

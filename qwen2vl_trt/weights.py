@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .layers import BlockedLinear, FP8Linear
+from .quantized.linear import PackedWeight
 from .transfer import PinnedReader
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def load_weights(
     prefix: str = "",
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    quantized: Callable[[nn.Linear, PackedWeight], nn.Module | None] | None = None,
 ) -> None:
     """Fill a module from a checkpoint, one tensor at a time, to a GPU without a copy on the host.
 
@@ -101,6 +103,8 @@ def load_weights(
         prefix: ``"visual."`` for the vision tower, ``""`` for the decoder. The other half's tensors are not looked at.
         dtype: of floating-point tensors but FP8 weights and their scales; None keeps the checkpoint's.
         device: of the loaded tensors.
+        quantized: makes the layer of a weight that the checkpoint packs, of the layer whose bias alone is loaded; where
+            it gives None, and without it, the weight is dequantised.
 
     Raises:
         CheckpointError: tensors missing, left over, of another shape or of whole numbers, named; nothing is loaded.
@@ -113,10 +117,16 @@ def load_weights(
     buffers = {prefix + name for name, _ in module.named_buffers()}
     loaded: dict[str, Tensor] = {}
     reader = PinnedReader(torch.device(device)) if torch.device(device).type == "cuda" else None
-    for ours, shape in wanted.items():
-        theirs = names[ours]
+    # Packed weights last: their layers are made with a bias.
+    for ours in sorted(wanted, key=lambda ours: names[ours] in checkpoint.packed):
+        shape, theirs = wanted[ours], names[ours]
         name, _, leaf = ours.removeprefix(prefix).rpartition(".")
         owner = module.get_submodule(name)
+        if quantized is not None and theirs in checkpoint.packed and isinstance(owner, nn.Linear):
+            layer = quantized(owner, checkpoint.packed[theirs])
+            if layer is not None:
+                module.set_submodule(name, layer)
+                continue
         if theirs not in loaded:
             kept = keeps_type(owner, leaf)
             if reader is None or theirs in checkpoint.packed:

@@ -212,8 +212,9 @@ def _best_form(layer: nn.Linear, x: torch.Tensor, device: torch.device) -> float
     """Seconds of a product, plain or, on a CPU, with the weight packed by oneDNN as the torch backend keeps it."""
     best = best_seconds(lambda: layer(x), device)
     if device.type == "cpu" and onednn.available(x.dtype):
-        packed = onednn.PackedLinear(layer)
-        best = min(best, best_seconds(lambda: packed(x), device))
+        for layout in onednn.PACKED:
+            packed = onednn.PackedLinear(layer, layout)
+            best = min(best, best_seconds(lambda: packed(x), device))  # noqa: B023
     return best
 
 

@@ -1,22 +1,45 @@
-"""Linear layers with weights prepacked in oneDNN's blocked layout, for the torch backend on a CPU.
+"""Linear layers with weights prepacked in oneDNN's blocked layouts, for the torch backend on a CPU.
 
-``torch.nn.functional.linear`` reorders its weight in every call, which triples the memory traffic of decoding. The
-operators here are those of torch's compiler for frozen CPU graphs (``torch/_inductor/fx_passes/mkldnn_fusion.py``).
-They are private, and without AVX-512 exist in FP32 alone, so :func:`available` tries them first.
+``torch.nn.functional.linear`` reorders its weight in every call of more than one row, which triples the memory traffic
+of decoding. The operators here are those of torch's compiler for frozen CPU graphs
+(``torch/_inductor/fx_passes/mkldnn_fusion.py``). They are private, and without AVX-512 exist in FP32 alone, so
+:func:`available` tries them first.
+
+oneDNN chooses a layout for a number of rows. Which is best for the rows that a module sees, or whether plain weights
+are, depends on the CPU and the type: :func:`fastest` times them. A weight is held in one layout.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import time
+from collections.abc import Callable
 from functools import cache
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen2vl_trt.layers import FP8Linear, SwiGLU
 from qwen2vl_trt.ops import quantize_fp8, rescale
 
 logger = logging.getLogger(__name__)
+
+Layout = Literal["plain", "one row", "many rows"]
+"""Of a weight: as PyTorch has it, or packed as oneDNN prefers it for so many rows."""
+PACKED: tuple[Layout, ...] = ("one row", "many rows")
+
+DECODER_ROWS, VISION_ROWS = (1, 8, 256), (256,)
+"""What the modules see: a step of one request and of several, and prompts; images."""
+
+_WIDTH = 2048
+_BYTES = 2**24
+"""Of the weight that is timed at few rows: more than most caches have for one core."""
+_MANY, _MANY_OUTPUTS = 64, 512
+_REPETITIONS = 3
+_CLEARLY_LESS = 0.9
 
 _TEST_WIDTH = 32
 _TOLERANCE = 0.05  # of the largest result: several roundings to BF16
@@ -33,26 +56,68 @@ def available(dtype: torch.dtype) -> bool:
         with torch.no_grad():
             for tensor in (x, *mlp.parameters()):
                 tensor.normal_(generator=generator)
-            found, expected = PackedSwiGLU(mlp)(x), mlp(x)
+            expected = mlp(x)
+            errors = [(PackedSwiGLU(mlp, layout)(x) - expected).abs().max() for layout in PACKED]
     except (AttributeError, RuntimeError, TypeError) as error:
         # Every CPU has them in FP32; in BF16 and FP16 only newer ones do.
         level = logging.INFO if isinstance(error, RuntimeError) and dtype != torch.float32 else logging.WARNING
         reason = " ".join(str(error).split())[:200]
         logger.log(level, "no packed linear layers of %s here; weights are reordered in every call: %s", dtype, reason)
         return False
-    if not (found - expected).abs().max() <= _TOLERANCE * expected.abs().max():
+    if not all(error <= _TOLERANCE * expected.abs().max() for error in errors):
         logger.warning("packed linear layers of %s are wrong here; they are left out, which costs time", dtype)
         return False
     return True
 
 
+def fastest(dtype: torch.dtype, rows: tuple[int, ...]) -> Layout:
+    """The layout with the least geometric mean of its times over some numbers of rows.
+
+    The one that oneDNN means for the fewest of them, unless another takes clearly less: two layouts add in different
+    orders, and a busy moment must not change an answer's last bits.
+    """
+    means: dict[Layout, float] = {
+        layout: math.prod(_seconds(layout, dtype, each) for each in rows) ** (1 / len(rows))
+        for layout in ("plain", *PACKED)
+    }
+    usual: Layout = "one row" if 1 in rows else "many rows"
+    best = min(means, key=lambda layout: means[layout])
+    chosen = best if means[best] < _CLEARLY_LESS * means[usual] else usual
+    shown = ", ".join(f"{layout} {mean * 1e3:.2f} ms" for layout, mean in means.items())
+    logger.debug("weights of %s for %s rows: %s (%s)", dtype, rows, chosen, shown)
+    return chosen
+
+
+@cache
+def _seconds(layout: Layout, dtype: torch.dtype, rows: int) -> float:
+    """What a product takes: the shortest of a few, once a process."""
+    outputs = _BYTES // (_WIDTH * dtype.itemsize) if rows < _MANY else _MANY_OUTPUTS
+    x, weight = torch.ones(rows, _WIDTH, dtype=dtype), torch.ones(outputs, _WIDTH, dtype=dtype)
+    if layout == "plain":
+        product: Callable[[], object] = lambda: F.linear(x, weight)  # noqa: E731
+    else:
+        packed = _packed(weight, layout)
+        product = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")  # noqa: E731
+    seconds = []
+    with torch.no_grad():
+        for _ in range(1 + _REPETITIONS):
+            began = time.perf_counter()
+            product()
+            seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])  # the first prepares its kernel
+
+
+def _packed(weight: Tensor, layout: Layout) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1 if layout == "one row" else None)
+
+
 class PackedLinear(nn.Module):
     """A linear layer with a fused ``activation``."""
 
-    def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
+    def __init__(self, linear: nn.Linear, layout: Layout, activation: str = "none") -> None:
         super().__init__()
         # Opaque to torch: neither a parameter nor a buffer can hold this layout.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.weight = _packed(linear.weight, layout)
         self.bias = None if linear.bias is None else linear.bias.detach()
         self.activation = activation
 
@@ -67,9 +132,9 @@ class PackedLinear(nn.Module):
 class PackedFP8Linear(nn.Module):
     """:class:`~qwen2vl_trt.layers.FP8Linear`, computed in its input's type; the weight is converted once."""
 
-    def __init__(self, linear: FP8Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: FP8Linear, dtype: torch.dtype, layout: Layout) -> None:
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), None)
+        self.weight = _packed(linear.weight.to(dtype), layout)
         self.input_scale = linear.input_scale.detach()
         self.scale = self.input_scale * linear.weight_scale.detach()
         self.bias = None if linear.bias is None else linear.bias.detach()
@@ -82,24 +147,24 @@ class PackedFP8Linear(nn.Module):
 class PackedSwiGLU(nn.Module):
     """:class:`~qwen2vl_trt.layers.SwiGLU` in three passes over its activations instead of five."""
 
-    def __init__(self, mlp: SwiGLU) -> None:
+    def __init__(self, mlp: SwiGLU, layout: Layout) -> None:
         super().__init__()
-        self.gate_proj = PackedLinear(mlp.gate_proj, "swish")
-        self.up_proj = PackedLinear(mlp.up_proj)
-        self.down_proj = PackedLinear(mlp.down_proj)
+        self.gate_proj = PackedLinear(mlp.gate_proj, layout, "swish")
+        self.up_proj = PackedLinear(mlp.up_proj, layout)
+        self.down_proj = PackedLinear(mlp.down_proj, layout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.up_proj.times(x, self.gate_proj(x)))
 
 
-def pack(module: nn.Module, dtype: torch.dtype) -> None:
+def pack(module: nn.Module, dtype: torch.dtype, layout: Layout) -> None:
     """Replace every linear layer of a module in place, one at a time to save memory; FP8 weights become ``dtype``."""
     for name, child in list(module.named_children()):
         if isinstance(child, SwiGLU) and all(isinstance(part, nn.Linear) for part in child.children()):
-            setattr(module, name, PackedSwiGLU(child))
+            setattr(module, name, PackedSwiGLU(child, layout))
         elif isinstance(child, FP8Linear):
-            setattr(module, name, PackedFP8Linear(child, dtype))
+            setattr(module, name, PackedFP8Linear(child, dtype, layout))
         elif isinstance(child, nn.Linear):
-            setattr(module, name, PackedLinear(child))
+            setattr(module, name, PackedLinear(child, layout))
         else:
-            pack(child, dtype)
+            pack(child, dtype, layout)

@@ -17,7 +17,7 @@ from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.backends import BACKENDS, Backend
 from qwen2vl_trt.engines.host_memory import warn_of_memory
 from qwen2vl_trt.engines.manifest import Manifest
-from qwen2vl_trt.engines.precision import Precision
+from qwen2vl_trt.engines.precision import Precision, computed_on_cpu
 from qwen2vl_trt.errors import BuildError, EngineError
 from qwen2vl_trt.lora import Adapter, Factors
 from qwen2vl_trt.windows import WindowLayout
@@ -214,6 +214,8 @@ def open_engines(folder: str | Path, device: str | None = None) -> Engines:
     runner = runner_module(backend)
     chosen = parse_device(device or runner.default_device())
     if chosen.type == "cpu":
+        if backend.measures_cpu:
+            precision = computed_on_cpu(precision)
         warn_of_memory(checkpoint, backend, precision)
     return Engines(folder, manifest, checkpoint, chosen, precision, backend, runner)
 

@@ -36,6 +36,7 @@ from .runners import Engines, run_steps
 from .steps import Chunk, Step
 from .torch_attention import SlotCache, SlotStep
 from .torch_graphs import Capture, GraphCapture, PackedSteps, head
+from .weight_only import round_head, weight_only
 
 
 def default_device() -> str:
@@ -50,7 +51,10 @@ def load_vision(engines: Engines) -> TorchVision:
 
 def load_decoder(engines: Engines) -> TorchDecoder:
     what = engines.checkpoint, engines.manifest.profile, engines.precision.decoder, engines.device
-    return CudaDecoder(*what) if engines.device.type == "cuda" else TorchDecoder(*what, adapters=engines.adapters)
+    quantized = engines.precision.weight_only is not None
+    if engines.device.type == "cuda":
+        return CudaDecoder(*what, quantized=quantized)
+    return TorchDecoder(*what, adapters=engines.adapters, quantized=quantized)
 
 
 _MIN_PADDING = 0.05
@@ -88,7 +92,7 @@ class TorchVision:
         return self.module(pixel_values, *(to_device(index, self.device) for index in layout.index_tensors.values()))
 
     def _optimize(self, dtype: torch.dtype) -> None:
-        _pack_weights(self.module, dtype, self.device)
+        _pack_weights(self.module, dtype, self.device, onednn.VISION_ROWS)
 
 
 class CudaVision(TorchVision):
@@ -131,7 +135,17 @@ class CudaVision(TorchVision):
 
 
 class TorchDecoder:
-    """See :class:`qwen2vl_trt.runtime.backends.runners.DecoderRunner`; ``adapters`` by the names that chunks have."""
+    """See :class:`qwen2vl_trt.runtime.backends.runners.DecoderRunner`.
+
+    Args:
+        checkpoint: has the weights.
+        profile: limits.
+        dtype: of activations and cache.
+        device: a CPU or a GPU.
+        adapters: by the names that chunks have.
+        quantized: compute with the weights of 4 and 8 bits that the checkpoint has (:mod:`.weight_only`), and on a CPU
+            with ``lm_head`` in 8 bits; otherwise they are dequantised.
+    """
 
     packed, enqueues = True, True
     cache: KVCache
@@ -143,14 +157,18 @@ class TorchDecoder:
         dtype: torch.dtype,
         device: torch.device,
         adapters: Mapping[str, Factors] = MappingProxyType({}),
+        quantized: bool = False,
     ) -> None:
         with torch.device("meta"):
             self.module = Decoder(checkpoint.config.text).eval()
             use_fp8(self.module, "", fp8_layers(checkpoint))
-        load_weights(self.module, checkpoint, "", dtype, device)
+        layer = partial(weight_only, device=device, dtype=dtype) if quantized else None
+        load_weights(self.module, checkpoint, "", dtype, device, layer)
         table = self.module.model.embed_tokens.weight
         self.embed = TokenEmbedding(checkpoint, dtype, device, table if device.type != "cpu" else None)
         del self.module.model.embed_tokens, table
+        if quantized and device.type == "cpu" and isinstance(self.module.lm_head, nn.Linear):
+            self.module.lm_head = round_head(self.module.lm_head, dtype) or self.module.lm_head  # type: ignore[assignment]
         self.module.model.inv_freq = self.module.model.inv_freq.to(device)
         self.slots, self.vocab_size = profile.max_num_seqs, checkpoint.config.text.vocab_size
         self.device = device
@@ -187,7 +205,7 @@ class TorchDecoder:
         run_steps(self, chunk, {1, self.slots})
 
     def _optimize(self, dtype: torch.dtype) -> None:
-        _pack_weights(self.module, dtype, self.device)
+        _pack_weights(self.module, dtype, self.device, onednn.DECODER_ROWS)
 
 
 class CudaDecoder(TorchDecoder):
@@ -201,6 +219,7 @@ class CudaDecoder(TorchDecoder):
         cuda_graphs: run under CUDA graphs.
         capture: captures a graph; by default :class:`GraphCapture`.
         compiled: compile pointwise operations (:mod:`qwen2vl_trt.fused_ops`), which takes seconds.
+        quantized: see :class:`TorchDecoder`.
         pages: of the cache; by default for ``slots`` sequences of ``max_seq_len`` tokens, or as many as fit the GPU.
 
     Raises:
@@ -219,9 +238,10 @@ class CudaDecoder(TorchDecoder):
         capture: Capture | None = None,
         compiled: bool = True,
         pages: int | None = None,
+        quantized: bool = False,
     ) -> None:
         self._most_pages = pages
-        super().__init__(checkpoint, profile, dtype, device)
+        super().__init__(checkpoint, profile, dtype, device, quantized=quantized)
         text = checkpoint.config.text
         fused = has_paged_attention(device, dtype, text.num_attention_heads, text.num_key_value_heads, text.head_dim)
         capture = (capture or GraphCapture(device)) if cuda_graphs else None
@@ -308,9 +328,11 @@ def _padding(layout: WindowLayout) -> float:
     return 1 - int(layout.window_lengths.sum()) / layout.sequence_position.numel()
 
 
-def _pack_weights(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _pack_weights(module: nn.Module, dtype: torch.dtype, device: torch.device, rows: tuple[int, ...]) -> None:
     if device.type == "cpu" and onednn.available(dtype):
-        onednn.pack(module, dtype)
+        layout = onednn.fastest(dtype, rows)
+        if layout != "plain":
+            onednn.pack(module, dtype, layout)
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from qwen2vl_trt.engines.backends import BACKENDS
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.layers import FP8Linear, SwiGLU
 from qwen2vl_trt.runtime.backends import onednn
+from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.vision import VisionTransformer
 from tests.support.bounds import BF16_STEP, FP32
 from tests.support.engine_folders import build
@@ -39,14 +40,15 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 64)])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", onednn.PACKED)
 @torch.no_grad()
-def test_packed_layers_equal_plain_ones(dtype, shape, bias):
+def test_packed_layers_equal_plain_ones(dtype, shape, bias, layout):
     torch.manual_seed(0)
     x = torch.randn(*shape, 48, dtype=dtype)
     linear = nn.Linear(48, 33, bias=bias, dtype=dtype)
-    assert close(onednn.PackedLinear(linear)(x), linear(x))
+    assert close(onednn.PackedLinear(linear, layout)(x), linear(x))
     mlp = SwiGLU(48, 85, bias=bias).to(dtype)
-    assert close(onednn.PackedSwiGLU(mlp)(x), mlp(x))
+    assert close(onednn.PackedSwiGLU(mlp, layout)(x), mlp(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +65,7 @@ def test_packed_fp8_layers_equal_plain_ones(dtype, bias):
         setattr(mlp, name, layer)
     x = torch.randn(3, 7, 48, dtype=dtype)
     expected = mlp(x)
-    onednn.pack(mlp, dtype)
+    onednn.pack(mlp, dtype, "one row")
     assert isinstance(mlp.down_proj, onednn.PackedFP8Linear)
     assert close(mlp(x), expected)
 
@@ -72,7 +74,7 @@ def test_packed_fp8_layers_equal_plain_ones(dtype, bias):
 def test_every_linear_layer_is_packed(dtype):
     tower = VisionTransformer(Qwen2VLConfig.from_folder(resolve_model("tiny").folder).vision).to(dtype)
     count = sum(isinstance(module, nn.Linear) for module in tower.modules())
-    onednn.pack(tower, dtype)
+    onednn.pack(tower, dtype, "many rows")
     assert sum(isinstance(module, onednn.PackedLinear) for module in tower.modules()) == count
     assert not any(isinstance(module, nn.Linear) for module in tower.modules())
 
@@ -99,12 +101,59 @@ def test_where_packing_fails_layers_stay_plain_and_answers_right(tmp_path, monke
     """Without AVX-512 the operator is there and raises for BF16; that ended the first request in a traceback."""
     folder = build(resolve_model("tiny").folder, tmp_path, "torch", precision)
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", PackingWithout(*without))
+    monkeypatch.setattr(onednn, "_seconds", lambda layout, dtype, rows: 1.0)
     onednn.available.cache_clear()
     text, plain = answer(folder)
     assert text == "92059"
     dtype = BACKENDS["torch"].precision(precision).decoder
     assert plain == (not onednn.available(dtype))
     assert plain or dtype not in without
+
+
+@pytest.mark.parametrize(
+    ("rows", "plain", "few", "many", "chosen"),
+    [
+        ((1, 512), (1, 1), (1, 1), (1, 1), "one row"),
+        ((1, 512), (1, 1), (1, 1), (0.5, 1), "many rows"),
+        ((1, 512), (0.7, 0.9), (1, 1), (0.9, 0.9), "plain"),
+        ((1, 512), (0.9, 0.95), (1, 1), (1, 1), "one row"),  # within what a busy moment takes
+        ((1, 512), (0.5, 4), (1, 1), (2, 1), "one row"),
+        ((512,), (9, 0.95), (9, 1), (9, 1), "many rows"),
+        ((512,), (9, 0.8), (9, 1), (9, 1), "plain"),
+        ((512,), (9, 0.8), (9, 0.7), (9, 1), "one row"),
+    ],
+)
+def test_the_layout_follows_from_what_products_take(rows, plain, few, many, chosen, monkeypatch):
+    """Times of 1 and of 512 rows."""
+    times = {
+        (layout, each): taken
+        for layout, pair in (("plain", plain), ("one row", few), ("many rows", many))
+        for each, taken in zip((1, 512), pair)
+    }
+    monkeypatch.setattr(onednn, "_seconds", lambda layout, dtype, rows: times[layout, rows])
+    assert onednn.fastest(torch.float32, rows) == chosen
+
+
+@pytest.mark.parametrize("layout", ["plain", *onednn.PACKED])
+def test_a_decoder_has_the_layout_that_was_chosen(layout, tmp_path, monkeypatch):
+    """And no weight twice."""
+    monkeypatch.setattr(onednn, "available", lambda dtype: True)
+    monkeypatch.setattr(onednn, "fastest", lambda dtype, rows: layout if rows == onednn.DECODER_ROWS else "plain")
+    packed = []
+    monkeypatch.setattr(onednn, "_packed", lambda weight, layout: packed.append(layout) or weight)
+    engines = open_engines(build(resolve_model("tiny").folder, tmp_path, "torch", "fp32"), "cpu")
+    decoder, tower = engines.decoder.module, engines.vision.module
+    layers = 7 * decoder.config.num_hidden_layers + 1
+    assert packed == ([] if layout == "plain" else [layout] * layers)
+    assert sum(isinstance(module, nn.Linear) for module in decoder.modules()) == (layers if layout == "plain" else 0)
+    assert any(isinstance(module, nn.Linear) for module in tower.modules())
+
+
+@pytest.mark.parametrize("layout", ["plain", *onednn.PACKED])
+@pytest.mark.parametrize("rows", [1, 512])
+def test_a_product_is_timed(layout, rows, monkeypatch):
+    monkeypatch.setattr(onednn, "_BYTES", 2**20)
+    assert 0 < onednn._seconds.__wrapped__(layout, torch.float32, rows) < 60
 
 
 @pytest.mark.usefixtures("asked_anew")
