@@ -204,7 +204,7 @@ class Int8Linear(nn.Module):
         return high.mul_(_HALF).add_(low).mul_(unit).type_as(x)
 
 
-class BlockedLinear(nn.Module):
+class DequantizedLinear(nn.Module):
     """``x [n, in]`` times any such weight, dequantised tile by tile in every call."""
 
     def __init__(self, weight: BlockedWeight) -> None:
@@ -324,12 +324,12 @@ def _product(weight: BlockedWeight, dtype: torch.dtype) -> nn.Module:
     groups = weight.bits == 4 and weight.block_size in _INT4_GROUPS
     if weight.values.device.type == "cuda":
         fits = dtype == torch.bfloat16 and not out % 8 and not channels % (16 * _INNER_K_TILES)
-        return CudaInt4Linear(weight) if groups and fits and has_cuda_int4() else BlockedLinear(weight)
+        return CudaInt4Linear(weight) if groups and fits and has_cuda_int4() else DequantizedLinear(weight)
     if groups and not out % _INT4_OUTPUTS and int4_rows() > 0:
         return Int4Linear(weight)
     if weight.bits == 8 and _part(weight) >= _SMALLEST_PART and has_int8():
         return Int8Linear(weight)
-    return BlockedLinear(weight)
+    return DequantizedLinear(weight)
 
 
 def _part(weight: BlockedWeight) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from qwen2vl_trt.quantized.blocks import BlockedWeight
 from qwen2vl_trt.runtime.backends import weight_only
-from qwen2vl_trt.runtime.backends.weight_only import BlockedLinear, Int4Linear, Int8Linear, WeightOnlyLinear
+from qwen2vl_trt.runtime.backends.weight_only import DequantizedLinear, Int4Linear, Int8Linear, WeightOnlyLinear
 from tests.support.bounds import BF16_STEP
 
 OUT, IN = 320, 256  # a whole tile of outputs, and a part of one
@@ -19,8 +19,8 @@ KINDS = {
     "int4": (4, 64, Int4Linear, 2 * BF16_STEP),  # input, scale, weight and result are rounded to BF16
     "int8 by channel": (8, IN, Int8Linear, 0),
     "int8 in blocks": (8, 128, Int8Linear, 0),
-    "int8 in small blocks": (8, 32, BlockedLinear, 0),
-    "nvfp4": (8, 16, BlockedLinear, 0),
+    "int8 in small blocks": (8, 32, DequantizedLinear, 0),
+    "nvfp4": (8, 16, DequantizedLinear, 0),
 }
 
 
@@ -130,7 +130,7 @@ def test_without_the_product_of_four_bits(operator, monkeypatch):
     monkeypatch.setattr(torch.ops.aten, operator, raises)
     form = weight(4, 64, zeros=True)
     layer = WeightOnlyLinear(form, None, torch.float32)
-    assert type(layer.product) is BlockedLinear
+    assert type(layer.product) is DequantizedLinear
     check(layer, form, inputs(3, torch.float32), 0)
 
 
@@ -145,7 +145,7 @@ def test_products_that_are_wrong_are_left_out(monkeypatch, caplog):
     monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", saturating)
     form = weight(8, IN)
     layer = WeightOnlyLinear(form, None, torch.float32)
-    assert type(layer.product) is BlockedLinear
+    assert type(layer.product) is DequantizedLinear
     assert "products of bytes are wrong here" in caplog.text
     check(layer, form, inputs(3, torch.float32), 0)
 
@@ -154,7 +154,7 @@ def test_products_that_are_wrong_are_left_out(monkeypatch, caplog):
 def test_widths_that_no_product_takes():
     form = weight(4, 64, out=OUT + 8)
     layer = WeightOnlyLinear(form, None, torch.float32)
-    assert type(layer.product) is BlockedLinear
+    assert type(layer.product) is DequantizedLinear
     check(layer, form, inputs(3, torch.float32), 0)
 
 
