@@ -11,7 +11,6 @@ from qwen2vl_trt.runtime.model_files import ModelFiles
 from qwen2vl_trt.runtime.options import PipelineOptions
 
 from .plan import BuildPlan, BuildRequest, built_folder, plan_build
-from .quantized_model import quantize_first
 
 
 def engine_folder(request: BuildRequest, options: PipelineOptions | None = None) -> Path:
@@ -42,5 +41,7 @@ def build_planned(plan: BuildPlan, options: PipelineOptions | None = None) -> bo
     force = plan.request.force
     if force or engines_in(plan.folder) is None:
         ModelFiles.read(plan.model.folder, Qwen2VLConfig.from_folder(plan.model.folder), plan.profile, options)
+    from .quantized_model import quantize_first  # the export's packages, which engines that are there do not need
+
     plan = quantize_first(plan)
     return build_engines(plan.model, plan.backend, plan.precision, plan.profile, plan.folder, force, plan.adapter)
