@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("artifacts/serving"), help="default %(default)s")
     arguments = parser.parse_args()
     model = random_checkpoint(arguments.shape, arguments.layers, arguments.blocks, arguments.work).resolve()
-    _answer_with_known_tokens(model)
+    answer_with_known_tokens(model)
     rows = []
     for name, command in _servers(arguments, model).items():
         with _serving(command, arguments.work / f"{name}.log") as address:
@@ -92,7 +92,7 @@ def _servers(arguments: argparse.Namespace, model: Path) -> dict[str, list[str]]
     return {name: [*map(str, command)] for name, command in commands.items()}
 
 
-def _answer_with_known_tokens(model: Path) -> None:
+def answer_with_known_tokens(model: Path) -> None:
     """Zero the rows of the vocabulary that the tokenizer does not have, so that every answer has text."""
     known = Tokenizer.from_file(str(model / "tokenizer.json")).get_vocab_size()
     file = model / SINGLE_FILE

@@ -13,7 +13,6 @@ import torch
 from qwen2vl_trt import __version__
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.errors import BuildError, EngineError, program, reason
-from qwen2vl_trt.export.weights import merged_checkpoint
 from qwen2vl_trt.hub import ResolvedModel
 from qwen2vl_trt.lora import Adapter
 from qwen2vl_trt.quantization import fp8_layers
@@ -104,6 +103,8 @@ def build_engines(
                 steps = BuildSteps(progress, model.name, backend.steps + merges)
                 with ExitStack() as merging:
                     if adapter is not None and merges:
+                        from qwen2vl_trt.export.weights import merged_checkpoint  # SymPy, which a run needs not
+
                         steps("merging the adapter")
                         merged = merged_checkpoint(checkpoint, adapter, staging / ".merged")
                         checkpoint = merging.enter_context(merged)

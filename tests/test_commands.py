@@ -803,6 +803,14 @@ print([name for name in {HEAVY} if name in sys.modules])"""
     assert done.stderr.count("\n") == 1
 
 
+def test_engines_that_are_there_run_without_the_packages_of_an_export(engines, user):
+    """ONNX IR brings SymPy: 0.4 s of a start."""
+    arguments = [*map(str, engines), "--prompt", "Hello", "--max-tokens", "1"]
+    code = f"import sys; from qwen2vl_trt import commands; commands.main({arguments}); print('onnx_ir' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=user, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\nFalse\n")
+
+
 def test_help_has_groups_the_everyday_ones_first(call):
     for arguments in (
         (run, "generate"),

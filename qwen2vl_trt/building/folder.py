@@ -12,7 +12,6 @@ from qwen2vl_trt.runtime.model_files import ModelFiles
 from qwen2vl_trt.runtime.options import PipelineOptions
 
 from .plan import BuildPlan, BuildRequest, built_folder, plan_build
-from .quantized_model import quantize_first
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +44,10 @@ def build_planned(plan: BuildPlan, options: PipelineOptions | None = None) -> bo
     force = plan.request.force
     if force or engines_in(plan.folder) is None:
         ModelFiles.read(plan.model.folder, Qwen2VLConfig.from_folder(plan.model.folder), plan.profile, options)
-    chosen = plan.request.backend and plan.request.precision
-    if not chosen and (force or engines_in(plan.folder) is None):
-        message = "building %s: backend %s in %s by default; --backend and --precision choose"
-        logger.info(message, plan.folder, plan.backend.name, plan.precision)
+        if plan.request.backend is None or plan.request.precision is None:
+            message = "building %s: backend %s in %s by default; --backend and --precision choose"
+            logger.info(message, plan.folder, plan.backend.name, plan.precision)
+    from .quantized_model import quantize_first  # the export's packages, which engines that are there do not need
+
     plan = quantize_first(plan)
     return build_engines(plan.model, plan.backend, plan.precision, plan.profile, plan.folder, force, plan.adapter)

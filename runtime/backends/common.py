@@ -40,6 +40,7 @@ class KVCache:
     Attributes:
         owner: the scheduler that wrote last. Another scheduler must not reuse its tokens.
         lengths: positions of each slot that a step has written; what fills a captured batch up writes behind them.
+        allocations: how often memory was taken; with each, the tensors are others.
     """
 
     owner: object = None
@@ -53,7 +54,7 @@ class KVCache:
         device: torch.device | str,
         fixed: bool = False,
     ) -> None:
-        self.slots, self.max_seq_len, self.lengths = slots, max_seq_len, [0] * slots
+        self.slots, self.max_seq_len, self.lengths, self.allocations = slots, max_seq_len, [0] * slots, 0
         self._min_capacity = max_seq_len if fixed else min(_MIN_LENGTH, max_seq_len)
         self._config, self._dtype, self._device = config, dtype, device
         try:
@@ -134,6 +135,7 @@ class KVCache:
         layers = range(self._config.num_hidden_layers)
         # Zeros, not empty, for the reason that `clear` gives.
         k, v = ([torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in layers] for _ in ("k", "v"))
+        self.allocations += 1
         return k, v
 
 

@@ -1,11 +1,13 @@
 """The ONNX Runtime backend: the exported graphs, on the CPU or through its CUDA provider.
 
 Each cache is bound as input and output, so that ``TensorScatter`` writes in place instead of copying it every step.
+Binding takes a few microseconds a tensor, which two caches a layer add up: they are bound once, until they move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -94,23 +96,38 @@ def open_session(
     return session
 
 
-def run_bound(session: ort.InferenceSession, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-    """Run a graph from tensors to tensors, bound by address; all contiguous, on the session's device.
+class Binding:
+    """A session's ``IOBinding``, which is told only what lies elsewhere, or has another shape, than at its last run.
 
-    On CUDA a session computes on a stream of its own, which knows nothing of PyTorch's: so the host first waits for the
-    current stream, on which inputs may still be written and outputs' memory still be read. It returns after the
-    session's stream has ended, which is ONNX Runtime's default (``disable_synchronize_execution_providers``). The
-    option ``user_compute_stream`` would fix one stream at load, and vision and decoder run on whichever is current;
-    ``IOBinding.synchronize_inputs`` waits for the whole device, or for nothing, as the provider pleases.
+    It holds addresses, not tensors: every tensor must be given again at each run, or outlive the binding.
     """
-    binding = session.io_binding()
-    for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
-        for name, tensor in tensors.items():
-            device, dtype = tensor.device, _NUMPY[tensor.dtype]
-            bind(name, device.type, device.index or 0, dtype, tuple(tensor.shape), tensor.data_ptr())
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-    session.run_with_iobinding(binding)
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session, self._binding = session, session.io_binding()
+        self._bound: dict[str, tuple[int, torch.Size]] = {}
+
+    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Name the graph's tensors; all contiguous, on the session's device."""
+        for bind, tensors in ((self._binding.bind_input, inputs), (self._binding.bind_output, outputs)):
+            for name, tensor in tensors.items():
+                address = tensor.data_ptr()
+                if self._bound.get(name) != (address, tensor.shape):
+                    device, dtype = tensor.device, _NUMPY[tensor.dtype]
+                    bind(name, device.type, device.index or 0, dtype, tuple(tensor.shape), address)
+                    self._bound[name] = address, tensor.shape
+
+    def run(self, device: torch.device) -> None:
+        """Run the graph.
+
+        On CUDA a session computes on a stream of its own, which knows nothing of PyTorch's: so the host first waits for
+        the current stream, on which inputs may still be written and outputs' memory still be read. It returns after the
+        session's stream has ended, which is ONNX Runtime's default (``disable_synchronize_execution_providers``). The
+        option ``user_compute_stream`` would fix one stream at load, and vision and decoder run on whichever is current;
+        ``IOBinding.synchronize_inputs`` waits for the whole device, or for nothing, as the provider pleases.
+        """
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        self._session.run_with_iobinding(self._binding)
 
 
 class OrtVision:
@@ -126,7 +143,9 @@ class OrtVision:
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
         inputs = {"pixel_values": pixel_values.to(self._device).contiguous(), **self._indices(layout)}
         embeds = torch.empty(len(layout.merge_index), self._width, dtype=pixel_values.dtype, device=self._device)
-        run_bound(self._session, inputs, {"image_embeds": embeds})
+        binding = Binding(self._session)
+        binding.bind(inputs, {"image_embeds": embeds})
+        binding.run(self._device)
         return embeds
 
     def _index_tensors(self, layout: WindowLayout) -> dict[str, Tensor]:
@@ -153,6 +172,12 @@ class OrtDecoder:
         self._cache_names = cache_names(text.num_hidden_layers)
         self.slots = profile.max_num_seqs
         self.cache = KVCache(text, self.slots, profile.max_seq_len, dtype, device)
+        self._binding = lru_cache(maxsize=64)(self._bind_caches)
+        self._logits = torch.empty(self.slots, self.vocab_size, device=device)
+        # Where the inputs of every decode step lie, one after the other for as many slots as it has.
+        self._decode = {"inputs_embeds": torch.empty(self.slots * text.hidden_size, dtype=dtype, device=device)}
+        for name, rows in (("position_ids", 3), ("cache_start", 1), ("kv_lengths", 1), ("last_token", 1)):
+            self._decode[name] = torch.empty(self.slots * rows, dtype=torch.int64, device=device)
 
     def step(
         self,
@@ -164,18 +189,31 @@ class OrtDecoder:
     ) -> Step:
         batch, longest = len(chunks), max(chunk.length for chunk in chunks)
         self.cache.reserve(max(chunk.start for chunk in chunks) + longest)
-        inputs = {
-            name: tensor.to(self._device).contiguous()
-            for name, tensor in graph_inputs(chunks, inputs_embeds, position_ids).items()
-        }
-        outputs = {"logits": torch.empty(batch, self.vocab_size, device=self._device)}
+        inputs = graph_inputs(chunks, inputs_embeds, position_ids)
+        if longest == 1:
+            inputs = {
+                name: self._decode[name][: like.numel()].view_as(like).copy_(like) for name, like in inputs.items()
+            }
+        else:
+            inputs = {name: tensor.to(self._device).contiguous() for name, tensor in inputs.items()}
+        outputs = {"logits": self._logits.narrow(0, 0, batch)}
         if hidden:
             outputs["hidden_states"] = torch.empty_like(inputs["inputs_embeds"])
-        for names, caches in zip(self._cache_names, self.cache.rows(chunks[0].slot, batch)):
-            for name, cache in zip(names, caches):
-                inputs[name] = outputs[f"new_{name}"] = cache
-        run_bound(self._session, inputs, outputs)
+        binding = self._binding(chunks[0].slot, batch, hidden, self.cache.allocations)
+        binding.bind(inputs, outputs)
+        binding.run(self._device)
         return graph_step(chunks, wanted, outputs["logits"], outputs.get("hidden_states"))
+
+    def _bind_caches(self, first: int, batch: int, hidden: bool, allocations: int) -> Binding:
+        """For steps of ``batch`` slots from ``first`` on, until the cache is allocated anew.
+
+        An output that is bound is written, so steps with hidden states have bindings of their own.
+        """
+        binding = Binding(self._session)
+        for names, caches in zip(self._cache_names, self.cache.rows(first, batch)):
+            bound = dict(zip(names, caches))
+            binding.bind(bound, {f"new_{name}": cache for name, cache in bound.items()})
+        return binding
 
     def reset(self) -> None:
         self.cache.reset()

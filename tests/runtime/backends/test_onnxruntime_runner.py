@@ -10,10 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.export.graphs import cache_names
+from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.backends.steps import Chunk
 from qwen2vl_trt.windows import window_layout
 from tests.support.models import model_config, our_config
 
+ort = pytest.importorskip("onnxruntime")
 onnxruntime_runner = pytest.importorskip("qwen2vl_trt.runtime.backends.onnxruntime_runner")
 
 GPU = torch.device("cuda", 1)
@@ -129,3 +131,97 @@ def test_a_provider_that_does_not_start_is_no_silent_cpu(opened):
     """ONNX Runtime goes on with the other providers, and computes on the CPU."""
     with pytest.raises(EngineError, match=r"device cuda:1: .* could not start its CUDA provider.*--device cpu"):
         opened(["CPUExecutionProvider"])
+
+
+@pytest.fixture
+def bound(monkeypatch):
+    """Names in the order in which they are bound, inputs and outputs."""
+    names = []
+
+    def noting(bind):
+        def noted(binding, name, *args):
+            names.append(name)
+            bind(binding, name, *args)
+
+        return noted
+
+    for bind in ("bind_input", "bind_output"):
+        monkeypatch.setattr(ort.IOBinding, bind, noting(getattr(ort.IOBinding, bind)))
+    return names
+
+
+@pytest.fixture
+def append(engine_dirs):
+    """A new decoder's step, of so many known tokens behind so many in each of some slots."""
+
+    def load():
+        decoder = open_engines(engine_dirs["onnxruntime"]).decoder
+
+        def step(slots, start, length=1, hidden=False):
+            embeds = decoder.embed([1 + (7 * slot + at) % 90 for slot in slots for at in range(start, start + length)])
+            positions = torch.arange(start, start + length).repeat(len(slots)).expand(3, -1)
+            found = decoder.step([Chunk(slot, start, length) for slot in slots], embeds, positions, hidden=hidden)
+            return found.logits.clone(), found.hidden_states
+
+        return decoder, step
+
+    return load
+
+
+def test_a_decode_step_binds_nothing(append, bound):
+    """Two caches a layer, five inputs and the logits were bound at every step: three times as long as tiny's graph."""
+    decoder, step = append()
+    caches = 2 * sum(map(len, decoder.cache.rows(0, 1)))
+    for slots in (range(2), range(1, 3)):
+        bound.clear()
+        step(slots, 0)
+        assert len(bound) == caches + 6
+        bound.clear()
+        for start in range(1, 4):
+            step(slots, start)
+        assert bound == []
+
+
+def test_a_prompt_binds_its_own_tensors_alone(append, bound):
+    _, step = append()
+    step([0], 0, 5)
+    bound.clear()
+    step([0], 5, 6)
+    assert not [name for name in bound if "cache_" in name and name != "cache_start"]
+    step([0], 11)
+    bound.clear()
+    step([0], 12)
+    assert bound == []
+
+
+def test_hidden_states_of_an_earlier_step_are_not_written(append):
+    """They are bound by address, and an output that is bound is computed."""
+    _, step = append()
+    _, states = step([0], 0, 4, hidden=True)
+    kept = states.clone()
+    step([0], 4, 4)
+    step([0], 8)
+    assert torch.equal(states, kept)
+
+
+def test_a_cache_that_moved_is_bound_anew(append, bound):
+    """The old addresses may be anyone's memory by then."""
+    decoder, step = append()
+    step([0], 0, 100)
+    step([0], 100)
+    bound.clear()
+    longer = [step([0], start)[0] for start in range(101, 131)]  # the capacity doubles at 128
+    assert len(bound) == 2 * sum(map(len, decoder.cache.rows(0, 1))) + 6, "once for all the steps behind"
+    other, again = append()
+    other.cache.reserve(200)
+    again([0], 0, 100)
+    expected = [again([0], start)[0] for start in range(100, 131)][1:]
+    torch.testing.assert_close(torch.stack(longer), torch.stack(expected), rtol=0, atol=1e-4)
+
+    freed = [cache.fill_(3) for caches in decoder.cache.rows(0, 4) for cache in caches]
+    decoder.reset()
+    assert decoder.cache.capacity == 128
+    for start in range(2):
+        found, _ = step([0], start)
+        torch.testing.assert_close(found, again([0], start)[0], rtol=0, atol=1e-4)
+    assert all(cache.eq(3).all() for cache in freed)

@@ -1,0 +1,73 @@
+"""OpenVINO GenAI with continuous batching, as a system of :mod:`measured`; ``--convert`` makes its model.
+
+Computes in FP32 where the weights are, and in what OpenVINO takes by itself where they are INT8 or INT4.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import measured
+
+
+def convert(model: str, precision: str, folder: str) -> None:
+    """By optimum-intel."""
+    import torch
+
+    operators = torch.library.Library("torchvision", "DEF")  # as in transformers_peer.py
+    operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from optimum.commands.optimum_cli import main
+
+    sys.argv = ["optimum-cli", "export", "openvino", "--model", model, "--task", "image-text-to-text"]
+    sys.argv += ["--weight-format", precision, folder]
+    main()
+
+
+class OpenVINO:
+    """One thread, no prefix cache."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        import openvino_genai
+
+        self._genai = openvino_genai
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.max_num_seqs, scheduler.enable_prefix_caching = max(given["batches"]), False
+        scheduler.max_num_batched_tokens = 2048
+        properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": 1}
+        if given["precision"] == "fp32":
+            properties["INFERENCE_PRECISION_HINT"] = "f32"
+        self._pipeline = openvino_genai.ContinuousBatchingPipeline(given["folder"], scheduler, "CPU", properties)
+
+    def answer(self, text: str, images: list[str], batch: int, tokens: int) -> int:
+        config = self._genai.GenerationConfig(
+            max_new_tokens=tokens, min_new_tokens=tokens, ignore_eos=True, do_sample=False
+        )
+        if images:
+            pictures = [[_tensor(image) for image in images] for _ in range(batch)]
+            found = self._pipeline.generate([text] * batch, images=pictures, generation_config=[config] * batch)
+        else:
+            found = self._pipeline.generate([text] * batch, [config] * batch)
+        metrics = found[0].perf_metrics
+        if metrics.get_num_generated_tokens() != tokens:
+            raise SystemExit("an answer ended early")
+        return metrics.get_num_input_tokens()
+
+    def embed(self, images: list[str]) -> None:
+        raise NotImplementedError
+
+
+def _tensor(path: str) -> Any:
+    import numpy
+    import openvino
+    from PIL import Image
+
+    return openvino.Tensor(numpy.array(Image.open(path))[None])
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--convert":
+        convert(*sys.argv[2:])
+    else:
+        measured.main(OpenVINO, "openvino", "openvino-genai")
