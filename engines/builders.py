@@ -28,7 +28,7 @@ def build_onnxruntime(job: BuildJob) -> list[Path]:
     """The two graphs as they are; the capacity of the cache stays dynamic (``export.graphs.decoder_graph``)."""
     numbers = job.precision.weight_only
     # FP4 has no kernel on a CPU; lm_head in FP32 would be most of what a step of a model in 4 bits reads.
-    weight_only = WeightOnly(numbers, head=True, e2m1=False) if numbers else None
+    weight_only = WeightOnly(numbers, head=True, tensorrt=False) if numbers else None
     return export_onnx(job.checkpoint, job.folder, job.precision.vision, on_step=job.on_step, weight_only=weight_only)
 
 

@@ -11,10 +11,11 @@ import psutil
 import torch
 
 from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.quantized.blocks import LARGEST_BLOCK, SMALLEST_BLOCK
 from qwen2vl_trt.weights import EMBEDDING, LM_HEAD, checkpoint_names
 
 from .backends import BACKENDS, Backend
-from .precision import BF16, FP32, Precision
+from .precision import BF16, Precision
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +55,41 @@ def expected_bytes(checkpoint: Checkpoint, backend: Backend, precision: Precisio
     """What loading a model on a CPU takes, weights alone; None where nothing has been measured.
 
     PyTorch holds every weight in its precision. ONNX Runtime makes FP32 weights of BF16 ones, all but an untied
-    embedding, whose rows are read as they are needed; while it loads, the largest of them is there twice.
+    embedding, whose rows are read as they are needed; while it loads, the largest of them is there twice. Weights of 4
+    and 8 bits stay as they are, with FP32 scales; ``lm_head`` has 8.
     """
     sizes = {ours: math.prod(checkpoint.entry(theirs).shape) for ours, theirs in checkpoint_names(checkpoint).items()}
     if checkpoint.config.text.tie_word_embeddings:
         sizes.pop(LM_HEAD, None)
+    packed = _packed_bytes(checkpoint, precision)
     if backend.cpu_weights == "as built" and not precision.fp8:
         types = {True: precision.vision, False: precision.decoder}
-        return sum(size * types[name.startswith("visual.")].itemsize for name, size in sizes.items())
-    if backend.cpu_weights == "fp32" and precision == FP32:
-        if not checkpoint.config.text.tie_word_embeddings:
+        plain = {name: size * types[name.startswith("visual.")].itemsize for name, size in sizes.items()}
+        return round(sum((plain | packed).values()))
+    if backend.cpu_weights == "fp32" and not precision.fp8:
+        if checkpoint.config.text.tie_word_embeddings:
+            sizes[LM_HEAD] = sizes.pop(EMBEDDING)
+        else:
             sizes.pop(EMBEDDING, None)
-        return torch.float32.itemsize * (sum(sizes.values()) + max(sizes.values(), default=0))
+        held = {name: packed.get(name, torch.float32.itemsize * size) for name, size in sizes.items()}
+        return round(sum(held.values()) + max(held.values(), default=0))
     return None
+
+
+def _packed_bytes(checkpoint: Checkpoint, precision: Precision) -> dict[str, float]:
+    """What the decoder's weights of 4 and 8 bits take, by our names."""
+    found: dict[str, float] = {}
+    if precision.weight_only is None:
+        return found
+    each = {"int4": 0.5 + 4 / LARGEST_BLOCK, "int8": 1 + 4 / LARGEST_BLOCK, "nvfp4": 1 + 4 / SMALLEST_BLOCK}
+    for ours, theirs in checkpoint_names(checkpoint).items():
+        weight = checkpoint.packed.get(theirs)
+        if weight is not None and weight.numbers == precision.weight_only and not ours.startswith("visual."):
+            found[ours] = each[precision.weight_only] * math.prod(weight.shape)
+    names = checkpoint_names(checkpoint)
+    if LM_HEAD in names:
+        found.setdefault(LM_HEAD, each["int8"] * math.prod(checkpoint.entry(names[LM_HEAD]).shape))
+    return found
 
 
 def available_bytes() -> int:

@@ -138,16 +138,20 @@ def _graph(path: Path, name: str, profiles: dict[str, Ranges]) -> GraphReport:
             value.name: _type(value.type.tensor_type.elem_type)
             for value in (*graph.value_info, *graph.input, *graph.output)
         }
-        dequantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+        dequantised = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+        stored = {value.name: _type(value.data_type) for value in graph.initializer}
+
+        def computes_in(node: onnx.NodeProto) -> str:
+            if node.input[0] in dequantised:
+                return "FP8"
+            weights = stored.get(dequantised.get(node.input[1], ""))
+            return types.get(node.output[0], "?") + (f", {weights} weights" if weights else "")
+
         return GraphReport(
             name,
             tuple(map(_tensor, graph.input)),
             tuple(map(_tensor, graph.output)),
-            tuple(
-                (node.name, node.op_type, "FP8" if node.input[0] in dequantised else types.get(node.output[0], "?"))
-                for node in graph.node
-                if node.op_type in _COMPUTES
-            ),
+            tuple((node.name, node.op_type, computes_in(node)) for node in graph.node if node.op_type in _COMPUTES),
             profiles,
         )
 
@@ -159,6 +163,6 @@ def _tensor(value: onnx.ValueInfoProto) -> TensorReport:
 
 
 def _type(number: int) -> str:
-    return {"FLOAT": "FP32", "BFLOAT16": "BF16", "FLOAT16": "FP16"}.get(
+    return {"FLOAT": "FP32", "BFLOAT16": "BF16", "FLOAT16": "FP16", "FLOAT4E2M1": "FP4"}.get(
         name := onnx.TensorProto.DataType.Name(number), name
     )

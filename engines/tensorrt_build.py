@@ -28,7 +28,8 @@ from .tensorrt_refit import strip_weights
 
 logger = logging.getLogger(__name__)
 
-_FP8_SINCE = (8, 9)
+_SINCE = {"fp8": (8, 9), "nvfp4": (10, 0)}
+_FAMILIES = {"fp8": "Ada, Hopper, Blackwell", "nvfp4": "Blackwell"}
 _LARGEST = {
     "vision": "--max-hw-dims or --max-batch-size",
     "decoder": "--max-seq-len, --max-input-len or --max-num-seqs",
@@ -49,8 +50,8 @@ def build_plans(job: BuildJob, engines: Collection[str] = ("vision", "decoder"))
     trt, options = job.backend.load(), job.backend.options
     assert isinstance(options, TensorRTOptions)
     _check_machine(job.backend, options)
-    if job.precision.fp8 and "decoder" in engines:
-        _check_fp8_hardware(options)
+    if job.precision.name in _SINCE and "decoder" in engines:
+        _check_hardware(options, job.precision.name)
     ranges = {
         "vision": (vision_ranges(job.profile, job.checkpoint.config.vision),),
         "decoder": decoder_ranges(job.profile),
@@ -63,7 +64,7 @@ def build_plans(job: BuildJob, engines: Collection[str] = ("vision", "decoder"))
         job.profile.max_seq_len,
         job.on_step,
         decoder_dtype=job.precision.decoder,
-        weight_only=WeightOnly(numbers, head=False, e2m1=True) if (numbers := job.precision.weight_only) else None,
+        weight_only=WeightOnly(numbers, head=False, tensorrt=True) if (numbers := job.precision.weight_only) else None,
     )
     for graph in files[:]:
         if graph.stem in engines:
@@ -107,19 +108,20 @@ def _check_machine(backend: Backend, options: TensorRTOptions) -> None:
         )
 
 
-def _check_fp8_hardware(options: TensorRTOptions) -> None:
-    """Refuse GPUs without FP8 here: TensorRT would after minutes, in its own words."""
+def _check_hardware(options: TensorRTOptions, precision: str) -> None:
+    """Refuse GPUs without a precision here: TensorRT would after minutes, in its own words."""
+    since, name = _SINCE[precision], precision.upper()
     wanted = list(options.compute_capabilities)
     if not wanted and torch.cuda.is_available():
         wanted = [".".join(map(str, torch.cuda.get_device_capability()))]
     for capability in wanted:
-        if tuple(map(int, capability.split("."))) < _FP8_SINCE:
+        if tuple(map(int, capability.split("."))) < since:
             raise BuildError(
-                f"FP8 needs a GPU of compute capability {'.'.join(map(str, _FP8_SINCE))} or newer (Ada, Hopper,"
-                f" Blackwell), not {capability}; --precision bf16 needs 8.0"
+                f"{name} needs a GPU of compute capability {'.'.join(map(str, since))} or newer"
+                f" ({_FAMILIES[precision]}), not {capability}; --precision bf16 needs 8.0"
             )
     if options.hardware_compatibility == "ampere_plus":
-        raise BuildError("--hardware-compatibility ampere_plus includes GPUs without FP8: same_compute_capability")
+        raise BuildError(f"--hardware-compatibility ampere_plus includes GPUs without {name}: same_compute_capability")
 
 
 @dataclass(frozen=True)

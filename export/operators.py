@@ -36,6 +36,8 @@ def _dequantize_fp8(values: Any, scale: Any, like: Any) -> Any:
 
 
 def _dequantize_blocks(values: Any, scales: Any, block_size: int) -> Any:
+    if block_size == 0:
+        return _op.DequantizeLinear(values, scales, axis=1)
     return _op.DequantizeLinear(values, scales, axis=0, block_size=block_size)
 
 

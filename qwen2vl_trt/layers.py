@@ -75,6 +75,7 @@ class BlockedLinear(nn.Module):
 
     Args:
         linear: whose place it takes; may be on the meta device.
+        block_size: 0: all channels are one block, and ``scales`` are ``[out]``.
         parts: which of these parameters there are, ``weight`` among them. Their values are put into the graph.
     """
 
@@ -93,10 +94,10 @@ class BlockedLinear(nn.Module):
         super().__init__()
         self.block_size = block_size
         out, channels = linear.weight.shape
-        blocks = (channels // block_size, out)
+        blocks = (channels // (block_size or channels), out)
         for part, shape, dtype in (
             ("weight", (channels, out), torch.int8),
-            ("scales", blocks, linear.weight.dtype),
+            ("scales", blocks if block_size else (out,), linear.weight.dtype),
             ("block_scales", blocks, torch.float8_e4m3fn),
             ("global_scale", (), torch.float32),
             ("offsets", blocks, linear.weight.dtype),
@@ -115,7 +116,8 @@ class BlockedLinear(nn.Module):
         scales = self.scales if self.scales is not None else dequantize_fp8(self.block_scales, self.global_scale, x)
         y = x @ dequantize_blocks(self.weight, scales, self.block_size)
         if self.offsets is not None:
-            y = y + x.view(*x.shape[:-1], len(self.offsets), self.block_size).sum(-1) @ self.offsets
+            blocks = len(self.offsets)
+            y = y + x.view(*x.shape[:-1], blocks, x.shape[-1] // blocks).sum(-1) @ self.offsets
         return y if self.bias is None else y + self.bias
 
 

@@ -98,10 +98,13 @@ def dequantize_fp8(values: Tensor, scale: Tensor, like: Tensor) -> Tensor:
 
 
 def dequantize_blocks(values: Tensor, scales: Tensor, block_size: int) -> Tensor:
-    """``values [in, out]``, whole numbers, times ``scales [in / block_size, out]``, in the type of the scales."""
+    """``values [in, out]``, whole numbers, times ``scales [in / block_size, out]``, in the type of the scales.
+
+    A ``block_size`` of 0: the scales are ``[out]``.
+    """
     if torch.compiler.is_exporting():
         return torch.ops.qwen2vl_trt.dequantize_blocks(values, scales, block_size)
-    return values.to(scales.dtype) * scales.repeat_interleave(block_size, 0)
+    return values.to(scales.dtype) * (scales.repeat_interleave(block_size, 0) if block_size else scales)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,7 +1,8 @@
 """Computes what a TensorRT network says, in PyTorch, layer by layer: its meaning, where no GPU can run it.
 
-It knows the layers that our two graphs are parsed into, in FP32 and with FP8 between, and refuses any other.
-NumPy has neither BF16 nor FP8, so the bindings hand out no such weights: whoever asks gives them.
+It knows the layers that our two graphs are parsed into, in FP32 and with FP8 or weights of 4 and 8 bits between, and
+refuses any other. NumPy has neither BF16 nor FP8, FP4 and INT4, so the bindings hand out no such weights: whoever asks
+gives them.
 """
 
 import math
@@ -39,6 +40,10 @@ class _Layers:
             trt.bool: torch.bool,
             trt.bfloat16: torch.bfloat16,
             trt.fp8: torch.float8_e4m3fn,
+            trt.fp4: torch.float8_e4m3fn,  # which has all of its numbers
+            trt.int4: torch.int8,
+            trt.int8: torch.int8,
+            trt.float16: torch.float16,
         }
         names = "CONSTANT CAST SHUFFLE SLICE GATHER REDUCE FILL ACTIVATION MATRIX_MULTIPLY ROTARY_EMBEDDING UNARY"
         special = {"ELEMENTWISE": trt.IElementWiseLayer, "ATTENTION_OUTPUT": trt.IAttentionOutputLayer}
@@ -64,7 +69,7 @@ class _Layers:
         return True
 
     def constant(self, layer):
-        if layer.get_output(0).dtype in (self.trt.bfloat16, self.trt.fp8):
+        if layer.get_output(0).dtype in (self.trt.bfloat16, self.trt.fp8, self.trt.fp4, self.trt.int4):
             return self.weights[layer.name].reshape(tuple(layer.shape))
         return torch.from_numpy(layer.weights.copy()).reshape(tuple(layer.shape))
 
@@ -75,6 +80,8 @@ class _Layers:
         return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
 
     def dequantize(self, layer, x, scale):
+        if scale.ndim == 2:
+            scale = scale.repeat_interleave(x.shape[0] // scale.shape[0], 0)
         return x.to(self.types[layer.get_output(0).dtype]) * scale
 
     def shape(self, layer, x):
@@ -118,8 +125,9 @@ class _Layers:
         )
 
     def reduce(self, layer, x):
-        assert layer.op == self.trt.ReduceOperation.AVG
-        return x.mean([axis for axis in range(x.ndim) if layer.axes >> axis & 1], keepdim=layer.keep_dims)
+        known = {self.trt.ReduceOperation.AVG: torch.mean, self.trt.ReduceOperation.SUM: torch.sum}
+        axes = [axis for axis in range(x.ndim) if layer.axes >> axis & 1]
+        return known[layer.op](x, axes, keepdim=layer.keep_dims)
 
     def elementwise(self, layer, x, y):
         operation = self.trt.ElementWiseOperation

@@ -12,8 +12,9 @@ from qwen2vl_trt.commands.process import run_command
 from qwen2vl_trt.engines import host_memory
 from qwen2vl_trt.engines.backends import BACKENDS
 from qwen2vl_trt.engines.host_memory import available_bytes, expected_bytes, warn_of_memory
-from qwen2vl_trt.engines.precision import BF16, FP8, FP32
+from qwen2vl_trt.engines.precision import BF16, FP8, FP32, INT4_IN_FP32
 from qwen2vl_trt.runtime.backends.runners import open_engines
+from tests.runtime.test_weight_only import checkpoint_of
 from tests.support.engine_folders import build, write_checkpoint
 from tests.support.models import model_config, random_model, save_model
 
@@ -35,6 +36,18 @@ def test_expected(checkpoint):
     assert expected_bytes(checkpoint, BACKENDS["onnxruntime"], FP32) == 4 * (in_graphs + max(sizes.values()))
     for backend, precision in (("tensorrt", BF16), ("onnxruntime", FP8), ("torch", FP8)):
         assert expected_bytes(checkpoint, BACKENDS[backend], precision) is None
+
+
+def test_expected_of_4_bits():
+    """Half a byte and 1/128 of a scale a weight, lm_head a byte, all else FP32; the largest is there twice."""
+    checkpoint = Checkpoint(checkpoint_of("awq"))
+    found = expected_bytes(checkpoint, BACKENDS["onnxruntime"], INT4_IN_FP32)
+    weights = sum(math.prod(weight.shape) for weight in checkpoint.packed.values())
+    plain = {name: math.prod(checkpoint.entry(name).shape) for name in checkpoint.names}
+    head = plain["model.embed_tokens.weight"]
+    rest = sum(plain.values()) - weights - head
+    largest = 4 * max(size for name, size in plain.items() if name.startswith("visual."))
+    assert found == round(weights * (0.5 + 4 / 128) + head * (1 + 4 / 128) + 4 * rest + largest)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from qwen2vl_trt.layers import BlockedLinear
 from qwen2vl_trt.quantized.linear import QuantizedLinear
 from qwen2vl_trt.quantized.rounding import round_to_nearest
 from tests.qwen2vl_trt.quantized.test_blocks import IN, OUT, weight
+from tests.support.bounds import FP32
+from tests.support.models import relative_error
 
 KINDS = {
     "int4": {"numbers": "int4", "group_size": 128},
@@ -45,10 +47,10 @@ class Two(nn.Module):
 def exported(tmp_path):
     """Writes a graph of two layers with the same weight."""
 
-    def export(given: QuantizedLinear, bits: int, e2m1: bool = False) -> Path:
+    def export(given: QuantizedLinear, bits: int, tensorrt: bool = False) -> Path:
         with (tmp_path / BLOCKED).open("wb") as file:
             writer = BlockedFile(file, tmp_path, torch.float32)
-            layers = {name: writer.layer(given, bits, e2m1) for name in ("one", "other")}
+            layers = {name: writer.layer(given, bits, tensorrt) for name in ("one", "other")}
         graph = Graph(
             "decoder",
             "",
@@ -151,7 +153,7 @@ def test_e2m1_as_it_is(exported):
     overall = torch.tensor(0.37)
     stored = (given.scales * 100).to(torch.float8_e4m3fn)
     given = QuantizedLinear(given.values, stored.float() * overall, None, 16, global_scale=overall)
-    graph = onnx.load(exported(given, 8, e2m1=True)).graph
+    graph = onnx.load(exported(given, 8, tensorrt=True)).graph
     found = {value.name.removeprefix("one."): value for value in graph.initializer if value.name.startswith("one.")}
     assert {name: value.data_type for name, value in found.items()} == {
         "weight": onnx.TensorProto.FLOAT4E2M1,
@@ -162,6 +164,20 @@ def test_e2m1_as_it_is(exported):
     assert torch.equal(arrays["weight"], given.values.float().T)
     assert torch.equal(arrays["block_scales"], stored.float().T)
     assert torch.equal(arrays["global_scale"], overall)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_scale_a_channel_stays_one(exported, zeros):
+    """For TensorRT, which fuses that with the product, and no blocks of 8 bits."""
+    given = weight("int8", IN, zeros)
+    path = exported(given, 8, tensorrt=True)
+    (node, _) = (node for node in onnx.load(path).graph.node if node.op_type == "DequantizeLinear")
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    assert (attributes["axis"], attributes.get("block_size", 0)) == (1, 0)
+    x = torch.randn(2, 5, IN, generator=torch.Generator().manual_seed(1))
+    meant = given.dequantize().double()
+    for y in run(path, x, 0)[0]:
+        assert relative_error(y, x.double() @ meant.T) < FP32
 
 
 def test_the_module_computes_what_its_graph_says():
