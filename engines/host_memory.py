@@ -53,15 +53,21 @@ def warn_of_memory(checkpoint: Checkpoint, backend: Backend, precision: Precisio
 def expected_bytes(checkpoint: Checkpoint, backend: Backend, precision: Precision) -> int | None:
     """What loading a model on a CPU takes, weights alone; None where nothing has been measured.
 
-    PyTorch holds every weight in its precision. ONNX Runtime makes FP32 weights of BF16 ones, all but an untied
-    embedding, whose rows are read as they are needed; while it loads, the largest of them is there twice.
+    PyTorch holds every weight in its precision, or in 4 or 8 bits where it computes with those. ONNX Runtime makes FP32
+    weights of BF16 ones, all but an untied embedding, whose rows are read as they are needed; while it loads, the
+    largest of them is there twice.
     """
-    sizes = {ours: math.prod(checkpoint.entry(theirs).shape) for ours, theirs in checkpoint_names(checkpoint).items()}
+    names, packed = checkpoint_names(checkpoint), checkpoint.packed
+    sizes = {ours: math.prod(checkpoint.entry(theirs).shape) for ours, theirs in names.items()}
     if checkpoint.config.text.tie_word_embeddings:
         sizes.pop(LM_HEAD, None)
     if backend.cpu_weights == "as built" and not precision.fp8:
         types = {True: precision.vision, False: precision.decoder}
-        return sum(size * types[name.startswith("visual.")].itemsize for name, size in sizes.items())
+        bits = {name: 8 * types[name.startswith("visual.")].itemsize for name in sizes}
+        if precision.weight_only is not None:
+            numbers = {ours: packed[theirs].numbers for ours, theirs in names.items() if theirs in packed}
+            bits |= {name: 4 if kind == "int4" else 8 for name, kind in numbers.items() if kind is not None}
+        return sum(size * bits[name] // 8 for name, size in sizes.items())
     if backend.cpu_weights == "fp32" and precision == FP32:
         if not checkpoint.config.text.tie_word_embeddings:
             sizes.pop(EMBEDDING, None)

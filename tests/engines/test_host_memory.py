@@ -5,6 +5,7 @@ import math
 
 import psutil
 import pytest
+import torch
 
 import build_engines
 from qwen2vl_trt.checkpoint import Checkpoint
@@ -12,7 +13,8 @@ from qwen2vl_trt.commands.process import run_command
 from qwen2vl_trt.engines import host_memory
 from qwen2vl_trt.engines.backends import BACKENDS
 from qwen2vl_trt.engines.host_memory import available_bytes, expected_bytes, warn_of_memory
-from qwen2vl_trt.engines.precision import BF16, FP8, FP32
+from qwen2vl_trt.engines.precision import BF16, FP8, FP32, INT4
+from qwen2vl_trt.quantized.linear import PackedWeight
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from tests.support.engine_folders import build, write_checkpoint
 from tests.support.models import model_config, random_model, save_model
@@ -35,6 +37,17 @@ def test_expected(checkpoint):
     assert expected_bytes(checkpoint, BACKENDS["onnxruntime"], FP32) == 4 * (in_graphs + max(sizes.values()))
     for backend, precision in (("tensorrt", BF16), ("onnxruntime", FP8), ("torch", FP8)):
         assert expected_bytes(checkpoint, BACKENDS[backend], precision) is None
+
+
+def test_weights_of_few_bits(checkpoint, monkeypatch):
+    """Packed ones take a half or a whole byte where they are computed with, and two where they are dequantised."""
+    shapes = {name: checkpoint.locate(name).shape for name in checkpoint.names}
+    kinds = {"model.layers.0.mlp.up_proj.weight": "int4", "model.layers.0.mlp.down_proj.weight": "int8"}
+    packed = {name: PackedWeight(shapes[name], torch.bfloat16, kind, lambda: None) for name, kind in kinds.items()}
+    monkeypatch.setattr(checkpoint, "packed", packed)
+    up, down = (math.prod(shapes[name]) for name in kinds)
+    whole = expected_bytes(checkpoint, BACKENDS["torch"], BF16)
+    assert expected_bytes(checkpoint, BACKENDS["torch"], INT4) == whole - 2 * (up + down) + up // 2 + down
 
 
 @pytest.mark.parametrize(
