@@ -35,7 +35,7 @@ _SMALLEST_PART = 128
 """Input channels of a product of bytes; smaller blocks cost more in calls than they save."""
 _INT4_GROUPS = (32, 64, 128, 256)
 _INT4_OUTPUTS = 64
-_HEAD_ROWS = 8192
+_HEAD_ROWS = 512
 _INNER_K_TILES = 8
 _CPU = torch.device("cpu")
 _FEW, _WIDTH, _REPETITIONS = 8, 2048, 3
@@ -121,8 +121,8 @@ class Int4Linear(nn.Module):
 
     def __init__(self, weight: BlockedWeight) -> None:
         super().__init__()
-        numbers = (weight.values + 8).int()
-        self.weight = nn.Buffer(torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 2))
+        pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu  # of whole blocks of outputs, one like another
+        self.weight = nn.Buffer(torch.cat([pack(values.int().add_(8), 2) for values in weight.values.split(_TILE)]))
         self.scales_and_zeros = nn.Buffer(_scales_and_zeros(weight))
         self.group_size, self.zeros = weight.block_size, weight.offsets is not None
 

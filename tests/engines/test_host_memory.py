@@ -12,7 +12,7 @@ from qwen2vl_trt.commands.process import run_command
 from qwen2vl_trt.engines import host_memory
 from qwen2vl_trt.engines.backends import BACKENDS
 from qwen2vl_trt.engines.host_memory import available_bytes, expected_bytes, warn_of_memory
-from qwen2vl_trt.engines.precision import BF16, FP8, FP32, INT4_IN_FP32
+from qwen2vl_trt.engines.precision import BF16, FP8, FP32, INT4, INT4_IN_FP32
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from tests.runtime.test_weight_only import checkpoint_of
 from tests.support.engine_folders import build, write_checkpoint
@@ -47,7 +47,9 @@ def test_expected_of_4_bits():
     head = plain["model.embed_tokens.weight"]
     rest = sum(plain.values()) - weights - head
     largest = 4 * max(size for name, size in plain.items() if name.startswith("visual."))
-    assert found == round(weights * (0.5 + 4 / 128) + head * (1 + 4 / 128) + 4 * rest + largest)
+    held = weights * (0.5 + 4 / 128) + head * (1 + 4 / 128)
+    assert found == round(held + 4 * rest + largest)
+    assert expected_bytes(checkpoint, BACKENDS["torch"], INT4) == round(held + 2 * (rest + head))  # with the embedding
 
 
 @pytest.mark.parametrize(

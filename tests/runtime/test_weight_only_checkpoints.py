@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from qwen2vl_trt import Pipeline
+from qwen2vl_trt.accuracy.recorder import Recorder, decoder_modules
 from qwen2vl_trt.engines import precision
 from qwen2vl_trt.engines.precision import computed_on_cpu
 from qwen2vl_trt.hub import resolve_model
 from qwen2vl_trt.layers import RMSNorm
 from qwen2vl_trt.quantized.rounding import round_to_nearest
 from qwen2vl_trt.runtime.backends import weight_only
+from qwen2vl_trt.runtime.backends.layer_output import end_decoder_after
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.backends.steps import Chunk
 from qwen2vl_trt.runtime.backends.weight_only import Int4Linear, Int8Linear, WeightOnlyLinear
@@ -141,3 +143,17 @@ def test_what_is_between_products_is_fp32_where_bf16_is_emulated(slowdown):
     assert (found.vision, found.decoder) == (slowdown, slowdown)
     assert found.name == "int4"
     assert computed_on_cpu(precision.BF16) is precision.BF16
+
+
+@pytest.mark.parametrize("model", ["awq"], indirect=True)
+def test_states_of_a_layer(model, tmp_path):
+    """``--layer``, and what ``compare`` records."""
+    _, quantized, _ = model
+    folder = build(quantized, tmp_path, "torch", "int4", PROFILE)
+    whole = open_engines(folder, "cpu")
+    recorder = Recorder()
+    with recorder.listen(decoder_modules(whole.decoder.module.model)):
+        step(whole.decoder)
+    cut = open_engines(folder, "cpu")
+    end_decoder_after(cut, 2)
+    assert torch.equal(step(cut.decoder).hidden_states.float(), recorder.calls["model.layers.1"][0][0])

@@ -3,14 +3,22 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qwen2vl_trt.quantized.blocks import BlockedWeight
 from qwen2vl_trt.runtime.backends import weight_only
-from qwen2vl_trt.runtime.backends.weight_only import DequantizedLinear, Int4Linear, Int8Linear, WeightOnlyLinear
+from qwen2vl_trt.runtime.backends.weight_only import (
+    CudaInt4Linear,
+    DequantizedLinear,
+    Int4Linear,
+    Int8Linear,
+    WeightOnlyLinear,
+)
 from tests.support.bounds import BF16_STEP
 
 OUT, IN = 320, 256  # a whole tile of outputs, and a part of one
@@ -172,6 +180,34 @@ def test_activations_in_two_bytes():
     assert y[1].isnan().all(), "what is no number is not hidden"
     assert not y[0].any()
     assert y[2:].isfinite().all()
+
+
+def test_a_gpu_is_given_what_its_operators_take():
+    """Types and shapes, which PyTorch checks on tensors without data. Has not run on a GPU."""
+    assert weight_only.has_cuda_int4()
+    form = weight(4, 64, zeros=True)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        on_meta = {name: each.to("meta") for name, each in vars(form).items() if isinstance(each, torch.Tensor)}
+        layer = CudaInt4Linear(replace(form, **on_meta))
+        y = layer(torch.empty(3, IN, dtype=torch.bfloat16, device="meta"))
+    assert (y.shape, y.dtype) == ((3, OUT), torch.bfloat16)
+
+
+@torch.no_grad()
+def test_a_gpu_s_layer_means_what_the_weight_does(monkeypatch):
+    """As torchao packs for it: the first of two numbers in the upper bits; ``(number - 8) * scale + zero``."""
+    form = weight(4, 64, zeros=True)
+
+    def mm(x, packed, group_size, scales_and_zeros):
+        numbers = torch.stack((packed >> 4, packed & 15), -1).flatten(1).float() - 8
+        scales, zeros = (each.T.repeat_interleave(group_size, 1).float() for each in scales_and_zeros.unbind(-1))
+        return (x.float() @ (numbers * scales + zeros).T).bfloat16()
+
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", lambda pairs, tiles: pairs)
+    monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm", mm)
+    x = inputs(3, torch.bfloat16)
+    expected, magnitudes, _ = product(x, form)
+    assert ((CudaInt4Linear(form)(x) - expected).abs() <= 2 * BF16_STEP * magnitudes).all()
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
