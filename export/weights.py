@@ -139,7 +139,6 @@ def point_to_checkpoint(
     _point_to_blocked(model, blocked)
     _write_scales(model, {value: names.get(graph.prefix + value) for value in model.graph.initializers}, checkpoint)
     shard_names = {path.resolve(): path.name for path in checkpoint.folder.iterdir() if path.suffix == ".safetensors"}
-    casts = []
     for value in list(model.graph.initializers.values()):
         if value.const_value is not None:
             continue
@@ -166,7 +165,7 @@ def point_to_checkpoint(
                     f"{checkpoint.folder}: tensor {theirs!r} is {location.dtype}; only the"
                     " weights of linear layers can be FP8"
                 )
-            casts.append(_cast_after(model, value, stored))
+            _cast_after(model, value, stored)
         value.const_value = ir.ExternalTensor(
             location=shard_names[location.path],
             offset=location.offset,
@@ -176,21 +175,30 @@ def point_to_checkpoint(
             name=value.name,
             base_dir=folder,
         )
-    if casts:
-        model.graph.insert_before(model.graph[0], casts)
 
 
-def _cast_after(model: ir.Model, value: ir.Value, stored: ir.DataType) -> ir.Node:
-    """Turn an initialiser into one of its stored type, and give its users a Cast to the type they expect."""
+def _cast_after(model: ir.Model, value: ir.Value, stored: ir.DataType) -> None:
+    """Turn an initialiser into one of its stored type, and give its users a Cast to the type they expect.
+
+    A weight that is transposed is cast thereafter: ONNX Runtime, which folds both for all weights, holds the results of
+    the first until it is done, and a transposed weight of 16 bits is half as large.
+    """
     wanted, users = value.dtype, list(value.uses())
     assert wanted is not None
+    value.dtype, last = stored, None
+    if len(users) == 1 and users[0].node.op_type == "Transpose":
+        last = users[0].node
+        value = last.outputs[0]
+        value.dtype, users = stored, list(value.uses())
     node = ir.node("Cast", [value], attributes={"to": wanted}, name=f"{value.name}.Cast")
     output = node.outputs[0]
     output.name, output.shape, output.dtype = f"{value.name}.{wanted.name.lower()}", value.shape, wanted
     for use in users:
         use.node.replace_input_with(use.idx, output)
-    value.dtype = stored
-    return node
+    if last is None:
+        model.graph.insert_before(model.graph[0], node)
+    else:
+        model.graph.insert_after(last, node)
 
 
 def _point_to_blocked(model: ir.Model, layers: Mapping[str, BlockedLayer]) -> None:

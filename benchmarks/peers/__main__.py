@@ -2,8 +2,8 @@
 
 Weights are random, of a published shape with few layers, so nothing is downloaded. Each round starts every system in a
 process of its own, one after the other, and runs every case once in it. Figures are medians over the rounds, in CPU
-seconds: other processes disturb those less than the clock. ``--work`` takes 1.5 GB for the checkpoint of 3B's shape, and
-as much again or twice that for each model that a peer converts.
+seconds, which other processes disturb less than the clock. The checkpoint of 3B's shape takes 1.5 GB in ``--work``, and
+each model that a peer converts as much again, or twice that.
 
     benchmarks/peers/__main__.py --ours onnxruntime:fp32 torch:bf16 --transformers fp32 bf16
 
