@@ -11,7 +11,8 @@ EPILOG = """examples:
   %(prog)s --model tiny
   %(prog)s --model Qwen2.5-VL-7B --backend torch --precision bf16
   %(prog)s --model path/to/checkpoint --max-num-seqs 4 --max-hw-dims 2048
-  %(prog)s --model Qwen2.5-VL-7B --precision fp8 --calibration-data path/to/images"""
+  %(prog)s --model Qwen2.5-VL-7B --precision fp8 --calibration-data path/to/images
+  %(prog)s --model Qwen2.5-VL-7B --precision int8"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from qwen2vl_trt import BuildError, CheckpointError, Pipeline, Request, SamplingParams
 from qwen2vl_trt.building import quantized_model
+from qwen2vl_trt.building.folder import build_planned
 from qwen2vl_trt.building.plan import BuildRequest, plan_build
 from qwen2vl_trt.building.quantized_model import quantize_first
 from qwen2vl_trt.checkpoint import Checkpoint
@@ -287,3 +288,16 @@ def factors_of(folder, name):
 
     tensors = load_file(weights(folder))
     return [tensors[f"base_model.model.{name}.lora_{part}.weight"].float() for part in "AB"]
+
+
+def test_weights_of_8_bits_are_those_of_the_merged_model(tiny):
+    """The build does not merge the adapter again."""
+    plan = plan_build(request(precision="int8"))
+    assert build_planned(plan)
+    made = Checkpoint(Path("artifacts/tiny-mine-int8"))
+    tensors = factors_of(Path("mine"), "model.language_model.layers.1.self_attn.v_proj")
+    name = "model.layers.1.self_attn.v_proj.weight"
+    plain = Checkpoint(resolve_model("tiny").folder).load(name).float()
+    assert relative_error(made.load(name).float(), plain + 20 * tensors[1] @ tensors[0]) < 2**-7
+    assert Manifest.read(plan.folder).model_hash == made.hash
+    assert not build_planned(plan)

@@ -114,7 +114,7 @@ class TestTheSearch:
 
     def test_rounding_costs_less_with_them(self, tiny, factors, tmp_path):
         """On the layers' own inputs: the hidden states after rounding are nearer to those before."""
-        samples = list(Calibration(tiny, training_data(6)))[4:]
+        samples = list(Calibration(tiny, training_data(20)))[4:]
         exact = changed_decoder(tiny, {})
         errors = {}
         for name, changes in (("rtn", {}), ("awq", folded(tiny, factors))):
