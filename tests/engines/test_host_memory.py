@@ -42,7 +42,10 @@ def test_expected(checkpoint):
 def test_weights_of_few_bits(checkpoint, monkeypatch):
     """Packed ones take a half or a whole byte where they are computed with, and two where they are dequantised."""
     shapes = {name: checkpoint.locate(name).shape for name in checkpoint.names}
-    kinds = {"model.layers.0.mlp.up_proj.weight": "int4", "model.layers.0.mlp.down_proj.weight": "int8"}
+    kinds = {
+        next(name for name in shapes if name.endswith(f"layers.0.mlp.{leaf}.weight") and "visual" not in name): kind
+        for leaf, kind in (("up_proj", "int4"), ("down_proj", "int8"))
+    }
     packed = {name: PackedWeight(shapes[name], torch.bfloat16, kind, lambda: None) for name, kind in kinds.items()}
     monkeypatch.setattr(checkpoint, "packed", packed)
     up, down = (math.prod(shapes[name]) for name in kinds)
