@@ -121,6 +121,7 @@ def _peers(arguments: argparse.Namespace, model: Path, work: Path, given: dict[s
         build = [sys.executable, ROOT / "build_engines.py", "--model", model, "--engine-dir", folder]
         build += ["--backend", backend, "--precision", precision, "--max-batch-size", 8, "--max-hw-dims", 1024]
         build += ["--max-num-seqs", max(BATCHES), "--max-input-len", 1536, "--max-seq-len", 2048]
+        build += ["--quant-method", "rtn"] if precision == "int4" else []  # AWQ has nothing to gain on random weights
         subprocess.run([*map(str, build)], check=True, stdout=sys.stderr)
         peers.append(Peer(f"ours, {backend} {precision}", sys.executable, "ours.py", given | {"folder": str(folder)}))
     for precision in arguments.transformers:

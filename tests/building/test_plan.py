@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qwen2vl_trt import BuildError, LimitError, Pipeline, Request, SamplingParams
+from qwen2vl_trt.building import folder as folder_module
 from qwen2vl_trt.building.plan import BuildRequest, built_folder, plan_build
 from qwen2vl_trt.engines import backends
 from qwen2vl_trt.engines.backends import BF16, FP32
@@ -93,7 +94,11 @@ def test_the_default_backend_suits_the_device(monkeypatch, gpu, installed, devic
     assert backends.default_backend(device) == expected
 
 
-def test_what_was_chosen_is_said_once(folder, caplog):
+@pytest.mark.parametrize(
+    ("slowdown", "advice"), [(0.5, ". This CPU multiplies faster in bf16, which --backend torch has"), (2.0, "")]
+)
+def test_what_was_chosen_is_said_once(folder, caplog, monkeypatch, slowdown, advice):
+    monkeypatch.setattr(folder_module, "bf16_slowdown", lambda: slowdown)
     caplog.set_level("INFO", "qwen2vl_trt.building")
     given = {"device": "cpu", **LIMITS}
     for _ in range(2):
@@ -101,7 +106,7 @@ def test_what_was_chosen_is_said_once(folder, caplog):
     Pipeline.from_pretrained("tiny", "torch", "fp32", **given)
     folder = Path("artifacts/tiny-onnxruntime-fp32")
     assert caplog.messages == [
-        f"building {folder}: backend onnxruntime in fp32 by default; --backend and --precision choose"
+        f"building {folder}: backend onnxruntime in fp32 by default; --backend and --precision choose{advice}"
     ]
 
 
