@@ -17,7 +17,7 @@ from qwen2vl_trt.layers import BlockedLinear
 from qwen2vl_trt.quantized.blocks import blocked
 from qwen2vl_trt.quantized.linear import Numbers, QuantizedLinear
 from qwen2vl_trt.quantized.rounding import round_to_nearest
-from qwen2vl_trt.weights import LM_HEAD, checkpoint_names
+from qwen2vl_trt.weights import EMBEDDING, LM_HEAD, checkpoint_names
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def write_blocked(
     with (folder / BLOCKED).open("wb") as file:
         writer = BlockedFile(file, folder, dtype)
         for ours, theirs in names.items():
-            if theirs not in checkpoint.packed or ours.startswith("visual."):
+            if theirs not in checkpoint.packed or ours.startswith("visual.") or ours == EMBEDDING:
                 continue
             weight = checkpoint.packed[theirs]
             layer = None

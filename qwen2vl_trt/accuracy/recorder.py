@@ -140,12 +140,16 @@ class RecordingSession:
     def io_binding(self) -> ort.IOBinding:
         """A binding whose first outputs are the marked ones."""
         binding = self._session.io_binding()
-        for name in self._marked:
-            binding.bind_output(name, "cpu")
+        self._bind(binding)
         return binding
 
     def run_with_iobinding(self, binding: ort.IOBinding) -> None:
         """Run, and record the marked outputs."""
+        self._bind(binding)  # anew: an earlier run's results are bound in their place, with their shapes
         self._session.run_with_iobinding(binding)
         for name, value in zip(self._marked, binding.get_outputs()):
             self._recorder.add(name, torch.from_numpy(np.asarray(value.numpy())))
+
+    def _bind(self, binding: ort.IOBinding) -> None:
+        for name in self._marked:
+            binding.bind_output(name, "cpu")

@@ -22,6 +22,7 @@ from qwen2vl_trt.checkpoint import RECORD, Checkpoint
 from qwen2vl_trt.config import read_json
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.engines.precision import Precision
+from qwen2vl_trt.engines.profile import flag
 from qwen2vl_trt.engines.progress import progress_bar
 from qwen2vl_trt.errors import BuildError, CheckpointError, EngineError, reason
 from qwen2vl_trt.export.awq import PASSES, awq_factors, folded
@@ -115,8 +116,8 @@ def quantize_first(plan: BuildPlan) -> BuildPlan:
     that they were built from: it is the one, if it does.
 
     Raises:
-        BuildError: no calibration data for this model, or something wrong with them; a quantised checkpoint or engines
-            are there that were made from something else; the folder cannot be written.
+        BuildError: no calibration data for this model, or something wrong with them, or some for a quantised one; a
+            quantised checkpoint or engines are there that were made from something else; the folder cannot be written.
         MissingDependencyError: Model Optimizer is needed and not installed.
         CheckpointError: the model cannot be read.
     """
@@ -125,6 +126,12 @@ def quantize_first(plan: BuildPlan) -> BuildPlan:
         return plan
     checkpoint = Checkpoint(plan.model.folder)
     if checkpoint.format is not None or fp8_layers(checkpoint):
+        for name in ("quant_method", "calibration_data", "calibration_size"):
+            if getattr(plan.request, name) is not None:
+                raise BuildError(
+                    f"{flag(name)} is for an unquantised model, and {checkpoint.folder} is quantised: leave it out, or"
+                    " give the unquantised one"
+                )
         return plan
     engines = not force and _holds_engines(plan.folder)
     if engines and (built := _Record.of(plan.folder)):

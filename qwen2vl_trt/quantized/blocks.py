@@ -63,7 +63,7 @@ def blocked(weight: QuantizedLinear, bits: int) -> BlockedWeight | None:
             return None
         permutation = weight.group_index.argsort(stable=True)
     values, scales = weight.values, weight.scales.float()
-    zeros: Tensor | int = 0 if weight.zero_points is None else weight.zero_points.float()
+    zeros = torch.zeros(1, 1) if weight.zero_points is None else weight.zero_points.float()
     if values.dtype == torch.float8_e4m3fn:
         values, scales, bits = (values.float() * 2).to(torch.int8), scales / 2, 8
     elif values.dtype == torch.uint8:
@@ -72,9 +72,7 @@ def blocked(weight: QuantizedLinear, bits: int) -> BlockedWeight | None:
     if permutation is not None:
         values = values[:, permutation]
     scales = scales.expand(values.shape[0], -1)
-    offsets = None if isinstance(zeros, int) else -zeros * scales
-    if offsets is not None and not offsets.any():
-        offsets = None
+    offsets = -zeros * scales if zeros.any() else None
     parts = size // block
     input_scale = None if weight.input_scale is None else weight.input_scale.float()
     return BlockedWeight(

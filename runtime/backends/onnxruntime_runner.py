@@ -7,7 +7,7 @@ Binding takes a few microseconds a tensor, which two caches a layer add up: they
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -166,13 +166,14 @@ class OrtDecoder:
         device: torch.device,
     ) -> None:
         text = checkpoint.config.text
-        self._session, self._device, self._dtype = session, device, dtype
+        self._session, self._device = session, device
         self.vocab_size = text.vocab_size
         self.embed = TokenEmbedding(checkpoint, dtype, device)
-        self._cache_names = cache_names(text.num_hidden_layers)
         self.slots = profile.max_num_seqs
         self.cache = KVCache(text, self.slots, profile.max_seq_len, dtype, device)
-        self._binding = lru_cache(maxsize=64)(self._bind_caches)
+        # A bound method would be a cycle, and session and cache stay in memory until Python's collector runs.
+        names = cache_names(text.num_hidden_layers)
+        self._binding = lru_cache(maxsize=64)(partial(_bind_caches, session, self.cache, names))
         self._logits = torch.empty(self.slots, self.vocab_size, device=device)
         # Where the inputs of every decode step lie, one after the other for as many slots as it has.
         self._decode = {"inputs_embeds": torch.empty(self.slots * text.hidden_size, dtype=dtype, device=device)}
@@ -204,20 +205,29 @@ class OrtDecoder:
         binding.run(self._device)
         return graph_step(chunks, wanted, outputs["logits"], outputs.get("hidden_states"))
 
-    def _bind_caches(self, first: int, batch: int, hidden: bool, allocations: int) -> Binding:
-        """For steps of ``batch`` slots from ``first`` on, until the cache is allocated anew.
-
-        An output that is bound is written, so steps with hidden states have bindings of their own.
-        """
-        binding = Binding(self._session)
-        for names, caches in zip(self._cache_names, self.cache.rows(first, batch)):
-            bound = dict(zip(names, caches))
-            binding.bind(bound, {f"new_{name}": cache for name, cache in bound.items()})
-        return binding
-
     def reset(self) -> None:
         self.cache.reset()
 
     def warm_up(self, chunk: int, longest: int) -> None:
         """Runs the smallest and the largest batch; there are no graphs to capture."""
         run_steps(self, chunk, {1, self.slots})
+
+
+def _bind_caches(
+    session: ort.InferenceSession,
+    cache: KVCache,
+    names: tuple[list[str], list[str]],
+    first: int,
+    batch: int,
+    hidden: bool,
+    allocations: int,
+) -> Binding:
+    """For steps of ``batch`` slots from ``first`` on, until the cache is allocated anew.
+
+    An output that is bound is written, so steps with hidden states have bindings of their own.
+    """
+    binding = Binding(session)
+    for each, caches in zip(names, cache.rows(first, batch)):
+        bound = dict(zip(each, caches))
+        binding.bind(bound, {f"new_{name}": tensor for name, tensor in bound.items()})
+    return binding

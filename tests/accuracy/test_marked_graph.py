@@ -5,9 +5,11 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from qwen2vl_trt.accuracy.recorder import marked_graph
+from qwen2vl_trt.accuracy.recorder import Recorder, RecordingSession, marked_graph
 from qwen2vl_trt.errors import EngineError
-from qwen2vl_trt.runtime.backends.onnxruntime_runner import open_session
+from qwen2vl_trt.runtime.backends.onnxruntime_runner import load_decoder, open_session
+from qwen2vl_trt.runtime.backends.runners import open_engines
+from qwen2vl_trt.runtime.backends.steps import Chunk
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,19 @@ def test_blocks_that_cannot_be_told_apart(tiny):
     path = tiny["onnxruntime", "fp32"] / "vision.onnx"
     with pytest.raises(EngineError, match=r"vision\.onnx: blocks cannot be told apart .* found 4 of 5"):
         marked_graph(path, 5, "visual.")
+
+
+def test_steps_of_other_lengths_are_recorded_through_one_binding(tiny):
+    """The runner keeps its bindings; results of an earlier run must not be taken for the next one's memory."""
+    folder = tiny["onnxruntime", "fp32"]
+    model, marked = marked_graph(folder / "decoder.onnx", 4, "")
+    recorder, session = Recorder(), open_session(folder / "decoder.onnx", torch.device("cpu"), model)
+    decoder = load_decoder(open_engines(folder, "cpu"), RecordingSession(session, marked, recorder))
+    for length in (20, 8, 8, 1):
+        decoder.step(
+            [Chunk(0, 0, length)], decoder.embed(list(range(30, 30 + length))), torch.arange(length).expand(3, -1)
+        )
+    calls = recorder.calls[marked[-1]]
+    assert [states.shape[1] for states in calls] == [20, 8, 8, 1]
+    for states in calls[1:]:
+        torch.testing.assert_close(states, calls[0][:, : states.shape[1]], rtol=0, atol=1e-4)

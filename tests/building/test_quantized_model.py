@@ -124,8 +124,10 @@ class TestFound:
         assert len(made) == 2
 
     def test_a_model_that_is_quantised_already(self, made, fp8_checkpoint):
-        given = plan(ResolvedModel("other", fp8_checkpoint))
+        given = plan(ResolvedModel("other", fp8_checkpoint), size=None)
         assert quantize_first(given) is given
+        with pytest.raises(BuildError, match=r"--calibration-size is for an unquantised model, .* is quantised: leave"):
+            quantize_first(plan(ResolvedModel("other", fp8_checkpoint)))
 
     def test_another_precision(self, made):
         given = plan(precision="bf16")
@@ -212,6 +214,8 @@ class TestWeightsAlone:
         for precision in ("int8", "int4"):  # the build refuses what does not fit
             given = plan(replace(made, name="other"), precision=precision)
             assert quantize_first(given) is given
+        with pytest.raises(BuildError, match="--quant-method is for an unquantised model"):
+            quantize_first(plan(made, precision="int4", method="rtn"))
 
     def test_a_full_disk(self, tmp_path, monkeypatch):
         def full(*arguments):

@@ -34,7 +34,7 @@ from tests.runtime.test_quantized_checkpoints import FORMATS, PROFILE, compresse
 from tests.support.bounds import FP32
 from tests.support.engine_folders import build
 from tests.support.models import relative_error
-from tests.support.quantized import gptq, int8_tensors, packed_tensors, quantized_checkpoint
+from tests.support.quantized import gptq, int8_tensors, is_decoder_linear, packed_tensors, quantized_checkpoint
 from tests.support.shared import shared
 
 ROUNDED_INPUTS = 0.03
@@ -204,6 +204,24 @@ def test_layers_of_other_numbers_are_dequantised(tmp_path, caplog):
     assert {name.split(".")[-2] for name in dequantized} == {"gate_proj", "up_proj", "down_proj"}
     found, expected = found_logits(folder, level=0), meant_logits(tmp_path / "quantized")
     assert (found - expected).norm() / expected.norm() < 2**-10, "weights of those layers are rounded to FP16"
+
+
+def test_an_embedding_in_4_bits(tmp_path):
+    """It has no product: it is dequantised where tokens are looked up, and ``lm_head``, tied to it, is multiplied."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": ["Linear", "re:.*embed_tokens"], "weights": weights}}
+    settings = compressed("pack-quantized") | {"config_groups": groups}
+    write = partial(packed_tensors, bits=4, group_size=32)
+    layers = lambda name: is_decoder_linear(name) or name == "model.embed_tokens.weight"  # noqa: E731
+    quantized_checkpoint(resolve_model("tiny").folder, tmp_path, settings, write, layers)
+    for backend in ("onnxruntime", "torch"):
+        folder = build(tmp_path / "quantized", tmp_path / backend, backend, "int4", PROFILE)
+        decoder = open_engines(folder, "cpu").decoder
+        step = decoder.step([Chunk(0, 0, 20)], decoder.embed(list(range(30, 50))), torch.arange(20).expand(3, 20))
+        plain = open_engines(build(tmp_path / "plain", tmp_path / f"{backend}-plain", backend, "fp32", PROFILE), "cpu")
+        embeds = plain.decoder.embed(list(range(30, 50)))
+        expected = plain.decoder.step([Chunk(0, 0, 20)], embeds, torch.arange(20).expand(3, 20)).logits
+        assert (step.logits.float() - expected).norm() / expected.norm() < ROUNDED_INPUTS
 
 
 class TestWhatDoesNotFit:

@@ -75,6 +75,14 @@ def test_a_scale_a_channel_is_repeated():
     assert torch.equal(found.scales[:, :1].expand(-1, 2), found.scales)
 
 
+def test_unsigned_numbers_without_zero_points():
+    signed = weight("int4", 128, zeros=True)
+    given = QuantizedLinear(signed.values, signed.scales, None, 128)
+    x = torch.randn(3, IN, generator=torch.Generator().manual_seed(1))
+    found = product(x, blocked(given, 4))
+    assert (found - x.double() @ given.dequantize().double().T).abs().max() < 1e-5 * found.abs().max()
+
+
 @pytest.mark.parametrize("group_size", [8, 100])
 def test_groups_that_make_no_blocks(group_size):
     assert blocked(weight("int4", group_size) if IN % group_size == 0 else _ragged(group_size), 4) is None

@@ -1,5 +1,7 @@
 """What the ONNX Runtime runners ask of a session on a GPU, over fake tensors and a stand-in for the session."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -180,6 +182,19 @@ def test_a_decode_step_binds_nothing(append, bound):
         for start in range(1, 4):
             step(slots, start)
         assert bound == []
+
+
+def test_a_decoder_goes_with_its_last_name(append):
+    """Session and cache are gigabytes: they do not wait for Python's collector."""
+    decoder, step = append()
+    step([0], 0)
+    gone = weakref.ref(decoder)
+    gc.disable()
+    try:
+        del decoder, step
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_prompt_binds_its_own_tensors_alone(append, bound):

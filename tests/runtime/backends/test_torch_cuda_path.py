@@ -19,12 +19,14 @@ from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.fused_modules import FusedSwiGLU
 from qwen2vl_trt.fused_ops import FusedOps
-from qwen2vl_trt.runtime.backends import torch_graphs, torch_runner
+from qwen2vl_trt.runtime.backends import torch_graphs, torch_runner, weight_only
 from qwen2vl_trt.runtime.backends.paged_cache import PAGE, page_bytes
 from qwen2vl_trt.runtime.backends.runners import open_engines
 from qwen2vl_trt.runtime.backends.steps import Chunk
 from qwen2vl_trt.runtime.backends.torch_runner import CudaDecoder, CudaVision, TorchDecoder, TorchVision
+from qwen2vl_trt.runtime.backends.weight_only import WeightOnlyLinear
 from qwen2vl_trt.windows import window_layout
+from tests.runtime.test_weight_only import checkpoint_of
 from tests.support.compiled_steps import compilations, graph_breaks, need_a_compiler
 from tests.support.engine_folders import PROFILE, build
 from tests.support.models import edit_checkpoint, in_fp8_as_shared, relative_error, write_quantization
@@ -139,7 +141,7 @@ class Pair:
 
     def __init__(self, checkpoint, dtype=torch.float32, tolerance=2e-5, profile=PROFILE, **options):
         self.capture, self.tolerance, self.dtype = RecordedGraphs(), tolerance, dtype
-        self.plain = TorchDecoder(checkpoint, profile, dtype, CPU)
+        self.plain = TorchDecoder(checkpoint, profile, dtype, CPU, quantized=options.get("quantized", False))
         self.fast = CudaDecoder(checkpoint, profile, dtype, CPU, **{"capture": self.capture} | options)
         self.width, self.capacity = checkpoint.config.text.hidden_size, profile.max_seq_len
         cache = self.fast.cache
@@ -541,3 +543,16 @@ def test_a_gpu_gets_the_fast_runners(monkeypatch):
         torch_runner.load_vision(engines)
         torch_runner.load_decoder(engines)
     assert made == {"cpu": ["TorchVision", "TorchDecoder"], "cuda": ["CudaVision", "CudaDecoder"]}
+
+
+@FUSED
+@pytest.mark.parametrize("name", ["awq", "gptq", "nvfp4"])
+def test_weights_of_4_and_8_bits(name, kernels, monkeypatch):
+    """Layers that nothing joins. In FP32, as those for which a GPU has no product: its own are rounded to BF16."""
+    monkeypatch.setattr(weight_only, "int4_rows", lambda: 0)
+    monkeypatch.setattr(weight_only, "has_int8", lambda: False)
+    pair = Pair(Checkpoint(checkpoint_of(name)), quantized=True)
+    layers = pair.fast.module.model.layers
+    assert all(isinstance(layer.self_attn.q_proj, WeightOnlyLinear) for layer in layers)
+    assert all(isinstance(layer.mlp.gate_proj, WeightOnlyLinear) for layer in layers)
+    pair.mix(0, 12)
