@@ -112,9 +112,11 @@ class Backend:
         Args:
             device: by default a GPU where torch sees one.
             stored: what the checkpoint holds its weights in (:func:`qwen2vl_trt.quantization.stored_weights`); taken
-                where the backend computes in it.
+                where the backend computes in it; TensorRT in NVFP4 on a GPU alone that has its products.
         """
         kept = next((each for each in self.precisions if stored and each.weights == stored), None)
+        if kept is not None and kept.weights == "nvfp4" and self.plans and not _has_fp4():
+            kept = None
         return kept or (cpu_precision() if self.measures(device) else self.precisions[0])
 
     def precision(self, name: str) -> Precision:
@@ -252,6 +254,13 @@ BACKENDS = {
         ),
     )
 }
+
+
+def _has_fp4() -> bool:
+    """Whether torch sees a GPU with products of FP4: Blackwell and newer."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0)
 
 
 def default_backend(device: str | None = None) -> str:

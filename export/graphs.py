@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from qwen2vl_trt.decoder import Decoder
 from qwen2vl_trt.quantization import use_fp8
 from qwen2vl_trt.vision import VisionTransformer
 
-from .blocked_weights import BlockedLayer, use_blocked
+if TYPE_CHECKING:
+    from .blocked_weights import BlockedLayer
 
 INT = torch.int64
 
@@ -96,10 +97,16 @@ def decoder_graph(
         "last_token": TensorSpec(("batch",), INT),
     }
     k_caches, v_caches = cache_names(text.num_hidden_layers)
+
+    def module() -> nn.Module:
+        from .blocked_weights import use_blocked  # ONNX IR, which engines that are there run without
+
+        return use_blocked(use_fp8(Decoder(text), "", fp8), blocked)
+
     return Graph(
         name="decoder",
         prefix="",
-        module=lambda: use_blocked(use_fp8(Decoder(text), "", fp8), blocked),
+        module=module,
         inputs=tokens | dict.fromkeys((*k_caches, *v_caches), cache),
         outputs=("logits", "hidden_states", *(f"new_{name}" for name in (*k_caches, *v_caches))),
         arguments=lambda tensors: {

@@ -173,7 +173,7 @@ class EngineRunner(BaseRunner):
     def _marked_session(self, graph: str, blocks: int, prefix: str) -> ort.InferenceSession:
         path = self._engines.folder / f"{graph}.onnx"
         model, marked = marked_graph(path, blocks, prefix)
-        session = onnxruntime_runner.open_session(path, self._device, model)
+        session = onnxruntime_runner.open_session(path, self._device, model, fp8=self._engines.precision.fp8)
         return cast(ort.InferenceSession, RecordingSession(session, marked, self._recorder))
 
 

@@ -101,7 +101,8 @@ class _ProfiledSessions:
 
     def _session(self, engines: Engines, stage: str) -> Any:
         prefix = Path(self._folder) / stage
-        session = self._runner.open_session(engines.folder / f"{stage}.onnx", engines.device, profile=prefix)
+        path, fp8 = engines.folder / f"{stage}.onnx", engines.precision.fp8
+        session = self._runner.open_session(path, engines.device, profile=prefix, fp8=fp8)
         self.sessions.append(session)
         return session
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.engines.backends import BACKENDS
-from qwen2vl_trt.engines.onnx_file import read_onnx
 from qwen2vl_trt.engines.profile import BuildProfile
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.export.graphs import cache_names
@@ -37,17 +36,18 @@ def default_device() -> str:
 
 def load_vision(engines: Engines, session: ort.InferenceSession | None = None) -> OrtVision:
     """Open the vision graph, unless ``session`` is given; raises as :func:`open_session`."""
-    return OrtVision(session or open_session(engines.folder / "vision.onnx", engines.device), engines.device)
+    session = session or open_session(engines.folder / "vision.onnx", engines.device, fp8=engines.precision.fp8)
+    return OrtVision(session, engines.device)
 
 
 def load_decoder(engines: Engines, session: ort.InferenceSession | None = None) -> OrtDecoder:
     """Open the decoder graph, unless ``session`` is given; raises as :func:`open_session`."""
-    session = session or open_session(engines.folder / "decoder.onnx", engines.device)
+    session = session or open_session(engines.folder / "decoder.onnx", engines.device, fp8=engines.precision.fp8)
     return OrtDecoder(session, engines.checkpoint, engines.manifest.profile, engines.precision.decoder, engines.device)
 
 
 def open_session(
-    path: Path, device: torch.device, model: bytes | None = None, profile: Path | None = None
+    path: Path, device: torch.device, model: bytes | None = None, profile: Path | None = None, fp8: bool = False
 ) -> ort.InferenceSession:
     """Open a graph.
 
@@ -56,6 +56,8 @@ def open_session(
         device: CPU or GPU.
         model: replaces the file's content.
         profile: prefix of the file that ONNX Runtime writes each operator's time to.
+        fp8: the graph has FP8 layers, which QDQ fusions turn into ones that ONNX Runtime then rejects. Weights of 4 and
+            8 bits need those fusions.
 
     Raises:
         EngineError: it does not load, the device is not available, or this ONNX Runtime is too old.
@@ -67,10 +69,7 @@ def open_session(
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     # BF16 weights become FP32 once, at load. By default one above 1 GB (3B's embedding) would be converted every step.
     options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(2**63 - 1))
-    with read_onnx(path) as graph:
-        quantizes = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
-    # QDQ fusions turn FP8 graphs into ones that ONNX Runtime then rejects; weights of 4 and 8 bits need them.
-    options.add_session_config_entry("session.disable_quant_qdq", str(int(quantizes)))
+    options.add_session_config_entry("session.disable_quant_qdq", str(int(fp8)))
     # Activations are rounded to 8 bits, block by block: several times as fast as FP32, and 8-bit weights have no other.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
     # Threads that spin between operators take the cores that images, texts and a server need: docs/guide/serve.md.
@@ -138,7 +137,7 @@ class OrtVision:
     def __init__(self, session: ort.InferenceSession, device: torch.device) -> None:
         self._session, self._device = session, device
         self._width: int = session.get_outputs()[0].shape[1]
-        self._indices = cached_layouts(self._index_tensors)
+        self._indices = cached_layouts(partial(_index_tensors, device=device))
 
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
         inputs = {"pixel_values": pixel_values.to(self._device).contiguous(), **self._indices(layout)}
@@ -147,9 +146,6 @@ class OrtVision:
         binding.bind(inputs, {"image_embeds": embeds})
         binding.run(self._device)
         return embeds
-
-    def _index_tensors(self, layout: WindowLayout) -> dict[str, Tensor]:
-        return {name: tensor.to(self._device).contiguous() for name, tensor in layout.index_tensors.items()}
 
 
 class OrtDecoder:
@@ -211,6 +207,10 @@ class OrtDecoder:
     def warm_up(self, chunk: int, longest: int) -> None:
         """Runs the smallest and the largest batch; there are no graphs to capture."""
         run_steps(self, chunk, {1, self.slots})
+
+
+def _index_tensors(layout: WindowLayout, device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device).contiguous() for name, tensor in layout.index_tensors.items()}
 
 
 def _bind_caches(

@@ -115,3 +115,21 @@ def test_a_method_of_quantisation_that_there_is_not(folder):
         plan_build(BuildRequest(model="tiny", precision="int4", quant_method="gptq"))
     with pytest.raises(BuildError, match=r"--quant-method says how to build, but .* runs as it was built"):
         built_folder(BuildRequest(engine_dir=Path("engines"), quant_method="rtn"))
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "expected"),
+    [
+        ("onnxruntime", None, "nvfp4"),
+        ("tensorrt", None, "bf16"),
+        ("tensorrt", (9, 0), "bf16"),
+        ("tensorrt", (10, 0), "nvfp4"),
+        ("tensorrt-rtx", (12, 0), "nvfp4"),
+    ],
+)
+def test_nvfp4_is_the_default_where_its_products_are(monkeypatch, name, capability, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert backends.BACKENDS[name].default_precision(None, "nvfp4").name == expected
+    if name != "onnxruntime":
+        assert backends.BACKENDS[name].default_precision(None, "int4").name == "int4"

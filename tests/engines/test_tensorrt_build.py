@@ -433,7 +433,7 @@ class TestProgressAndInterrupt:
 
     def test_the_command_ends_cleanly(self, trt, rtx_checkpoint, tmp_path):
         command = [sys.executable, "build_engines.py", "--model", str(rtx_checkpoint), "--backend", "tensorrt-rtx"]
-        command += ["--max-input-len", "512", "--max-seq-len", "1024"]
+        command += ["--precision", "bf16", "--max-input-len", "512", "--max-seq-len", "1024"]
         folder = tmp_path / "engines"
         process = subprocess.Popen([*command, "--engine-dir", str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and not (folder / ".building" / "decoder.onnx").exists():
