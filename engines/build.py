@@ -212,7 +212,7 @@ def _check_numbers(checkpoint: Checkpoint, wanted: Numbers) -> None:
     ways = [f"--precision {numbers} computes in what it has" for numbers in others]
     raise BuildError(
         f"{checkpoint.folder} is quantised ({checkpoint.format.method}) to {', '.join(others) or 'other numbers'}, not"
-        f" to {wanted}: {'; '.join([*ways, 'another precision dequantises it'])}"
+        f" to {wanted}: {'; '.join([*ways, '--precision bf16 or fp32 dequantises it'])}"
     )
 
 

@@ -52,9 +52,10 @@ def build_planned(plan: BuildPlan, options: PipelineOptions | None = None) -> bo
     force = plan.request.force
     if force or engines_in(plan.folder) is None:
         ModelFiles.read(plan.model.folder, Qwen2VLConfig.from_folder(plan.model.folder), plan.profile, options)
-        if plan.request.backend is None or plan.request.precision is None:
-            message = "building %s: backend %s in %s by default; --backend and --precision choose%s"
-            logger.info(message, plan.folder, plan.backend.name, plan.precision, _faster(plan))
+        chosen = [] if plan.request.backend else [f"backend {plan.backend.name}"]
+        chosen += [] if plan.request.precision else [f"precision {plan.precision}"]
+        if chosen:
+            logger.info("building %s: %s by default%s", plan.folder, ", ".join(chosen), _faster(plan))
     from .quantized_model import quantize_first  # the export's packages, which engines that are there do not need
 
     plan = quantize_first(plan)

@@ -16,7 +16,7 @@ from qwen2vl_trt.errors import CheckpointError
 from .awq import AWQ
 from .compressed_tensors import CompressedTensors
 from .gptq import GPTQ
-from .linear import PackedWeight
+from .linear import PackedWeight, QuantizedLinear
 from .modelopt import ModelOptimizer
 from .stored import Entry, Format, Layer, Settings
 
@@ -125,6 +125,17 @@ def packed_weights(
     for name, leaves in owned.items():
         layer = Layer(name, place, leaves, load)
         weights[f"{name}.weight"] = PackedWeight(
-            form.shape(layer), dtype, form.numbers(layer), partial(form.read, layer)
+            form.shape(layer), dtype, form.numbers(layer), partial(_read, form, layer)
         )
     return weights, parts
+
+
+def _read(form: Format, layer: Layer) -> QuantizedLinear:
+    weight = form.read(layer)
+    scales = weight.scales.float()
+    if not (scales.isfinite() & (scales >= 0)).all():
+        raise CheckpointError(
+            f"{layer.place}: {layer.name} has a scale that is negative or no finite number. Fetch the checkpoint again,"
+            " or take the unquantised one"
+        )
+    return weight

@@ -294,7 +294,7 @@ def test_fp8_is_quantised_as_for_every_command(bench, monkeypatch):
     def quantize(plan):
         raise BuildError(f"{plan.precision}, {plan.request.calibration_size} samples")
 
-    monkeypatch.setattr("qwen2vl_trt.building.folder.quantize_first", quantize)
+    monkeypatch.setattr("qwen2vl_trt.building.quantized_model.quantize_first", quantize)
     answer = bench("--model", "tiny", "--precision", "fp8", "--calibration-size", 4)
     assert_one_line(answer, "fp8, 4 samples")
 

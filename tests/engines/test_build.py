@@ -258,8 +258,8 @@ class TestRefused:
             find_backend("cuda", None)
         with pytest.raises(BuildError, match="onnxruntime cannot be built in 'bf16', only in fp32, fp8"):
             find_backend("onnxruntime", "bf16")
-        with pytest.raises(BuildError, match="torch cannot be built in 'int4', only in bf16, fp32, fp16-decoder, fp8"):
-            find_backend("torch", "int4")
+        with pytest.raises(BuildError, match="tensorrt cannot be built in 'int8', only in bf16, fp32, fp16-decoder"):
+            find_backend("tensorrt", "int8")
 
     def test_defaults(self):
         backend, precision = find_backend(default_backend(), None)

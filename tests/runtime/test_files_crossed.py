@@ -17,7 +17,7 @@ from tests.support.files_crossed import files_crossed
 from tests.support.recorded_graph import RecordedGraphs
 from tests.support.varlen_reference import flash_attention
 
-LIMITS = {"step": 23, "image": 21, "request": 44, "build": 32}
+LIMITS = {"step": 23, "image": 21, "request": 44, "build": 33}
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 
 

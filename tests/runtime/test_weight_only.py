@@ -245,7 +245,7 @@ class TestWhatDoesNotFit:
             quantized_checkpoint(resolve_model("tiny").folder, folder, settings, write)
 
         checkpoint = Checkpoint(shared("tiny-fp8-static", make) / "quantized")
-        with pytest.raises(BuildError, match=r"to other numbers, not to int4: another precision dequantises it"):
+        with pytest.raises(BuildError, match=r"to other numbers, not to int4: --precision bf16 or fp32 dequantises it"):
             check_quantization(checkpoint, INT4)
 
     def test_a_backend_without_it(self):

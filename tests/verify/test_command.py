@@ -164,13 +164,15 @@ def test_a_failure_is_a_row_and_the_others_go_on(verify, instant, monkeypatch):
     code, out, errors, report = verify()
     assert (code, errors) == (1, "")
     failed = {name: row["words"] for name, row in rows(report).items() if row["result"] == "failed"}
-    assert list(failed) == ["FP8 products", "overlap", next(name for name in failed if name.endswith("requests"))]
+    requests = [name for name in failed if name.endswith("requests")]  # one, or two where the CPU has BF16
+    assert 1 <= len(requests) <= 2
+    assert list(failed) == ["FP8 products", "overlap", *requests]
     assert [*failed.values()] == [
         "CUDA error: an illegal memory access",
         "3 differ",
-        "ZeroDivisionError: division by zero",
+        *["ZeroDivisionError: division by zero"] * len(requests),
     ]
-    assert out.count("| failed: ") == 3
+    assert out.count("| failed: ") == len(failed)
     assert rows(report)["decode steps"]["result"] == "passed"
     check_schema(report)
 

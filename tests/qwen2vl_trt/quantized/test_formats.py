@@ -123,6 +123,16 @@ class TestWhatIsWrong:
         with pytest.raises(CheckpointError, match=re.escape(said)):
             Checkpoint(folder)
 
+    @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
+    def test_a_scale_that_makes_no_sense(self, folder, scale):
+        def change(tensors):
+            tensors[f"{DOWN}.scales"][0, 3] = scale
+            return tensors
+
+        edit_checkpoint(folder, change)
+        with pytest.raises(CheckpointError, match=rf"{re.escape(DOWN)} has a scale that is negative or no finite"):
+            Checkpoint(folder).load(f"{DOWN}.weight")
+
     def test_another_group_size(self, folder):
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"]["group_size"] = 16

@@ -16,6 +16,7 @@ from qwen2vl_trt import Pipeline, Request, SamplingParams, fused_ops, ops, varle
 from qwen2vl_trt.benchmarks.random_model import config_of
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.engines.precision import BF16
 from qwen2vl_trt.errors import EngineError
 from qwen2vl_trt.fused_modules import FusedSwiGLU
 from qwen2vl_trt.fused_ops import FusedOps
@@ -529,7 +530,7 @@ def test_a_gpu_gets_the_fast_runners(monkeypatch):
     made = {}
     for name in ("TorchVision", "CudaVision", "TorchDecoder", "CudaDecoder"):
         monkeypatch.setattr(
-            torch_runner, name, lambda *args, name=name, adapters=None: made.setdefault(args[-1].type, []).append(name)
+            torch_runner, name, lambda *args, name=name, **others: made.setdefault(args[-1].type, []).append(name)
         )
     for device in ("cpu", "cuda"):
         engines = SimpleNamespace(
@@ -537,7 +538,7 @@ def test_a_gpu_gets_the_fast_runners(monkeypatch):
             dtype=None,
             device=torch.device(device),
             manifest=SimpleNamespace(profile=None),
-            precision=SimpleNamespace(decoder=None),
+            precision=BF16,
             adapters={},
         )
         torch_runner.load_vision(engines)
