@@ -234,7 +234,7 @@ class TestWhatDoesNotFit:
 
     def test_a_model_in_other_numbers(self):
         checkpoint = Checkpoint(checkpoint_of("awq"))
-        said = r"is quantised \(AWQ\) to int4, not to nvfp4: --precision int4 computes in what it has; another prec"
+        said = r"is quantised \(AWQ\) to int4, not to nvfp4: --precision int4 computes in what it has; --precision bf16"
         with pytest.raises(BuildError, match=said):
             check_quantization(checkpoint, NVFP4_IN_FP32)
 

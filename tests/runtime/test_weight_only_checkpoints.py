@@ -53,7 +53,7 @@ def model(request):
     def make(folder):
         quantized_checkpoint(resolve_model("tiny").folder, folder, settings, write)
 
-    folder = shared(f"tiny-{request.param}", make)
+    folder = shared(f"tiny-{request.param}-for-torch", make)
     return numbers, folder / "quantized", folder / "plain"
 
 
