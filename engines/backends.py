@@ -31,6 +31,7 @@ from .precision import (
     INT8_IN_FP32,
     NVFP4,
     NVFP4_IN_FP32,
+    SINCE,
     Precision,
     cpu_precision,
 )
@@ -260,7 +261,7 @@ def _has_fp4() -> bool:
     """Whether torch sees a GPU with products of FP4: Blackwell and newer."""
     import torch
 
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0)
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= SINCE["nvfp4"]
 
 
 def default_backend(device: str | None = None) -> str:

@@ -81,12 +81,12 @@ def _packed_bytes(checkpoint: Checkpoint, precision: Precision) -> dict[str, flo
     found: dict[str, float] = {}
     if precision.weight_only is None:
         return found
+    names = checkpoint_names(checkpoint)
     each = {"int4": 0.5 + 4 / LARGEST_BLOCK, "int8": 1 + 4 / LARGEST_BLOCK, "nvfp4": 1 + 4 / SMALLEST_BLOCK}
-    for ours, theirs in checkpoint_names(checkpoint).items():
+    for ours, theirs in names.items():
         weight = checkpoint.packed.get(theirs)
         if weight is not None and weight.numbers == precision.weight_only and not ours.startswith("visual."):
             found[ours] = each[precision.weight_only] * math.prod(weight.shape)
-    names = checkpoint_names(checkpoint)
     if LM_HEAD in names:
         found.setdefault(LM_HEAD, each["int8"] * math.prod(checkpoint.entry(names[LM_HEAD]).shape))
     return found

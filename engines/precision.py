@@ -86,6 +86,9 @@ INT8_IN_FP32 = Precision("int8", "float32", "float32", "int8")
 NVFP4 = Precision("nvfp4", "bfloat16", "bfloat16", "nvfp4")
 NVFP4_IN_FP32 = Precision("nvfp4", "float32", "float32", "nvfp4")
 
+SINCE = {"fp8": (8, 9), "nvfp4": (10, 0)}
+"""Compute capabilities from which on GPUs have products of such numbers."""
+
 _ROWS, _WIDTH = 64, 512
 _REPETITIONS = 3
 _EMULATED = 4.0

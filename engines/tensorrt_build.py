@@ -21,6 +21,7 @@ from .interrupts import deferred_interrupt
 from .lowering import lower
 from .onnx_file import read_onnx
 from .options import ATTENTION_MASKS, EITHER_MASK, LENGTHS_PLAN, TensorRTOptions
+from .precision import SINCE
 from .progress import BuildSteps
 from .tensorrt_callbacks import progress_monitor, stream_writer, tensorrt_log
 from .tensorrt_profiles import Ranges, decoder_ranges, vision_ranges
@@ -28,7 +29,6 @@ from .tensorrt_refit import strip_weights
 
 logger = logging.getLogger(__name__)
 
-_SINCE = {"fp8": (8, 9), "nvfp4": (10, 0)}
 _FAMILIES = {"fp8": "Ada, Hopper, Blackwell", "nvfp4": "Blackwell"}
 _LARGEST = {
     "vision": "--max-hw-dims or --max-batch-size",
@@ -50,7 +50,7 @@ def build_plans(job: BuildJob, engines: Collection[str] = ("vision", "decoder"))
     trt, options = job.backend.load(), job.backend.options
     assert isinstance(options, TensorRTOptions)
     _check_machine(job.backend, options)
-    if job.precision.name in _SINCE and "decoder" in engines:
+    if job.precision.name in SINCE and "decoder" in engines:
         _check_hardware(options, job.precision.name)
     ranges = {
         "vision": (vision_ranges(job.profile, job.checkpoint.config.vision),),
@@ -110,7 +110,7 @@ def _check_machine(backend: Backend, options: TensorRTOptions) -> None:
 
 def _check_hardware(options: TensorRTOptions, precision: str) -> None:
     """Refuse GPUs without a precision here: TensorRT would after minutes, in its own words."""
-    since, name = _SINCE[precision], precision.upper()
+    since, name = SINCE[precision], precision.upper()
     wanted = list(options.compute_capabilities)
     if not wanted and torch.cuda.is_available():
         wanted = [".".join(map(str, torch.cuda.get_device_capability()))]

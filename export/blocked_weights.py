@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.layers import BlockedLinear
 from qwen2vl_trt.quantized.blocks import blocked
-from qwen2vl_trt.quantized.linear import Numbers, QuantizedLinear
+from qwen2vl_trt.quantized.linear import Numbers, QuantizedLinear, e2m1_codes, pack
 from qwen2vl_trt.quantized.rounding import round_to_nearest
 from qwen2vl_trt.weights import EMBEDDING, LM_HEAD, checkpoint_names
 
@@ -26,7 +26,6 @@ BLOCKED = "decoder.onnx.data"
 HEAD_BLOCK = 128
 """Input channels that share a scale of an ``lm_head`` in 8 bits."""
 _ALIGNMENT = 64
-_HEAD_ROWS = 4096  # of lm_head that are rounded at a time
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,9 @@ def write_blocked(
                 layers[ours.removesuffix(".weight")] = layer
         head = LM_HEAD.removesuffix(".weight")
         if chosen.head and head not in layers and checkpoint.entry(names[LM_HEAD]).shape[1] % HEAD_BLOCK == 0:
-            layers[head] = writer.head(checkpoint.load(names[LM_HEAD]))
+            rounded = writer.layer(round_to_nearest(checkpoint.load(names[LM_HEAD]), 8, HEAD_BLOCK), 8, chosen.tensorrt)
+            assert rounded is not None  # blocks of 128
+            layers[head] = rounded
     if others:
         logger.warning(
             "%s: %d layers of the decoder are dequantised, not computed in %s: their numbers are others, or their"
@@ -129,15 +130,16 @@ class BlockedFile:
         parts, offsets = {}, found.offsets
         block_size = found.block_size
         if tensorrt and weight.global_scale is not None:
-            codes = _e2m1_codes(weight.values).T
-            parts["weight"] = self._write(_pairs(codes), ir.DataType.FLOAT4E2M1, codes.shape)
+            codes = e2m1_codes(weight.values).T
+            parts["weight"] = self._write(pack(codes.reshape(1, -1), 4), ir.DataType.FLOAT4E2M1, codes.shape)
             scales = (weight.scales / weight.global_scale).nan_to_num().to(torch.float8_e4m3fn).T
             parts["block_scales"] = self._write(scales, ir.DataType.FLOAT8E4M3FN)
             parts["global_scale"] = self._write(weight.global_scale.float().reshape(()), ir.DataType.FLOAT)
         else:
             values = found.values.T
             if found.bits == 4:
-                parts["weight"] = self._write(_pairs(values.view(torch.uint8) & 15), ir.DataType.INT4, values.shape)
+                numbers = (values.view(torch.uint8) & 15).reshape(1, -1)
+                parts["weight"] = self._write(pack(numbers, 4), ir.DataType.INT4, values.shape)
             else:
                 parts["weight"] = self._write(values, ir.DataType.INT8)
             scales = found.scales.T
@@ -152,17 +154,6 @@ class BlockedFile:
         if found.input_scale is not None:
             parts["input_scale"] = self._write_float(found.input_scale)
         return BlockedLayer(block_size, parts)
-
-    def head(self, weight: Tensor) -> BlockedLayer:
-        """Write a weight of floating point in 8 bits, some rows at a time: ``lm_head`` is the largest of all."""
-        values = torch.empty(weight.shape[1], weight.shape[0], dtype=torch.int8)
-        scales = torch.empty(weight.shape[1] // HEAD_BLOCK, weight.shape[0])
-        for first in range(0, len(weight), _HEAD_ROWS):
-            rows = slice(first, first + _HEAD_ROWS)
-            rounded = round_to_nearest(weight[rows], 8, HEAD_BLOCK)
-            values[:, rows], scales[:, rows] = rounded.values.T, rounded.scales.T
-        parts = {"weight": self._write(values, ir.DataType.INT8), "scales": self._write_float(scales)}
-        return BlockedLayer(HEAD_BLOCK, parts)
 
     def _write_float(self, tensor: Tensor) -> ir.ExternalTensor:
         return self._write(tensor.to(self._dtype), ir.DataType.from_short_name(_SHORT[self._dtype]))
@@ -180,20 +171,6 @@ class BlockedFile:
             name="",
             base_dir=self._folder,
         )
-
-
-def _pairs(numbers: Tensor) -> Tensor:
-    """Two numbers of 4 bits a byte, the first in the lower bits, as ONNX has them; an even count of uint8."""
-    flat = numbers.contiguous().flatten()
-    return flat[::2] | flat[1::2] << 4
-
-
-def _e2m1_codes(values: Tensor) -> Tensor:
-    """E2M1 numbers, held as E4M3, as the 4 bits of each, uint8: sign, two bits of exponent, one of mantissa."""
-    twice = (values.float().abs() * 2).to(torch.uint8)  # 0 1 2 3 4 6 8 12
-    codes = torch.zeros(13, dtype=torch.uint8)
-    codes[[0, 1, 2, 3, 4, 6, 8, 12]] = torch.arange(8, dtype=torch.uint8)
-    return codes[twice.int()] | (values.view(torch.uint8) & 128) >> 4
 
 
 _SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}

@@ -135,8 +135,8 @@ def bounds_of(
         read += blocks * (1 if fp8 else precision.vision.itemsize)
         return {"latency": Bound.of(rates, tower, read, 2.0 * case.patches * blocks * fp8)}
     layers = text.num_hidden_layers * counts.layer_weights(text)
-    head = 1 if precision.weight_only and device == "cpu" else size
-    weights = counts.decode_weight_bytes(text, counts.LAYER_BYTES.get(precision.weights or "", size), head)
+    head_bytes = 1 if precision.weight_only and device == "cpu" else size
+    weights = counts.decode_weight_bytes(text, counts.LAYER_BYTES.get(precision.weights or "", size), head_bytes)
     cached = counts.kv_bytes_per_token(text, size)
 
     def prefill(prompt: int, batch: int = 1, before: float = 0.0, head: bool = True) -> Bound | None:

@@ -88,3 +88,11 @@ def e2m1(codes: Tensor) -> Tensor:
     """Numbers of 4 bits, uint8 each (sign, two bits of exponent, one of mantissa), as E4M3, which has all of them."""
     numbers = torch.tensor([sign * number for sign in (1, -1) for number in (0, 0.5, 1, 1.5, 2, 3, 4, 6)])
     return numbers.to(torch.float8_e4m3fn).view(torch.uint8)[codes.int()].view(torch.float8_e4m3fn)
+
+
+def e2m1_codes(values: Tensor) -> Tensor:
+    """The other way: the 4 bits of each, uint8."""
+    codes = torch.arange(16, dtype=torch.uint8)
+    code_of = torch.zeros(256, dtype=torch.uint8)
+    code_of[e2m1(codes).view(torch.uint8).int()] = codes
+    return code_of[values.view(torch.uint8).int()]

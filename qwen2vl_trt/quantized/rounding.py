@@ -8,6 +8,7 @@ from torch import Tensor
 from .linear import E2M1_MAX, NVFP4_BLOCK, QuantizedLinear
 
 _E4M3_MAX, _E4M3_MIN = 448, 2**-9  # the smallest positive one
+_ROWS = 512  # that are in FP32 at a time: lm_head would take several times its size
 _TINY = 2.0**-100  # weights of zeros alone have a scale too
 
 
@@ -24,11 +25,14 @@ def round_to_nearest(
         block: input channels of a scale; ``in`` is a multiple of it.
         scale_dtype: that scales are rounded to before the numbers are; they come in FP32.
     """
-    groups = weight.float().unflatten(1, (-1, block))
-    half = 2 ** (bits - 1)
-    scales = (groups.abs().amax(2) / (half - 0.5)).to(scale_dtype).float().clamp_(min=torch.finfo(torch.float32).eps)
-    values = (groups / scales[..., None]).round_().clamp_(-half, half - 1).to(torch.int8)
-    return QuantizedLinear(values.flatten(1), scales, None, block)
+    half, least = 2 ** (bits - 1), torch.finfo(torch.float32).eps
+    values = torch.empty_like(weight, dtype=torch.int8)
+    scales = weight.new_empty(len(weight), weight.shape[1] // block, dtype=torch.float32)
+    for rows, rounded, scale in zip(weight.split(_ROWS), values.split(_ROWS), scales.split(_ROWS)):
+        groups = rows.float().unflatten(1, (-1, block))
+        scale.copy_((groups.abs().amax(2) / (half - 0.5)).to(scale_dtype)).clamp_(min=least)
+        rounded.copy_((groups / scale[..., None]).round_().clamp_(-half, half - 1).flatten(1))
+    return QuantizedLinear(values, scales, None, block)
 
 
 def nvfp4_global_scale(largest: Tensor) -> Tensor:

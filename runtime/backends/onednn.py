@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable
 from functools import cache
 from typing import Literal
 
@@ -24,6 +22,8 @@ from torch import Tensor, nn
 
 from qwen2vl_trt.layers import FP8Linear, SwiGLU
 from qwen2vl_trt.ops import quantize_fp8, rescale
+
+from .common import shortest_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ _WIDTH = 2048
 _BYTES = 2**24
 """Of the weight that is timed at few rows: more than most caches have for one core."""
 _MANY, _MANY_OUTPUTS = 64, 512
-_REPETITIONS = 3
 _CLEARLY_LESS = 0.9
 
 _TEST_WIDTH = 32
@@ -90,21 +89,13 @@ def fastest(dtype: torch.dtype, rows: tuple[int, ...]) -> Layout:
 
 @cache
 def _seconds(layout: Layout, dtype: torch.dtype, rows: int) -> float:
-    """What a product takes: the shortest of a few, once a process."""
+    """What a product takes, once a process."""
     outputs = _BYTES // (_WIDTH * dtype.itemsize) if rows < _MANY else _MANY_OUTPUTS
     x, weight = torch.ones(rows, _WIDTH, dtype=dtype), torch.ones(outputs, _WIDTH, dtype=dtype)
     if layout == "plain":
-        product: Callable[[], object] = lambda: F.linear(x, weight)  # noqa: E731
-    else:
-        packed = _packed(weight, layout)
-        product = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")  # noqa: E731
-    seconds = []
-    with torch.no_grad():
-        for _ in range(1 + _REPETITIONS):
-            began = time.perf_counter()
-            product()
-            seconds.append(time.perf_counter() - began)
-    return min(seconds[1:])  # the first prepares its kernel
+        return shortest_seconds(lambda: F.linear(x, weight))
+    packed = _packed(weight, layout)
+    return shortest_seconds(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
 
 
 def _packed(weight: Tensor, layout: Layout) -> Tensor:

@@ -10,8 +10,6 @@ dequantised tile by tile in each call. These operators are private: on a CPU eac
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -22,8 +20,10 @@ from torch import Tensor, nn
 
 from qwen2vl_trt.ops import missing_arguments
 from qwen2vl_trt.quantized.blocks import BlockedWeight, blocked
-from qwen2vl_trt.quantized.linear import PackedWeight, QuantizedLinear
+from qwen2vl_trt.quantized.linear import PackedWeight
 from qwen2vl_trt.quantized.rounding import round_to_nearest
+
+from .common import shortest_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +35,9 @@ _SMALLEST_PART = 128
 """Input channels of a product of bytes; smaller blocks cost more in calls than they save."""
 _INT4_GROUPS = (32, 64, 128, 256)
 _INT4_OUTPUTS = 64
-_HEAD_ROWS = 512
 _INNER_K_TILES = 8
 _CPU = torch.device("cpu")
-_FEW, _WIDTH, _REPETITIONS = 8, 2048, 3
+_FEW, _WIDTH = 8, 2048
 _HALF, _LARGEST = 64, 63 * 64 + 31
 _TOLERANCE = 0.02  # of the largest result: inputs, scales and results rounded to BF16
 
@@ -81,7 +80,9 @@ def int4_rows() -> int:
     except (AttributeError, RuntimeError, TypeError) as error:
         logger.warning("no products of 4 bits here; weights are dequantised in every call: %s", _reason(error))
         return 0
-    packed, dequantized = (_seconds(partial(way, x)) for way in (layer.packed_product, layer.dequantized_product))
+    packed, dequantized = (
+        shortest_seconds(partial(way, x)) for way in (layer.packed_product, layer.dequantized_product)
+    )
     rows = int(_FEW * dequantized / packed)
     logger.debug(
         "products of 4 bits up to %d rows (%d in %.2g s, dequantised in %.2g s)", rows, _FEW, packed, dequantized
@@ -284,9 +285,8 @@ def round_head(linear: nn.Linear, dtype: torch.dtype) -> WeightOnlyLinear | None
 
     Of 16 bits, ``lm_head`` would be most of what a step over weights of 4 bits reads.
     """
-    parts = [round_to_nearest(rows, 8, rows.shape[1]) for rows in linear.weight.detach().split(_HEAD_ROWS)]
-    values, scales = torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
-    return _layer(linear, blocked(QuantizedLinear(values, scales, None, values.shape[1]), 8), _CPU, dtype)
+    weight = linear.weight.detach()
+    return _layer(linear, blocked(round_to_nearest(weight, 8, weight.shape[1]), 8), _CPU, dtype)
 
 
 def _layer(
@@ -349,13 +349,3 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """The shortest of a few runs, after one that prepares its kernel."""
-    seconds = []
-    for _ in range(1 + _REPETITIONS):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds[1:])

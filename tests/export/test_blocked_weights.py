@@ -200,8 +200,9 @@ def test_lm_head_in_8_bits(tmp_path):
     """More rows than are rounded at a time."""
     head = torch.randn(5000, 2 * HEAD_BLOCK, generator=torch.Generator().manual_seed(0)).bfloat16()
     with (tmp_path / BLOCKED).open("wb") as file:
-        layer = BlockedFile(file, tmp_path, torch.float32).head(head)
-    expected = round_to_nearest(head, 8, HEAD_BLOCK)
+        layer = BlockedFile(file, tmp_path, torch.float32).layer(round_to_nearest(head, 8, HEAD_BLOCK), 8, False)
+    parts = [round_to_nearest(rows, 8, HEAD_BLOCK) for rows in head.split(100)]
+    values, scales = torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
     assert layer.block_size == HEAD_BLOCK
-    assert torch.equal(torch.from_numpy(layer.parts["weight"].numpy()), expected.values.T)
-    assert torch.equal(torch.from_numpy(layer.parts["scales"].numpy()), expected.scales.T)
+    assert torch.equal(torch.from_numpy(layer.parts["weight"].numpy()), values.T)
+    assert torch.equal(torch.from_numpy(layer.parts["scales"].numpy()), scales.T)

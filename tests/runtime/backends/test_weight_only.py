@@ -125,7 +125,7 @@ def test_rows_choose_how_four_bits_are_multiplied(rows, monkeypatch):
 
 def test_rows_follow_from_what_both_take(monkeypatch):
     taken = iter((0.001, 0.006))
-    monkeypatch.setattr(weight_only, "_seconds", lambda run: next(taken))
+    monkeypatch.setattr(weight_only, "shortest_seconds", lambda run: next(taken))
     assert weight_only.int4_rows() == 8 * 6
 
 
