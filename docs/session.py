@@ -28,6 +28,8 @@ BACKGROUND, TEXT, PROMPT, DIM = "#0d1117", "#e6edf3", "#7ee787", "#8b949e"
 def session() -> list[tuple[str, str]]:
     """Lines and their colours."""
     lines = []
+    build = [sys.executable, "build_engines.py", "--model", "tiny", "--backend", "onnxruntime"]
+    subprocess.run(build, cwd=ROOT, capture_output=True, check=True)
     for number, command in enumerate(COMMANDS):
         output = subprocess.run(
             [sys.executable, *shlex.split(command)], cwd=ROOT, capture_output=True, text=True, check=True

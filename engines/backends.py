@@ -33,6 +33,7 @@ from .precision import (
     NVFP4_IN_FP32,
     SINCE,
     Precision,
+    bf16_slowdown,
     cpu_precision,
 )
 from .profile import BuildProfile
@@ -264,19 +265,27 @@ def _has_fp4() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= SINCE["nvfp4"]
 
 
-def default_backend(device: str | None = None) -> str:
-    """The backend of a device, by default of a GPU where torch sees one.
+def default_backend(device: str | None = None, precision: str | None = None, stored: str | None = None) -> str:
+    """The fastest backend of a device, of those that have the precision.
 
     On a GPU TensorRT where it is installed, else torch: ONNX Runtime needs another package there, and its cache is not
-    paged. On a CPU ONNX Runtime, where Python has it.
+    paged. On a CPU ONNX Runtime where Python has it; but torch where the CPU multiplies faster in BF16 than in FP32 and
+    ONNX Runtime would multiply in FP32.
+
+    Args:
+        device: by default a GPU where torch sees one.
+        precision: None where none is asked for.
+        stored: see :meth:`Backend.default_precision`.
     """
     if device is None:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda"):
-        return "tensorrt" if find_spec("tensorrt") else "torch"
-    return "onnxruntime" if find_spec("onnxruntime") else "torch"
+    first = "tensorrt" if device.startswith("cuda") else "onnxruntime"
+    if first == "onnxruntime" and (precision or stored) in (None, "fp8") and bf16_slowdown() < 1:
+        first = "torch"
+    has_it = precision is None or any(each.name == precision for each in BACKENDS[first].precisions)
+    return first if has_it and find_spec(first) else "torch"
 
 
 def load_backend(name: str, precision: str | None = None) -> Backend:

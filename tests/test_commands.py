@@ -439,6 +439,8 @@ WRONG_OPTIONS = {
     ): "cannot be built in 'fp16-decoder', only in fp32",
     (
         *ASK,
+        "--precision",
+        "fp32",
         "--calibration-size",
         "8",
     ): "--calibration-size is for --precision fp8 and int4 (--quant-method awq), not for fp32",
@@ -458,7 +460,7 @@ WRONG_OPTIONS = {
         "--calibration-size",
         "8",
     ): "--calibration-size is for --precision fp8 and int4 (--quant-method awq), not for --quant-method rtn",
-    (*ASK, "--quant-method", "rtn"): "--quant-method is for --precision int4, not for fp32",
+    (*ASK, "--precision", "fp32", "--quant-method", "rtn"): "--quant-method is for --precision int4, not for fp32",
     (*ASK, "--precision", "nvfp4", "--quant-method", "awq"): "--quant-method is for --precision int4, not for nvfp4",
     (*ASK, "--precision", "int4", "--quant-method", "gptq"): "--quant-method: invalid choice: 'gptq'",
     (*ASK, "--model", "model", "--precision", "int4"): "quantising model to INT4 needs images",

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.engines.build import build_engines, engines_in
-from qwen2vl_trt.engines.precision import FP32, bf16_slowdown
 from qwen2vl_trt.runtime.backends.runners import runner_module
 from qwen2vl_trt.runtime.model_files import ModelFiles
 from qwen2vl_trt.runtime.options import PipelineOptions
@@ -40,13 +39,6 @@ def engine_folder(request: BuildRequest, options: PipelineOptions | None = None)
     return plan.folder
 
 
-def _faster(plan: BuildPlan) -> str:
-    """Advice where the default is exact and another choice is faster; empty where it is not."""
-    fp32 = plan.backend.cpu_weights == plan.precision == FP32.name
-    faster = fp32 and plan.request.backend is None and bf16_slowdown() < 1
-    return ". This CPU multiplies faster in bf16, which --backend torch has" if faster else ""
-
-
 def build_planned(plan: BuildPlan, options: PipelineOptions | None = None) -> bool:
     """Quantise and build what is missing; whether anything was built. Raises as :func:`engine_folder`."""
     force = plan.request.force
@@ -55,7 +47,7 @@ def build_planned(plan: BuildPlan, options: PipelineOptions | None = None) -> bo
         chosen = [] if plan.request.backend else [f"backend {plan.backend.name}"]
         chosen += [] if plan.request.precision else [f"precision {plan.precision}"]
         if chosen:
-            logger.info("building %s: %s by default%s", plan.folder, ", ".join(chosen), _faster(plan))
+            logger.info("building %s: %s by default", plan.folder, ", ".join(chosen))
     from .quantized_model import quantize_first  # the export's packages, which engines that are there do not need
 
     plan = quantize_first(plan)

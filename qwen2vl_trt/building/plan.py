@@ -13,7 +13,7 @@ from qwen2vl_trt.engines.backends import BACKENDS, Backend, default_backend, loa
 from qwen2vl_trt.engines.build import default_engine_dir, differences, engines_in, in_words
 from qwen2vl_trt.engines.manifest import Manifest
 from qwen2vl_trt.engines.options import TensorRTLLMOptions, TensorRTOptions
-from qwen2vl_trt.engines.precision import BF16, FP32, QUANT_METHODS, Precision
+from qwen2vl_trt.engines.precision import BF16, FP32, QUANT_METHODS, Precision, bf16_slowdown
 from qwen2vl_trt.engines.profile import BuildConfig, BuildProfile, flag, usual_profile
 from qwen2vl_trt.errors import BuildError
 from qwen2vl_trt.hub import TINY, ResolvedModel, resolve_model
@@ -164,14 +164,15 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     if config and request.model is not None and config.model != request.model:
         raise BuildError(f"--model {request.model} contradicts {request.config}, which is for {config.model}")
     found = _engines_in(request.engine_dir, request.force)
-    name = request.backend or (found.backend if found else default_backend(request.device))
+    name = request.backend or (found.backend if found else None)
     wanted = request.precision or (found.precision if found and found.backend == name else None)
     asked = config.model if config else request.model
     adapter = Adapter.read(request.lora) if request.lora else None
-    backend = load_backend(name, wanted)  # before a download
+    load_backend(name or default_backend(request.device, wanted), wanted)  # before a download
     model = resolve_model(TINY if asked is None else asked, request.revision)
     checkpoint = Checkpoint(model.folder)
     stored = stored_weights(checkpoint) if wanted is None else None
+    backend = load_backend(name or default_backend(request.device, wanted, stored), wanted)
     if wanted is stored is None and not request.force and request.engine_dir is None:
         wanted = _measured_before(_name(model, adapter), backend, request.device)
     precision = wanted or backend.default_precision(request.device, stored).name
@@ -203,8 +204,8 @@ def _name(model: ResolvedModel, adapter: Adapter | None) -> str:
 
 
 def _measured_before(model: str, backend: Backend, device: str | None) -> str | None:
-    """The precision of engines that are there already, of those between which measuring the CPU decides."""
-    if not backend.measures(device):
+    """The precision of engines that are there already, on a CPU where measuring may decide either way."""
+    if not backend.measures(device) or bf16_slowdown() < 1:
         return None
     there = [each.name for each in (BF16, FP32) if engines_in(default_engine_dir(model, backend.name, each.name))]
     return there[0] if len(there) == 1 else None

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qwen2vl_trt import BuildError, LimitError, Pipeline, Request, SamplingParams
-from qwen2vl_trt.building import folder as folder_module
+from qwen2vl_trt.building import plan as plan_module
 from qwen2vl_trt.building.plan import BuildRequest, built_folder, plan_build
-from qwen2vl_trt.engines import backends
+from qwen2vl_trt.engines import backends, precision
 from qwen2vl_trt.engines.backends import BF16, FP32
 
 DIGITS = Path(__file__).parents[2] / "docs" / "digits.png"
@@ -50,6 +50,7 @@ def test_from_pretrained_builds_what_is_missing_once(folder):
 def test_engines_that_are_there_are_taken_instead_of_measuring_the_cpu_anew(folder, monkeypatch):
     """A busy moment must not build a second folder."""
     measured = []
+    monkeypatch.setattr(plan_module, "bf16_slowdown", lambda: 2.0)
     monkeypatch.setattr(backends, "cpu_precision", lambda: measured.append(1) or BF16)
     request = BuildRequest(model="tiny", backend="torch")
     assert plan_build(request).precision == "bf16"
@@ -77,35 +78,48 @@ def test_a_quantised_checkpoint_keeps_its_precision(folder, fp8_checkpoint):
     assert plan_build(BuildRequest(model=fp8_checkpoint, backend="torch", precision="bf16")).precision == "bf16"
 
 
+BOTH = ("onnxruntime", "tensorrt")
+
+
 @pytest.mark.parametrize(
-    ("gpu", "installed", "device", "expected"),
+    ("gpu", "installed", "slowdown", "given", "expected"),
     [
-        (False, ("onnxruntime", "tensorrt"), None, "onnxruntime"),
-        (False, (), None, "torch"),
-        (True, ("onnxruntime",), None, "torch"),
-        (True, ("onnxruntime", "tensorrt"), None, "tensorrt"),
-        (True, ("onnxruntime", "tensorrt"), "cpu", "onnxruntime"),
-        (False, ("onnxruntime",), "cuda:1", "torch"),
+        (False, BOTH, 2.0, {}, "onnxruntime"),
+        (False, (), 2.0, {}, "torch"),
+        (False, BOTH, 0.5, {}, "torch"),
+        (False, BOTH, 0.5, {"stored": "int4"}, "onnxruntime"),
+        (False, (), 0.5, {"stored": "int4"}, "torch"),
+        (False, BOTH, 0.5, {"stored": "fp8"}, "torch"),
+        (False, BOTH, 0.5, {"precision": "fp8"}, "torch"),
+        (False, BOTH, 2.0, {"precision": "fp8"}, "onnxruntime"),
+        (False, BOTH, 0.5, {"precision": "fp32"}, "onnxruntime"),
+        (False, BOTH, 2.0, {"precision": "bf16"}, "torch"),
+        (True, ("onnxruntime",), 2.0, {}, "torch"),
+        (True, BOTH, 0.5, {}, "tensorrt"),
+        (True, BOTH, 0.5, {"precision": "int8"}, "torch"),
+        (True, BOTH, 2.0, {"device": "cpu"}, "onnxruntime"),
+        (True, BOTH, 0.5, {"device": "cpu"}, "torch"),
+        (False, ("onnxruntime",), 2.0, {"device": "cuda:1"}, "torch"),
     ],
 )
-def test_the_default_backend_suits_the_device(monkeypatch, gpu, installed, device, expected):
+def test_the_default_backend_suits_the_device_and_the_precision(monkeypatch, gpu, installed, slowdown, given, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(backends, "find_spec", lambda name: name in installed or None)
-    assert backends.default_backend(device) == expected
+    monkeypatch.setattr(backends, "bf16_slowdown", lambda: slowdown)
+    assert backends.default_backend(**given) == expected
 
 
-@pytest.mark.parametrize(
-    ("slowdown", "advice"), [(0.5, ". This CPU multiplies faster in bf16, which --backend torch has"), (2.0, "")]
-)
-def test_what_was_chosen_is_said_once(folder, caplog, monkeypatch, slowdown, advice):
-    monkeypatch.setattr(folder_module, "bf16_slowdown", lambda: slowdown)
+@pytest.mark.parametrize(("slowdown", "backend", "numbers"), [(0.5, "torch", "bf16"), (2.0, "onnxruntime", "fp32")])
+def test_what_was_chosen_is_said_once(folder, caplog, monkeypatch, slowdown, backend, numbers):
+    for module in (backends, plan_module, precision):
+        monkeypatch.setattr(module, "bf16_slowdown", lambda: slowdown)
     caplog.set_level("INFO", "qwen2vl_trt.building")
     given = {"device": "cpu", **LIMITS}
+    Pipeline.from_pretrained("tiny", "torch", "fp32", **given)
     for _ in range(2):
         Pipeline.from_pretrained("tiny", **given)
-    Pipeline.from_pretrained("tiny", "torch", "fp32", **given)
-    folder = Path("artifacts/tiny-onnxruntime-fp32")
-    assert caplog.messages == [f"building {folder}: backend onnxruntime, precision fp32 by default{advice}"]
+    chosen = Path(f"artifacts/tiny-{backend}-{numbers}")
+    assert caplog.messages == [f"building {chosen}: backend {backend}, precision {numbers} by default"]
 
 
 def test_a_method_of_quantisation_that_there_is_not(folder):

@@ -263,7 +263,7 @@ class TestRefused:
 
     def test_defaults(self):
         backend, precision = find_backend(default_backend(), None)
-        assert (backend.name, precision) == ("onnxruntime", "fp32")
+        assert (backend.name, precision) in {("onnxruntime", "fp32"), ("torch", "bf16")}  # by the CPU
         for backend in installed_backends():
             assert set(backend.versions()) == {"torch", backend.package}
         assert default_engine_dir("tiny", "torch", "bf16") == Path("artifacts/tiny-torch-bf16")
