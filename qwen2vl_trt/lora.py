@@ -252,6 +252,21 @@ class _Merge:
         self._newer = any(our_name(name) != name for name in adapter.tensors)
 
     def changes(self) -> dict[str, Callable[[], Tensor]]:
+        changed = self._checked()
+        packed, form = self._checkpoint.packed, self._checkpoint.format
+        types = {name: self._checkpoint.entry(name).dtype for name in self._names.values()}
+        quantised = [f"{name} ({dtype})" for name, dtype in types.items() if dtype not in _TYPES]
+        quantised += [f"{name} ({form.method})" for name in packed if form]
+        if quantised:
+            raise self._refuse(
+                f"{self._checkpoint.folder} is quantised: {_listed(quantised)}; an adapter is merged into BF16, FP16 or"
+                " FP32. Take the unquantised checkpoint: --precision fp8, int8, int4 or nvfp4 quantises the merged one."
+                " Or give the adapter to serve --lora-modules, which does not merge it"
+            )
+        return {self._names[ours]: partial(self._merged, ours) for ours in changed}
+
+    def _checked(self) -> Mapping[str, str]:
+        """Our names of what the adapter changes, each with its own name of it."""
         changed = self._replaced | {f"{ours}.weight": layer.module for ours, layer in self._layers.items()}
         changed |= {f"{ours}.bias": each.module for ours, each in self._layers.items() if "lora_B.bias" in each.parts}
         self._check_names(changed)
@@ -260,10 +275,10 @@ class _Merge:
         for name in self._adapter.tensors:
             if not bool(self._load(name).isfinite().all()):
                 raise self._refuse(f"{name} has values that are not finite (NaN or infinity); train or save it again")
-        return {self._names[ours]: partial(self._merged, ours) for ours in changed}
+        return changed
 
     def factors(self) -> Factors:
-        self.changes()
+        self._checked()
         factors: Factors = {}
         others = [*self._replaced.values()]
         for ours, layer in self._layers.items():
@@ -283,21 +298,11 @@ class _Merge:
         return CheckpointError(f"{self._adapter.folder}: {what}")
 
     def _check_names(self, changed: Mapping[str, str]) -> None:
-        """``changed``: our names of what the adapter changes, each with its own name of it."""
         config, names = self._config, self._names
         unknown = [theirs for ours, theirs in changed.items() if ours not in names]
         if unknown:
             raise self._refuse(
                 f"{_listed(unknown)} is not in {self._checkpoint.folder}: it is an adapter of another model"
-            )
-        packed, form = self._checkpoint.packed, self._checkpoint.format
-        types = {name: self._checkpoint.entry(name).dtype for name in names.values()}
-        quantised = [f"{name} ({dtype})" for name, dtype in types.items() if dtype not in _TYPES]
-        quantised += [f"{name} ({form.method})" for name in packed if form]
-        if quantised:
-            raise self._refuse(
-                f"{self._checkpoint.folder} is quantised: {_listed(quantised)}; an adapter is merged into BF16, FP16 or"
-                " FP32. Take the unquantised checkpoint: --precision fp8, int8, int4 or nvfp4 quantises the merged one"
             )
         tied = [name for name in (EMBEDDING, LM_HEAD) if name in changed]
         if tied and self._checkpoint.config.text.tie_word_embeddings:
@@ -332,7 +337,7 @@ class _Merge:
         for ours, theirs in self._names.items():
             module, _, leaf = ours.rpartition(".")
             named = self._their_naming(module)
-            matrix = leaf == "weight" and len(self._checkpoint.locate(theirs).shape) > 1
+            matrix = leaf == "weight" and len(self._checkpoint.entry(theirs).shape) > 1
             if self._config.saves(named):
                 missing += [] if ours in self._replaced else [f"{named}.{leaf}"]
             elif matrix and self._config.targets(named) and module not in self._layers:
@@ -358,13 +363,13 @@ class _Merge:
 
     def _check_shapes(self) -> None:
         for ours, theirs in self._replaced.items():
-            stored, given = self._checkpoint.locate(self._names[ours]).shape, self._adapter.tensors[theirs].shape
+            stored, given = self._checkpoint.entry(self._names[ours]).shape, self._adapter.tensors[theirs].shape
             if stored != given and (ours != PATCH_EMBEDDING or math.prod(stored) != math.prod(given)):
                 raise self._misfit(theirs, self._names[ours])
         for ours, layer in self._layers.items():
             (down, up), rank = layer.factors, self._config.rank(layer.module)
             name = self._names[f"{ours}.weight"]
-            out, *rest = self._checkpoint.locate(name).shape
+            out, *rest = self._checkpoint.entry(name).shape
             shapes: dict[str, tuple[int, ...]] = {down: (rank, math.prod(rest)), up: (out, rank)}
             if layer.embedding:
                 shapes = {down: (rank, out), up: (math.prod(rest), rank)}
@@ -386,7 +391,7 @@ class _Merge:
                     raise self._misfit(layer.parts[part], name, f" at rank {rank}")
 
     def _misfit(self, theirs: str, name: str, rank: str = "") -> CheckpointError:
-        given, stored = self._adapter.tensors[theirs].shape, self._checkpoint.locate(name).shape
+        given, stored = self._adapter.tensors[theirs].shape, self._checkpoint.entry(name).shape
         return self._refuse(
             f"{theirs} {list(given)} does not fit {name} {list(stored)} of {self._checkpoint.folder}{rank}: it is an"
             f" adapter of another model, or its {ADAPTER_FILE} of another adapter"

@@ -104,7 +104,7 @@ def load_weights(
         dtype: of floating-point tensors but FP8 weights and their scales; None keeps the checkpoint's.
         device: of the loaded tensors.
         quantized: makes the layer of a weight that the checkpoint packs, of the layer whose bias alone is loaded; where
-            it gives None, and without it, the weight is dequantised.
+            it gives None, which a line counts, and without it, the weight is dequantised.
 
     Raises:
         CheckpointError: tensors missing, left over, of another shape or of whole numbers, named; nothing is loaded.
@@ -117,6 +117,7 @@ def load_weights(
     buffers = {prefix + name for name, _ in module.named_buffers()}
     loaded: dict[str, Tensor] = {}
     reader = PinnedReader(torch.device(device)) if torch.device(device).type == "cuda" else None
+    others = 0
     # Packed weights last: their layers are made with a bias.
     for ours in sorted(wanted, key=lambda ours: names[ours] in checkpoint.packed):
         shape, theirs = wanted[ours], names[ours]
@@ -127,6 +128,7 @@ def load_weights(
             if layer is not None:
                 module.set_submodule(name, layer)
                 continue
+            others += 1
         if theirs not in loaded:
             kept = keeps_type(owner, leaf)
             if reader is None or theirs in checkpoint.packed:
@@ -138,6 +140,13 @@ def load_weights(
             tensor = tensor.reshape(shape).to(device=device, dtype=wanted_type, copy=tensor.device.type == "cpu")
             loaded[theirs] = tensor if ours in buffers else nn.Parameter(tensor, requires_grad=False)
         setattr(owner, leaf, loaded[theirs])
+    if others:
+        logger.warning(
+            "%s: %d quantised layers are dequantised as they are loaded: they are in FP8, or their groups no power of"
+            " two from 16 on",
+            checkpoint.folder,
+            others,
+        )
 
 
 def keeps_type(owner: nn.Module, leaf: str) -> bool:

@@ -205,6 +205,11 @@ def test_layers_of_other_numbers_are_dequantised(tmp_path, caplog):
     found, expected = found_logits(folder, level=0), meant_logits(tmp_path / "quantized")
     assert (found - expected).norm() / expected.norm() < 2**-10, "weights of those layers are rounded to FP16"
 
+    caplog.clear()  # torch computes each layer in its own numbers
+    open_engines(build(tmp_path / "quantized", tmp_path / "torch", "torch", "int4", PROFILE), "cpu").decoder
+    (line,) = (record.getMessage() for record in caplog.records if "dequantised" in record.getMessage())
+    assert f"{text.num_hidden_layers} quantised layers are dequantised as they are loaded" in line
+
 
 def test_an_embedding_in_4_bits(tmp_path):
     """It has no product: it is dequantised where tokens are looked up, and ``lm_head``, tied to it, is multiplied."""

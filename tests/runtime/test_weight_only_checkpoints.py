@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from qwen2vl_trt import Pipeline
+from qwen2vl_trt import Pipeline, PipelineOptions, Request
 from qwen2vl_trt.accuracy.recorder import Recorder, decoder_modules
+from qwen2vl_trt.checkpoint import Checkpoint
+from qwen2vl_trt.decoder import Decoder
 from qwen2vl_trt.engines import precision
 from qwen2vl_trt.engines.precision import computed_on_cpu
 from qwen2vl_trt.hub import resolve_model
@@ -21,6 +23,7 @@ from qwen2vl_trt.runtime.backends.weight_only import Int4Linear, Int8Linear, Wei
 from qwen2vl_trt.tiny.evaluation import answer_scenes
 from qwen2vl_trt.tiny.scenes import TASKS, held_out_scenes
 from tests.runtime.test_quantized_checkpoints import FORMATS, PROFILE, compressed
+from tests.support.adapters import ATTENTION, MLP, factors, modules, write_adapter
 from tests.support.engine_folders import build
 from tests.support.quantized import gptq, int8_tensors, modelopt_nvfp4, packed_tensors, quantized_checkpoint
 from tests.support.shared import shared
@@ -48,6 +51,8 @@ MODELS = {
 @pytest.fixture(params=MODELS)
 def model(request):
     """A precision, the tiny model in a format of its numbers, and what that means."""
+    if request.param == "fp8":
+        return "fp8", request.getfixturevalue("fp8_checkpoint"), resolve_model("tiny").folder
     numbers, settings, write = MODELS[request.param]
 
     def make(folder):
@@ -157,3 +162,29 @@ def test_states_of_a_layer(model, tmp_path):
     cut = open_engines(folder, "cpu")
     end_decoder_after(cut, 2)
     assert torch.equal(step(cut.decoder).hidden_states.float(), recorder.calls["model.layers.1"][0][0])
+
+
+@pytest.mark.parametrize("model", ["fp8", "gptq", "int8", "nvfp4"], indirect=True)
+def test_adapters_beside_quantised_weights(model, tmp_path):
+    """Unmerged over them, against merged into the weights that they mean; without an adapter, nothing changes."""
+    numbers, quantized, plain = model
+    with torch.device("meta"):
+        decoder = Decoder(Checkpoint(plain).config.text)
+    trained = factors(decoder, modules(decoder, *ATTENTION, *MLP))
+    targets = r"model\.layers\..*_proj"  # the vision tower's layers have some of these names too
+    adapter = write_adapter(tmp_path / "adapter", trained, "published", target_modules=targets)
+
+    def states(name, checkpoint, numbers, lora=None, options=None, adapter=None):
+        folder = tmp_path / name
+        given = {"lora": lora, "engine_dir": folder, "options": options, **PROFILE.as_dict()}
+        pipeline = Pipeline.from_pretrained(checkpoint, "torch", numbers, "cpu", **given)
+        return pipeline.hidden_states([Request("What digits are in the image? " * 3, adapter=adapter)])[0].float()
+
+    served = PipelineOptions(lora_modules={"mine": adapter})
+    merged, base = states("merged", plain, "fp32", lora=adapter), states("base", plain, "fp32")
+    with_it = states("quantized", quantized, numbers, options=served, adapter="mine")
+    without = states("quantized", quantized, numbers, options=served)
+    assert error(merged, base) > 0.5
+    noise = error(without, base)
+    assert noise < 0.1
+    assert error(with_it, merged) < 2 * noise + 0.01
