@@ -206,7 +206,7 @@ def test_layers_of_other_numbers_are_dequantised(tmp_path, caplog):
     assert (found - expected).norm() / expected.norm() < 2**-10, "weights of those layers are rounded to FP16"
 
     caplog.clear()  # torch computes each layer in its own numbers
-    open_engines(build(tmp_path / "quantized", tmp_path / "torch", "torch", "int4", PROFILE), "cpu").decoder
+    assert open_engines(build(tmp_path / "quantized", tmp_path / "torch", "torch", "int4", PROFILE), "cpu").decoder
     (line,) = (record.getMessage() for record in caplog.records if "dequantised" in record.getMessage())
     assert f"{text.num_hidden_layers} quantised layers are dequantised as they are loaded" in line
 
