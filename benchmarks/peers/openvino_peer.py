@@ -1,4 +1,4 @@
-"""OpenVINO GenAI with continuous batching, as a system of :mod:`measured`; ``--convert`` makes its model.
+"""OpenVINO GenAI with continuous batching, as a system of :mod:`measured`.
 
 Computes in FP32 where the weights are, and in what OpenVINO takes by itself where they are INT8 or INT4.
 """
@@ -67,7 +67,4 @@ def _tensor(path: str) -> Any:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--convert":
-        convert(*sys.argv[2:])
-    else:
-        measured.main(OpenVINO, "openvino", "openvino-genai")
+    measured.main(OpenVINO, "openvino", "openvino-genai", convert=convert)

@@ -26,9 +26,9 @@ class Transformers:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[given["precision"]]
-        self._model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(given["model"], dtype=dtype).eval()
+        self._model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(given["folder"], dtype=dtype).eval()
         self._model.generation_config.eos_token_id = None
-        self._processor = AutoProcessor.from_pretrained(given["model"])
+        self._processor = AutoProcessor.from_pretrained(given["folder"])
 
     @torch.inference_mode()
     def answer(self, text: str, images: list[str], batch: int, tokens: int) -> int:
