@@ -13,11 +13,7 @@ import measured
 
 def convert(model: str, precision: str, folder: str) -> None:
     """By optimum-intel."""
-    import torch
-
-    operators = torch.library.Library("torchvision", "DEF")  # as in transformers_peer.py
-    operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _operators = measured.declare_operators()
     from optimum.commands.optimum_cli import main
 
     sys.argv = ["optimum-cli", "export", "openvino", "--model", model, "--task", "image-text-to-text"]

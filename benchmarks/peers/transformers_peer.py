@@ -7,13 +7,7 @@ from typing import Any
 import measured
 import torch
 
-# A torchvision from PyPI is built for CUDA's torch; beside the CPU's, its import needs these two declared.
-_OPERATORS = torch.library.Library("torchvision", "DEF")
-try:
-    _OPERATORS.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _OPERATORS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-except RuntimeError:  # declared already
-    pass
+_OPERATORS = measured.declare_operators()
 from PIL import Image  # noqa: E402
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration  # noqa: E402
 from transformers.utils import logging  # noqa: E402
