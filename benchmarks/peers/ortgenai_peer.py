@@ -1,7 +1,7 @@
 """onnxruntime-genai, as a system of :mod:`measured`: the text model alone, for its builder makes no vision tower.
 
-It is built as Qwen2's, which it is for text: the three sections of Qwen2.5-VL's rotary positions are then equal, and the
-builder fuses Qwen2's. ``lm_head`` is asked for the last token alone, as ours is.
+It is built as Qwen2's, which it is for text, where the three positions of a token are equal: the builder fuses Qwen2's
+rotary embedding and projections. ``lm_head`` is asked for the last token alone, as ours is.
 """
 
 from __future__ import annotations

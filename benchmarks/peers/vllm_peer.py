@@ -1,4 +1,4 @@
-"""vLLM for the CPU, as a system of :mod:`measured`; compiled by Inductor, its default, whose cache later starts find."""
+"""vLLM for the CPU, as a system of :mod:`measured`; compiled by Inductor, its default, which caches that."""
 
 from __future__ import annotations
 
