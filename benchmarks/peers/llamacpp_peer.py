@@ -14,12 +14,14 @@ import measured
 
 SOURCE = Path(sys.prefix) / "source/vendor/llama.cpp"
 """Of the release that the bindings were built from: its converter is no part of the package."""
-VISION = {"f32": "f32", "bf16": "bf16"}
-"""The vision tower's precision; F16 otherwise, as the published ones."""
+QUANTIZED = ("q8_0", "q4_0")
 
 
 def convert(model: str, precision: str, folder: str) -> None:
-    """By its converter and, to 4 bits, its quantizer."""
+    """By its converter and, to 4 bits, its quantizer.
+
+    Beside quantized weights the vision tower is in 16 bits, as published ones are: in BF16 where the CPU multiplies it.
+    """
     import llama_cpp
 
     sys.path[:0] = [str(SOURCE), str(SOURCE / "gguf-py")]
@@ -29,7 +31,8 @@ def convert(model: str, precision: str, folder: str) -> None:
     TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"  # known by a hash of the published vocabulary alone
     Path(folder).mkdir()
     written = "bf16" if precision == "q4_0" else precision
-    for kind, outtype in (("model", written), ("mmproj", VISION.get(precision, "f16"))):
+    vision = "bf16" if "avx512_bf16" in Path("/proc/cpuinfo").read_text() else "f16"
+    for kind, outtype in (("model", written), ("mmproj", vision if precision in QUANTIZED else precision)):
         sys.argv = ["convert_hf_to_gguf.py", model, "--outfile", f"{folder}/{kind}.gguf", "--outtype", outtype]
         sys.argv += ["--mmproj"] if kind == "mmproj" else []
         convert_hf_to_gguf.main()
