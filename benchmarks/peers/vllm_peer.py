@@ -15,14 +15,15 @@ class VLLM:
 
     def __init__(self, given: dict[str, Any]) -> None:
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+        os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
         self._operators = measured.declare_operators()
         import vllm
 
         self._vllm = vllm
         self._model = vllm.LLM(
             given["folder"],
-            dtype={"fp32": "float32", "bf16": "bfloat16"}[given["precision"]],
+            dtype="bfloat16",
+            kv_cache_memory_bytes=1 << 27,
             max_model_len=2048,
             max_num_batched_tokens=2048,
             max_num_seqs=max(given["batches"]),
