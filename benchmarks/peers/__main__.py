@@ -18,7 +18,7 @@ compiled for the CPU at hand; its source has the converter, which the package la
     python3 -m venv E/llamacpp
     E/llamacpp/bin/pip download --no-deps --no-binary llama-cpp-python --dest E/llamacpp llama-cpp-python
     mkdir E/llamacpp/source && tar xf E/llamacpp/llama_cpp_python-*.tar.gz --strip-components 1 -C E/llamacpp/source
-    E/llamacpp/bin/pip install E/llamacpp/source torch==2.13.0 transformers sentencepiece
+    E/llamacpp/bin/pip install E/llamacpp/source torch==2.13.0 transformers==5.24.0 sentencepiece
 
     python3 -m venv E/ortgenai
     E/ortgenai/bin/pip install torch==2.13.0 transformers==5.17.0 onnxruntime-genai onnx onnx-ir
@@ -166,6 +166,7 @@ def main() -> None:
                 versions |= one["versions"]
                 print(f"round {number}, {column.title}: {one['found']}", file=sys.stderr, flush=True)
     report(found, failed, versions, arguments)
+    sys.exit(1 if failed else 0)
 
 
 @contextmanager

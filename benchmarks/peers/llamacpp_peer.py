@@ -54,9 +54,9 @@ class LlamaCpp:
         from llama_cpp import mtmd_cpp
 
         self._llama, self._mtmd = llama_cpp, mtmd_cpp
-        self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self._quiet, None)
-        mtmd_cpp.mtmd_helper_log_set(self._quiet, None)
+        self._log = llama_cpp.llama_log_callback(_errors)
+        llama_cpp.llama_log_set(self._log, None)
+        mtmd_cpp.mtmd_helper_log_set(self._log, None)
         llama_cpp.llama_backend_init()
         folder = given["folder"].encode()
         self._model = llama_cpp.llama_model_load_from_file(
@@ -158,6 +158,11 @@ class LlamaCpp:
 
         logits = self._llama.llama_get_logits_ith(self._context, row)
         return int(numpy.ctypeslib.as_array(logits, (self._llama.llama_vocab_n_tokens(self._vocab),)).argmax())
+
+
+def _errors(level: int, text: bytes, data: Any) -> None:
+    if level == 4:  # GGML_LOG_LEVEL_ERROR
+        sys.stderr.write(text.decode(errors="replace"))
 
 
 if __name__ == "__main__":
