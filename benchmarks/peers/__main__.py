@@ -82,7 +82,7 @@ class Peer(NamedTuple):
 
 PEERS = {
     "transformers": Peer("Transformers", "transformers_peer.py", ("fp32", "bf16"), converts=False),
-    "openvino": Peer("OpenVINO GenAI", "openvino_peer.py", ("fp32", "int8", "int4")),
+    "openvino": Peer("OpenVINO GenAI", "openvino_peer.py", ("fp32", "bf16", "int8", "int4")),
     "llamacpp": Peer("llama.cpp", "llamacpp_peer.py", ("f32", "f16", "bf16", "q8_0", "q4_0")),
     "ortgenai": Peer("onnxruntime-genai", "ortgenai_peer.py", ("int8", "int4")),
     "vllm": Peer("vLLM", "vllm_peer.py", ("bf16",), converts=False),

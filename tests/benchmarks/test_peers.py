@@ -123,7 +123,7 @@ def test_the_table_has_medians_and_says_what_was_read(peers, capsys, monkeypatch
     ("arguments", "message"),
     [
         (["--peers", "tensorflow:int8"], "no peer 'tensorflow'; known: transformers, openvino"),
-        (["--peers", "openvino:int2"], "openvino has no 'int2'; known: fp32, int8, int4"),
+        (["--peers", "openvino:int2"], "openvino has no 'int2'; known: fp32, bf16, int8, int4"),
         (["--peers", "openvino:int8", "--environments", "E"], "openvino needs an environment, but there is no /"),
     ],
 )
