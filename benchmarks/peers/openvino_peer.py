@@ -1,6 +1,6 @@
-"""OpenVINO GenAI with continuous batching, as a system of :mod:`measured`; ``--convert`` makes its model.
+"""OpenVINO GenAI with continuous batching, as a system of :mod:`measured`.
 
-Computes in FP32 where the weights are, and in what OpenVINO takes by itself where they are INT8 or INT4.
+Computes in FP32 or BF16 where that is asked, and in what OpenVINO takes by itself where the weights are INT8 or INT4.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from typing import Any
 
 import measured
 
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+
 
 def convert(model: str, precision: str, folder: str) -> None:
-    """By optimum-intel."""
-    import torch
-
-    operators = torch.library.Library("torchvision", "DEF")  # as in transformers_peer.py
-    operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    """By optimum-intel, whose ``fp32`` leaves the weights as they are, in BF16."""
+    _operators = measured.declare_operators()
     from optimum.commands.optimum_cli import main
 
     sys.argv = ["optimum-cli", "export", "openvino", "--model", model, "--task", "image-text-to-text"]
-    sys.argv += ["--weight-format", precision, folder]
+    sys.argv += ["--weight-format", "fp32" if precision in HINTS else precision, folder]
     main()
 
 
@@ -36,8 +34,8 @@ class OpenVINO:
         scheduler.max_num_seqs, scheduler.enable_prefix_caching = max(given["batches"]), False
         scheduler.max_num_batched_tokens = 2048
         properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": 1}
-        if given["precision"] == "fp32":
-            properties["INFERENCE_PRECISION_HINT"] = "f32"
+        if given["precision"] in HINTS:
+            properties["INFERENCE_PRECISION_HINT"] = HINTS[given["precision"]]
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(given["folder"], scheduler, "CPU", properties)
 
     def answer(self, text: str, images: list[str], batch: int, tokens: int) -> int:
@@ -67,7 +65,4 @@ def _tensor(path: str) -> Any:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--convert":
-        convert(*sys.argv[2:])
-    else:
-        measured.main(OpenVINO, "openvino", "openvino-genai")
+    measured.main(OpenVINO, "openvino", "openvino-genai", convert=convert)

@@ -7,13 +7,7 @@ from typing import Any
 import measured
 import torch
 
-# A torchvision from PyPI is built for CUDA's torch; beside the CPU's, its import needs these two declared.
-_OPERATORS = torch.library.Library("torchvision", "DEF")
-try:
-    _OPERATORS.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _OPERATORS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-except RuntimeError:  # declared already
-    pass
+_OPERATORS = measured.declare_operators()
 from PIL import Image  # noqa: E402
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration  # noqa: E402
 from transformers.utils import logging  # noqa: E402
@@ -26,9 +20,9 @@ class Transformers:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[given["precision"]]
-        self._model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(given["model"], dtype=dtype).eval()
+        self._model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(given["folder"], dtype=dtype).eval()
         self._model.generation_config.eos_token_id = None
-        self._processor = AutoProcessor.from_pretrained(given["model"])
+        self._processor = AutoProcessor.from_pretrained(given["folder"])
 
     @torch.inference_mode()
     def answer(self, text: str, images: list[str], batch: int, tokens: int) -> int:
