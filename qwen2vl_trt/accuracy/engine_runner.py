@@ -18,13 +18,13 @@ from torch import Tensor
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.mrope import rope_index
-from qwen2vl_trt.prompts import load_tokenizer
 from qwen2vl_trt.runtime.backends import onnxruntime_runner, torch_runner
 from qwen2vl_trt.runtime.backends.common import KVCache, graph_inputs
 from qwen2vl_trt.runtime.backends.runners import DecoderRunner, Engines, VisionRunner
 from qwen2vl_trt.runtime.backends.steps import Chunk
 from qwen2vl_trt.runtime.backends.torch_runner import TorchDecoder, TorchVision
 from qwen2vl_trt.runtime.generation_config import GenerationConfig
+from qwen2vl_trt.tokenizer import load_tokenizer
 from qwen2vl_trt.windows import WindowLayout, window_layout
 
 from .inputs import FORCED, MAX_TOKENS, grids, input_metadata
