@@ -132,7 +132,7 @@ class EngineRunner(BaseRunner):
         self._tell_decoder(inputs, positions, 0)
         step = self._decoder.step([Chunk(0, 0, length)], inputs, positions, hidden=True)
         assert step.hidden_states is not None
-        outputs |= {name: calls[0][0] for name, calls in self._recorder.calls.items()}
+        outputs |= {name: calls[0].flatten(0, -2) for name, calls in self._recorder.calls.items()}
         outputs[HIDDEN_STATES] = step.hidden_states.clone()
         logits, answer = [step.logits.clone()], list[int]()
         while True:
