@@ -136,10 +136,13 @@ class DecoderStack(nn.Module):
         """``[B, S, C]`` to hidden states ``[B, S, C]`` and the updated caches; without caches, whole prompts."""
         cos, sin = rotary_cos_sin(position_ids, self.inv_freq, self.config.mrope_section, self.rotary_scale)
         x, updated = inputs_embeds, []
+        if torch.compiler.is_exporting():
+            # [B * S, C]: a linear layer is then one Gemm over the weight as it is stored, which no backend has to turn.
+            x = x.flatten(0, 1)
         for index, layer in enumerate(self.layers):
             x, cache = layer(x, cos, sin, caches[index] if caches is not None else None)
             updated.append(cache)
-        return self.norm(x), updated
+        return self.norm(x).view(inputs_embeds.shape), updated
 
 
 class DecoderLayer(nn.Module):
@@ -180,12 +183,15 @@ class DecoderAttention(nn.Module):
         else:
             cache = cache.append(k, v)
             y = cache.attend(q)
-        return self.o_proj(y.transpose(1, 2).reshape(*x.shape[:2], -1)), cache
+        return self.o_proj(y.transpose(1, 2).reshape(*x.shape[:-1], -1)), cache
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries ``[B, H, S, D]``, rotated keys and values ``[B, Hkv, S, D]`` of ``[B, S, C]``."""
+        """Rotated queries ``[B, H, S, D]``, rotated keys and values ``[B, Hkv, S, D]``.
+
+        Of ``x [B, S, C]``, or ``[B * S, C]`` where a graph is traced; ``cos`` and ``sin`` are ``[B, S, D / 2]``.
+        """
         q, k, v = (
-            proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+            proj(x).view(*cos.shape[:2], -1, self.head_dim).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         return rotate(q, cos, sin), rotate(k, cos, sin), v

@@ -9,23 +9,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from numbers import Integral
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
 from .chat_template import ChatTemplate
-from .config import Qwen2VLConfig, read_json
+from .config import Qwen2VLConfig
 from .errors import CheckpointError, LimitError, PromptError
-from .foreign import lacking
 from .messages import Message, checked_text, is_token_ids, to_messages, to_tools
 from .special_tokens import SpecialTokenEscaper
+from .tokenizer import load_tokenizer, template_file
 
 Grid = Sequence[int]
 
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-_NO_TEMPLATE = "has no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
 _FEWEST_CHARACTERS = 65_536  # lower bound of a text's limit: some templates have long system messages
 _CALL = {"type": "function", "function": {"name": "b", "arguments": {"c": "d"}}}
 _TOOL = {"type": "function", "function": {"name": "b", "description": "b", "parameters": {"type": "object"}}}
@@ -74,19 +71,20 @@ class PromptBuilder:
             if not chat_template:
                 raise CheckpointError("the chat template that was given is empty; give its text, or None")
             self.tokenizer.chat_template = chat_template
-        self._escaper = SpecialTokenEscaper(self.tokenizer)
+        backend = self.tokenizer.backend_tokenizer
+        self._escaper = SpecialTokenEscaper(backend)
         self._allow_special_tokens = allow_special_tokens
         self._written: dict[tuple[ChatTemplate, str, str], bool] = {}
         ids = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
-        tokens = {self.tokenizer.convert_ids_to_tokens(token_id) for token_id in ids if token_id is not None}
-        self._media_tokens = sorted(tokens - {None})
+        tokens = (backend.id_to_token(token_id) for token_id in ids if token_id is not None)
+        self._media_tokens = sorted(token for token in tokens if token is not None)
         media = {"image": config.image_token_id, "video": config.video_token_id}
         for name, token_id in media.items():
-            if self.tokenizer.convert_ids_to_tokens(token_id) is None:
+            if backend.id_to_token(token_id) is None:
                 raise CheckpointError(f"{folder}: the tokenizer lacks the {name} token {token_id} of config.json")
         # A token is some bytes of the text; composed (NFC), a text has more bytes than half its characters.
         self._most_tokens = most_tokens = max_input_len or config.text.max_position_embeddings
-        characters = max(_FEWEST_CHARACTERS, 2 * max(map(len, self.tokenizer.get_vocab())) * most_tokens)
+        characters = max(_FEWEST_CHARACTERS, 2 * max(map(len, backend.get_vocab())) * most_tokens)
         try:
             self._template, self._tool_template = (
                 ChatTemplate(source, self.tokenizer.special_tokens_map, characters, most_tokens)
@@ -97,11 +95,11 @@ class PromptBuilder:
             if text == nothing:
                 raise PromptError("it does not write the text of a message")
         except (PromptError, LimitError, ValueError) as error:
-            where = _template_file(Path(folder)) if chat_template is None else "the chat template that was given"
+            where = template_file(Path(folder)) if chat_template is None else "the chat template that was given"
             raise CheckpointError(f"{where}: {error}") from None
         for name, token_id in media.items():
             if written[name] != nothing and written[name].count(token_id) != 1:
-                token = self.tokenizer.convert_ids_to_tokens(token_id)
+                token = backend.id_to_token(token_id)
                 raise CheckpointError(
                     f"{folder}: {name}_token_id of config.json is {token_id}, the tokenizer's {token!r}, which the chat"
                     f" template does not write once for each {name}"
@@ -250,60 +248,3 @@ class PromptBuilder:
             raise PromptError(f"the chat template made {found} {kind} tokens of {len(grids)} {kind}s")
         counts = (math.prod(map(int, grid)) // self.config.vision.merge_unit for grid in grids)
         return [each for token in ids for each in [token] * (next(counts) if token == token_id else 1)]
-
-
-def check_tokenizer_files(folder: str | Path) -> None:
-    """Check that a checkpoint has a tokenizer and a chat template, without reading either.
-
-    Raises:
-        CheckpointError: one of them is missing, or ``tokenizer_config.json`` cannot be read.
-    """
-    folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise lacking(folder, "has no tokenizer: neither tokenizer.json nor vocab.json")
-    file = _template_file(folder)
-    if file.name == _TOKENIZER_CONFIG and not read_json(file).get("chat_template"):
-        raise lacking(folder, _NO_TEMPLATE)
-
-
-def _template_file(folder: Path) -> Path:
-    """The chat template's file, if any: the first that exists, as in Transformers."""
-    files = (folder / name for name in ("chat_template.jinja", "chat_template.json"))
-    return next((file for file in files if file.is_file()), folder / _TOKENIZER_CONFIG)
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The checkpoint's tokenizer (Transformers), with the chat template that its processor would use.
-
-    Raises:
-        CheckpointError: no tokenizer, or no chat template.
-    """
-    folder = Path(folder)
-    check_tokenizer_files(folder)
-    load: Any
-    file = folder / "tokenizer.json"
-    if file.is_file():  # complete in itself; AutoTokenizer takes two seconds more to import
-        from transformers import PreTrainedTokenizerFast
-
-        load = PreTrainedTokenizerFast.from_pretrained
-    else:
-        from transformers import AutoTokenizer
-
-        file = folder / "vocab.json"
-        load = partial(AutoTokenizer.from_pretrained, trust_remote_code=False)  # by default it asks on the terminal
-    try:
-        tokenizer = load(folder, local_files_only=True)
-    except Exception as error:  # corrupt files raise anything, even bare Exception from the Rust side
-        for name in (_TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"):
-            read_json(folder / name)  # its error names the file that is no JSON
-        raise CheckpointError(f"{file}: the tokenizer cannot be read: {' '.join(str(error).split())}") from None
-    tokenizer.model_max_length = int(1e30)  # the engines have the limit; this one would only warn
-    legacy = _template_file(folder)
-    if legacy.suffix == ".json" and legacy.name != _TOKENIZER_CONFIG:
-        try:
-            tokenizer.chat_template = json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{legacy} cannot be read: {error}") from None
-    if not tokenizer.chat_template:  # an empty file
-        raise CheckpointError(f"{folder} {_NO_TEMPLATE}")
-    return tokenizer

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from threading import Lock
 from typing import Any
 
+from tokenizers import Encoding, Tokenizer
+
 from .errors import PromptError
 
 _FIRST_STAND_IN = 0xD800  # lone surrogates, which to_messages refuses in texts
@@ -20,11 +22,12 @@ _BLANK = "\ufffd"  # in place of a stand-in, for the tokenizer
 
 
 class SpecialTokenEscaper:
-    """Escapes special tokens in texts for one tokenizer of Transformers; any thread may."""
+    """Escapes special tokens in texts for one tokenizer; any thread may."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._alone = tokenizer, Lock()
-        specials = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        added = tokenizer.get_added_tokens_decoder()
+        specials = {index: token.content for index, token in added.items() if token.special}
         self._specials = frozenset(specials)
         self._spellings = re.compile("|".join(map(re.escape, specials.values())))
         self._stand_ins = {
@@ -69,10 +72,10 @@ class SpecialTokenEscaper:
         blank = text
         for stand_in in self._stand_ins.values():
             blank = blank.replace(stand_in, _BLANK)
-        found = self._call(blank, split_special_tokens=False, return_offsets_mapping=True)
+        found = self._encode(blank, split=False)
         ids: list[int] = []
         end = 0
-        for token, (first, after) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        for token, (first, after) in zip(found.ids, found.offsets, strict=True):
             if token in self._specials:
                 ids += [*self.encode_ordinary(plain[end:first]), token]
                 end = after
@@ -80,16 +83,18 @@ class SpecialTokenEscaper:
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids as Transformers has them, special tokens in texts included; raises as :meth:`encode`."""
-        return self._call(text, split_special_tokens=False)["input_ids"]
+        return self._encode(text, split=False).ids
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Token ids of a text, in which special tokens are ordinary characters; raises as :meth:`encode`."""
-        return self._call(text, split_special_tokens=True)["input_ids"] if text else []
+        return self._encode(text, split=True).ids if text else []
 
-    def _call(self, text: str, **options: Any) -> Any:
+    def _encode(self, text: str, split: bool) -> Encoding:
+        """With ``split``, the characters of special tokens are ordinary ones."""
         try:
-            with self._alone:  # its options are the tokenizer's until the next call
-                return self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, **options)
+            with self._alone:  # the setting is the tokenizer's until the next call
+                self._tokenizer.encode_special_tokens = split
+                return self._tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:  # the Rust side raises bare Exception
             raise PromptError(f"the prompt cannot be tokenized: {' '.join(str(error)[:300].split())}") from None
 

@@ -92,11 +92,12 @@ def load_weights(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     quantized: Callable[[nn.Linear, PackedWeight], nn.Module | None] | None = None,
+    mapped: bool = False,
 ) -> None:
     """Fill a module from a checkpoint, one tensor at a time, to a GPU without a copy on the host.
 
-    Parameters are replaced, so the module may be on the meta device; they need no gradient and nothing stays mapped to
-    the file. Two parameters of one tensor (tied embeddings) become one.
+    Parameters are replaced, so the module may be on the meta device; they need no gradient. Two parameters of one
+    tensor (tied embeddings) become one.
 
     Args:
         module: its parameters and persistent buffers are named ``prefix + name``.
@@ -105,6 +106,8 @@ def load_weights(
         device: of the loaded tensors.
         quantized: makes the layer of a weight that the checkpoint packs, of the layer whose bias alone is loaded; where
             it gives None, which a line counts, and without it, the weight is dequantised.
+        mapped: matrices stay as the checkpoint has them, on the CPU and mapped to its file, for a caller that makes its
+            own of each. Otherwise nothing stays mapped.
 
     Raises:
         CheckpointError: tensors missing, left over, of another shape or of whole numbers, named; nothing is loaded.
@@ -135,9 +138,11 @@ def load_weights(
                 tensor = checkpoint.load(theirs)
             else:
                 tensor = reader.read(checkpoint.locate(theirs))
-            wanted_type = dtype if tensor.is_floating_point() and not kept else None
-            # A copy even where nothing changes: a memory map lacks the allocator's alignment.
-            tensor = tensor.reshape(shape).to(device=device, dtype=wanted_type, copy=tensor.device.type == "cpu")
+            tensor = tensor.reshape(shape)
+            if not mapped or tensor.ndim < 2:
+                wanted_type = dtype if tensor.is_floating_point() and not kept else None
+                # A copy even where nothing changes: a memory map lacks the allocator's alignment.
+                tensor = tensor.to(device=device, dtype=wanted_type, copy=tensor.device.type == "cpu")
             loaded[theirs] = tensor if ours in buffers else nn.Parameter(tensor, requires_grad=False)
         setattr(owner, leaf, loaded[theirs])
     if others:

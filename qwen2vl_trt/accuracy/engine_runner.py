@@ -18,13 +18,13 @@ from torch import Tensor
 from qwen2vl_trt.checkpoint import Checkpoint
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.mrope import rope_index
-from qwen2vl_trt.prompts import load_tokenizer
 from qwen2vl_trt.runtime.backends import onnxruntime_runner, torch_runner
 from qwen2vl_trt.runtime.backends.common import KVCache, graph_inputs
 from qwen2vl_trt.runtime.backends.runners import DecoderRunner, Engines, VisionRunner
 from qwen2vl_trt.runtime.backends.steps import Chunk
 from qwen2vl_trt.runtime.backends.torch_runner import TorchDecoder, TorchVision
 from qwen2vl_trt.runtime.generation_config import GenerationConfig
+from qwen2vl_trt.tokenizer import load_tokenizer
 from qwen2vl_trt.windows import WindowLayout, window_layout
 
 from .inputs import FORCED, MAX_TOKENS, grids, input_metadata
@@ -132,7 +132,7 @@ class EngineRunner(BaseRunner):
         self._tell_decoder(inputs, positions, 0)
         step = self._decoder.step([Chunk(0, 0, length)], inputs, positions, hidden=True)
         assert step.hidden_states is not None
-        outputs |= {name: calls[0][0] for name, calls in self._recorder.calls.items()}
+        outputs |= {name: calls[0].flatten(0, -2) for name, calls in self._recorder.calls.items()}
         outputs[HIDDEN_STATES] = step.hidden_states.clone()
         logits, answer = [step.logits.clone()], list[int]()
         while True:

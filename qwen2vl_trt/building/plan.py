@@ -18,8 +18,8 @@ from qwen2vl_trt.engines.profile import BuildConfig, BuildProfile, flag, usual_p
 from qwen2vl_trt.errors import BuildError
 from qwen2vl_trt.hub import TINY, ResolvedModel, resolve_model
 from qwen2vl_trt.lora import Adapter
-from qwen2vl_trt.prompts import check_tokenizer_files
 from qwen2vl_trt.quantization import stored_weights
+from qwen2vl_trt.tokenizer import check_tokenizer_files
 
 _OPTIONS = (
     ([each.name for each in fields(TensorRTOptions)], TensorRTOptions, "the TensorRT backends"),

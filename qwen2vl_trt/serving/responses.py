@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from tokenizers import Tokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qwen2vl_trt.runtime.request import Output, TokenLogprobs
 
@@ -146,4 +145,7 @@ def token_bytes_of(tokenizer: Tokenizer) -> TokenBytes:
 
 @lru_cache(maxsize=1)
 def _byte_letters() -> dict[str, int]:
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+    """GPT-2's: what Latin-1 can print stands for itself, the other bytes for the letters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(0x100) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}

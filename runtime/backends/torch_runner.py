@@ -76,10 +76,11 @@ class TorchVision:
         with torch.device("meta"):
             self.module = VisionTransformer(checkpoint.config.vision).eval()
             use_fp8(self.module, "visual.", fp8_layers(checkpoint))
-        load_weights(self.module, checkpoint, "visual.", dtype, device)
-        self.module.inv_freq = self.module.inv_freq.to(device)
         self.device = device
-        self._optimize(dtype)
+        layout = self._layout(dtype)
+        load_weights(self.module, checkpoint, "visual.", dtype, device, mapped=layout != "plain")
+        self.module.inv_freq = self.module.inv_freq.to(device)
+        self._optimize(dtype, layout)
 
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor, layout: WindowLayout) -> Tensor:
@@ -91,8 +92,11 @@ class TorchVision:
             )
         return self.module(pixel_values, *(to_device(index, self.device) for index in layout.index_tensors.values()))
 
-    def _optimize(self, dtype: torch.dtype) -> None:
-        _pack_weights(self.module, dtype, self.device, onednn.VISION_ROWS)
+    def _layout(self, dtype: torch.dtype) -> onednn.Layout:
+        return onednn.fastest(dtype, onednn.VISION_ROWS) if self.device.type == "cpu" else "plain"
+
+    def _optimize(self, dtype: torch.dtype, layout: onednn.Layout) -> None:
+        _pack_weights(self.module, dtype, layout)
 
 
 class CudaVision(TorchVision):
@@ -129,7 +133,10 @@ class CudaVision(TorchVision):
         patches = pixel_values.flatten(0, 1)
         return self.module.encode((patches if filled is None else patches[filled])[None], *indices)
 
-    def _optimize(self, dtype: torch.dtype) -> None:
+    def _layout(self, dtype: torch.dtype) -> onednn.Layout:
+        return "plain"
+
+    def _optimize(self, dtype: torch.dtype, layout: onednn.Layout) -> None:
         self.module, self._ops = fuse_vision(self.module, dtype)
         _free_memory(self.device)
 
@@ -163,18 +170,19 @@ class TorchDecoder:
             self.module = Decoder(checkpoint.config.text).eval()
             use_fp8(self.module, "", fp8_layers(checkpoint))
         layer = partial(weight_only, device=device, dtype=dtype) if quantized else None
-        load_weights(self.module, checkpoint, "", dtype, device, layer)
+        self.device, self.slots = device, profile.max_num_seqs
+        layout = self._layout(dtype)
+        load_weights(self.module, checkpoint, "", dtype, device, layer, mapped=layout != "plain")
         table = self.module.model.embed_tokens.weight
         self.embed = TokenEmbedding(checkpoint, dtype, device, table if device.type != "cpu" else None)
         del self.module.model.embed_tokens, table
         if quantized and device.type == "cpu" and isinstance(self.module.lm_head, nn.Linear):
             self.module.lm_head = round_head(self.module.lm_head, dtype) or self.module.lm_head  # type: ignore[assignment]
         self.module.model.inv_freq = self.module.model.inv_freq.to(device)
-        self.slots, self.vocab_size = profile.max_num_seqs, checkpoint.config.text.vocab_size
-        self.device = device
+        self.vocab_size = checkpoint.config.text.vocab_size
         # Before their layers are packed.
         self._adapters = add_adapters(self.module, adapters, dtype) if adapters else None
-        self._optimize(dtype)
+        self._optimize(dtype, layout)
         self._allocate(checkpoint.config.text, profile.max_seq_len, dtype)
 
     def _allocate(self, config: TextConfig, max_seq_len: int, dtype: torch.dtype) -> None:
@@ -204,8 +212,12 @@ class TorchDecoder:
         """Runs the smallest and the largest batch; there are no graphs to capture."""
         run_steps(self, chunk, {1, self.slots})
 
-    def _optimize(self, dtype: torch.dtype) -> None:
-        _pack_weights(self.module, dtype, self.device, onednn.DECODER_ROWS)
+    def _layout(self, dtype: torch.dtype) -> onednn.Layout:
+        rows = onednn.decoder_rows(self.slots)
+        return onednn.fastest(dtype, rows) if self.device.type == "cpu" else "plain"
+
+    def _optimize(self, dtype: torch.dtype, layout: onednn.Layout) -> None:
+        _pack_weights(self.module, dtype, layout)
 
 
 class CudaDecoder(TorchDecoder):
@@ -301,7 +313,10 @@ class CudaDecoder(TorchDecoder):
         self.cache.clear(range(1 + pages_of(tokens)))
         self.cache.block_table[:] = 0
 
-    def _optimize(self, dtype: torch.dtype) -> None:
+    def _layout(self, dtype: torch.dtype) -> onednn.Layout:
+        return "plain"
+
+    def _optimize(self, dtype: torch.dtype, layout: onednn.Layout) -> None:
         self._ops = fuse_decoder(self.module, dtype)
         _free_memory(self.device)
 
@@ -328,11 +343,9 @@ def _padding(layout: WindowLayout) -> float:
     return 1 - int(layout.window_lengths.sum()) / layout.sequence_position.numel()
 
 
-def _pack_weights(module: nn.Module, dtype: torch.dtype, device: torch.device, rows: tuple[int, ...]) -> None:
-    if device.type == "cpu" and onednn.available(dtype):
-        layout = onednn.fastest(dtype, rows)
-        if layout != "plain":
-            onednn.pack(module, dtype, layout)
+def _pack_weights(module: nn.Module, dtype: torch.dtype, layout: onednn.Layout) -> None:
+    if layout != "plain":
+        onednn.pack(module, dtype, layout)
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

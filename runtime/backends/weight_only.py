@@ -285,7 +285,7 @@ def round_head(linear: nn.Linear, dtype: torch.dtype) -> WeightOnlyLinear | None
 
     Of 16 bits, ``lm_head`` would be most of what a step over weights of 4 bits reads.
     """
-    weight = linear.weight.detach()
+    weight = linear.weight.detach().to(dtype)
     return _layer(linear, blocked(round_to_nearest(weight, 8, weight.shape[1]), 8), _CPU, dtype)
 
 

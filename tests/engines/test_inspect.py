@@ -92,7 +92,7 @@ def test_a_graphs_inputs_are_shown_where_there_is_one(folder, rtx_checkpoint):
     assert f"out logits FP32 batch x {text.vocab_size}" in lines
     assert f"Attention {dtype} 2" in lines
     assert "RotaryEmbedding FP32 4" in lines
-    assert f"model.layers.1.mlp.down_proj.MatMul MatMul {dtype}" in printed(folder, layers=True)
+    assert f"model.layers.1.mlp.down_proj.Gemm Gemm {dtype}" in printed(folder, layers=True)
 
 
 def test_profiles_are_those_of_the_build(folder, rtx_checkpoint):

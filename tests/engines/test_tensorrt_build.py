@@ -59,9 +59,9 @@ def assert_fused(folder, config):
     for profile in (0, 1):
         names = [name.replace(f" [profile {profile}]", "") for name in built_layers(folder / "decoder.layers", profile)]
         for i in range(config.text.num_hidden_layers):
-            layer = [name for name in names if f"model.layers.{i}." in name and "MatMul" in name]
-            assert any(all(f"{part}_proj.MatMul" in name for part in "qkv") for name in layer), (profile, layer)
-            assert any(all(f"{part}_proj.MatMul" in name for part in ("gate", "up")) for name in layer), (
+            layer = [name for name in names if f"model.layers.{i}." in name and "Gemm" in name]
+            assert any(all(f"{part}_proj.Gemm" in name for part in "qkv") for name in layer), (profile, layer)
+            assert any(all(f"{part}_proj.Gemm" in name for part in ("gate", "up")) for name in layer), (
                 profile,
                 layer,
             )

@@ -6,7 +6,9 @@ import pytest
 
 from qwen2vl_trt.config import Qwen2VLConfig
 from qwen2vl_trt.prompts import PromptBuilder
+from qwen2vl_trt.tokenizer import read_directly
 from tests.published.conversations import CONVERSATIONS, counts
+from tests.support.chat import same_tokenizer
 from tests.support.published import SPECIAL_TOKENS, config_json
 
 GRIDS = [(1, 4, 4), (1, 2, 6), (1, 6, 2)]
@@ -68,3 +70,8 @@ def test_special_tokens_in_a_text_are_text(builder, processor):
         frame = builder.build("x").token_ids
         start = frame.index(processor.tokenizer("x")["input_ids"][0])
         assert prompt.token_ids == [*frame[:start], *plain, *frame[start + 1 :]]
+
+
+def test_the_published_tokenizer_is_read_without_transformers(processor_folder):
+    assert read_directly(processor_folder) is not None
+    assert same_tokenizer(processor_folder)

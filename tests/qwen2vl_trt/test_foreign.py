@@ -7,7 +7,7 @@ import pytest
 
 from qwen2vl_trt.checkpoint import INDEX_FILE, Checkpoint
 from qwen2vl_trt.errors import CheckpointError
-from qwen2vl_trt.prompts import check_tokenizer_files
+from qwen2vl_trt.tokenizer import check_tokenizer_files
 from tests.support.models import MINIMAL_CONFIG, model_config, random_model, save_model
 
 

@@ -182,6 +182,15 @@ def test_dtype_is_converted(reference, folder):
     assert torch.equal(tower.blocks[0].mlp.up_proj.weight, expected.to(torch.bfloat16))
 
 
+def test_matrices_stay_as_the_checkpoint_has_them_where_they_may(reference, folder):
+    tower, _ = make_modules(reference)
+    load_weights(tower, Checkpoint(folder), "visual.", dtype=torch.bfloat16, mapped=True)
+    stored = published_weights(reference)
+    for name, parameter in tower.named_parameters():
+        expected = stored[f"visual.{name}"].reshape(parameter.shape)
+        assert torch.equal(parameter, expected if parameter.ndim > 1 else expected.to(torch.bfloat16))
+
+
 def test_loaded_tensors_do_not_depend_on_the_file(reference, folder):
     _, decoder = make_modules(reference)
     load_weights(decoder, Checkpoint(folder))

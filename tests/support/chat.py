@@ -1,9 +1,12 @@
 """A small byte-level tokenizer with Qwen's special tokens and a chat template."""
 
+import random
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qwen2vl_trt.config import Qwen2VLConfig
+from qwen2vl_trt.tokenizer import load_tokenizer
 from tests.support.models import MINIMAL_CONFIG
 
 SPECIAL = [
@@ -57,6 +60,27 @@ def save_tokenizer(folder, template=TEMPLATE):
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def same_tokenizer(folder, characters="aé\n <|>_im漢\u0301"):
+    """Whether we load what Transformers loads: token ids of random texts, and all that a prompt takes besides."""
+    ours, theirs = load_tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert (ours.eos_token_id, ours.pad_token_id, len(ours)) == (theirs.eos_token_id, theirs.pad_token_id, len(theirs))
+    assert ours.chat_template == theirs.chat_template
+    backend = ours.backend_tokenizer
+    assert backend.get_added_tokens_decoder() == theirs.added_tokens_decoder
+    assert backend.get_vocab() == theirs.get_vocab()
+    rng, pieces = random.Random(0), [*characters, *theirs.added_tokens_encoder, "<|im_end|"]
+    for split in (False, True):
+        backend.encode_special_tokens = split
+        for _ in range(300):
+            text = "".join(rng.choices(pieces, k=rng.randrange(30)))
+            found = backend.encode(text, add_special_tokens=False)
+            expected = theirs(text, add_special_tokens=False, split_special_tokens=split, return_offsets_mapping=True)
+            assert found.ids == expected["input_ids"], text
+            assert found.offsets == expected["offset_mapping"], text
+    return True
 
 
 def text(words):

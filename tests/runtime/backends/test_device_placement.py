@@ -85,7 +85,7 @@ class Device:
             body()
         return body
 
-    def load_weights(self, module, checkpoint, prefix, dtype, device, quantized=None):
+    def load_weights(self, module, checkpoint, prefix, dtype, device, quantized=None, mapped=False):
         for name, parameter in list(module.named_parameters(remove_duplicate=False)):
             owner, _, leaf = name.rpartition(".")
             kept = parameter.dtype == torch.float8_e4m3fn or leaf.endswith("_scale")

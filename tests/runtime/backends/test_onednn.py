@@ -1,5 +1,6 @@
 """Packed layers compute what plain ones do; without oneDNN the torch backend runs as it is."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -79,6 +80,29 @@ def test_every_linear_layer_is_packed(dtype):
     assert not any(isinstance(module, nn.Linear) for module in tower.modules())
 
 
+@pytest.mark.parametrize("dtype", [packed(torch.float32)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("part", [1, 48 * 10, 2**20])
+@torch.no_grad()
+def test_weights_of_another_type_are_converted_in_parts(dtype, bias, part, monkeypatch):
+    monkeypatch.setattr(onednn, "_PART", part)
+    torch.manual_seed(0)
+    stored = nn.ModuleList([SwiGLU(48, 85, bias=bias), nn.Linear(48, 33, bias=bias), nn.Linear(33, 7)]).bfloat16()
+    for linear in (module for module in stored.modules() if isinstance(module, nn.Linear) and module.bias is not None):
+        linear.bias.data = linear.bias.data.to(dtype)
+    expected = copy.deepcopy(stored).to(dtype)
+    onednn.pack(stored, dtype, "many rows")
+    for found, plain in zip(stored, expected):
+        x = torch.randn(3, 33 if plain is expected[2] else 48, dtype=dtype)
+        assert close(found(x), plain(x))
+    assert (len(stored[1].weights) > 1) == (part < 33 * 48)
+
+
+def test_the_rows_of_a_decoder():
+    assert onednn.decoder_rows(1) == (1, 256)
+    assert onednn.decoder_rows(16) == (1, 16, 256)
+
+
 @pytest.fixture
 def asked_anew():
     """Whether packing runs is asked once a process: here before and after the operator is another one."""
@@ -130,18 +154,19 @@ def test_the_layout_follows_from_what_products_take(rows, plain, few, many, chos
         for layout, pair in (("plain", plain), ("one row", few), ("many rows", many))
         for each, taken in zip((1, 512), pair)
     }
+    monkeypatch.setattr(onednn, "available", lambda dtype: True)
     monkeypatch.setattr(onednn, "_seconds", lambda layout, dtype, rows: times[layout, rows])
     assert onednn.fastest(torch.float32, rows) == chosen
 
 
 @pytest.mark.parametrize("layout", ["plain", *onednn.PACKED])
 def test_a_decoder_has_the_layout_that_was_chosen(layout, tmp_path, monkeypatch):
-    """And no weight twice."""
-    monkeypatch.setattr(onednn, "available", lambda dtype: True)
-    monkeypatch.setattr(onednn, "fastest", lambda dtype, rows: layout if rows == onednn.DECODER_ROWS else "plain")
+    """For as many rows as there are slots, and no weight twice."""
+    engines = open_engines(build(resolve_model("tiny").folder, tmp_path, "torch", "fp32"), "cpu")
+    wanted = (1, engines.manifest.profile.max_num_seqs, 256)
+    monkeypatch.setattr(onednn, "fastest", lambda dtype, rows: layout if rows == wanted else "plain")
     packed = []
     monkeypatch.setattr(onednn, "_packed", lambda weight, layout: packed.append(layout) or weight)
-    engines = open_engines(build(resolve_model("tiny").folder, tmp_path, "torch", "fp32"), "cpu")
     decoder, tower = engines.decoder.module, engines.vision.module
     layers = 7 * decoder.config.num_hidden_layers + 1
     assert packed == ([] if layout == "plain" else [layout] * layers)
