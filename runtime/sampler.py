@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -101,6 +101,13 @@ class Plan(NamedTuple):
     logprobs: int | None = None
 
 
+Kernel = Callable[[Tensor, Plan, Tensor, Tensor, Tensor, "Tensor | None"], "tuple[Tensor, Tensor]"]
+"""Samples all rows in one launch, and notes the tokens among those seen and counted.
+
+From biased logits ``[B, V]``, the plan, its table, seen ids ``[slots, N]``, counts ``[slots, V]`` and the mask of
+:meth:`Sampler.__call__`; to tokens ``[B, 1]`` and totals ``[B, 1]`` as :class:`SampledTokens` has them.
+"""
+
 _USES = len(Plan._fields) - len(Plan._field_defaults)
 _BIAS = Plan._fields.index("bias")
 
@@ -159,10 +166,13 @@ class Sampler:
         max_num_seqs: number of slots.
         vocab_size: V, the width of the logits.
         device: of the logits.
+        kernel: samples where a row is not greedy or has a penalty or a bias; None does it by PyTorch's operators.
     """
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
-        self._vocab_size = vocab_size
+    def __init__(
+        self, max_num_seqs: int, vocab_size: int, device: torch.device | str = "cpu", kernel: Kernel | None = None
+    ) -> None:
+        self._vocab_size, self._kernel = vocab_size, kernel
         self._device = torch.device(device)
         self._table = np.zeros((max_num_seqs, _WORDS), np.int64)
         self._rows = self._table.view(_ROW)[:, 0]
@@ -303,27 +313,46 @@ class Sampler:
         Returns:
             As :class:`SampledTokens` takes them.
         """
-        rows = None if table is None else Rows(table)
-        scores = logits if rows is None else self.penalise(logits, plan, rows)
-        if allowed is not None:
-            refused = (allowed[:, :, None] & self._bits) == 0  # [B, V / 32, 32]
-            scores = scores.masked_fill(refused.view(len(scores), -1)[:, : self._vocab_size], _OFF)
-        if rows is not None and plan.draws:
-            tokens, total = _draw(weigh(scores, plan, rows), rows["uniform"])
+        if table is None:
+            total, tokens = self._masked(logits, allowed).max(dim=-1, keepdim=True)
         else:
-            total, tokens = scores.max(dim=-1, keepdim=True)
-        if rows is not None and plan.width:
-            self._seen.index_put_((rows["slot"], rows["seen"]), tokens)
-            if plan.counts:
-                self._counts.index_put_((rows["slot"], tokens), self._one, accumulate=True)
+            rows = Rows(table)
+            if self._kernel is None:
+                tokens, total = self._sample(logits, plan, rows, allowed)
+            else:
+                biased = self._biased(logits, plan, rows)
+                tokens, total = self._kernel(biased, plan, table, self._seen, self._counts, allowed)
         logprobs = None if plan.logprobs is None else _logprobs(logits, tokens, plan.logprobs)
         return tokens[:, 0], total, logprobs
 
+    def _sample(self, logits: Tensor, plan: Plan, rows: Rows, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What :data:`Kernel` does, and the bias, by PyTorch's operators."""
+        scores = self._masked(self.penalise(logits, plan, rows), allowed)
+        if plan.draws:
+            tokens, total = _draw(weigh(scores, plan, rows), rows["uniform"])
+        else:
+            total, tokens = scores.max(dim=-1, keepdim=True)
+        if plan.width:
+            self._seen.index_put_((rows["slot"], rows["seen"]), tokens)
+            if plan.counts:
+                self._counts.index_put_((rows["slot"], tokens), self._one, accumulate=True)
+        return tokens, total
+
+    def _masked(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
+        if allowed is None:
+            return scores
+        refused = (allowed[:, :, None] & self._bits) == 0  # [B, V / 32, 32]
+        return scores.masked_fill(refused.view(len(scores), -1)[:, : self._vocab_size], _OFF)
+
+    def _biased(self, logits: Tensor, plan: Plan, rows: Rows) -> Tensor:
+        if not plan.bias:
+            return logits
+        slots = rows["slot"][:, 0]
+        return logits.scatter_add(-1, self._bias_ids.index_select(0, slots), self._bias.index_select(0, slots))
+
     def penalise(self, logits: Tensor, plan: Plan, rows: Rows) -> Tensor:
         """Apply bias and penalties to ``[B, V]``; the same tensor if no row has one."""
-        if plan.bias:
-            slots = rows["slot"][:, 0]
-            logits = logits.scatter_add(-1, self._bias_ids.index_select(0, slots), self._bias.index_select(0, slots))
+        logits = self._biased(logits, plan, rows)
         if not plan.width:
             return logits
         ids = self._seen[:, : plan.width].index_select(0, rows["slot"][:, 0])  # [B, width]

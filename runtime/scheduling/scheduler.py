@@ -33,6 +33,7 @@ from ..backends.steps import Chunk, Step
 from ..observer import Observer, Stage, unobserved
 from ..request import Output
 from ..sampler import SampledTokens, Sampler
+from ..triton_sampler import checked_kernel
 from .executor import Counters, Executor, NewToken, named, take_token
 from .kv_cache import SlotManager, Wait, kv_cache_manager
 from .sequence import RunningSequence
@@ -100,7 +101,8 @@ class Scheduler(Executor):
         self._device = decoder.embed([0]).device
         # Before the vision engine's kernels.
         self._stream = SideStream.beside(self._device, priority=-1) if ahead else SideStream(self._device, None)
-        self._sampler = Sampler(self.slots, decoder.vocab_size, self._device)
+        kernel = checked_kernel(decoder.vocab_size, self._device) if self._device.type == "cuda" else None
+        self._sampler = Sampler(self.slots, decoder.vocab_size, self._device, kernel)
         self._free_indices = list(range(self.slots))
         self._no_memory = False  # for a prompt that waits
         self._last_tokens: tuple[list[int], Tensor] = [], torch.empty(0)  # of the last step, by index
