@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -144,10 +144,10 @@ class SampledTokens:
             self._copied.synchronize()
         return [int(token) if token == token else None for token in self._host[:, 0].tolist()]
 
-    def logprobs(self, asked: Iterable[int | None]) -> list[TokenLogprobs | None]:
+    def logprobs(self, asked: Sequence[int | None]) -> list[TokenLogprobs | None]:
         """Of each row's token and as many of the likeliest as it asked for; only after :meth:`tolist`."""
         if self._logprobs is None:
-            return [None] * self.tokens.numel()
+            return [None] * len(asked)
         own = self._logprobs if self.tokens.is_cpu else self._host[:, 1:]
         found: list[TokenLogprobs | None] = []
         for number, (token, logprob, *top) in zip(asked, own.tolist(), strict=True):
@@ -269,7 +269,7 @@ class Sampler:
             raise ValueError(f"{logits.shape[0]} rows of logits for {len(slots)} slots")
         plan, table = self.stage(slots)
         if table is None and greedy is not None and plan.logprobs is None and allowed is None:
-            return SampledTokens(greedy, logits.gather(-1, greedy[:, None]))
+            return SampledTokens(greedy, logits.gather(-1, greedy.unsqueeze(1)))
         mask = None if allowed is None else to_device(allowed, self._device)
         return SampledTokens(*self.run(logits, plan, table, mask))
 
@@ -313,17 +313,29 @@ class Sampler:
         Returns:
             As :class:`SampledTokens` takes them.
         """
-        if table is None:
-            total, tokens = self._masked(logits, allowed).max(dim=-1, keepdim=True)
-        else:
-            rows = Rows(table)
-            if self._kernel is None:
-                tokens, total = self._sample(logits, plan, rows, allowed)
-            else:
-                biased = self._biased(logits, plan, rows)
-                tokens, total = self._kernel(biased, plan, table, self._seen, self._counts, allowed)
+        tokens, total = self._drawn(logits, plan, table, allowed)
         logprobs = None if plan.logprobs is None else _logprobs(logits, tokens, plan.logprobs)
         return tokens[:, 0], total, logprobs
+
+    def _drawn(self, logits: Tensor, plan: Plan, table: Tensor | None, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens ``[B, 1]`` and totals ``[B, 1]``; of half the rows at a time where there is no memory for all."""
+        try:
+            if table is None:
+                total, tokens = self._masked(logits, allowed).max(dim=-1, keepdim=True)
+                return tokens, total
+            rows = Rows(table)
+            if self._kernel is None:
+                return self._sample(logits, plan, rows, allowed)
+            return self._kernel(self._biased(logits, plan, rows), plan, table, self._seen, self._counts, allowed)
+        except torch.OutOfMemoryError:
+            if len(logits) == 1:
+                raise
+        size = -(-len(logits) // 2)
+        tables = (None, None) if table is None else table.split(size)
+        masks = (None, None) if allowed is None else allowed.split(size)
+        halves = [self._drawn(part, plan, *each) for part, *each in zip(logits.split(size), tables, masks)]
+        first, second = map(torch.cat, zip(*halves))
+        return first, second
 
     def _sample(self, logits: Tensor, plan: Plan, rows: Rows, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         """What :data:`Kernel` does, and the bias, by PyTorch's operators."""

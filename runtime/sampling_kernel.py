@@ -62,9 +62,10 @@ def _total(scores, threshold, best, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _threshold(scores, low, best, needed, WEIGHED: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest score such that those at or above it are as many as needed, or weigh as much; those from ``low`` do.
+    """The largest score such that those at or above it are as many as needed, or weigh as much.
 
-    A pass moves ``low`` up to a pivot or ``high``, which is one of the scores, down to the next below a pivot.
+    It is at least ``low``, which is finite. A pass moves ``low`` up to a pivot or ``high``, which is one of the scores,
+    down to the next below a pivot.
     """
     high = best
     share = (tl.arange(0, 4) + 1) / 4.0
@@ -158,7 +159,6 @@ def sample(
     temperature = tl.load(floats + TEMPERATURE)
     most = tl.full([BLOCK], OFF, tl.float32)
     least = tl.full([BLOCK], INFINITY, tl.float32)
-    finite = tl.zeros([BLOCK], tl.int32)
     broken = tl.zeros([BLOCK], tl.int32)
     for start in range(0, VOCAB, BLOCK):
         lanes = start + tl.arange(0, BLOCK)
@@ -169,7 +169,6 @@ def sample(
         tl.store(scores + lanes, score, mask=inside)
         most = tl.maximum(most, score)
         least = tl.minimum(least, tl.where(score > OFF, score, INFINITY))
-        finite += (score > OFF).to(tl.int32)
         broken |= (score != score).to(tl.int32)
     tl.debug_barrier()  # the passes below read what other threads wrote
 
@@ -179,7 +178,7 @@ def sample(
     total = best * float("nan")
     if (tl.max(broken, axis=0) == 0) & (best > OFF) & (best < INFINITY):
         rank = tl.load(table + TOP_K)
-        if (rank < candidates) & (rank >= 0) & (rank < tl.sum(finite, axis=0)):
+        if (rank < candidates) & (rank >= 0):
             low = _threshold(scores, low, best, rank + 1, False, VOCAB, BLOCK)
         top_p = tl.load(doubles + TOP_P)
         if top_p < 1:

@@ -45,6 +45,8 @@ _MOST_CALLS = 4
 _CALL_TOKENS = {"cpu": 8, "cuda": 128}
 """Prompt tokens whose products take as long as reading the weights, about: so much padding costs what a call costs."""
 
+_NORMAL = nullcontext()
+
 _NOT_FINITE = (
     "the decoder made logits that are no finite numbers: the checkpoint's weights are damaged, or numbers overflowed"
     " (--precision fp16-decoder: build in bf16)"
@@ -112,6 +114,10 @@ class Scheduler(Executor):
     def running(self) -> int:
         """Requests that have a slot or are sure of one."""
         return self.slots - len(self._free_indices) + sum(prompt.slot is None for prompt in self._prompts)
+
+    @property
+    def busy(self) -> bool:
+        return len(self._free_indices) < self.slots or bool(self._prompts)
 
     @property
     def cache_bytes(self) -> int:
@@ -250,7 +256,7 @@ class Scheduler(Executor):
         the argument and what it yields see :meth:`~.side_stream.SideStream.work`.
         """
         # To enter it costs a tenth of a step of one answer.
-        normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NORMAL
         with normal, self._stream.work(reads) as ready:
             yield ready
         if not self.busy:
@@ -396,7 +402,8 @@ class Scheduler(Executor):
 
     def _launch(self, rows: Sequence[_Row]) -> _Launched:
         """Enqueue a step and the sampling of its tokens. Rows that fail together get a try alone."""
-        launched, results = _Launched(), list[Step]()
+        launched = _Launched()
+        results: list[Step] = []
         for call in self._calls(rows):
             if results:  # the next call may overwrite them
                 results[-1] = results[-1]._replace(logits=results[-1].logits.clone(), greedy=None)
@@ -429,7 +436,7 @@ class Scheduler(Executor):
 
         One step ahead the tokens of the step before are taken here, which is before this one's are sampled.
         """
-        if all(sequence.matcher is None for sequence in sequences):
+        if not any(map(attrgetter("matcher"), sequences)):
             return None
         self._take(self._launched)
         self._launched = _Launched()
@@ -573,7 +580,7 @@ class Scheduler(Executor):
             return
         try:
             tokens = launched.tokens.tolist()
-            logprobs = launched.tokens.logprobs(sequence.params.logprobs for sequence in launched.sequences)
+            logprobs = launched.tokens.logprobs([sequence.params.logprobs for sequence in launched.sequences])
         except Exception as error:  # a GPU reports here what went wrong before
             for sequence in launched.sequences:
                 if not sequence.output.finished:
