@@ -187,8 +187,8 @@ def sample(
             low = _threshold(scores, low, best, needed, True, VOCAB, BLOCK)
         low = tl.maximum(low, best + tl.load(floats + LOG_MIN_P))
         whole = _total(scores, low, best, VOCAB, BLOCK)
+        # Below the total, as numbers have 52 bits.
         drawn = (tl.load(doubles + UNIFORM) * whole.to(tl.float64)).to(tl.int64)
-        drawn = tl.minimum(drawn, whole - 1)  # where the product was rounded up
         passed = row * 0  # weight of the blocks before the token's
         first = row * 0
         running = row * 0
