@@ -184,6 +184,16 @@ class TestInterpreted:
         for logits in torch.randn(20, 2, 500, generator=torch.Generator().manual_seed(0)) * 3:
             assert ours(logits, [0, 1]).tolist() == theirs(logits, [0, 1]).tolist()
 
+    def test_tokens_that_come_again(self):
+        params = [
+            Sampling(presence_penalty=1.5, frequency_penalty=f, temperature=t) for f in (0.0, 0.5) for t in (0, 1)
+        ]
+        params = [replace(each, seed=row) for row, each in enumerate(params)]
+        theirs, ours = samplers(params, 5)
+        for logits in torch.randn(25, 4, 5, generator=torch.Generator().manual_seed(0)):
+            assert ours(logits, range(4)).tolist() == theirs(logits, range(4)).tolist()
+        assert int(ours._counts.min(-1).values.max()) > 1
+
     def test_a_kernel_that_agrees_is_taken(self, caplog):
         own = kernel(512)
         assert checked_kernel(300, CPU, own) is own
