@@ -25,11 +25,11 @@ test-lowest: .venv/lowest/installed
 		tests/runtime/features/test_store.py tests/runtime/inputs/test_images.py \
 		tests/runtime/preprocessing/test_preprocessor.py
 
-# The preprocessor's Triton kernels, on the CPU. Triton lies apart: PyTorch for CUDA brings the version that it needs, and
+# Triton's kernels, on the CPU. Triton lies apart: PyTorch for CUDA brings the version that it needs, and
 # beside a PyTorch for the CPU this one writes to stderr whenever a process ends.
 test-kernels: .venv/test .venv/kernels
 	PYTHONPATH=.venv/kernels $(BIN)/python -m pytest --numprocesses logical --max-worker-restart 0 \
-		tests/runtime/preprocessing/test_triton_writer.py
+		tests/runtime/preprocessing/test_triton_writer.py tests/runtime/test_triton_sampler.py
 
 # The server under load and fuzzing tools, in virtual environments of their own, for evalscope and guidellm ask for different
 # releases of datasets: 5 minutes, 3 GB. For PyTorch's build for a CPU see test-lowest.

@@ -33,6 +33,7 @@ from ..backends.steps import Chunk, Step
 from ..observer import Observer, Stage, unobserved
 from ..request import Output
 from ..sampler import SampledTokens, Sampler
+from ..triton_sampler import checked_kernel
 from .executor import Counters, Executor, NewToken, named, take_token
 from .kv_cache import SlotManager, Wait, kv_cache_manager
 from .sequence import RunningSequence
@@ -43,6 +44,8 @@ _MOST_CALLS = 4
 
 _CALL_TOKENS = {"cpu": 8, "cuda": 128}
 """Prompt tokens whose products take as long as reading the weights, about: so much padding costs what a call costs."""
+
+_NORMAL = nullcontext()
 
 _NOT_FINITE = (
     "the decoder made logits that are no finite numbers: the checkpoint's weights are damaged, or numbers overflowed"
@@ -100,7 +103,8 @@ class Scheduler(Executor):
         self._device = decoder.embed([0]).device
         # Before the vision engine's kernels.
         self._stream = SideStream.beside(self._device, priority=-1) if ahead else SideStream(self._device, None)
-        self._sampler = Sampler(self.slots, decoder.vocab_size, self._device)
+        kernel = checked_kernel(decoder.vocab_size, self._device) if self._device.type == "cuda" else None
+        self._sampler = Sampler(self.slots, decoder.vocab_size, self._device, kernel)
         self._free_indices = list(range(self.slots))
         self._no_memory = False  # for a prompt that waits
         self._last_tokens: tuple[list[int], Tensor] = [], torch.empty(0)  # of the last step, by index
@@ -110,6 +114,10 @@ class Scheduler(Executor):
     def running(self) -> int:
         """Requests that have a slot or are sure of one."""
         return self.slots - len(self._free_indices) + sum(prompt.slot is None for prompt in self._prompts)
+
+    @property
+    def busy(self) -> bool:
+        return len(self._free_indices) < self.slots or bool(self._prompts)
 
     @property
     def cache_bytes(self) -> int:
@@ -248,7 +256,7 @@ class Scheduler(Executor):
         the argument and what it yields see :meth:`~.side_stream.SideStream.work`.
         """
         # To enter it costs a tenth of a step of one answer.
-        normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NORMAL
         with normal, self._stream.work(reads) as ready:
             yield ready
         if not self.busy:
@@ -394,7 +402,8 @@ class Scheduler(Executor):
 
     def _launch(self, rows: Sequence[_Row]) -> _Launched:
         """Enqueue a step and the sampling of its tokens. Rows that fail together get a try alone."""
-        launched, results = _Launched(), list[Step]()
+        launched = _Launched()
+        results: list[Step] = []
         for call in self._calls(rows):
             if results:  # the next call may overwrite them
                 results[-1] = results[-1]._replace(logits=results[-1].logits.clone(), greedy=None)
@@ -427,7 +436,7 @@ class Scheduler(Executor):
 
         One step ahead the tokens of the step before are taken here, which is before this one's are sampled.
         """
-        if all(sequence.matcher is None for sequence in sequences):
+        if not any(map(attrgetter("matcher"), sequences)):
             return None
         self._take(self._launched)
         self._launched = _Launched()
@@ -571,7 +580,7 @@ class Scheduler(Executor):
             return
         try:
             tokens = launched.tokens.tolist()
-            logprobs = launched.tokens.logprobs(sequence.params.logprobs for sequence in launched.sequences)
+            logprobs = launched.tokens.logprobs([sequence.params.logprobs for sequence in launched.sequences])
         except Exception as error:  # a GPU reports here what went wrong before
             for sequence in launched.sequences:
                 if not sequence.output.finished:

@@ -48,6 +48,7 @@ class SideStream:
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         self._device, self._stream = device, stream
+        self._at_once = nullcontext(ReadyEvent())
         self._reading: deque[tuple[torch.cuda.Event, object]] = deque()  # what queued work reads, oldest first
 
     @classmethod
@@ -64,7 +65,7 @@ class SideStream:
         Returns:
             A context of the event after it, which is valid once the context is left.
         """
-        return nullcontext(ReadyEvent()) if self._stream is None else self._queue(self._stream, reads)
+        return self._at_once if self._stream is None else self._queue(self._stream, reads)
 
     @contextmanager
     def _queue(self, stream: torch.cuda.Stream, reads: object) -> Iterator[ReadyEvent]:

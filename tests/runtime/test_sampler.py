@@ -145,6 +145,29 @@ def test_a_device_that_the_host_does_not_look_at_draws_the_same(vocab, monkeypat
         assert [step.tolist() for step in steps] == expected
 
 
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_rows_without_memory_are_drawn_in_halves(most, monkeypatch):
+    """As they would have been together, and noted once."""
+    generator = torch.Generator().manual_seed(most)
+    params = [random_params(generator, seed=row, frequency_penalty=row / 10) for row in range(5)]
+    logits = torch.randn(8, 5, VOCAB, generator=generator) * 3
+    own, other = started(params), started(params)
+    allowed = np.random.default_rng(0).integers(-(2**31), 2**31, (5, 10), np.int32)
+    expected = [own(step, range(5), None, allowed).tolist() for step in logits]
+
+    def scarce(scores, plan, rows):
+        if len(scores) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return weigh(scores, plan, rows)
+
+    monkeypatch.setattr(sampler, "weigh", scarce)
+    assert [other(step, range(5), None, allowed).tolist() for step in logits] == expected
+    assert torch.equal(other._counts, own._counts)
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        other(logits[0], range(5))
+
+
 def test_ties_at_the_edge_of_top_k_are_kept_as_in_transformers():
     logits = torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0]])
     params = Sampling(temperature=1.0, top_k=2)
@@ -485,17 +508,17 @@ FILTERED = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05}
 @pytest.mark.parametrize(
     ("chosen", "number"),
     [
-        ({}, 1),
-        (REPEATED, 7),
-        (PENALISED, 12),
+        ({}, 2),
+        (REPEATED, 8),
+        (PENALISED, 13),
         ({"temperature": 0.7}, 6),
         ({"temperature": 0.7, "top_k": 20}, 11),
         ({"temperature": 0.7, "top_p": 0.8}, 15),
         (FILTERED, 20),
         (FILTERED | PENALISED, 31),
-        ({"logit_bias": {3: 1.0}}, 4),
-        ({"logprobs": 0}, 5),
-        ({"logprobs": 5}, 7),
+        ({"logit_bias": {3: 1.0}}, 5),
+        ({"logprobs": 0}, 6),
+        ({"logprobs": 5}, 8),
     ],
 )
 def test_operators_do_not_grow_with_the_rows(chosen, number):

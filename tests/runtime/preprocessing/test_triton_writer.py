@@ -3,10 +3,6 @@
 Where there is a GPU, tests/gpu/test_preprocessor.py runs them compiled.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,27 +16,11 @@ from qwen2vl_trt.runtime.preprocessing.preprocessor import Preprocessor
 from qwen2vl_trt.runtime.preprocessing.settings import PixelSettings, PreprocessorSettings
 from qwen2vl_trt.runtime.preprocessing.staging import Slot, Staging
 from qwen2vl_trt.runtime.preprocessing.torch_writer import TorchWriter
-from qwen2vl_trt.runtime.preprocessing.triton_writer import Tiles, TritonWriter, triton_is_installed
+from qwen2vl_trt.runtime.preprocessing.triton_writer import Tiles, TritonWriter
 from tests.support.pictures import CONFIG, TINY, TINY_SETTINGS, in_form, merge_order, mixes, natural, noise
+from tests.support.triton_kernels import CAPABILITIES, compiled, installed, interpreted
 
 CPU = torch.device("cpu")
-installed = pytest.mark.skipif(not triton_is_installed(), reason="Triton is not installed")
-
-
-def interpreter_runs() -> str:
-    """Why not, where it does not."""
-    if not triton_is_installed():
-        return "Triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return "a GPU is here, and runs the compiled kernels (tests/gpu/test_preprocessor.py)"
-    import triton
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
-        return f"the interpreter of Triton {triton.__version__} cannot loop with NumPy 2.4"
-    return ""
-
-
-interpreted = pytest.mark.skipif(bool(interpreter_runs()), reason=interpreter_runs() or "it runs")
 
 
 def preprocessor(config=CONFIG, settings=None, dtype=torch.float32, limit=1 << 28, tiles=None):
@@ -125,59 +105,26 @@ class TestInterpreted:
         preprocessor(TINY)._writer.warm_up(CPU, torch.bfloat16)
 
 
-COMPILE = """
-import itertools
-import subprocess
-import sys
-from pathlib import Path
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from qwen2vl_trt.runtime.preprocessing import triton_kernels as kernels
+KERNELS = """
+from qwen2vl_trt.runtime.preprocessing import triton_kernels as module
 from qwen2vl_trt.runtime.preprocessing.triton_writer import Tiles, _MAX_FRAMES
 
-disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-cubin, capabilities = Path(sys.argv[1]), map(int, sys.argv[2:])
-tiles, pointers = Tiles(), {"records": "*i64", "starts": "*i32", "tables": "*i32", "count": "i32"}
-for bits, capability, aligned in itertools.product(("*i16", "*i32"), capabilities, (False, True)):
-    for kernel, arguments, constants in (
-        (kernels.resize_rows, pointers, {"TILE_ROWS": tiles.rows, "TILE_COLUMNS": tiles.columns}),
-        (
-            kernels.write_windows,
-            {"records": "*i64", "starts": "*i32", "tables": "*i32", "levels": bits, "output": bits, "count": "i32"},
-            {"PATCH": 14, "TIMES": 2, "MERGE": 2, "SIDE": 4, "BLOCK": tiles.block},
-        ),
-    ):
-        constants |= {"FRAMES": _MAX_FRAMES}
-        # What a launch tells the compiler of addresses that are multiples of 16, as a staging slot's are.
-        attributes = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(arguments.values()) if kind[0] == "*"}
-        source = ASTSource(
-            kernel,
-            arguments | dict.fromkeys(constants, "constexpr"),
-            constexprs=constants,
-            attrs=attributes if aligned else None,
-        )
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [disassembler, "-res-usage", cubin]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        print(kernel.__name__, bits, capability, aligned, *[w for w in usage.split() if w.partition(":")[0] in LIMITS])
+def kernels():
+    tiles, pointers = Tiles(), {"records": "*i64", "starts": "*i32", "tables": "*i32"}
+    sizes = {"TILE_ROWS": tiles.rows, "TILE_COLUMNS": tiles.columns, "FRAMES": _MAX_FRAMES}
+    yield module.resize_rows, pointers | {"count": "i32"}, sizes, 4
+    sizes = {"PATCH": 14, "TIMES": 2, "MERGE": 2, "SIDE": 4, "BLOCK": tiles.block, "FRAMES": _MAX_FRAMES}
+    for bits in ("*i16", "*i32"):
+        yield module.write_windows, pointers | {"levels": bits, "output": bits, "count": "i32"}, sizes, 4
 """
 
 
 @installed
 def test_compiles_from_ampere_to_blackwell_without_spills(tmp_path):
-    """To machine code, by the assembler that Triton brings. In a process of its own: here it interprets."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    capabilities = ["80", "89", "90", "100", "120"]
-    code = 'LIMITS = {"REG", "STACK", "LOCAL"}\n' + COMPILE
-    command = [sys.executable, "-c", code, str(tmp_path / "cubin"), *capabilities]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-2000:]
-    kernels = result.stdout.splitlines()
-    assert len(kernels) == 2 * 2 * 2 * len(capabilities)
-    for kernel in kernels:
-        used = {name: int(count) for name, _, count in (word.partition(":") for word in kernel.split()[-3:])}
+    """To machine code, by the assembler that Triton brings."""
+    kernels = compiled(KERNELS, tmp_path)
+    assert len(kernels) == 3 * 2 * len(CAPABILITIES)
+    for kernel, used in kernels.items():
         assert used["STACK"] == used["LOCAL"] == 0, kernel  # what does not fit the registers lies there
         assert used["REG"] <= 128, kernel  # four programs of four warps on a multiprocessor at least
 
