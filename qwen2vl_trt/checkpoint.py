@@ -156,8 +156,11 @@ class Checkpoint:
         except KeyError:
             raise CheckpointError(f"{self.folder}: there is no tensor {name!r}") from None
 
-    def load(self, name: str) -> Tensor:
+    def load(self, name: str, opened: dict[Path, Any] | None = None) -> Tensor:
         """Read one tensor, on the CPU, in its own type and shape; it may be a memory map of the file.
+
+        Args:
+            opened: see :func:`load_tensor`.
 
         Raises:
             CheckpointError: no such tensor, or the file changed since the folder was opened.
@@ -165,10 +168,10 @@ class Checkpoint:
         if name in self.packed:
             return self.packed[name].read().dequantize().to(self.packed[name].dtype)
         self.locate(name)
-        return self._read(name)
+        return self._read(name, opened)
 
-    def _read(self, name: str) -> Tensor:
-        return load_tensor(self._locations[name].path, name)
+    def _read(self, name: str, opened: dict[Path, Any] | None = None) -> Tensor:
+        return load_tensor(self._locations[name].path, name, opened)
 
     @cached_property
     def hash(self) -> str:
@@ -205,16 +208,25 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def load_tensor(path: Path, name: str) -> Tensor:
+def load_tensor(path: Path, name: str, opened: dict[Path, Any] | None = None) -> Tensor:
     """Read one tensor of a safetensors file, on the CPU; it may be a memory map of the file.
+
+    Args:
+        path: of the file.
+        name: of the tensor.
+        opened: files that are open, and gets this one; for tensors that stay, as each opening maps the whole file.
 
     Raises:
         CheckpointError: it cannot be read, or is not there.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
+        if opened is None:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        if path not in opened:
+            opened[path] = safe_open(path, framework="pt")
+        return opened[path].get_tensor(name)
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: no room for the map
         raise CheckpointError(f"{path}: tensor {name!r} cannot be read: {reason(error)}") from None
 
 

@@ -94,7 +94,8 @@ class SpecialTokenEscaper:
         try:
             with self._alone:  # the setting is the tokenizer's until the next call
                 self._tokenizer.encode_special_tokens = split
-                return self._tokenizer.encode(text, add_special_tokens=False)
+                # Of a batch, for ``encode`` holds Python's lock: the server would stand still over a long text.
+                return self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
         except Exception as error:  # the Rust side raises bare Exception
             raise PromptError(f"the prompt cannot be tokenized: {' '.join(str(error)[:300].split())}") from None
 

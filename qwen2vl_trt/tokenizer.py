@@ -145,6 +145,8 @@ def read_directly(folder: Path) -> ChatTokenizer | None:
     ):
         return None
     tokenizer = Tokenizer.from_file(str(files[0]))
+    if tokenizer.padding and "pad_token" not in named:  # Transformers takes the token of the padding
+        return None
     added = tokenizer.get_added_tokens_decoder()
     specials = {token.content for token in added.values() if token.special}
     more = [_content(token) for name in _MORE for token in config.get(name) or ()]

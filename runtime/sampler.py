@@ -429,12 +429,21 @@ def check_prompt(params: Sampling, prompt_ids: Collection[int], vocab_size: int)
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, number: int) -> Tensor:
-    """Each row's token and its log-probability, then N ids and their log-probabilities: ``[B, 2 + 2N]`` FP32."""
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    if not number:
-        return torch.cat([tokens, logits.gather(-1, tokens) - total], dim=-1)
-    top = logits.topk(number, dim=-1)
-    return torch.cat([tokens, logits.gather(-1, tokens) - total, top.indices, top.values - total], dim=-1)
+    """Each row's token and its log-probability, then N ids and their log-probabilities: ``[B, 2 + 2N]`` FP32.
+
+    Of half the rows at a time where there is no memory for all.
+    """
+    try:
+        total = logits.logsumexp(dim=-1, keepdim=True)
+        if not number:
+            return torch.cat([tokens, logits.gather(-1, tokens) - total], dim=-1)
+        top = logits.topk(number, dim=-1)
+        return torch.cat([tokens, logits.gather(-1, tokens) - total, top.indices, top.values - total], dim=-1)
+    except torch.OutOfMemoryError:
+        if len(logits) == 1:
+            raise
+    size = -(-len(logits) // 2)
+    return torch.cat([_logprobs(*parts, number) for parts in zip(logits.split(size), tokens.split(size))])
 
 
 def weigh(scores: Tensor, plan: Plan, rows: Rows) -> Tensor:

@@ -176,6 +176,9 @@ def _noted(failed: dict[str, str], column: Column, what: str) -> Iterator[None]:
         yield
     except subprocess.CalledProcessError as error:
         failed[column.title] = f"{what} ended with code {error.returncode}"
+    except (IndexError, ValueError) as error:
+        failed[column.title] = f"{what} printed no result: {error}"
+    if column.title in failed:
         print(f"{column.title}: {failed[column.title]}", file=sys.stderr, flush=True)
 
 

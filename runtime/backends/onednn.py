@@ -134,8 +134,8 @@ class PackedLinear(nn.Module):
         linear: has the weight.
         layout: of the packed one.
         activation: ``none`` or ``swish``.
-        convert: to the type that is computed in. A weight that this makes larger (``lm_head``) is converted and packed
-            in several parts, or the plain one would be in memory beside the packed one.
+        convert: to the type that is computed in. A weight of another type that is large (``lm_head``) is converted
+            and packed in several parts, or the plain one would be in memory beside the packed one.
     """
 
     def __init__(

@@ -40,6 +40,8 @@ def convert(model, precision, folder):
 
 def load(given):
     assert {{"part", "whole"}} == {{file.name for file in Path(given["folder"]).iterdir()}}
+    if given["precision"] == "silent":
+        raise SystemExit
     if given["precision"] == "failing":
         sys.exit(4)
     return Counts()
@@ -81,25 +83,29 @@ def test_one_that_fails_has_a_column_and_the_others_run(peers, monkeypatch, tmp_
     for name, text_alone in (("all", False), ("text", True)):
         script = tmp_path / f"{name}.py"
         script.write_text(COUNTS.format(here=str(HERE), text_alone=text_alone))
-        peers.PEERS[name] = peers.Peer(name.title(), str(script), ("whole", "broken", "failing"))
+        peers.PEERS[name] = peers.Peer(name.title(), str(script), ("whole", "broken", "failing", "silent"))
         (environments / name / "bin").mkdir(parents=True)
         (environments / name / "bin" / "python").symlink_to(sys.executable)
-    asked = ["all:broken", "all:failing", "all:whole", "text:whole"]
+    asked = ["all:broken", "all:failing", "all:silent", "all:whole", "text:whole"]
     given = ["--environments", environments, "--rounds", 1, "--work", work]
     with pytest.raises(SystemExit, match="1"):
         run(peers, monkeypatch, "--ours", "--peers", *asked, *given)
     table = capfd.readouterr().out
     decode = cells(table, "decode, batch 8, tokens/s")
-    assert decode["All broken"] == decode["All failing"] == "failed"
+    assert decode["All broken"] == decode["All failing"] == decode["All silent"] == "failed"
     assert float(decode["All whole"].replace(",", "")) == pytest.approx(1600, rel=0.2)
     assert "All broken failed: making its model ended with code 3" in table
     assert "All failing failed: round 1 ended with code 4" in table
+    assert "All silent failed: round 1 printed no result" in table
     request = cells(table, "a request (448x448, 298 + 16 tokens), s")
     assert float(request["All whole"]) == pytest.approx(0.08, abs=0.02)
     assert request["Text whole"] == ""
     assert "read prompts" not in table
     made = {file.name for file in work.iterdir() if file.is_dir()}
-    assert made == {model.name, *(f"{model.name}-{name}" for name in ("all-failing", "all-whole", "text-whole"))}
+    assert made == {
+        model.name,
+        *(f"{model.name}-{name}" for name in ("all-failing", "all-silent", "all-whole", "text-whole")),
+    }
 
 
 def test_the_table_has_medians_and_says_what_was_read(peers, capsys, monkeypatch):

@@ -1,6 +1,8 @@
 """Texts that spell special tokens, with the tokenizer of the tiny checkpoint: Qwen's, with fewer words."""
 
 import random
+import threading
+import time
 import unicodedata
 from pathlib import Path
 
@@ -149,3 +151,15 @@ def test_what_the_tokenizer_raises_is_a_prompt_error(builder):
 def test_the_character_that_makes_a_special_token_is_none_that_templates_look_for():
     assert _characters(["<|im_start|>", "<|im_end|>"]) == ["|"]
     assert _characters(["<s>", "[PAD]", "<pad>"]) == ["<", "["]
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(builder):
+    """As a server's do: half a second of work in one call that lets go of Python's lock."""
+    escaper = SpecialTokenEscaper(builder.tokenizer.backend_tokenizer)
+    encoding = threading.Thread(target=escaper.encode_plain, args=("many words " * 60_000,))
+    turns = 0
+    encoding.start()
+    while encoding.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 10

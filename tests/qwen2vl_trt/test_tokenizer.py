@@ -47,13 +47,15 @@ def test_what_the_configuration_repeats(tmp_path, change):
     assert same_tokenizer(tmp_path)
 
 
-def test_truncation_and_padding_of_the_file_are_left_out(tmp_path):
-    save_tokenizer(tmp_path)
+@pytest.mark.parametrize("pad", ["<|endoftext|>", None])
+def test_truncation_and_padding_of_the_file_are_left_out(tmp_path, pad):
+    """Transformers takes the padding's token where nothing names another."""
+    write(save_tokenizer(tmp_path), "tokenizer_config.json", {"pad_token": pad})
     tokenizer = make_tokenizer().backend_tokenizer
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=9)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert read_directly(tmp_path) is not None
+    assert (read_directly(tmp_path) is None) == (pad is None)
     assert same_tokenizer(tmp_path)
 
 

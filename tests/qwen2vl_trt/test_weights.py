@@ -5,6 +5,7 @@ import json
 import sys
 import types
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,6 +190,17 @@ def test_matrices_stay_as_the_checkpoint_has_them_where_they_may(reference, fold
     for name, parameter in tower.named_parameters():
         expected = stored[f"visual.{name}"].reshape(parameter.shape)
         assert torch.equal(parameter, expected if parameter.ndim > 1 else expected.to(torch.bfloat16))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_a_file_is_mapped_once_for_all_matrices(reference, folder):
+    """Each map is of the whole file: one for each of them would be terabytes."""
+    tower, _ = make_modules(reference)
+    load_weights(tower, Checkpoint(folder), "visual.", mapped=True)
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    for path in folder.glob("*.safetensors"):
+        assert sum(line.endswith(str(path.resolve())) for line in maps) <= 1
+    assert sum(str(folder.resolve()) in line for line in maps) > 0
 
 
 def test_loaded_tensors_do_not_depend_on_the_file(reference, folder):

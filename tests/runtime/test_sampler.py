@@ -168,6 +168,27 @@ def test_rows_without_memory_are_drawn_in_halves(most, monkeypatch):
         other(logits[0], range(5))
 
 
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_log_probabilities_without_memory_are_taken_in_halves(most, monkeypatch):
+    logits, params = torch.randn(5, VOCAB), [Sampling(logprobs=number) for number in (0, 1, 2, 3, 4)]
+    expected = started(params)(logits, range(5))
+    logsumexp = torch.Tensor.logsumexp
+
+    def scarce(self, **options):
+        if len(self) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logsumexp(self, **options)
+
+    monkeypatch.setattr(torch.Tensor, "logsumexp", scarce)
+    if most == 0:
+        with pytest.raises(torch.OutOfMemoryError):
+            started(params)(logits, range(5))
+        return
+    found = started(params)(logits, range(5))
+    assert found.tolist() == expected.tolist()
+    assert found.logprobs(range(5)) == expected.logprobs(range(5))
+
+
 def test_ties_at_the_edge_of_top_k_are_kept_as_in_transformers():
     logits = torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0]])
     params = Sampling(temperature=1.0, top_k=2)
