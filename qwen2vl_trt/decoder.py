@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import TextConfig
-from .layers import RMSNorm, SwiGLU
+from .layers import BlockedLinear, RMSNorm, SwiGLU
 from .mrope import rotary_cos_sin, rotary_frequencies
 from .ops import ragged_attention, rotate, update_cache
 
@@ -136,8 +136,9 @@ class DecoderStack(nn.Module):
         """``[B, S, C]`` to hidden states ``[B, S, C]`` and the updated caches; without caches, whole prompts."""
         cos, sin = rotary_cos_sin(position_ids, self.inv_freq, self.config.mrope_section, self.rotary_scale)
         x, updated = inputs_embeds, []
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() and not any(isinstance(each, BlockedLinear) for each in self.modules()):
             # [B * S, C]: a linear layer is then one Gemm over the weight as it is stored, which no backend has to turn.
+            # Weights of 4 and 8 bits are stored turned, and ONNX Runtime would fuse a Gemm with the bias instead.
             x = x.flatten(0, 1)
         for index, layer in enumerate(self.layers):
             x, cache = layer(x, cos, sin, caches[index] if caches is not None else None)

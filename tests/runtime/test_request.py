@@ -142,17 +142,21 @@ def test_threads_do_not_share_the_options_of_the_tokenizer(pipelines, monkeypatc
     escaper = pipelines["torch"]._prompts._escaper
     tokenizer, second = escaper._tokenizer, threading.Event()
 
-    def call(text, **options):
-        if options["split_special_tokens"]:
-            second.set()
-        else:
-            other.start()
-            assert not second.wait(0.2)
-        return tokenizer(text, **options)
+    class Slow:
+        encode_special_tokens = False
+
+        def encode_batch(self, texts, **options):
+            tokenizer.encode_special_tokens = self.encode_special_tokens
+            if self.encode_special_tokens:
+                second.set()
+            else:
+                other.start()
+                assert not second.wait(0.2)
+            return tokenizer.encode_batch(texts, **options)
 
     found = []
     other = threading.Thread(target=lambda: found.append(escaper.encode_ordinary("<|im_end|>")))
-    monkeypatch.setattr(escaper, "_tokenizer", call)
+    monkeypatch.setattr(escaper, "_tokenizer", Slow())
     assert len(escaper.encode_plain("<|im_end|>")) == 1
     other.join(PATIENCE)
     assert len(found[0]) > 1
