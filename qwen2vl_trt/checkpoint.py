@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -156,11 +157,8 @@ class Checkpoint:
         except KeyError:
             raise CheckpointError(f"{self.folder}: there is no tensor {name!r}") from None
 
-    def load(self, name: str, opened: dict[Path, Any] | None = None) -> Tensor:
+    def load(self, name: str) -> Tensor:
         """Read one tensor, on the CPU, in its own type and shape; it may be a memory map of the file.
-
-        Args:
-            opened: see :func:`load_tensor`.
 
         Raises:
             CheckpointError: no such tensor, or the file changed since the folder was opened.
@@ -168,10 +166,25 @@ class Checkpoint:
         if name in self.packed:
             return self.packed[name].read().dequantize().to(self.packed[name].dtype)
         self.locate(name)
-        return self._read(name, opened)
+        return self._read(name)
 
-    def _read(self, name: str, opened: dict[Path, Any] | None = None) -> Tensor:
-        return load_tensor(self._locations[name].path, name, opened)
+    def map(self, name: str) -> Tensor:
+        """One tensor as a private memory map of its own part of the file, which ends with the tensor.
+
+        Those of :meth:`load` map the whole file each. It may lie at an odd address.
+
+        Raises:
+            CheckpointError: no such tensor, or no room for it.
+        """
+        location = self.locate(name)
+        try:
+            values = np.memmap(location.path, np.uint8, "c", location.offset, (location.length,))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{location.path}: tensor {name!r} cannot be mapped: {reason(error)}") from None
+        return torch.from_numpy(values).view(location.dtype).view(location.shape)
+
+    def _read(self, name: str) -> Tensor:
+        return load_tensor(self._locations[name].path, name)
 
     @cached_property
     def hash(self) -> str:
@@ -208,24 +221,15 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def load_tensor(path: Path, name: str, opened: dict[Path, Any] | None = None) -> Tensor:
+def load_tensor(path: Path, name: str) -> Tensor:
     """Read one tensor of a safetensors file, on the CPU; it may be a memory map of the file.
-
-    Args:
-        path: of the file.
-        name: of the tensor.
-        opened: files that are open, and gets this one; for tensors that stay, as each opening maps the whole file.
 
     Raises:
         CheckpointError: it cannot be read, or is not there.
     """
     try:
-        if opened is None:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-        if path not in opened:
-            opened[path] = safe_open(path, framework="pt")
-        return opened[path].get_tensor(name)
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: no room for the map
         raise CheckpointError(f"{path}: tensor {name!r} cannot be read: {reason(error)}") from None
 

@@ -12,8 +12,6 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +120,6 @@ def load_weights(
     buffers = {prefix + name for name, _ in module.named_buffers()}
     loaded: dict[str, Tensor] = {}
     reader = PinnedReader(torch.device(device)) if torch.device(device).type == "cuda" else None
-    opened: dict[Path, Any] | None = {} if mapped else None
     others = 0
     # Packed weights last: their layers are made with a bias.
     for ours in sorted(wanted, key=lambda ours: names[ours] in checkpoint.packed):
@@ -137,8 +134,10 @@ def load_weights(
             others += 1
         if theirs not in loaded:
             kept = keeps_type(owner, leaf)
-            if reader is None or theirs in checkpoint.packed:
-                tensor = checkpoint.load(theirs, opened)
+            if mapped and len(shape) > 1 and theirs not in checkpoint.packed:
+                tensor = checkpoint.map(theirs)
+            elif reader is None or theirs in checkpoint.packed:
+                tensor = checkpoint.load(theirs)
             else:
                 tensor = reader.read(checkpoint.locate(theirs))
             tensor = tensor.reshape(shape)
